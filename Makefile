@@ -1,0 +1,40 @@
+# Each target makes .venv first, with venv and pip alone. PYTHON=python3.12 picks another Python.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: sample test check soak pocket clean
+
+sample: .venv/.stamp    ## judge the bundled rows with the pocket model and print the verdicts
+	$(PY) -m engine.sample
+
+test: .venv/.stamp      ## the suite, without the markers gpu and soak
+	$(PY) -m pytest -q
+
+check: .venv/.stamp     ## lint, formatting, types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+soak: .venv/.stamp      ## the long tests
+	$(PY) -m pytest -q -m soak
+
+pocket: .venv/.stamp    ## train the pocket model from nothing; run it again to resume
+	$(PY) -m train.sft
+
+clean:                  ## all that these targets made, except trained models
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Only the dependencies are installed, as pyproject.toml lists them: everything runs from the
+# repository root, so the project itself need not be built, and no build back end is fetched.
+# The stamp is the last step, so a failed install runs again.
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Quorum needs Python 3.11 \
+	or newer, not " + sys.version.split()[0] + "; name one with make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(PY) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	extras = project["optional-dependencies"]; \
+	print(*project["dependencies"], *extras["test"], *extras["plot"], sep="\n")' \
+	> .venv/requirements.txt
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -r .venv/requirements.txt
+	touch $@

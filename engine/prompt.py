@@ -1,0 +1,249 @@
+"""A row and an order -> the token segments of a judge's prompt. The only place that knows templates.
+
+Two templates are involved: the judge template (what the judge is asked; variables: messages,
+responses, reference, principles, hint, score_min, score_max) and, around its output, the model's
+own chat template. Both are rendered by minijinja with a fuel limit, once per *shape* of row (roles,
+number of responses, which optional fields are there), with a random sentinel in place of every
+untrusted field. The rendered text is then split on the sentinels:
+
+- template text is tokenized with control tokens;
+- an untrusted field is tokenized by a tokenizer that has no control token, whatever it says.
+
+The pieces form segments: *head* (template text before anything of the row), *conversation* (up to
+the first response), one per *response* (the response and the template text up to the next), *tail*
+(what follows the last response). A segment is tokenized by itself, piece by piece, so its tokens
+depend on nothing but its own text, and equal segments have equal tokens.
+
+Not done here: truncation (a prompt that is too long is the caller's error line), BOS beyond what
+the chat template writes, tool calls, images.
+"""
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import minijinja
+
+from engine.request import Row
+from models.tokenizer import Tokenizer
+
+TEMPLATE_FUEL = 200_000
+DEFAULT_TEMPLATE = Path(__file__).with_name("judge_template.jinja")
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """What a model directory's judge.json declares of its scores.
+
+    Scores are integers in [score_min, score_max]; `threshold` splits right from wrong for n = 1;
+    `anchor` starts the line after which the deciding box stands (None: the last box of the text).
+    """
+
+    score_min: int = 1
+    score_max: int = 10
+    threshold: float = 5.5
+    anchor: str | None = "Scores:"
+
+
+def read_judge_settings(directory: str | Path) -> JudgeSettings:
+    """Read judge.json, or the defaults where there is none.
+
+    Raises ValueError naming the file for unknown keys, wrong types or an empty score range.
+    """
+    path = Path(directory) / "judge.json"
+    if not path.exists():
+        return JudgeSettings()
+    try:
+        declared = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    kinds = {"score_min": int, "score_max": int, "threshold": (int, float), "anchor": (str, type(None))}
+    if not isinstance(declared, dict):
+        raise ValueError(f"{path}: an object is expected, not {declared!r}")
+    for key, value in declared.items():
+        if key not in kinds:
+            raise ValueError(f"{path}: unknown key {key!r}")
+        if isinstance(value, bool) or not isinstance(value, kinds[key]):  # type: ignore[arg-type]
+            raise ValueError(f"{path}: {key} = {value!r} has the wrong type")
+    settings = JudgeSettings(**declared)
+    if settings.score_min >= settings.score_max:
+        raise ValueError(f"{path}: score_min {settings.score_min} >= score_max {settings.score_max}")
+    if settings.anchor is not None and (not settings.anchor or "\n" in settings.anchor):
+        raise ValueError(f"{path}: anchor {settings.anchor!r} must be one non-empty line or null")
+    return settings
+
+
+class Segment(NamedTuple):
+    """A structural piece of a prompt and its tokens."""
+
+    kind: Literal["head", "conversation", "response", "tail"]
+    token_ids: tuple[int, ...]
+
+
+class _Field(NamedTuple):
+    """An untrusted field: what it is, and which one (a position for responses)."""
+
+    name: Literal["message", "response", "reference", "principles", "hint"]
+    index: int
+
+
+class _Shape(NamedTuple):
+    """All that a rendered template may depend on."""
+
+    roles: tuple[str, ...]
+    num_responses: int
+    reference: bool
+    principles: bool
+    hint: bool
+
+
+# A rendered template as segments of pieces: template tokens, or a field to fill in.
+_Layout = tuple[tuple[str, tuple["tuple[int, ...] | _Field", ...]], ...]
+
+
+class PromptBuilder:
+    """Turns rows into segments for one model's tokenizer, chat template and judge template."""
+
+    def __init__(self, tokenizer: Tokenizer, judge_template: str, settings: JudgeSettings) -> None:
+        """Compile both templates; raises ValueError when one does not parse or is missing."""
+        if tokenizer.chat_template is None:
+            raise ValueError("the model directory has no chat template")
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.judge_template = judge_template
+        self._environment = minijinja.Environment(
+            fuel=TEMPLATE_FUEL, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        )
+        self._environment.add_function("raise_exception", _raise_exception)
+        for name, text in (("judge", judge_template), ("chat", tokenizer.chat_template)):
+            try:
+                self._environment.add_template(name, text)
+            except minijinja.TemplateError as error:
+                raise ValueError(f"{name} template: {error.message}") from error
+        self._layout = lru_cache(maxsize=1024)(self._make_layout)
+
+    def segments(self, row: Row, order: Sequence[int], hint: str | None = None) -> list[Segment]:
+        """The segments of one sample's prompt.
+
+        `order[j]` is the response shown in position j, a permutation of range(n). `hint` is text
+        for the template's `hint` (rejective fine-tuning shows the best response there).
+        """
+        assert sorted(order) == list(range(len(row.responses))), f"{order} is not a permutation"
+        shape = _Shape(
+            tuple(message.role for message in row.messages),
+            len(row.responses),
+            row.reference is not None,
+            row.principles is not None,
+            hint is not None,
+        )
+        optional = {"reference": row.reference, "principles": row.principles, "hint": hint}
+        segments = []
+        for kind, pieces in self._layout(shape):
+            token_ids: list[int] = []
+            for piece in pieces:
+                if not isinstance(piece, _Field):
+                    token_ids.extend(piece)
+                    continue
+                if piece.name == "message":
+                    text = row.messages[piece.index].content
+                elif piece.name == "response":
+                    text = row.responses[order[piece.index]]
+                else:
+                    value = optional[piece.name]
+                    assert value is not None
+                    text = value
+                token_ids.extend(self.tokenizer.encode_text(text))
+            if token_ids:
+                segments.append(Segment(kind, tuple(token_ids)))  # type: ignore[arg-type]
+        return segments
+
+    def render(self, row: Row, order: Sequence[int], hint: str | None = None) -> list[int]:
+        """The whole prompt of one sample as one list of token ids."""
+        return [t for segment in self.segments(row, order, hint) for t in segment.token_ids]
+
+    def _make_layout(self, shape: _Shape) -> _Layout:
+        nonce = secrets.token_hex(16)
+        fields: dict[str, _Field] = {}
+
+        def sentinel(name: Literal["message", "response", "reference", "principles", "hint"], index: int = 0) -> str:
+            mark = f"Q{nonce}{name}{index}Z"
+            fields[mark] = _Field(name, index)
+            return mark
+
+        judge_text = self._render(
+            "judge",
+            messages=[
+                {"role": role, "content": sentinel("message", i)}
+                for i, role in enumerate(shape.roles)
+            ],
+            responses=[sentinel("response", j) for j in range(shape.num_responses)],
+            reference=sentinel("reference") if shape.reference else None,
+            principles=sentinel("principles") if shape.principles else None,
+            hint=sentinel("hint") if shape.hint else None,
+            score_min=self.settings.score_min,
+            score_max=self.settings.score_max,
+        )
+        text = self._render(
+            "chat",
+            messages=[{"role": "user", "content": judge_text}],
+            add_generation_prompt=True,
+            **self.tokenizer.special_tokens,
+        )
+        pieces = _split(text, fields)
+        shown = [piece for piece in pieces if isinstance(piece, _Field)]
+        for field in fields.values():
+            times = shown.count(field)
+            if times == 0 or (field.name == "response" and times != 1):
+                raise ValueError(f"the templates show {field.name} {field.index} {times} times")
+        positions = [field.index for field in shown if field.name == "response"]
+        if positions != sorted(positions):
+            raise ValueError(f"the templates show the responses in the order {positions}")
+        return self._cut(pieces, shape.num_responses)
+
+    def _cut(self, pieces: list["str | _Field"], num_responses: int) -> _Layout:
+        layout: list[tuple[str, list[tuple[int, ...] | _Field]]] = [("head", [])]
+        for piece in pieces:
+            kind = layout[-1][0]
+            if isinstance(piece, _Field):
+                if piece.name == "response":
+                    layout.append(("response", []))
+                elif kind == "head":
+                    layout.append(("conversation", []))
+                layout[-1][1].append(piece)
+                if piece.name == "response" and piece.index == num_responses - 1:
+                    layout.append(("tail", []))
+            else:
+                layout[-1][1].append(tuple(self.tokenizer.encode_template(piece)))
+        return tuple((kind, tuple(parts)) for kind, parts in layout if parts)
+
+    def _render(self, name: str, **variables: object) -> str:
+        try:
+            return self._environment.render_template(name, **variables)
+        except minijinja.TemplateError as error:
+            raise ValueError(f"{name} template: {error.message}") from error
+
+
+def _split(text: str, fields: dict[str, _Field]) -> list[str | _Field]:
+    """Cut text at the sentinels; an untouched sentinel is a field, the rest is template text."""
+    pieces: list[str | _Field] = []
+    while fields:
+        starts = {mark: text.find(mark) for mark in fields}
+        found = [(start, mark) for mark, start in starts.items() if start >= 0]
+        if not found:
+            break
+        start, mark = min(found)
+        if start:
+            pieces.append(text[:start])
+        pieces.append(fields[mark])
+        text = text[start + len(mark) :]
+    if text:
+        pieces.append(text)
+    return pieces
+
+
+def _raise_exception(message: str) -> str:
+    raise ValueError(f"chat template: {message}")

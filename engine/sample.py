@@ -1,0 +1,289 @@
+"""`python -m engine.sample`: rows in, verdicts out. The command line and its wiring, nothing else.
+
+Without --out the verdicts are printed for a person; with it they are lines of JSON, in input order,
+and a summary of one JSON line goes to standard error. Input is read as the judge asks for it.
+
+Exit status: 0 when every row was judged; 1 when a line could not be judged or written; 2 for wrong
+options, an unreadable model, or an output that is refused; 130 after SIGINT or SIGTERM. The first
+such signal ends the input: rows in flight are finished and written. The second one kills.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO, Literal
+
+import tyro
+from tqdm import tqdm
+
+from engine.output import Output, Tally, read_line, resume
+from engine.request import BadRow, Row, read_rows
+from engine.verdict import RowFailure, Verdict, to_line
+from engine.view import render_error, render_summary, render_verdict
+
+POCKET = Path(__file__).parent.parent / "models" / "pocket"
+BUNDLED_ROWS = Path(__file__).with_name("rows.jsonl")
+DRAIN_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# The options that are handed to the judge with the rows; all of them affect what it says.
+SAMPLING = (
+    "k", "temperature", "top_p", "top_k", "min_p", "max_new_tokens",
+    "orders", "max_orders", "seed", "deterministic",
+)  # fmt: skip
+
+
+@dataclass
+class Options:
+    """Judge responses with a generative reward model: k judgements a row, then a vote."""
+
+    model: Path = POCKET
+    """Model directory in Hugging Face layout."""
+    data: str | None = None
+    """Rows as lines of JSON; - is standard input, none the bundled rows."""
+    out: str | None = None
+    """Where verdicts go, one JSON line each; - is standard output, none prints for a person."""
+    k: int = 8
+    """Judgements per row."""
+    temperature: float = 0.5
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this probability."""
+    top_k: int = 0
+    """Sample from this many most likely tokens; 0 is all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest."""
+    max_new_tokens: int = 1024
+    """Longest judgement, in tokens."""
+    orders: Literal["rotate", "random", "fixed"] = "rotate"
+    """In which orders samples see the responses."""
+    max_orders: int | None = None
+    """Most rotations of a row; none is min(n, k)."""
+    template: Path | None = None
+    """Judge template in place of the model's own."""
+    seed: int = 0
+    """Seed of all draws."""
+    dtype: str = "auto"
+    """Of weights and cache: auto, float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    max_batch: int | None = None
+    """Most samples decoded together."""
+    max_row_bytes: int = 1 << 20
+    """Longest input line, in bytes; a longer one is an error line."""
+    deterministic: bool = False
+    """Bit-equal results on a GPU, at some cost in speed."""
+    resume: bool = False
+    """Continue --out where an earlier run of the same rows and options was cut off."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    options = tyro.cli(
+        Options,
+        prog="python -m engine.sample",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    with ExitStack() as stack:
+        try:
+            run = _Run(options, stack)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        try:
+            run.judge_rows()
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return run.status
+
+
+class _Interrupted(KeyboardInterrupt):
+    """A signal came while waiting for input."""
+
+
+class _Drain:
+    """Ends the input at the first SIGINT or SIGTERM; the second one does what it does by default.
+
+    The signal may find the run blocked in reading a pipe, where a flag alone would not be seen
+    until the next row: there, and only there, the handler raises.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._reading = False
+        self._previous = {number: signal.signal(number, self._handle) for number in DRAIN_SIGNALS}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        for each in DRAIN_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        if self._reading:
+            raise _Interrupted
+
+    def entries(self, source: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+        """The source's entries until a signal comes."""
+        while not self.requested:
+            try:
+                self._reading = True
+                entry = next(source)
+                self._reading = False
+            except (StopIteration, _Interrupted):
+                self._reading = False
+                return
+            yield entry
+
+    def close(self) -> None:
+        """Put the previous handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """One run: the open ends, the judge, and what has been counted."""
+
+    def __init__(self, options: Options, stack: ExitStack) -> None:
+        """Open the output first, the model after it; raises ValueError or OSError for the user."""
+        self.options = options
+        self.tally = Tally()
+        self.naive_tokens = 0
+        self.interrupted = False
+        self.output: Output | None = None
+        if options.out is not None:
+            self.output = Output(options.out, resume=options.resume)
+            stack.enter_context(closing(self.output))
+        elif options.resume:
+            raise ValueError("--resume needs --out FILE")
+        if options.max_row_bytes < 1:
+            raise ValueError(f"--max-row-bytes {options.max_row_bytes} is less than 1")
+        path = str(BUNDLED_ROWS) if options.data is None else options.data
+        stream: BinaryIO = sys.stdin.buffer
+        if path != "-":
+            stream = stack.enter_context(Path(path).open("rb"))  # noqa: SIM115
+        self.entries = read_rows(stream, options.max_row_bytes)
+        from engine.judge import Judge  # loads torch: not for --help, nor for a refused output
+
+        self.judge = Judge.load(
+            options.model,
+            template=options.template,
+            dtype=options.dtype,
+            device=options.device,
+            max_batch=options.max_batch,
+        )
+        self.sampling: dict[str, Any] = {name: getattr(options, name) for name in SAMPLING}
+        done = 0
+        if self.output is not None and options.resume:
+            done = resume(self.output, self.entries, self._key, self.tally.add)
+        # In flight: rows that the judge has taken, and the bad lines between and behind them.
+        self.pending: deque[Row | BadRow] = deque()
+        self.drain = stack.enter_context(closing(_Drain()))
+        self.outcomes = self.judge.rows(self._rows(), **self.sampling)
+        self.bar = stack.enter_context(
+            tqdm(total=_count_lines(path), initial=done, unit="row", disable=None)
+        )
+        self.width = min(shutil.get_terminal_size().columns, 100)
+        self.color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+    def judge_rows(self) -> None:
+        """Judge all rows, write their lines, and close with the summary."""
+        if self.output is None and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        start = time.perf_counter()
+        for outcome in self.outcomes:
+            row = self.pending.popleft()
+            assert isinstance(row, Row)
+            if isinstance(outcome, RowFailure):
+                outcome = RowFailure(row.id, row.line, self._key(row), outcome.error)
+            else:
+                self.naive_tokens += outcome.prompt_tokens + outcome.decode_tokens
+            self._emit(row, outcome)
+            while self.pending and isinstance(bad := self.pending[0], BadRow):
+                self.pending.popleft()
+                self._emit_bad(bad)
+        assert not self.pending, "the judge left rows without an outcome"
+        self.interrupted = self.drain.requested
+        self.bar.close()
+        summary = self._summary(time.perf_counter() - start)
+        if self.output is None:
+            print("─" * self.width + "\n" + render_summary(summary, self.width))
+        else:
+            print(json.dumps(summary), file=sys.stderr)
+
+    @property
+    def status(self) -> int:
+        if self.interrupted:
+            return 128 + signal.SIGINT
+        return 1 if self.tally.errors else 0
+
+    def _key(self, entry: Row | BadRow) -> str:
+        return self.judge.key(entry, **self.sampling)
+
+    def _rows(self) -> Iterator[Row]:
+        for entry in self.drain.entries(self.entries):
+            if isinstance(entry, BadRow) and not self.pending:
+                self._emit_bad(entry)
+                continue
+            self.pending.append(entry)
+            if isinstance(entry, Row):
+                yield entry
+
+    def _emit_bad(self, bad: BadRow) -> None:
+        self._emit(bad, RowFailure(bad.id, bad.line, self._key(bad), bad.error))
+
+    def _emit(self, entry: Row | BadRow, outcome: Verdict | RowFailure) -> None:
+        line = to_line(outcome)
+        if self.output is not None:
+            self.output.write(line)
+        elif isinstance(entry, Row):
+            self._print(render_verdict(entry, outcome, self.width, self.color))
+        else:
+            assert isinstance(outcome, RowFailure)
+            self._print(render_error(outcome, self.width, self.color))
+        self.tally.add(read_line(line))
+        self.bar.update()
+
+    def _print(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def _summary(self, seconds: float) -> dict[str, Any]:
+        tally = self.tally
+        usage = dataclasses.asdict(self.judge.usage)
+        computed = usage["prefill_tokens"] + usage["decode_tokens"]
+        return {
+            **dataclasses.asdict(tally),
+            "valid_share": tally.valid_share,
+            "accuracy": tally.accuracy,
+            "accuracy_95": tally.accuracy_95,
+            "interrupted": self.interrupted,
+            "seconds": round(seconds, 3),
+            "tokens_computed": computed,
+            "tokens_naive": self.naive_tokens,
+            "tokens_per_second": round(computed / seconds, 1),
+            "usage": usage,
+        }
+
+
+def _count_lines(path: str) -> int | None:
+    """The lines of a file, for the progress bar; None for a stream or where no bar is shown."""
+    if not sys.stderr.isatty() or not Path(path).is_file():
+        return None
+    with Path(path).open("rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

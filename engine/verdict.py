@@ -1,0 +1,181 @@
+"""Verdicts and the lines that record them: what a row's samples said, and what the vote made of it.
+
+n responses, k samples. A line is a pure function of the verdict: compact JSON in UTF-8, floats as
+Python's repr writes them, no times and nothing else that varies from run to run. Where there was no
+vote, `best`, `scores` and `mean_scores` are null: an absent vote is never a score of 0.
+
+Not done here: counting votes (kernels/vote.py) and writing files (engine/output.py).
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from engine.request import BadRow, Row
+
+
+@dataclass
+class Sample:
+    """One judgement.
+
+    `order[j]` is the response shown in position j. `scores` are one integer per response, in the
+    row's own order, or None, and then `invalid` says why. `meta` is the meta RM's score. `tokens`
+    counts generated tokens; `finish` says what ended them. The log-probs, one per generated token,
+    are natural logarithms under the model's own distribution and under the one sampled from.
+    """
+
+    order: tuple[int, ...]
+    text: str
+    scores: tuple[int, ...] | None
+    invalid: str | None
+    meta: float | None
+    tokens: int
+    finish: Literal["box", "eos", "length"]
+    token_ids: list[int]
+    logprobs: list[float]
+    sampling_logprobs: list[float]
+
+
+@dataclass
+class Verdict:
+    """The vote of a row's k samples.
+
+    `best` is a response's index; `scores` are the votes' sums and `mean_scores` their means, one
+    per response; all three are None where no sample voted. `tie` says that `best` was drawn among
+    equals. `valid` counts samples with valid scores, `votes` those that were counted.
+    `prompt_tokens` counts k full prompts, `tree_tokens` the distinct tokens of the row's tree,
+    `decode_tokens` the generated ones. `label`, `correct` and `row_meta` are None without a label
+    or meta.
+    """
+
+    id: str
+    key: str
+    best: int | None
+    scores: list[int] | None
+    mean_scores: list[float] | None
+    tie: bool
+    k: int
+    valid: int
+    votes: int
+    samples: list[Sample]
+    prompt_tokens: int
+    tree_tokens: int
+    decode_tokens: int
+    label: int | tuple[float, ...] | None = None
+    correct: bool | None = None
+    row_meta: Any = None
+
+
+@dataclass
+class RowFailure:
+    """A row or an input line that could not be judged, and why."""
+
+    id: str | None
+    line: int | None
+    key: str | None
+    error: str
+
+
+def to_line(outcome: Verdict | RowFailure) -> bytes:
+    """The JSON line of a verdict or a failure, newline included.
+
+    Fields that are optional in a line (a failure's id, line and key; label, correct, row_meta) are
+    left out where they are None. A meta score of NaN, which JSON cannot say, is written as null.
+    """
+    fields: dict[str, Any]
+    if isinstance(outcome, RowFailure):
+        fields = {
+            name: value
+            for name in ("id", "line", "key", "error")
+            if (value := getattr(outcome, name)) is not None
+        }
+    else:
+        voted = outcome.votes > 0
+        fields = {
+            "id": outcome.id,
+            "key": outcome.key,
+            "best": outcome.best if voted else None,
+            "scores": outcome.scores if voted else None,
+            "mean_scores": outcome.mean_scores if voted else None,
+            "tie": outcome.tie,
+            "k": outcome.k,
+            "valid": outcome.valid,
+            "votes": outcome.votes,
+            "samples": [_sample_fields(sample) for sample in outcome.samples],
+            "usage": {
+                "prompt_tokens": outcome.prompt_tokens,
+                "tree_tokens": outcome.tree_tokens,
+                "decode_tokens": outcome.decode_tokens,
+            },
+        }
+        for name in ("label", "correct", "row_meta"):
+            if (value := getattr(outcome, name)) is not None:
+                fields[name] = value
+    return (_dumps(fields) + "\n").encode("utf-8")
+
+
+def gold_index(label: int | Sequence[float]) -> int:
+    """The labelled response for n >= 2: the label, or the place of the largest gold score."""
+    if isinstance(label, int):
+        return label
+    return max(range(len(label)), key=label.__getitem__)
+
+
+def is_correct(
+    best: int | None,
+    mean_scores: Sequence[float] | None,
+    label: int | Sequence[float] | None,
+    threshold: float,
+) -> bool | None:
+    """Whether the verdict agrees with the label; None without a label, False without a vote.
+
+    n = 1: (mean score > threshold) == label. n >= 2: best is the labelled response.
+    """
+    if label is None:
+        return None
+    if best is None or mean_scores is None:
+        return False
+    if len(mean_scores) == 1:
+        return (mean_scores[0] > threshold) == bool(label)
+    return best == gold_index(label)
+
+
+def output_key(
+    row: Row | BadRow,
+    options: Mapping[str, str | int | float | bool | None],
+    model_fingerprint: str,
+) -> str:
+    """The key of a row's line: SHA-256, in hex, over all that decides what the line says.
+
+    `options` holds every option that affects output, the template's text or hash, dtype and device
+    type; the order of its entries does not matter, and 1 and 1.0 are the same value. Raises
+    ValueError for an option that is not finite.
+    """
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"option {name} = {value} is not a finite number")
+    plain = {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in sorted(options.items())
+    }
+    return hashlib.sha256(_dumps([row.digest, plain, model_fingerprint]).encode()).hexdigest()
+
+
+def _sample_fields(sample: Sample) -> dict[str, Any]:
+    meta = sample.meta
+    return {
+        "order": sample.order,
+        "text": sample.text,
+        "scores": sample.scores,
+        "invalid": sample.invalid,
+        "meta": None if meta is not None and math.isnan(meta) else meta,
+        "tokens": sample.tokens,
+        "finish": sample.finish,
+    }
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

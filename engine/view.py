@@ -1,0 +1,187 @@
+"""Verdicts for a person to read, as plain text with optional ANSI colour.
+
+All that comes from rows or from the model is untrusted: its control characters, terminal escapes
+and direction overrides are written out as escapes, so that no response can steer the terminal. Long
+texts are cut. Responses are called [0], [1], ... as in the output lines. Width is counted in
+characters, so text in wide scripts may run over.
+"""
+
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from engine.request import Row
+from engine.verdict import RowFailure, Sample, Verdict, gold_index
+
+PROMPT_LINES = 12
+RESPONSE_LINES = 8
+SAMPLE_LINES = 30
+BAR_WIDTH = 24
+_STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
+_JOINERS = "\u200c\u200d"  # part of ordinary words in many scripts, and of emoji
+
+
+def escape(text: str) -> str:
+    """The text with every control, format and surrogate character but newline written out."""
+    return "".join(
+        character
+        if character == "\n"
+        or character in _JOINERS
+        or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text.replace("\r\n", "\n").replace("\t", "    ")
+    )
+
+
+def render_verdict(row: Row, verdict: Verdict | RowFailure, width: int, color: bool) -> str:
+    """One row's outcome: prompt, responses, one sample, score bars, winner and votes.
+
+    The sample shown agrees with the verdict where one does, and sees the responses in their own
+    order where one of those does. No line is longer than `width` characters.
+    """
+    paint = _Paint(color)
+    lines = [paint("dim", "─" * width), paint("bold", _cut(f"Row {escape(row.id)}", width))]
+    for message in row.messages:
+        lines += _block(message.role.capitalize(), message.content, PROMPT_LINES, width, paint)
+    for name, text in (("Reference", row.reference), ("Principles", row.principles)):
+        if text is not None:
+            lines += _block(name, text, PROMPT_LINES, width, paint)
+    for index, response in enumerate(row.responses):
+        lines += _block(f"Response [{index}]", response, RESPONSE_LINES, width, paint)
+    if isinstance(verdict, RowFailure):
+        return "\n".join([*lines, *render_error(verdict, width, color).splitlines()])
+    number = _sample_to_show(verdict)
+    sample = verdict.samples[number]
+    shown = " ".join(f"[{index}]" for index in sample.order)
+    title = f"Judgement {number + 1} of {verdict.k}, which saw {shown}"
+    lines += _block(title, sample.text.strip(), SAMPLE_LINES, width, paint)
+    if sample.invalid is not None:
+        lines.append(paint("red", _cut(f"  No valid scores: {escape(sample.invalid)}", width)))
+    lines += _bars(verdict, width, paint)
+    lines += _outcome(row, verdict, width, paint)
+    return "\n".join(lines)
+
+
+def render_error(failure: RowFailure, width: int, color: bool) -> str:
+    """A failure's place and reason."""
+    place = f"line {failure.line}" if failure.line is not None else "a row"
+    text = _wrap(f"Not judged: {place}: {escape(failure.error)}", width)
+    return "\n".join(_Paint(color)("red", line) for line in text)
+
+
+def render_summary(summary: dict[str, Any], width: int) -> str:
+    """The run as a whole, from the closing summary's fields."""
+    parts = [f"{summary['rows']} rows in {summary['seconds']:.1f} s"]
+    if summary["interrupted"]:
+        parts.append("interrupted")
+    if summary["errors"]:
+        parts.append(f"{summary['errors']} not judged")
+    if summary["accuracy"] is not None:
+        low, high = summary["accuracy_95"]
+        share = f"{summary['accuracy']:.0%} agree with the label"
+        parts.append(f"{share} (95 % interval {low:.0%} to {high:.0%})")
+    if summary["valid_share"] is not None:
+        parts.append(f"{summary['valid_share']:.1%} of samples valid")
+    computed, naive = summary["tokens_computed"], summary["tokens_naive"]
+    tokens = f"{computed:,} tokens computed at {summary['tokens_per_second']:,.0f} tokens/s"
+    if computed:
+        tokens += (
+            f"; a naive sampler, which reads every prompt k times, would compute {naive:,} "
+            f"({naive / computed:.1f} times as many)"
+        )
+    return "\n".join([*_wrap("; ".join(parts) + ".", width), *_wrap(tokens + ".", width)])
+
+
+class _Paint:
+    """Colours a text, or leaves it alone."""
+
+    def __init__(self, color: bool) -> None:
+        self.color = color
+
+    def __call__(self, style: str, text: str) -> str:
+        return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if self.color else text
+
+
+def _cut(text: str, width: int) -> str:
+    text = " ".join(text.split("\n"))
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _wrap(text: str, width: int, indent: str = "") -> list[str]:
+    wrapper = textwrap.TextWrapper(
+        width, initial_indent=indent, subsequent_indent=indent, replace_whitespace=False
+    )
+    return [line for paragraph in text.split("\n") for line in wrapper.wrap(paragraph) or [""]]
+
+
+def _block(title: str, text: str, limit: int, width: int, paint: _Paint) -> list[str]:
+    """A title and an indented text of at most `limit` lines."""
+    lines = _wrap(escape(text), width, "  ") if text.strip() else [f"  ({_blank(text)})"]
+    if len(lines) > limit:
+        lines = [*lines[: limit - 1], f"  … ({len(lines) - limit + 1} more lines)"]
+    return [paint("cyan", _cut(title, width)), *lines]
+
+
+def _blank(text: str) -> str:
+    return "only whitespace" if text else "empty"
+
+
+def _sample_to_show(verdict: Verdict) -> int:
+    """The sample that speaks best for the verdict: it agrees, then it saw the given order."""
+
+    def rank(number: int) -> tuple[bool, bool, bool, int]:
+        sample = verdict.samples[number]
+        in_order = list(sample.order) == sorted(sample.order)
+        return (sample.scores is None, not _agrees(sample, verdict), not in_order, number)
+
+    return min(range(len(verdict.samples)), key=rank)
+
+
+def _agrees(sample: Sample, verdict: Verdict) -> bool:
+    if sample.scores is None or verdict.best is None or verdict.mean_scores is None:
+        return False
+    if len(sample.scores) == 1:  # no winner to agree on: close to the mean
+        return abs(sample.scores[0] - verdict.mean_scores[0]) <= 0.5
+    top = max(sample.scores)
+    return sample.scores[verdict.best] == top and sample.scores.count(top) == 1
+
+
+def _bars(verdict: Verdict, width: int, paint: _Paint) -> list[str]:
+    if verdict.scores is None or verdict.mean_scores is None or verdict.best is None:
+        return []
+    low, high = min(0, *verdict.scores), max(0, *verdict.scores)
+    lines = [paint("cyan", _cut("Scores, summed over the votes", width))]
+    digits = max(len(str(score)) for score in verdict.scores)
+    for index, (score, mean) in enumerate(zip(verdict.scores, verdict.mean_scores, strict=True)):
+        length = round(BAR_WIDTH * (score - low) / (high - low)) if high > low else 0
+        bar = "█" * length + "░" * (BAR_WIDTH - length)
+        mark = ""
+        if len(verdict.scores) > 1 and index == verdict.best:
+            mark = "  <- best (drawn from a tie)" if verdict.tie else "  <- best"
+        text = f"  {f'[{index}]':>4} {bar} {score:>{digits}}  mean {mean:.2f}{mark}"
+        lines.append(paint("bold", _cut(text, width)) if mark else _cut(text, width))
+    return lines
+
+
+def _outcome(row: Row, verdict: Verdict, width: int, paint: _Paint) -> list[str]:
+    votes = f"{verdict.valid} of {verdict.k} samples valid"
+    if verdict.votes != verdict.valid:
+        votes += f", {verdict.votes} of them voted"
+    if verdict.best is None:
+        text = "No verdict: no sample voted"
+    elif len(row.responses) == 1:
+        text = "One response: its mean score is the verdict"
+    else:
+        text = f"Best: [{verdict.best}]"
+    if verdict.label is not None:
+        agrees = "agrees with the label" if verdict.correct else "does not agree with the label"
+        text += f", which {agrees} {_label_text(verdict.label, len(row.responses))}"
+    style = "bold" if verdict.correct is None else "green" if verdict.correct else "red"
+    return [paint(style, line) for line in _wrap(f"{text}; {votes}.", width)]
+
+
+def _label_text(label: int | Sequence[float], num_responses: int) -> str:
+    if num_responses == 1:
+        return "right" if label else "wrong"
+    return f"[{gold_index(label)}]"

@@ -1,0 +1,1 @@
+"""Operations on tensors, one per file, each beside the plain reference that specifies it."""

@@ -1,0 +1,47 @@
+"""Decoders and tokenizers, loaded from Hugging Face model directories."""
+
+import os
+
+import torch
+
+from models.config import DTYPES, ModelConfig, read_config
+from models.tokenizer import Tokenizer
+from models.transformer import Attend, Transformer
+from models.weights import load_weights, save_pretrained
+
+__all__ = [
+    "Attend",
+    "ModelConfig",
+    "Tokenizer",
+    "Transformer",
+    "load",
+    "load_weights",
+    "read_config",
+    "save_pretrained",
+]
+
+
+def load(
+    directory: str | os.PathLike[str],
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+) -> tuple[Transformer, Tokenizer]:
+    """Load a model directory: config.json, safetensors, tokenizer.json.
+
+    dtype: "auto" for the stored one, a torch.dtype, or its name ("bfloat16"). device: "auto" is the
+    GPU if there is one, else the CPU.
+    Raises ValueError naming the file and the reason for whatever is malformed or unsupported.
+    """
+    if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = read_config(directory)
+    tokenizer = Tokenizer(directory)
+    if tokenizer.size > config.vocab_size:
+        raise ValueError(
+            f"{os.fspath(directory)}: vocab_size {config.vocab_size} of config.json is smaller "
+            f"than the tokenizer, whose largest id is {tokenizer.size - 1}"
+        )
+    chosen = (None if dtype == "auto" else DTYPES[dtype]) if isinstance(dtype, str) else dtype
+    return load_weights(directory, config, chosen, device), tokenizer

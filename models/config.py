@@ -1,0 +1,435 @@
+"""The configuration of a decoder, read from a Hugging Face `config.json`.
+
+Qwen3, Qwen2 (and 2.5), Llama (3.x) and Gemma-2 become one `ModelConfig`, whose fields say what the
+decoder does rather than which family it is. Both spellings are read: `rope_theta` + `rope_scaling`
+and `rope_parameters`; `torch_dtype` and `dtype`. Whatever the decoder does not implement raises a
+ValueError that names the file and the value: nothing is ignored that would change the logits.
+
+It does not read `auto_map` code, quantised checkpoints, experts, or rope types other than default
+and llama3.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ARCHITECTURES = {
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2ForCausalLM": "qwen2",
+    "LlamaForCausalLM": "llama",
+    "Gemma2ForCausalLM": "gemma2",
+}
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """What one layer's attention does: score = softcap(q . k * scale), keys with q - k < window.
+
+    softcap: cap * tanh(score / cap), None for none. window: tokens, the query's own included, None
+    for all.
+    """
+
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 stretching of the long wavelengths, in the words of config.json."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: base `theta` and, for Llama-3.x, a scaling."""
+
+    theta: float
+    scaling: RopeScaling | None
+
+    def inv_freq(self, dim: int) -> Tensor:
+        """Angles per position in radians, (dim / 2,) float32 on the CPU.
+
+        The arithmetic, order and precision are those of transformers, so that logits agree.
+        """
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+        inv_freq = 1.0 / (self.theta**exponents)
+        if self.scaling is None:
+            return inv_freq
+        factor = self.scaling.factor
+        low, high = self.scaling.low_freq_factor, self.scaling.high_freq_factor
+        old = self.scaling.original_max_position_embeddings
+        wavelength = 2 * math.pi / inv_freq
+        smooth = (old / wavelength - low) / (high - low)
+        between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
+        scaled = torch.where(wavelength > old / low, inv_freq / factor, between)
+        return torch.where(wavelength < old / high, inv_freq, scaled)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that the decoder needs to know about a checkpoint.
+
+    architecture: "qwen3", "qwen2", "llama" or "gemma2". head_dim: channels of a query and a key;
+    v_head_dim: of a value. attention: one entry per layer. attention_bias: bias on q, k and v.
+    qk_norm: RMS norm over head_dim of q and k before rope. norm_plus_one: norms scale by 1 + w.
+    sandwich_norms: norms also after attention and after the MLP. embedding_scale: factor on
+    embeddings, rounded to the model's dtype, None for none. final_softcap: of the logits. tied: the
+    head is the embedding. eos_token_ids: of config.json and generation_config.json together.
+    dtype: of the stored weights, None where config.json does not say.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: Rope
+    attention: tuple[LayerAttention, ...]
+    attention_bias: bool
+    qk_norm: bool
+    norm_plus_one: bool
+    sandwich_norms: bool
+    embedding_scale: float | None
+    activation: str
+    final_softcap: float | None
+    tied: bool
+    eos_token_ids: frozenset[int]
+    dtype: torch.dtype | None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError naming the file if it is not one or repeats a key."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    return parse_json(path, path.read_bytes())
+
+
+def parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    """The JSON object in `text`, which was read from `path`; ValueError as in `read_json`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"{path}: repeated key {key!r}")
+            found[key] = value
+        return found
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+class _Reader:
+    """Typed access to the keys of a config, with the file's name in every error."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    def error(self, message: str) -> ValueError:
+        return ValueError(f"{self.path}: {message}")
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.error(f"{key} must be a positive integer, got {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not (0 < value < math.inf)
+        ):
+            raise self.error(f"{key} must be a positive number, got {value!r}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self.error(f"{key} must be true or false, got {value!r}")
+        return value
+
+    def cap(self, key: str) -> float | None:
+        """A positive number, or null; the key itself must be there."""
+        if key not in self.values:
+            raise self.error(f"{key} is missing")
+        return self.number(key) if self.has(key) else None
+
+
+def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
+    """Read `config.json` and, for end-of-text ids, `generation_config.json` of a model directory.
+
+    Raises ValueError naming the file and the value for anything missing, malformed or unsupported.
+    """
+    path = Path(directory) / "config.json"
+    reader = _Reader(path, read_json(path))
+    architecture = _architecture(reader)
+    gemma = architecture == "gemma2"
+    _refuse_unsupported(reader, architecture)
+
+    hidden_size = reader.integer("hidden_size")
+    num_layers = reader.integer("num_hidden_layers")
+    num_heads = reader.integer("num_attention_heads")
+    num_kv_heads = reader.integer(
+        "num_key_value_heads", default=num_heads if architecture == "llama" else None
+    )
+    if num_heads % num_kv_heads:
+        raise reader.error(
+            f"num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}"
+        )
+    if reader.has("head_dim") or architecture in ("qwen3", "gemma2"):
+        head_dim = reader.integer("head_dim")
+    elif hidden_size % num_heads == 0:
+        head_dim = hidden_size // num_heads
+    else:
+        raise reader.error(
+            f"num_attention_heads {num_heads} does not divide hidden_size {hidden_size}"
+        )
+    if head_dim % 2:
+        raise reader.error(f"head_dim must be even for rope, got {head_dim}")
+
+    vocab_size = reader.integer("vocab_size")
+    scale = (reader.integer("query_pre_attn_scalar") if gemma else head_dim) ** -0.5
+    softcap = reader.cap("attn_logit_softcapping") if gemma else None
+    windows = _windows(reader, architecture, num_layers)
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=reader.integer("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        v_head_dim=head_dim,
+        max_position_embeddings=reader.integer("max_position_embeddings"),
+        rms_norm_eps=reader.number("rms_norm_eps"),
+        rope=_rope(reader),
+        attention=tuple(LayerAttention(scale, softcap, window) for window in windows),
+        attention_bias=architecture == "qwen2",
+        qk_norm=architecture == "qwen3",
+        norm_plus_one=gemma,
+        sandwich_norms=gemma,
+        embedding_scale=hidden_size**0.5 if gemma else None,
+        activation="gelu_tanh" if gemma else "silu",
+        final_softcap=reader.cap("final_logit_softcapping") if gemma else None,
+        tied=reader.flag("tie_word_embeddings", default=gemma),
+        eos_token_ids=_eos(reader, path.with_name("generation_config.json"), vocab_size),
+        dtype=_dtype(reader),
+    )
+
+
+def _architecture(reader: _Reader) -> str:
+    names = reader.values.get("architectures")
+    model_type = reader.values.get("model_type")
+    supported = ", ".join(ARCHITECTURES)
+    if names is None:
+        if model_type not in ARCHITECTURES.values():
+            raise reader.error(f"model_type {model_type!r} is not supported (only {supported})")
+        return str(model_type)
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+        raise reader.error(f"architectures {names!r} is not supported (only {supported})")
+    architecture = ARCHITECTURES[names[0]]
+    if model_type is not None and model_type != architecture:
+        raise reader.error(f"architectures {names!r} contradicts model_type {model_type!r}")
+    return architecture
+
+
+def _refuse_unsupported(reader: _Reader, architecture: str) -> None:
+    if "auto_map" in reader.values:
+        raise reader.error("auto_map names code to run, which is refused")
+    if reader.has("quantization_config"):
+        raise reader.error("quantization_config: quantised checkpoints are not supported")
+    flags = ["mlp_bias", "use_bidirectional_attention"]
+    if architecture != "qwen2":  # its bias is on q, k and v only, whatever the key says
+        flags.append("attention_bias")
+    for key in flags:
+        if reader.flag(key, default=False):
+            raise reader.error(f"{key} is not supported")
+    key, wanted = (
+        ("hidden_activation", "gelu_pytorch_tanh")
+        if architecture == "gemma2"
+        else ("hidden_act", "silu")
+    )
+    if reader.values.get(key) != wanted:
+        raise reader.error(f"{key} must be {wanted!r}, got {reader.values.get(key)!r}")
+
+
+def _windows(reader: _Reader, architecture: str, num_layers: int) -> list[int | None]:
+    """The sliding window of each layer, None where it sees all keys before it."""
+    kinds = reader.values.get("layer_types")
+    if kinds is None:
+        if architecture == "gemma2":
+            slides = [layer % 2 == 0 for layer in range(num_layers)]
+        elif architecture != "llama" and reader.flag("use_sliding_window", default=False):
+            first = reader.values.get("max_window_layers")
+            if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+                raise reader.error(f"max_window_layers must be an integer, got {first!r}")
+            slides = [layer >= first for layer in range(num_layers)]
+        else:
+            slides = [False] * num_layers
+    else:
+        if not isinstance(kinds, list) or len(kinds) != num_layers:
+            raise reader.error(f"layer_types must name {num_layers} layers, got {kinds!r}")
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise reader.error(f"layer_types: {kind!r} is not supported")
+        slides = [kind == "sliding_attention" for kind in kinds]
+    if not any(slides):
+        return [None] * num_layers
+    if architecture == "llama" or not reader.flag("use_sliding_window", architecture == "gemma2"):
+        raise reader.error("layer_types has sliding_attention, but this model has no window")
+    window = reader.integer("sliding_window")
+    return [window if slide else None for slide in slides]
+
+
+def _rope(reader: _Reader) -> Rope:
+    parameters: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = reader.values.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise reader.error(f"{key} must be an object, got {value!r}")
+        for name, entry in (value or {}).items():
+            if parameters.setdefault(name, entry) != entry:
+                raise reader.error(f"rope_scaling and rope_parameters disagree on {name}")
+    theta = reader.values.get("rope_theta")
+    if theta is not None and parameters.setdefault("rope_theta", theta) != theta:
+        raise reader.error(f"rope_theta {theta!r} contradicts {parameters['rope_theta']!r}")
+
+    inner = _Reader(reader.path, parameters)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if parameters.get("type", kind) != kind:
+        raise reader.error(f"rope type is both {kind!r} and {parameters['type']!r}")
+    if inner.number("partial_rotary_factor", default=1.0) != 1.0 or (
+        reader.number("partial_rotary_factor", default=1.0) != 1.0
+    ):
+        raise reader.error("partial_rotary_factor other than 1 is not supported")
+    base = inner.number("rope_theta", default=10000.0)
+    if kind == "default":
+        return Rope(base, None)
+    if kind != "llama3":
+        raise reader.error(f"rope type {kind!r} is not supported (only default, llama3)")
+    scaling = RopeScaling(
+        factor=inner.number("factor"),
+        low_freq_factor=inner.number("low_freq_factor"),
+        high_freq_factor=inner.number("high_freq_factor"),
+        original_max_position_embeddings=inner.integer("original_max_position_embeddings"),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise reader.error(
+            f"high_freq_factor {scaling.high_freq_factor} must exceed low_freq_factor "
+            f"{scaling.low_freq_factor}"
+        )
+    return Rope(base, scaling)
+
+
+def _eos(reader: _Reader, generation_path: Path, vocab_size: int) -> frozenset[int]:
+    readers = [reader]
+    if generation_path.exists():
+        readers.append(_Reader(generation_path, read_json(generation_path)))
+    ids: set[int] = set()
+    for source in readers:
+        value = source.values.get("eos_token_id")
+        for token in [] if value is None else value if isinstance(value, list) else [value]:
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise source.error(f"eos_token_id must be an integer or a list, got {value!r}")
+            if not 0 <= token < vocab_size:
+                raise source.error(f"eos_token_id {token} is outside the vocabulary {vocab_size}")
+            ids.add(token)
+    return frozenset(ids)
+
+
+def _dtype(reader: _Reader) -> torch.dtype | None:
+    names = [reader.values[key] for key in ("dtype", "torch_dtype") if reader.has(key)]
+    if len(set(map(str, names))) > 1:
+        raise reader.error(f"dtype {names[0]!r} contradicts torch_dtype {names[1]!r}")
+    if not names:
+        return None
+    if names[0] not in DTYPES:
+        raise reader.error(f"dtype {names[0]!r} is not supported (only {', '.join(DTYPES)})")
+    return DTYPES[names[0]]
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """The contents of a `config.json` that reads back as `config`, here and in transformers."""
+    windows = [layer.window for layer in config.attention]
+    rope: dict[str, Any] = {"rope_theta": config.rope.theta, "rope_type": "default"}
+    if config.rope.scaling is not None:
+        rope |= {"rope_type": "llama3", **vars(config.rope.scaling)}
+    name = next(k for k, v in ARCHITECTURES.items() if v == config.architecture)
+    values: dict[str, Any] = {
+        "architectures": [name],
+        "model_type": config.architecture,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tied,
+        "eos_token_id": sorted(config.eos_token_ids),
+    }
+    if config.dtype is not None:
+        values["dtype"] = str(config.dtype).removeprefix("torch.")
+    if config.architecture != "llama":
+        values["layer_types"] = [
+            "full_attention" if window is None else "sliding_attention" for window in windows
+        ]
+        window = next((window for window in windows if window is not None), None)
+        values["sliding_window"] = window
+    if config.architecture == "gemma2":
+        first = config.attention[0]
+        values |= {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": round(first.scale**-2),
+            "attn_logit_softcapping": first.softcap,
+            "final_logit_softcapping": config.final_softcap,
+        }
+    else:
+        values["hidden_act"] = "silu"
+        if config.architecture != "llama":
+            values["use_sliding_window"] = window is not None
+            values["max_window_layers"] = next(
+                (i for i, w in enumerate(windows) if w is not None), config.num_layers
+            )
+    return values

@@ -1,0 +1,258 @@
+"""One decoder for every supported family, driven by `ModelConfig`.
+
+    h = embed(token) * scale
+    per layer:  h = h + [norm] W_o attend(rope([norm] W_q n), rope([norm] W_k n), W_v n),  n = norm(h)
+                h = h + [norm] W_down (act(W_gate n) * W_up n),                            n = norm(h)
+    logits = softcap(W_head norm(h))
+
+T tokens of any number of sequences lie flat, side by side; positions say where each stands. The
+attention itself is passed in: prefill, decode and training share this forward and differ in
+`attend` alone. q, k, v and gate, up are stored as fused weights, the only layout there is.
+
+Row results: in float32 on CPU a row of the output has the same bits whatever other rows T holds,
+at any number of threads, as long as T is a multiple of 16 (the caller pads) and `attend` keeps to
+it too. Matrix products need the multiple of 16; the activation needs the composed form explained in
+`kernels/gated_act.py`; embedding, norm, rope, addition and tanh need nothing.
+
+It does not hold a cache, scale scores, mask, or know what a prompt is.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.gated_act import gated_act
+from kernels.rms_norm import rms_norm
+from kernels.rope import rope, rope_cos_sin
+from models.config import ModelConfig
+
+# attend(layer, q (T, Hq, D), k (T, Hkv, D), v (T, Hkv, Dv)) -> (T, Hq, Dv); rope is already applied;
+# scale, soft-cap and window are in config.attention[layer].
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+_MAX_SCORES = 1 << 24  # elements of one block of scores in `causal_attend`: 64 MiB of float32
+
+
+class RMSNorm(nn.Module):
+    """A learned scale over root-mean-square normalised vectors."""
+
+    def __init__(self, size: int, eps: float, plus_one: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+        self.plus_one = plus_one
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = rms_norm(x, self.weight, self.eps, self.plus_one)
+        assert isinstance(normed, Tensor)
+        return normed
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and x + residual."""
+        normed = rms_norm(x, self.weight, self.eps, self.plus_one, residual)
+        assert isinstance(normed, tuple)
+        return normed
+
+
+class Attention(nn.Module):
+    """Projections, per-head norms and rope around the attention of the caller."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        self.sizes = (
+            heads * config.head_dim,
+            kv_heads * config.head_dim,
+            kv_heads * config.v_head_dim,
+        )
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_plus_one)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_plus_one)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        config = self.config
+        q, k, v = self.qkv_proj(x).split(self.sizes, -1)
+        q = q.unflatten(-1, (config.num_heads, config.head_dim))
+        k = k.unflatten(-1, (config.num_kv_heads, config.head_dim))
+        v = v.unflatten(-1, (config.num_kv_heads, config.v_head_dim))
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(self.layer, rope(q, cos, sin), rope(k, cos, sin), v)
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    """The gated feed-forward block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(gated_act(self.gate_up_proj(x), self.activation))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP with their norms, named as Hugging Face names them."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_plus_one)
+
+        self.sandwich = config.sandwich_norms
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        if self.sandwich:
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
+
+    def forward(
+        self, update: Tensor | None, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """Returns this layer's last update, not yet added, and the residual stream before it."""
+        if update is None:
+            normed = self.input_layernorm(hidden)
+        else:
+            normed, hidden = self.input_layernorm.add(update, hidden)
+        update = self.self_attn(normed, cos, sin, attend)
+        if self.sandwich:
+            update = self.post_attention_layernorm(update)
+            normed, hidden = self.pre_feedforward_layernorm.add(update, hidden)
+            return self.post_feedforward_layernorm(self.mlp(normed)), hidden
+        normed, hidden = self.post_attention_layernorm.add(update, hidden)
+        return self.mlp(normed), hidden
+
+
+class Transformer(nn.Module):
+    """The decoder. Parameters are uninitialised until loaded or `init_weights` is called."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_plus_one)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._inv_freq: dict[torch.device, Tensor] = {}
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The (vocab, hidden) matrix of the head: the embedding where tied."""
+        return self.embed_tokens.weight if self.config.tied else self.lm_head.weight
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
+        """Fill every parameter for training from nothing: matrices normal, norms 1, biases 0."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, std, generator=generator)
+            elif name.endswith("bias") or self.config.norm_plus_one:
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states after the final norm, (T, hidden_size).
+
+        token_ids, positions: (T,) int64 on the model's device. attend: see `Attend`; it is called
+        once per layer, in order. Neither ids nor positions are range-checked here (that would wait
+        for the device).
+        """
+        config = self.config
+        cos, sin = rope_cos_sin(positions, self._inv_freq_on(positions.device))
+        hidden = self.embed_tokens(token_ids)
+        if config.embedding_scale is not None:
+            # Rounded to the model's dtype first: in bfloat16 sqrt(3584) is 60, and was in training.
+            hidden = hidden * torch.tensor(config.embedding_scale).to(hidden.dtype).item()
+        update = None
+        for layer in self.layers:
+            update, hidden = layer(update, hidden, cos, sin, attend)
+        return self.norm.add(update, hidden)[0]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states (R, hidden_size): (R, vocab) float32 (float64 from float64)."""
+        logits = F.linear(hidden, self.head_weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        cap = self.config.final_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @torch.no_grad()
+    def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        """Logits of one plain sequence under causal attention, (T, vocab) float32, no gradient.
+
+        token_ids: T ids in [0, vocab), T from 1 to max_position_embeddings; else ValueError.
+        """
+        device = self.embed_tokens.weight.device
+        ids = torch.as_tensor(token_ids, device=device)
+        if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
+            raise ValueError(f"logits: token_ids must be (T,) integers, got {tuple(ids.shape)}")
+        if len(ids) > self.config.max_position_embeddings:
+            raise ValueError(
+                f"logits: {len(ids)} tokens exceed max_position_embeddings "
+                f"{self.config.max_position_embeddings}"
+            )
+        outside = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if len(outside):
+            raise ValueError(
+                f"logits: token id {int(outside[0])} is outside the vocabulary "
+                f"{self.config.vocab_size}"
+            )
+        positions = torch.arange(len(ids), device=device)
+        return self.head(self(ids.long(), positions, causal_attend(self.config)))
+
+    def _inv_freq_on(self, device: torch.device) -> Tensor:
+        if device not in self._inv_freq:
+            inv_freq = self.config.rope.inv_freq(self.config.head_dim)
+            self._inv_freq[device] = inv_freq.to(device)
+        return self._inv_freq[device]
+
+
+def causal_attend(config: ModelConfig, max_scores: int = _MAX_SCORES) -> Attend:
+    """Plain causal attention over one sequence, in blocks of queries.
+
+    Scores, soft-cap, softmax and the sum over values run in float32 (float64 for float64 input), in
+    blocks of at most `max_scores` elements (one query row at least), so memory stays bounded; with
+    gradients every block is kept. Returns an `Attend`.
+    """
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        spec = config.attention[layer]
+        tokens, heads, dim = q.shape
+        kv_heads = k.shape[1]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        queries = q.to(wide).unflatten(1, (kv_heads, heads // kv_heads)).permute(1, 2, 0, 3)
+        keys, values = k.to(wide).permute(1, 2, 0), v.to(wide).transpose(0, 1)
+        block = max(1, max_scores // (heads * tokens))
+        outs = []
+        for start in range(0, tokens, block):
+            stop = min(start + block, tokens)
+            first = 0 if spec.window is None else max(0, start - spec.window + 1)
+            query = queries[:, :, start:stop].reshape(kv_heads, -1, dim)
+            scores = (query @ keys[:, :, first:stop]) * spec.scale
+            if spec.softcap is not None:
+                scores = torch.tanh(scores / spec.softcap) * spec.softcap
+            at = torch.arange(start, stop, device=q.device)[:, None]
+            key_at = torch.arange(first, stop, device=q.device)
+            hidden = key_at > at
+            if spec.window is not None:
+                hidden |= at - key_at >= spec.window
+            scores = scores.unflatten(1, (-1, stop - start)).masked_fill(hidden, float("-inf"))
+            weights = scores.softmax(-1).flatten(1, 2)
+            out = (weights @ values[:, first:stop]).unflatten(1, (-1, stop - start))
+            outs.append(out.permute(2, 0, 1, 3).flatten(1, 2))
+        return torch.cat(outs).to(q.dtype)
+
+    return attend

@@ -1,0 +1,265 @@
+"""Loading and saving of safetensors checkpoints under their Hugging Face tensor names.
+
+A checkpoint is `model.safetensors`, or shards listed in `model.safetensors.index.json`. Its q, k, v
+and gate, up tensors are read straight into their rows of the fused parameters, one tensor in memory
+at a time; saving splits them again. The names in the files must be exactly the names the decoder
+needs: every tensor is consumed once, and none is missing, left over, repeated, misshapen or not
+finite. Two exceptions: `rotary_emb.inv_freq` of old checkpoints is ignored, because it follows from
+config.json; `lm_head.weight` beside a tied embedding is accepted if it equals the embedding.
+
+It does not read pickles, quantised or integer tensors.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.config import ModelConfig, hf_config, parse_json, read_json
+from models.transformer import Transformer
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_STORED_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a stored tensor belongs: rows [start, start + shape[0]) of a parameter."""
+
+    parameter: str
+    start: int
+    shape: tuple[int, ...]
+
+    def of(self, parameters: dict[str, Tensor]) -> Tensor:
+        return parameters[self.parameter].detach()[self.start : self.start + self.shape[0]]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor is stored, from a file's header."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def load_weights(
+    directory: str | os.PathLike[str],
+    config: ModelConfig,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> Transformer:
+    """Build the decoder of `config` and fill it from the safetensors of a directory.
+
+    dtype: of the parameters; None takes config.dtype or, where that is None, the stored dtype of
+    the embedding. The config of the model names the dtype it was given.
+    Raises ValueError naming the file and the tensor for every fault in the module docstring.
+    """
+    stored = _stored_tensors(Path(directory))
+    with torch.device("meta"):
+        model = Transformer(config)
+    slots = dict(_slots(model))
+    if config.tied and _HEAD in stored:
+        slots[_HEAD] = slots[_EMBEDDING]
+    _check_names(Path(directory), stored, slots)
+
+    dtype = dtype or config.dtype or stored[_EMBEDDING].dtype
+    model.config = replace(config, dtype=dtype)
+    model = model.to(dtype).to_empty(device=device)
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    # The embedding comes first, so that a tied head can be compared with it.
+    for path in dict.fromkeys([stored[_EMBEDDING].path, *(s.path for s in stored.values())]):
+        names = sorted(name for name in slots if stored[name].path == path)
+        if _EMBEDDING in names:
+            names.sort(key=lambda name: name != _EMBEDDING)
+        try:
+            with safe_open(path, "pt", device="cpu") as file:
+                for name in names:
+                    tensor = file.get_tensor(name).to(dtype)
+                    place = slots[name].of(parameters)
+                    if config.tied and name == _HEAD:
+                        if not torch.equal(tensor, place.cpu()):
+                            raise ValueError(f"{path}: {name} differs from the tied embedding")
+                    elif not bool(torch.isfinite(tensor).all()):
+                        raise ValueError(f"{path}: {name} is not finite in {dtype}")
+                    else:
+                        place.copy_(tensor)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return model
+
+
+def save_pretrained(model: Transformer, directory: str | os.PathLike[str]) -> None:
+    """Write `config.json` and one `model.safetensors`, which transformers opens as well.
+
+    Weights keep the dtype of the model, which config.json then names. Each file is written beside
+    its place, synced and renamed, the weights last. Tokenizer and generation settings are the
+    caller's to write.
+    """
+    root = Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    config = replace(model.config, dtype=model.embed_tokens.weight.dtype)
+    text = json.dumps(hf_config(config), indent=2) + "\n"
+    tensors = {name: slot.of(parameters).cpu().contiguous() for name, slot in _slots(model)}
+    _write(root / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    _write(root / _SINGLE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace a file by what `write` puts into a temporary one, durably or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        for place, target in ((temporary, path), (path.parent, None)):
+            handle = os.open(place, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            if target is not None:
+                os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _slots(model: Transformer) -> Iterator[tuple[str, _Slot]]:
+    """Every Hugging Face tensor name of a decoder with its place in the fused parameters."""
+    config = model.config
+    q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    v = config.num_kv_heads * config.v_head_dim
+    fused = {
+        "qkv_proj": (("q_proj", q), ("k_proj", k), ("v_proj", v)),
+        "gate_up_proj": (
+            ("gate_proj", config.intermediate_size),
+            ("up_proj", config.intermediate_size),
+        ),
+    }
+    for name, parameter in model.named_parameters():
+        prefix = "" if name == _HEAD else "model."
+        module = name.split(".")[-2]
+        start = 0
+        for part, rows in fused.get(module, ((module, len(parameter)),)):
+            shape = (rows, *parameter.shape[1:])
+            yield prefix + name.replace(module, part), _Slot(name, start, shape)
+            start += rows
+        assert start == len(parameter), name
+
+
+def _check_names(root: Path, stored: dict[str, _Stored], slots: dict[str, _Slot]) -> None:
+    """Raise unless names and shapes in the files are exactly those of the decoder."""
+    missing = sorted(slots.keys() - stored.keys())
+    if missing:
+        raise ValueError(f"{root}: missing tensor {missing[0]} ({len(missing)} missing in all)")
+    for name, tensor in stored.items():
+        if name not in slots:
+            raise ValueError(f"{tensor.path}: extra tensor {name}, which the decoder has no use for")
+        if tensor.shape != slots[name].shape:
+            raise ValueError(
+                f"{tensor.path}: {name} must have shape {slots[name].shape}, got {tensor.shape}"
+            )
+
+
+def _stored_tensors(root: Path) -> dict[str, _Stored]:
+    """Every tensor of the checkpoint, from the headers of its files; buffers ignored."""
+    index, single = root / _INDEX, root / _SINGLE
+    if index.exists():
+        stored = _indexed_tensors(index)
+        if single.exists() and all(tensor.path != single for tensor in stored.values()):
+            raise ValueError(f"{single}: not in {_INDEX} beside it; remove one of the two")
+    elif single.exists():
+        stored = _header(single)
+    else:
+        pickles = sorted(path for pattern in _PICKLES for path in root.glob(pattern))
+        if pickles:
+            raise ValueError(f"{pickles[0]}: pickled weights are refused, convert to safetensors")
+        raise ValueError(f"{root}: holds neither {_SINGLE} nor {_INDEX}")
+    return {name: tensor for name, tensor in stored.items() if not _IGNORED.fullmatch(name)}
+
+
+def _indexed_tensors(index: Path) -> dict[str, _Stored]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map must be an object that names tensors")
+    stored: dict[str, _Stored] = {}
+    for shard in sorted(set(map(str, weight_map.values()))):
+        for name, tensor in _header(_shard_path(index, shard)).items():
+            if name in stored:
+                raise ValueError(f"{tensor.path}: {name} is also in {stored[name].path.name}")
+            if weight_map.get(name) != shard:
+                raise ValueError(
+                    f"{tensor.path}: extra tensor {name}, which {_INDEX} "
+                    f"{'does not name' if name not in weight_map else 'puts elsewhere'}"
+                )
+            stored[name] = tensor
+    missing = sorted(weight_map.keys() - stored.keys())
+    if missing:
+        raise ValueError(f"{index}: {missing[0]} is missing from {weight_map[missing[0]]}")
+    return stored
+
+
+def _shard_path(index: Path, shard: str) -> Path:
+    """The path of a shard; it must be a plain safetensors file name inside the directory.
+
+    A link may lead elsewhere only within a Hugging Face cache: snapshots/REVISION/ to blobs/.
+    """
+    if not shard.endswith(".safetensors"):
+        raise ValueError(f"{index}: {shard!r} is not a safetensors file")
+    if shard != os.path.basename(shard) or "\\" in shard or "\0" in shard:
+        raise ValueError(f"{index}: {shard!r} leaves the directory")
+    path, root = index.parent / shard, index.parent.resolve()
+    inside = [root]
+    if root.parent.name == "snapshots":
+        inside.append(root.parent.parent / "blobs")
+    if path.resolve().parent not in inside:
+        raise ValueError(f"{index}: {shard!r} is a link that leaves the directory")
+    if not path.is_file():
+        raise ValueError(f"{index}: {shard!r} does not exist")
+    return path
+
+
+def _header(path: Path) -> dict[str, _Stored]:
+    """Names, dtypes and shapes in a safetensors file: 8 bytes of length, JSON, data."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{path}: truncated: {size} bytes hold no header of {length}")
+        header = parse_json(path, file.read(length))
+    header.pop("__metadata__", None)
+    stored, end = {}, 0
+    for name, entry in header.items():
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}: {name} is not described by an object")
+        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if dtype not in _STORED_DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {dtype!r}, which is not supported")
+        if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+            raise ValueError(f"{path}: {name} has a malformed shape or data_offsets")
+        stored[name] = _Stored(path, _STORED_DTYPES[dtype], tuple(shape))
+        end = max(end, offsets[1])
+    if end != size - 8 - length:
+        raise ValueError(
+            f"{path}: truncated or overlong: {size - 8 - length} bytes of data, {end} described"
+        )
+    return stored
+
+
+def _is_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

@@ -1,0 +1,220 @@
+"""Votes: the paper's fixtures, and hypothesis draws against a brute force in plain Python."""
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.vote import VoteResult, unpermute, vote, vote_ref
+
+Vote = Callable[..., VoteResult]
+both = pytest.mark.parametrize("op", [vote, vote_ref])
+
+
+def one_row(
+    op: Vote,
+    scores: list[list[int]],
+    orders: list[list[int]] | None = None,
+    valid: list[bool] | None = None,
+    uniform: float = 0.5,
+    meta: list[float] | None = None,
+    k_meta: int | None = None,
+) -> VoteResult:
+    orders = orders or [list(range(len(scores[0])))] * len(scores)
+    return op(
+        torch.tensor([scores]),
+        torch.tensor([orders]),
+        torch.tensor([valid or [True] * len(scores)]),
+        torch.tensor([len(scores[0])]),
+        torch.tensor([uniform]),
+        None if meta is None else torch.tensor([meta]),
+        k_meta,
+    )
+
+
+@both
+def test_paper_votes_sum(op: Vote) -> None:
+    result = one_row(op, [[1, 5], [5, 6], [4, 8], [7, 6]])
+    assert result.total.tolist() == [[17, 25]]
+    assert result.mean.tolist() == [[4.25, 6.25]]
+    assert (result.best.item(), result.votes.item(), result.tie.item()) == (1, 4, False)
+
+
+@both
+def test_paper_meta_scores_keep_samples_1_and_3(op: Vote) -> None:
+    result = one_row(op, [[1, 5], [5, 6], [4, 8], [7, 6]], meta=[0.9, 0.1, 0.8, 0.2], k_meta=2)
+    assert result.total.tolist() == [[5, 13]]
+    assert result.voted.tolist() == [[True, False, True, False]]
+    assert result.votes.item() == 2
+
+
+@both
+def test_paper_votes_given_in_reversed_order(op: Vote) -> None:
+    result = one_row(op, [[8, 8], [9, 5], [10, 7]], orders=[[0, 1], [1, 0], [1, 0]])
+    assert result.total.tolist() == [[20, 27]]
+    assert result.best.item() == 1
+
+
+def test_unpermute_puts_each_score_at_its_response() -> None:
+    scores, order = torch.tensor([[7, 8, 9, 99]]), torch.tensor([[2, 0, 1, -1]])
+    assert unpermute(scores, order).tolist() == [[8, 9, 7, 0]]
+    with pytest.raises(ValueError, match="differ in shape"):
+        unpermute(scores, order[:, :3])
+
+
+@both
+def test_no_valid_sample_gives_no_best(op: Vote) -> None:
+    result = one_row(op, [[9, 1], [9, 1]], valid=[False, False])
+    assert result.best.item() == -1
+    assert (result.votes.item(), result.tie.item()) == (0, False)
+    assert result.total.tolist() == [[0, 0]]
+    assert result.mean.isnan().all()
+
+
+@both
+def test_invalid_sample_is_not_counted_as_zero(op: Vote) -> None:
+    result = one_row(op, [[-5, -3], [1000, 1000]], valid=[True, False])
+    assert result.total.tolist() == [[-5, -3]]
+    assert result.mean.tolist() == [[-5.0, -3.0]]
+    assert result.best.item() == 1
+
+
+@both
+@pytest.mark.parametrize(
+    ("meta", "k_meta", "voted"),
+    [
+        ([math.nan, 0.0, 1.0], 1, [False, False, True]),
+        ([math.nan, math.nan, math.nan], 2, [False, False, False]),
+        ([0.5, 0.5, 0.5], 2, [True, True, False]),
+        ([0.1, 0.2, 0.3], 9, [True, True, True]),
+        ([-math.inf, math.nan, -math.inf], 3, [True, False, True]),
+        ([math.nan, -math.inf, math.inf], 2, [False, True, True]),
+        ([-0.0, 0.0, -1.0], 1, [True, False, False]),
+    ],
+)
+def test_meta_scores_choose_the_voters(
+    op: Vote, meta: list[float], k_meta: int, voted: list[bool]
+) -> None:
+    result = one_row(op, [[1, 2], [3, 4], [5, 6]], meta=meta, k_meta=k_meta)
+    assert result.voted.tolist() == [voted]
+    assert (result.best.item() == -1) == (not any(voted))
+
+
+@both
+def test_ties_are_drawn_evenly_and_flagged(op: Vote) -> None:
+    size = 300
+    uniform = (torch.arange(size) + 0.5) / size
+    scores = torch.tensor([[4, 9, 1, 9, 9]]).expand(size, 1, 5)
+    result = op(
+        scores,
+        torch.arange(5).expand(size, 1, 5),
+        torch.ones(size, 1, dtype=torch.bool),
+        torch.full((size,), 5),
+        uniform,
+    )
+    assert result.tie.all()
+    assert result.best.tolist() == [1] * 100 + [3] * 100 + [4] * 100
+
+
+@both
+def test_largest_uniform_stays_among_the_tied(op: Vote) -> None:
+    for count in range(1, 21):
+        result = one_row(op, [[3] * count], uniform=1 - 2**-24)
+        assert result.best.item() == count - 1
+        assert result.tie.item() == (count > 1)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> dict[str, torch.Tensor | int | None]:
+    rows, samples, width = draw(st.integers(0, 4)), draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    n = [draw(st.integers(1, width)) for _ in range(rows)]
+    order = [
+        [draw(st.permutations(range(count))) + [-1] * (width - count) for _ in range(samples)]
+        for count in n
+    ]
+    score = st.integers(-3, 3)
+    meta_value = st.sampled_from([0.0, 0.25, 1.0, -1.0, math.inf, -math.inf, math.nan])
+    size = rows * samples
+    with_meta = draw(st.booleans())
+    meta = torch.tensor([draw(meta_value) for _ in range(size)]).reshape(rows, samples)
+    return {
+        "scores": torch.tensor(
+            [draw(score) for _ in range(size * width)], dtype=torch.int64
+        ).reshape(rows, samples, width),
+        "order": torch.tensor(order, dtype=torch.int64).reshape(rows, samples, width),
+        "valid": torch.tensor([draw(st.booleans()) for _ in range(size)], dtype=torch.bool).reshape(
+            rows, samples
+        ),
+        "n": torch.tensor(n, dtype=torch.int64),
+        "tie_uniform": torch.tensor(
+            [draw(st.floats(0, 1, exclude_max=True, width=32)) for _ in range(rows)]
+        ).reshape(rows),
+        "meta": meta if with_meta else None,
+        "k_meta": draw(st.integers(1, 8)) if with_meta else None,
+    }
+
+
+@settings(max_examples=200, deadline=None)
+@given(batches())
+def test_vote_equals_brute_force_and_reference(batch: dict) -> None:
+    result = vote(**batch)
+    reference = vote_ref(**batch)
+    for name, value in vars(reference).items():
+        torch.testing.assert_close(
+            getattr(result, name), value, rtol=0, atol=0, equal_nan=True, msg=name
+        )
+    k_meta, meta, width = batch["k_meta"], batch["meta"], batch["scores"].shape[2]
+    for r, count in enumerate(batch["n"].tolist()):
+        candidates = [k for k, ok in enumerate(batch["valid"][r].tolist()) if ok]
+        if meta is not None:
+            quality = meta[r].tolist()
+            candidates = [k for k in candidates if quality[k] == quality[k]]
+            while len(candidates) > k_meta:
+                worst = min(quality[k] for k in candidates)
+                candidates.remove(max(k for k in candidates if quality[k] == worst))
+        assert result.voted[r].nonzero()[:, 0].tolist() == candidates
+        assert result.votes[r].item() == len(candidates)
+        given_to = {i: 0 for i in range(count)}
+        for k in candidates:
+            shown = batch["order"][r, k].tolist()
+            for i in given_to:
+                given_to[i] += batch["scores"][r, k, shown.index(i)].item()
+        assert result.total[r].tolist() == [given_to.get(i, 0) for i in range(width)]
+        if not candidates:
+            assert result.best[r] == -1 and not result.tie[r]
+            continue
+        tied = [i for i in given_to if given_to[i] == max(given_to.values())]
+        place = math.floor(Fraction(batch["tie_uniform"][r].item()) * len(tied))
+        assert result.best[r].item() == tied[place]
+        assert result.tie[r].item() == (len(tied) > 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": torch.zeros(2, 3)}, r"scores must be \(R, K, N\)"),
+        ({"scores": torch.zeros(2, 3, 4)}, "scores must be .* torch.int64, got .*float32"),
+        ({"order": torch.zeros(2, 3, 3, dtype=torch.int64)}, "order must be"),
+        ({"valid": torch.zeros(2, 3)}, "valid must be .* torch.bool"),
+        ({"n": torch.zeros(3, dtype=torch.int64)}, "n must be"),
+        ({"tie_uniform": torch.zeros(2, dtype=torch.float64)}, "tie_uniform must be"),
+        ({"meta": torch.zeros(2, 3)}, "go together"),
+        ({"k_meta": 2}, "go together, got k_meta 2"),
+        ({"meta": torch.zeros(2, 3), "k_meta": 0}, "at least 1, got 0"),
+        ({"meta": torch.zeros(2, 4), "k_meta": 1}, "meta must be"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict, message: str) -> None:
+    arguments = {
+        "scores": torch.zeros(2, 3, 4, dtype=torch.int64),
+        "order": torch.arange(4).expand(2, 3, 4),
+        "valid": torch.ones(2, 3, dtype=torch.bool),
+        "n": torch.full((2,), 4),
+        "tie_uniform": torch.zeros(2),
+    }
+    with pytest.raises(ValueError, match=message):
+        vote(**(arguments | change))

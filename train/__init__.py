@@ -1,0 +1,1 @@
+"""Training: the synthetic judging world and supervised training on its trajectories."""

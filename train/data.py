@@ -1,0 +1,111 @@
+"""Trajectories to learn from: prompt tokens, and the tokens of a judgement that ends by itself.
+
+Two sources: the synthetic world, endless and addressed by batch number, so that a resumed run
+continues with the very next batch; and a JSONL file of rows with a `judgement` (and optionally the
+`order` in which the responses were shown and a `hint`), shuffled anew each epoch.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from engine.prompt import PromptBuilder
+from engine.request import make_row
+from train.world import CRITERIA, Case, cases, judge, list_criteria
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One training sequence: loss falls on `completion`, which ends with the end token."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+Batches = Callable[[int], list[Trajectory]]  # batch number -> its trajectories
+
+
+def world_batches(builder: PromptBuilder, end_id: int, rows: int, seed: int) -> Batches:
+    """Batches of fresh world rows with the teacher's judgements; one row in ten shows given
+    principles, one in ten the reference answer, one in thirty a hint."""
+
+    def batch(number: int) -> list[Trajectory]:
+        rng = random.Random(f"quorum-sft-{seed}-{number}")
+        stream = cases(f"sft-{seed}-{number}", "train")
+        return [_world_trajectory(builder, end_id, case, rng) for case in islice(stream, rows)]
+
+    return batch
+
+
+def _world_trajectory(
+    builder: PromptBuilder, end_id: int, case: Case, rng: random.Random
+) -> Trajectory:
+    listed = list_criteria(case, rng)
+    principles = reference = hint = None
+    chance = rng.random()
+    if chance < 0.1:
+        names = rng.sample(CRITERIA, len(listed))
+        listed = [(name, weight) for name, (_, weight) in zip(names, listed, strict=True)]
+        principles = ", ".join(f"{name} {weight}" for name, weight in listed)
+    elif chance < 0.2:
+        reference = case.task.write(case.task.answer)
+    text, scores = judge(case, listed)
+    if chance > 0.97 and len(scores) > 1 and scores.count(max(scores)) == 1:
+        hint = f"The best response is: Response {scores.index(max(scores)) + 1}"
+    fields = case.row()
+    row = make_row(
+        fields["prompt"], fields["responses"], reference=reference, principles=principles
+    )
+    prompt = builder.render(row, range(len(row.responses)), hint)
+    return Trajectory(prompt, [*builder.tokenizer.encode_text(text), end_id])
+
+
+def file_batches(
+    builder: PromptBuilder, end_id: int, path: Path, rows: int, seed: int
+) -> Batches:
+    """Batches from a JSONL file; every epoch is a new seeded permutation of all its lines.
+
+    Raises ValueError naming file and line for a line without a judgement or with a bad row.
+    """
+    trajectories = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                fields = json.loads(line)
+                judgement, order, hint = (fields.get(k) for k in ("judgement", "order", "hint"))
+                if not isinstance(judgement, str):
+                    raise ValueError(f"judgement {judgement!r} is not a string")
+                row = make_row(
+                    fields["prompt"],
+                    fields["responses"],
+                    reference=fields.get("reference"),
+                    principles=fields.get("principles"),
+                )
+                shown = list(range(len(row.responses))) if order is None else order
+                if sorted(shown) != list(range(len(row.responses))):
+                    raise ValueError(f"order {order!r} is not a permutation of the responses")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            prompt = builder.render(row, shown, hint)
+            completion = [*builder.tokenizer.encode_text(judgement), end_id]
+            trajectories.append(Trajectory(prompt, completion))
+    if not trajectories:
+        raise ValueError(f"{path} holds no trajectory")
+
+    def batch(number: int) -> list[Trajectory]:
+        chosen = []
+        for i in range(number * rows, (number + 1) * rows):
+            epoch, position = divmod(i, len(trajectories))
+            chosen.append(trajectories[_permutation(len(trajectories), seed, epoch)[position]])
+        return chosen
+
+    return batch
+
+
+def _permutation(length: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(length))
+    random.Random(f"quorum-epoch-{seed}-{epoch}").shuffle(order)
+    return order

@@ -1,0 +1,171 @@
+"""The pocket model from nothing: its tokenizer, its templates and its random weights.
+
+The tokenizer is a Unigram model over byte-level pieces: every byte that UTF-8 text can hold, and
+the whole words of the judging world. Unigram, since a BPE vocabulary must also hold the steps
+towards each word, tokens that no text ever shows.
+
+    python -m train.pocket --out DIR       writes an untrained model directory
+"""
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from models import load
+from models.config import read_config
+from models.tokenizer import BYTE_OF_LETTER
+from models.transformer import Transformer
+from models.weights import save_pretrained
+from train.world import cases, judge, list_criteria
+
+SPECIAL_TOKENS = ("<|user|>", "<|judge|>", "<|end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ ('<|user|>' if message.role == 'user' else '<|judge|>') + message.content + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|judge|>' }}{% endif %}"
+)
+JUDGE_TEMPLATE = """\
+Judge each response. Scores go from {{ score_min }} to {{ score_max }}.
+{% for message in messages %}
+{{ message.role }}: {{ message.content }}
+{% endfor %}
+{% if reference is not none %}
+Reference: {{ reference }}
+{% endif %}
+{% if principles is not none %}
+Principles: {{ principles }}
+{% endif %}
+{% for response in responses %}
+Response {{ loop.index }}: {{ response }}
+{% endfor %}
+{% if hint is not none %}
+Hint: {{ hint }}
+{% endif %}
+"""
+TEMPLATE_WORDS = (
+    "Judge each response. Scores go from to.\nuser:\nassistant:\nsystem:\nReference:\nPrinciples:"
+    "\nResponse:\nHint: The best response is: Response"
+)
+JUDGE_SETTINGS = {"score_min": 1, "score_max": 10, "threshold": 5.5, "anchor": "Scores:"}
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 32768,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "initializer_range": 0.02,
+}
+
+
+def hint_text(best: int) -> str:
+    """The hint that names the best response, by its 0-based shown position."""
+    return f"The best response is: Response {best + 1}"
+
+
+def build_tokenizer(sample_rows: int = 6000, seed: int = 0) -> Tokenizer:
+    """A lossless tokenizer whose every token the world's text really uses."""
+    never_in_utf8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+    byte_pieces = [letter for letter, b in BYTE_OF_LETTER.items() if b not in never_in_utf8]
+    space = next(letter for letter, b in BYTE_OF_LETTER.items() if b == 0x20)
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    rng = random.Random(seed)
+    counts: Counter[str] = Counter()
+    for case in islice(cases(seed, "train"), sample_rows):
+        row = case.row()
+        text = f"\nuser: {case.query}\nResponse 1: " + "\nResponse 2: ".join(row["responses"])
+        for piece, _ in split.pre_tokenize_str(text + "\n" + judge(case, list_criteria(case, rng))[0]):
+            counts[piece] += 1
+    words = {
+        piece
+        for piece, count in counts.items()
+        if count >= 20 and len(piece) > 1 and not any(c.isdigit() for c in piece)
+    }
+    words |= {space + digit for digit in "0123456789"}
+    words |= {piece for piece, _ in split.pre_tokenize_str(TEMPLATE_WORDS) if len(piece) > 1}
+    pieces = [(piece, -1.5) for piece in byte_pieces] + [(word, -1.0) for word in sorted(words)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=None, byte_fallback=False))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    return tokenizer
+
+
+def write_untrained(directory: Path, seed: int = 0) -> None:
+    """Write an untrained pocket model as an ordinary Hugging Face directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    end = ids["<|end|>"]
+    config = CONFIG | {"vocab_size": tokenizer.get_vocab_size()}
+    config |= {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
+    files = {
+        "config.json": config,
+        "generation_config.json": {"eos_token_id": end, "pad_token_id": end},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|end|>",
+            "pad_token": "<|end|>",
+            "model_max_length": config["max_position_embeddings"],
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+        "judge.json": JUDGE_SETTINGS,
+    }
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (directory / "judge_template.jinja").write_text(JUDGE_TEMPLATE, encoding="utf-8")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    model = Transformer(read_config(directory))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.ones_(parameter)
+            continue
+        depth_scale = (2 * CONFIG["num_hidden_layers"]) ** -0.5
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = 0.02 if "embed" in name else parameter.shape[-1] ** -0.5 * 0.6
+        torch.nn.init.normal_(
+            parameter, std=std * (depth_scale if residual else 1.0), generator=generator
+        )
+    save_pretrained(model, directory)
+    load(directory)
+
+
+@dataclass
+class Args:
+    """Write an untrained pocket model."""
+
+    out: Path
+    seed: int = 0
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=Args.__doc__)
+    write_untrained(args.out, args.seed)
+
+
+if __name__ == "__main__":
+    main()
