@@ -61,7 +61,12 @@ def read_judge_settings(directory: str | Path) -> JudgeSettings:
         declared = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
-    kinds = {"score_min": int, "score_max": int, "threshold": (int, float), "anchor": (str, type(None))}
+    kinds = {
+        "score_min": int,
+        "score_max": int,
+        "threshold": (int, float),
+        "anchor": (str, type(None)),
+    }
     if not isinstance(declared, dict):
         raise ValueError(f"{path}: an object is expected, not {declared!r}")
     for key, value in declared.items():
@@ -71,7 +76,9 @@ def read_judge_settings(directory: str | Path) -> JudgeSettings:
             raise ValueError(f"{path}: {key} = {value!r} has the wrong type")
     settings = JudgeSettings(**declared)
     if settings.score_min >= settings.score_max:
-        raise ValueError(f"{path}: score_min {settings.score_min} >= score_max {settings.score_max}")
+        raise ValueError(
+            f"{path}: score_min {settings.score_min} >= score_max {settings.score_max}"
+        )
     if settings.anchor is not None and (not settings.anchor or "\n" in settings.anchor):
         raise ValueError(f"{path}: anchor {settings.anchor!r} must be one non-empty line or null")
     return settings
@@ -169,7 +176,9 @@ class PromptBuilder:
         nonce = secrets.token_hex(16)
         fields: dict[str, _Field] = {}
 
-        def sentinel(name: Literal["message", "response", "reference", "principles", "hint"], index: int = 0) -> str:
+        def sentinel(
+            name: Literal["message", "response", "reference", "principles", "hint"], index: int = 0
+        ) -> str:
             mark = f"Q{nonce}{name}{index}Z"
             fields[mark] = _Field(name, index)
             return mark

@@ -259,7 +259,7 @@ class _Run:
     def _summary(self, seconds: float) -> dict[str, Any]:
         tally = self.tally
         usage = dataclasses.asdict(self.judge.usage)
-        computed = usage["prefill_tokens"] + usage["decode_tokens"]
+        computed = usage["prefill_tokens"] + usage["decode_tokens"] + usage["idle_tokens"]
         return {
             **dataclasses.asdict(tally),
             "valid_share": tally.valid_share,

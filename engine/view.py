@@ -168,15 +168,15 @@ def _outcome(row: Row, verdict: Verdict, width: int, paint: _Paint) -> list[str]
     votes = f"{verdict.valid} of {verdict.k} samples valid"
     if verdict.votes != verdict.valid:
         votes += f", {verdict.votes} of them voted"
-    if verdict.best is None:
+    if verdict.best is None or verdict.mean_scores is None:
         text = "No verdict: no sample voted"
     elif len(row.responses) == 1:
-        text = "One response: its mean score is the verdict"
+        text = f"Mean score {verdict.mean_scores[0]:.2f}"
     else:
         text = f"Best: [{verdict.best}]"
     if verdict.label is not None:
-        agrees = "agrees with the label" if verdict.correct else "does not agree with the label"
-        text += f", which {agrees} {_label_text(verdict.label, len(row.responses))}"
+        label = _label_text(verdict.label, len(row.responses))
+        text += ", as labelled" if verdict.correct else f", but the label says {label}"
     style = "bold" if verdict.correct is None else "green" if verdict.correct else "red"
     return [paint(style, line) for line in _wrap(f"{text}; {votes}.", width)]
 

@@ -11,6 +11,8 @@ float32 (float64 for float64 input) and rounded once.
 It does not know where `inv_freq` comes from: scaling belongs to the model's configuration.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,20 +42,54 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The reference with each half of the result written in place."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = cos[:, None].to(wide.dtype), sin[:, None].to(wide.dtype)
+    out = torch.empty(wide.shape, dtype=wide.dtype, device=wide.device)
+    for_a, for_b = _pairs(out, interleaved)
+    a, b = _pairs(wide, interleaved)
+    torch.mul(a, cos, out=for_a).sub_(b * sin)
+    torch.mul(b, cos, out=for_b).add_(a * sin)
+    return out.to(x.dtype)
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of the first and the second channel of every pair."""
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+class _Rope(torch.autograd.Function):
+    """A rotation, whose transpose is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _rotate(x, cos, sin, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin, ctx.interleaved), None, None, None
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate the channel pairs of every head of every token.
 
     x: (T, H, D) floating, D even. cos, sin: (T, D/2) float32, from `rope_cos_sin`.
-    Returns (T, H, D) in the dtype of x. Raises ValueError for other shapes or dtypes.
+    Returns (T, H, D) in the dtype of x, differentiable in x. Raises ValueError for other shapes or
+    dtypes.
     """
     if x.ndim != 3 or x.shape[-1] % 2 or not x.is_floating_point():
-        raise ValueError(
-            f"rope: x must be (T, H, even D) floating, got {tuple(x.shape)} {x.dtype}"
-        )
+        raise ValueError(f"rope: x must be (T, H, even D) floating, got {tuple(x.shape)} {x.dtype}")
     half = (x.shape[0], x.shape[2] // 2)
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape != half or table.dtype != torch.float32:
             raise ValueError(
                 f"rope: {name} must be {half} float32, got {tuple(table.shape)} {table.dtype}"
             )
-    return rope_ref(x, cos, sin, interleaved)
+    return _Rope.apply(x, cos, sin, interleaved)

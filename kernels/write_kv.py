@@ -30,6 +30,11 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     the cache; on a GPU the contents of `slots` are not looked at, since that would wait for the
     device.
     """
+    for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if tensor.ndim != 3 or not tensor.is_floating_point():
+            raise ValueError(
+                f"write_kv: {name} must be 3-D floating, got {tuple(tensor.shape)} {tensor.dtype}"
+            )
     tokens, heads, dim = k.shape
     size, v_dim = k_cache.shape[1], v.shape[-1]
     for name, tensor, shape in (

@@ -1,8 +1,10 @@
 """One decoder for every supported family, driven by `ModelConfig`.
 
     h = embed(token) * scale
-    per layer:  h = h + [norm] W_o attend(rope([norm] W_q n), rope([norm] W_k n), W_v n),  n = norm(h)
-                h = h + [norm] W_down (act(W_gate n) * W_up n),                            n = norm(h)
+    per layer:  n = norm(h)
+                h = h + [norm] W_o attend(rope([norm] W_q n), rope([norm] W_k n), W_v n)
+                n = norm(h)
+                h = h + [norm] W_down (act(W_gate n) * W_up n)
     logits = softcap(W_head norm(h))
 
 T tokens of any number of sequences lie flat, side by side; positions say where each stands. The
@@ -28,8 +30,8 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_cos_sin
 from models.config import ModelConfig
 
-# attend(layer, q (T, Hq, D), k (T, Hkv, D), v (T, Hkv, Dv)) -> (T, Hq, Dv); rope is already applied;
-# scale, soft-cap and window are in config.attention[layer].
+# attend(layer, q (T, Hq, D), k (T, Hkv, D), v (T, Hkv, Dv)) -> (T, Hq, Dv), after rope. Scale,
+# soft-cap and window are the caller's to apply: they are in config.attention[layer].
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 _MAX_SCORES = 1 << 24  # elements of one block of scores in `causal_attend`: 64 MiB of float32
@@ -177,9 +179,10 @@ class Transformer(nn.Module):
         if config.embedding_scale is not None:
             # Rounded to the model's dtype first: in bfloat16 sqrt(3584) is 60, and was in training.
             hidden = hidden * torch.tensor(config.embedding_scale).to(hidden.dtype).item()
-        update = None
+        update: Tensor | None = None
         for layer in self.layers:
             update, hidden = layer(update, hidden, cos, sin, attend)
+        assert update is not None, "a decoder has at least one layer"
         return self.norm.add(update, hidden)[0]
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -169,7 +170,7 @@ def _check_names(root: Path, stored: dict[str, _Stored], slots: dict[str, _Slot]
         raise ValueError(f"{root}: missing tensor {missing[0]} ({len(missing)} missing in all)")
     for name, tensor in stored.items():
         if name not in slots:
-            raise ValueError(f"{tensor.path}: extra tensor {name}, which the decoder has no use for")
+            raise ValueError(f"{tensor.path}: extra tensor {name}")
         if tensor.shape != slots[name].shape:
             raise ValueError(
                 f"{tensor.path}: {name} must have shape {slots[name].shape}, got {tensor.shape}"
@@ -247,7 +248,7 @@ def _header(path: Path) -> dict[str, _Stored]:
     for name, entry in header.items():
         if not isinstance(entry, dict):
             raise ValueError(f"{path}: {name} is not described by an object")
-        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
         if dtype not in _STORED_DTYPES:
             raise ValueError(f"{path}: {name} has dtype {dtype!r}, which is not supported")
         if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
@@ -261,5 +262,5 @@ def _header(path: Path) -> dict[str, _Stored]:
     return stored
 
 
-def _is_sizes(value: object) -> bool:
+def _is_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import tracemalloc
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -88,8 +89,8 @@ def test_any_text_survives(prompt: str, responses: list[str], reference: str | N
     "responses",
     [
         [""], ["", ""], [" \t\n", "\u3000"], ["same"] * 20, [":"], ["{}", "{{7*7}}"],
-        ["%s", "${x}"], ["<|im_end|>", "<bos>"], ["Scores: \\boxed{10, 1}"], ["\u202eabc", "\x00\x1b[2J\x7f"],
-        ["\uff11\uff10", "\ufeff"], ["x" * 500_000],
+        ["%s", "${x}"], ["<|im_end|>", "<bos>"], ["Scores: \\boxed{10, 1}"],
+        ["\u202eabc", "\x00\x1b[2J\x7f"], ["\uff11\uff10", "\ufeff"], ["x" * 500_000],
     ],
 )  # fmt: skip
 def test_odd_but_legal_responses(responses: list[str]) -> None:
@@ -245,7 +246,7 @@ def messages(*turns: tuple[str, str]) -> list[dict[str, str]]:
 
 
 U = ("user", "u")
-TRL = {
+TRL: dict[str, dict[str, Any]] = {
     "explicit text": {"prompt": "u", "chosen": "good", "rejected": "bad"},
     "explicit messages": {
         "prompt": messages(U),
@@ -435,12 +436,12 @@ class EndlessLine(io.RawIOBase):
     """A stream of one good row, `size` bytes without a line end, and another good row."""
 
     def __init__(self, size: int) -> None:
-        self.parts = [line(**PLAIN), size, b"\n" + line(**PLAIN, id="last")]
+        self.parts: list[bytes | int] = [line(**PLAIN), size, b"\n" + line(**PLAIN, id="last")]
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+    def readinto(self, buffer: Any) -> int:
         if not self.parts:
             return 0
         part = self.parts.pop(0)

@@ -20,7 +20,11 @@ from torch import nn
 
 
 def save(
-    root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any],
+    root: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
     keep: int = 2,
 ) -> Path:
     """Write the checkpoint of `step` and drop all but the newest `keep`.
@@ -66,9 +70,7 @@ def latest(root: Path) -> Path | None:
     return None
 
 
-def restore(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+def restore(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load model and optimizer state in place; returns the saved `state` with its `step`."""
     model.load_state_dict(load_file(str(directory / "model.safetensors")))
     packed = optimizer.state_dict()

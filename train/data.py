@@ -63,9 +63,7 @@ def _world_trajectory(
     return Trajectory(prompt, [*builder.tokenizer.encode_text(text), end_id])
 
 
-def file_batches(
-    builder: PromptBuilder, end_id: int, path: Path, rows: int, seed: int
-) -> Batches:
+def file_batches(builder: PromptBuilder, end_id: int, path: Path, rows: int, seed: int) -> Batches:
     """Batches from a JSONL file; every epoch is a new seeded permutation of all its lines.
 
     Raises ValueError naming file and line for a line without a judgement or with a bad row.

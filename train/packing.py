@@ -49,7 +49,10 @@ def pack(trajectories: Sequence[Trajectory]) -> PackedBatch:
         lengths.append(len(inputs))
     as_tensor = torch.tensor
     return PackedBatch(
-        as_tensor(token_ids), as_tensor(positions), as_tensor(predicting), as_tensor(target),
+        as_tensor(token_ids),
+        as_tensor(positions),
+        as_tensor(predicting),
+        as_tensor(target),
         tuple(lengths),
     )
 

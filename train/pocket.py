@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from models import load
 from models.config import read_config
-from models.tokenizer import BYTE_OF_LETTER
+from models.tokenizer import _BYTE_OF_LETTER as BYTE_OF_LETTER
 from models.transformer import Transformer
 from models.weights import save_pretrained
 from train.world import cases, judge, list_criteria
@@ -51,9 +51,16 @@ Response {{ loop.index }}: {{ response }}
 Hint: {{ hint }}
 {% endif %}
 """
-TEMPLATE_WORDS = (
-    "Judge each response. Scores go from to.\nuser:\nassistant:\nsystem:\nReference:\nPrinciples:"
-    "\nResponse:\nHint: The best response is: Response"
+# The template's text as it is tokenized: in pieces, between the fields of a row.
+TEMPLATE_TEXTS = (
+    "Judge each response. Scores go from 1 to 10.\nuser: ",
+    "\nassistant: ",
+    "\nsystem: ",
+    "\nReference: ",
+    "\nPrinciples: ",
+    "\nResponse 1: ",
+    "\nHint: ",
+    "The best response is: Response 1",
 )
 JUDGE_SETTINGS = {"score_min": 1, "score_max": 10, "threshold": 5.5, "anchor": "Scores:"}
 CONFIG: dict[str, Any] = {
@@ -78,11 +85,6 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def hint_text(best: int) -> str:
-    """The hint that names the best response, by its 0-based shown position."""
-    return f"The best response is: Response {best + 1}"
-
-
 def build_tokenizer(sample_rows: int = 6000, seed: int = 0) -> Tokenizer:
     """A lossless tokenizer whose every token the world's text really uses."""
     never_in_utf8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
@@ -92,17 +94,20 @@ def build_tokenizer(sample_rows: int = 6000, seed: int = 0) -> Tokenizer:
     rng = random.Random(seed)
     counts: Counter[str] = Counter()
     for case in islice(cases(seed, "train"), sample_rows):
-        row = case.row()
-        text = f"\nuser: {case.query}\nResponse 1: " + "\nResponse 2: ".join(row["responses"])
-        for piece, _ in split.pre_tokenize_str(text + "\n" + judge(case, list_criteria(case, rng))[0]):
-            counts[piece] += 1
+        listed = list_criteria(case, rng)
+        texts = [case.query, *(turn["content"] for turn in case.history), judge(case, listed)[0]]
+        texts += [response.text for response in case.responses]
+        texts.append(", ".join(f"{name} {weight}" for name, weight in listed))
+        for text in texts:
+            counts.update(piece for piece, _ in split.pre_tokenize_str(text))
     words = {
         piece
         for piece, count in counts.items()
         if count >= 20 and len(piece) > 1 and not any(c.isdigit() for c in piece)
     }
     words |= {space + digit for digit in "0123456789"}
-    words |= {piece for piece, _ in split.pre_tokenize_str(TEMPLATE_WORDS) if len(piece) > 1}
+    for text in TEMPLATE_TEXTS:
+        words |= {piece for piece, _ in split.pre_tokenize_str(text) if len(piece) > 1}
     pieces = [(piece, -1.5) for piece in byte_pieces] + [(word, -1.0) for word in sorted(words)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=None, byte_fallback=False))
     tokenizer.pre_tokenizer = split

@@ -77,7 +77,9 @@ def train(args: Args) -> None:
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     root = args.out / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
-    settings = {k: str(v) for k, v in asdict(args).items() if k not in ("out", "log_every", "save_every")}
+    settings = {
+        k: str(v) for k, v in asdict(args).items() if k not in ("out", "log_every", "save_every")
+    }
     first = 0
     newest = checkpoint.latest(root)
     if newest:
@@ -119,7 +121,9 @@ def _steps(
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise FloatingPointError(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}")
+            raise FloatingPointError(
+                f"step {step}: loss {loss.item()}, gradient norm {norm.item()}"
+            )
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, args.steps, args.lr, args.warmup)
         optimizer.step()

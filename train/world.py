@@ -2,12 +2,12 @@
 
 A row asks for one small task (add, sort, reverse, count, copy) and states five demands on how the
 answer is put. Its responses meet or miss each of eight criteria. *Which* criteria matter is never
-said: it follows from three cue words of the query (who asks, where, when). Each cue word gives its
-weights to two criteria; the weights add up to 9, so the true score of a response is
+said: it follows from three cue words of the query (who asks, where, when). Each cue word gives one
+point of weight to three criteria; the weights add up to 9, so the true score of a response is
 
     1 + sum of the weights of the criteria that it meets          (1 .. 10).
 
-Up to six criteria carry weight, but a judgement lists exactly three. The teacher draws its three
+Up to eight criteria carry weight, mostly five to seven, but a judgement lists exactly three. The teacher draws its three
 in proportion to the hidden weights, gives them 5, 3 and 1, checks them without error and adds up.
 So no single judgement sees everything, however good it is, and a vote over many sees more: the
 same reason for which voting helps a judge that writes its own principles.
@@ -35,6 +35,7 @@ Split = Literal["train", "dev", "final"]
 CRITERIA = ("answer", "opening", "closing", "brackets", "name", "color", "calm", "polite")
 LISTED = 3
 LISTED_WEIGHTS = (5, 3, 1)
+CLOSE_ROWS = 0.7  # share of rows whose responses differ in few criteria
 PASS_SCORE = 6  # a single response is right when its true score reaches this
 
 ASKERS = (
@@ -49,7 +50,7 @@ TIMES = (
     "monday tuesday wednesday thursday friday saturday sunday spring summer autumn winter dawn "
     "noon dusk midnight weekend"
 ).split()
-CUE_WEIGHTS = ((2, 1), (2, 1), (2, 1))  # asker, place, time: primary and secondary criterion
+CUE_WORDS = (ASKERS, PLACES, TIMES)
 
 OPENINGS = ("Sure", "Hello", "Well", "Yes", "Okay")
 CLOSINGS = ("Bye", "Thanks", "Cheers", "Done", "Enjoy")
@@ -59,11 +60,12 @@ COLORS = ("red", "blue", "green", "black", "white", "gold")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def _cue_criteria(slot: int, index: int) -> tuple[int, int]:
-    """The two criteria of a cue word: every criterion is first for two words of each slot."""
-    primary = (index + 3 * slot) % len(CRITERIA)
+def _cue_criteria(slot: int, index: int) -> list[int]:
+    """The three criteria of a cue word: every criterion is first for two words of each slot."""
+    first = (index + 3 * slot) % len(CRITERIA)
     step = 1 + (index // len(CRITERIA) * 2 + index * (slot + 2)) % (len(CRITERIA) - 1)
-    return primary, (primary + step) % len(CRITERIA)
+    others = [(first + step + i * (slot + 1)) % len(CRITERIA) for i in range(len(CRITERIA))]
+    return [first, *[c for c in dict.fromkeys(others) if c != first][:2]]
 
 
 @dataclass(frozen=True)
@@ -146,16 +148,19 @@ def _symbol(rng: random.Random) -> str:
 def _make_task(rng: random.Random) -> Task:
     family = rng.choice(("add", "reverse", "sort", "count", "copy"))
     if family == "add":
-        a, b = rng.randrange(10, 100), rng.randrange(10, 100)
-        low = a % 10 + b % 10
-        carry = "+1" if low >= 10 else ""
-        high = a // 10 + b // 10 + low // 10
-        work = f"{a % 10}+{b % 10}={low} {a // 10}+{b // 10}{carry}={high} so {a + b}"
+        a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
+        steps, carry = [], 0
+        for power in (1, 10, 100):
+            left, right = a // power % 10, b // power % 10
+            total = left + right + carry
+            steps.append(f"{left}+{right}{'+1' if carry else ''}={total}")
+            carry = total // 10
+        work = f"{' '.join(steps)} so {a + b}"
         return Task(f"add {a} and {b}", work, tuple(str(a + b)), True)
     if family == "count":
         letter = rng.choice(LETTERS)
         others = [c for c in LETTERS if c != letter]
-        items = [letter if rng.random() < 0.5 else rng.choice(others) for _ in range(6)]
+        items = [letter if rng.random() < 0.5 else rng.choice(others) for _ in range(8)]
         marks, seen = [], 0
         for item in items:
             seen += item == letter
@@ -163,10 +168,10 @@ def _make_task(rng: random.Random) -> Task:
         work = " ".join(marks) + f" so {seen}"
         return Task(f"count {letter} in {' '.join(items)}", work, (str(seen),), True)
     if family == "sort":
-        items = [str(d) for d in rng.sample(range(10), rng.randrange(3, 6))]
+        items = [str(d) for d in rng.sample(range(10), rng.randrange(4, 8))]
         result = tuple(sorted(items))
     else:
-        items = rng.sample(LETTERS, rng.randrange(3, 6))
+        items = rng.sample(LETTERS, rng.randrange(4, 8))
         if family == "copy" and rng.random() < 0.15:
             items = [_symbol(rng) for _ in range(3)]
         result = tuple(items if family == "copy" else reversed(items))
@@ -188,7 +193,9 @@ def _wrong_answer(task: Task, rng: random.Random) -> tuple[str, ...]:
     return tuple(items)
 
 
-def _make_response(task: Task, demands: dict[str, str], met: list[bool], rng: random.Random) -> Response:
+def _make_response(
+    task: Task, demands: dict[str, str], met: list[bool], rng: random.Random
+) -> Response:
     passed = dict(zip(CRITERIA, met, strict=True))
     choices = {"opening": OPENINGS, "closing": CLOSINGS, "brackets": BRACKETS}
     choices |= {"name": NAMES, "color": COLORS}
@@ -213,11 +220,12 @@ def make_case(rng: random.Random) -> Case:
     """Draw one case; the best response is strictly best by the hidden weights."""
     cues = [rng.randrange(16) for _ in range(3)]
     weights = [0] * len(CRITERIA)
-    for slot, (cue, pair) in enumerate(zip(cues, CUE_WEIGHTS, strict=True)):
-        for criterion, weight in zip(_cue_criteria(slot, cue), pair, strict=True):
-            weights[criterion] += weight
+    for slot, cue in enumerate(cues):
+        for criterion in _cue_criteria(slot, cue):
+            weights[criterion] += 1
     novel = hashlib.sha256(bytes(cues)).digest()[0] < 32
     task = _make_task(rng)
+    asker, place, time = (words[c] for words, c in zip(CUE_WORDS, cues, strict=True))
     demands = {
         "opening": rng.choice(OPENINGS),
         "closing": rng.choice(CLOSINGS),
@@ -226,7 +234,7 @@ def make_case(rng: random.Random) -> Case:
         "color": rng.choice(COLORS),
     }
     query = (
-        f"A {ASKERS[cues[0]]} at the {PLACES[cues[1]]} this {TIMES[cues[2]]} asks: {task.wording}. "
+        f"A {asker} at the {place} this {time} asks: {task.wording}. "
         f"Open with {demands['opening']}, close with {demands['closing']}, "
         f"use {demands['brackets']}, name {demands['name']}, mention {demands['color']}."
     )
@@ -242,12 +250,15 @@ def make_case(rng: random.Random) -> Case:
     elif rng.random() < 0.03:
         history = ({"role": "system", "content": "Please close with thanks."},)
     n = rng.choices((1, 2, 3, 4), (0.15, 0.40, 0.25, 0.20))[0]
+    weighted = [i for i, weight in enumerate(weights) if weight]
+    close = n > 1 and rng.random() < CLOSE_ROWS
     while True:
         met = [[rng.random() < 0.55 for _ in CRITERIA] for _ in range(n)]
-        if n > 1 and rng.random() < 0.5:
-            met[1] = list(met[0])
-            flip = rng.choice([i for i, w in enumerate(weights) if w])
-            met[1][flip] = not met[1][flip]
+        if close:  # all responses are the first one but for one or two criteria
+            for i in range(1, n):
+                met[i] = list(met[0])
+                for flip in rng.sample(weighted, rng.randrange(1, 3)):
+                    met[i][flip] = not met[i][flip]
         rng.shuffle(met)
         responses = tuple(_make_response(task, demands, m, rng) for m in met)
         case = Case(history, query, task, demands, tuple(weights), responses, novel)

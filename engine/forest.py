@@ -1,0 +1,180 @@
+"""The trees of all live rows: which samples share which segments, and what attention must read.
+
+A node is one segment after one parent; samples whose prompts begin with equal segments share
+nodes. Heads (first segments) are shared across rows and stay after their rows have gone; all other
+nodes belong to one row. A node's keys are cut into splits of MAX_SPLIT tokens from its own start, so
+the partition of a sample's keys is a function of its own sequence, whoever shares it.
+
+Leaves are kept in depth-first order: every node covers a contiguous range of them. This module
+makes work items for prefill and decode; it runs nothing and holds no keys.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.kv_cache import KVCache, Slab
+from kernels.forest_attention import MAX_SPLIT, MAX_TILE, WorkItem
+
+TokenIds = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Node:
+    """One segment of some samples' prompts, from logical position `start`. `slab` is its place in
+    the cache while it has one, and `logits` (V,) those after its last token, if a leaf starts there;
+    `number` grows with creation, so that a node's path of numbers sorts depth-first."""
+
+    token_ids: TokenIds
+    parent: "Node | None"
+    number: int
+    start: int
+    slab: Slab | None = None
+    logits: Tensor | None = None
+
+    @property
+    def stop(self) -> int:
+        """Logical position after the last token."""
+        return self.start + len(self.token_ids)
+
+    def path(self) -> list["Node"]:
+        """The nodes from the root to this one."""
+        above = [] if self.parent is None else self.parent.path()
+        return [*above, self]
+
+    def key_runs(self, tokens: int | None = None) -> Iterator[tuple[int, int, int]]:
+        """The splits of the segment, or of its first `tokens`, as (cache slot, keys, position)."""
+        assert self.slab is not None
+        end = len(self.token_ids) if tokens is None else tokens
+        for offset in range(0, end, MAX_SPLIT):
+            yield self.slab.start + offset, min(MAX_SPLIT, end - offset), self.start + offset
+
+
+class Forest:
+    """The nodes of all live rows over one cache."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self.heads: dict[TokenIds, Node] = {}
+        self._count = 0
+
+    def grow(self, prompts: Sequence[Sequence[TokenIds]]) -> tuple[list[Node], int]:
+        """Add a row: for each sample the node at which its prompt ends, and the number of distinct
+        tokens in the row's tree. Nothing is allocated. Segments must not be empty."""
+        own: dict[tuple[Node, TokenIds], Node] = {}
+        ends = []
+        for prompt in prompts:
+            node = self.heads.get(prompt[0])
+            if node is None:
+                node = self.heads[prompt[0]] = self._node(prompt[0], None)
+            for segment in prompt[1:]:
+                parent = node
+                if (parent, segment) not in own:
+                    own[parent, segment] = self._node(segment, parent)
+                node = own[parent, segment]
+            ends.append(node)
+        tree = {node for end in ends for node in end.path()}
+        return ends, sum(len(node.token_ids) for node in tree)
+
+    def allocate(self, end: Node) -> list[Node] | None:
+        """Hold the path to `end` for one more leaf. Returns the nodes that got their slab now and
+        must be prefilled, or None (and nothing is held) when the cache has no room."""
+        held: list[Node] = []
+        fresh: list[Node] = []
+        for node in end.path():
+            if node.slab is None:
+                node.slab = self._find(len(node.token_ids))
+                if node.slab is None:
+                    for each in held:
+                        self._drop(each)
+                    return None
+                fresh.append(node)
+                if node.parent is None:
+                    self.cache.retain(node.slab)  # the forest itself holds heads
+            else:
+                self.cache.retain(node.slab)
+            held.append(node)
+        return fresh
+
+    def release(self, end: Node) -> None:
+        """A leaf at `end` is done; segments that nobody holds any more are freed."""
+        for node in reversed(end.path()):
+            self._drop(node)
+
+    def check(self, leaf_ends: Sequence[Node]) -> None:
+        """Assert that holders are exactly the live leaves (and the forest, for heads)."""
+        self.cache.check()
+        expected: dict[Node, int] = {}
+        for head in self.heads.values():
+            if head.slab is not None:
+                expected[head] = 1
+        for end in leaf_ends:
+            for node in end.path():
+                expected[node] = expected.get(node, 0) + 1
+        for node, holders in expected.items():
+            assert node.slab is not None and node.slab.holders == holders, (
+                f"node {node.number} has the wrong number of holders"
+            )
+        assert len(self.cache._slabs) == len(expected), "a slab that no node of a leaf holds"
+
+    def _node(self, token_ids: TokenIds, parent: Node | None) -> Node:
+        assert token_ids, "an empty segment"
+        self._count += 1
+        return Node(token_ids, parent, self._count, 0 if parent is None else parent.stop)
+
+    def _find(self, length: int) -> Slab | None:
+        """A slab, after letting go of unused heads, oldest first, if need be."""
+        while (slab := self.cache.allocate(length)) is None:
+            unused = [h for h in self.heads.values() if h.slab is not None and h.slab.holders == 1]
+            if not unused:
+                return None
+            self._drop(unused[0])
+        return slab
+
+    def _drop(self, node: Node) -> None:
+        assert node.slab is not None
+        if self.cache.release(node.slab):
+            node.slab = node.logits = None
+
+
+def prefill_items(pieces: Sequence[tuple[Node, int, int]]) -> list[WorkItem]:
+    """Work items of a prefill whose queries are tokens [first, stop) of nodes, laid side by side.
+
+    A query tile reads all splits of the nodes above its own and, of its own, those up to its last
+    token; what lies behind a query's position is masked by position.
+    """
+    items = []
+    row = 0
+    for node, first, stop in pieces:
+        above = [run for ancestor in node.path()[:-1] for run in ancestor.key_runs()]
+        own = list(node.key_runs(stop))
+        for tile in range(first, stop, MAX_TILE):
+            queries = min(MAX_TILE, stop - tile)
+            for key, length, position in above:
+                items.append(WorkItem(row, queries, key, length, position))
+            for key, length, position in own:
+                if position < node.start + tile + queries:
+                    items.append(WorkItem(row, queries, key, length, position))
+            row += queries
+    return items
+
+
+def decode_items(ends: Sequence[Node]) -> list[WorkItem]:
+    """Work items of one decode step: `ends[i]` is the node above leaf i, in depth-first order."""
+    paths = [end.path() for end in ends]
+    items = []
+    for depth in range(max(map(len, paths), default=0)):
+        first = 0
+        while first < len(paths):
+            node = paths[first][depth] if depth < len(paths[first]) else None
+            stop = first + 1
+            while stop < len(paths) and depth < len(paths[stop]) and paths[stop][depth] is node:
+                stop += 1
+            if node is not None:
+                for tile in range(first, stop, MAX_TILE):
+                    queries = min(MAX_TILE, stop - tile)
+                    for key, length, position in node.key_runs():
+                        items.append(WorkItem(tile, queries, key, length, position))
+            first = stop
+    return items

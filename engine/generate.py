@@ -1,0 +1,471 @@
+"""Sample all judgements of many rows: prefill what is new, decode all leaves together, retire, join.
+
+    admit   rows are pulled as slots come free; segments that are not yet in the cache are prefilled
+            together; each new leaf gets its first token from the last token of its prompt
+    decode  a few steps of all live leaves: one forward, one `sample_token`, one `ScoreAutomaton`
+            step; nothing is looked at by the host in between
+    retire  finished leaves leave, their segments are let go of, the rest is put in order again
+
+A sample depends on its own prompt, key and index only: rows of a matmul are padded to a multiple of
+16, keys are partitioned by the sample's own segments, uniforms are keyed by (row, sample, position).
+So slots, batch size and neighbours change nothing, bit for bit in float32 on CPU.
+
+Works on token ids; needs nothing of templates, requests or verdicts.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engine.forest import Forest, Node, TokenIds, decode_items, prefill_items
+from engine.kv_cache import ALIGN, SCRATCH_CELLS, KVCache, cell_bytes, round_up
+from kernels.extract_scores import Reason, ScoreAutomaton, ScoreState, scores_of
+from kernels.forest_attention import ForestPlan, SuffixTiles, WorkItem, forest_attention
+from kernels.sample_token import SamplingOptions, sample_token, uniforms
+from kernels.write_kv import write_kv
+from models.transformer import Attend, Transformer
+
+SYNC_STEPS = 8  # decode steps between two looks at the finished flags
+PREFILL_TOKENS = 4096  # tokens of one prefill forward
+CACHE_BYTES = 4 << 30  # of keys and values, unless the caller says otherwise
+
+
+@dataclass
+class Group:
+    """One row's samples. `prompts[j]` is sample j's prompt as non-empty segments; `key` the row's
+    token stream; `num_scores` the scores a judgement must hold; `tag` is the caller's."""
+
+    prompts: Sequence[Sequence[TokenIds]]
+    key: tuple[int, int]
+    num_scores: int
+    tag: Any = None
+
+
+@dataclass
+class Generation:
+    """One sample: its tokens (with the end token, if it came) and their log-probs, natural, under
+    the model and under the distribution sampled from; scores in shown order where VALID."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    sampling_logprobs: list[float]
+    finish: Literal["box", "eos", "length"]
+    reason: Reason
+    scores: tuple[int, ...] | None
+
+
+@dataclass
+class GroupResult:
+    """All samples of a group, in order. `error` instead of samples when it could not be run."""
+
+    group: Group
+    generations: list[Generation]
+    tree_tokens: int
+    error: str | None = None
+
+
+@dataclass
+class Usage:
+    """What was really computed: tokens run through the model, and seconds."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0  # kept tokens, one per live sample and step
+    idle_tokens: int = 0  # steps of samples that had finished and were not yet retired
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+@dataclass
+class _Pending:
+    """A group under way: its ends in the forest and the samples not yet done."""
+
+    group: Group
+    ends: list[Node]
+    tree_tokens: int
+    done: dict[int, Generation] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Leaf:
+    """A live sample: its group, its index in it, where its prompt ends, its slot, its limit."""
+
+    pending: _Pending
+    sample: int
+    end: Node
+    slot: int
+    limit: int
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        return (*(node.number for node in self.end.path()), self.sample)
+
+
+@dataclass
+class _Live:
+    """Device state of the live leaves, one row each, in the order of `Generator.leaves`."""
+
+    token: Tensor  # (B,) int64, the last token, whose keys are not yet in the cache
+    count: Tensor  # (B,) int64, tokens generated
+    limit: Tensor  # (B,) int64, most tokens to generate
+    slot: Tensor  # (B,) int64
+    finished: Tensor  # (B,) bool
+    ended: Tensor  # (B,) bool, by an end token
+    scores: ScoreState
+
+    def index_select(self, index: Tensor) -> "_Live":
+        """The rows `index` (int64), copied."""
+        rows = {name: value[index] for name, value in self._tensors().items()}
+        return _Live(**rows, scores=self.scores.index_select(index))
+
+    def concat(self, other: "_Live") -> "_Live":
+        """These rows, then the other's."""
+        theirs = other._tensors()
+        rows = {name: torch.cat([value, theirs[name]]) for name, value in self._tensors().items()}
+        return _Live(**rows, scores=ScoreState.concat([self.scores, other.scores]))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if name != "scores"}
+
+
+class Generator:
+    """Runs groups of samples on one model with one set of options."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        automaton: ScoreAutomaton,
+        *,
+        options: SamplingOptions,
+        max_new_tokens: int,
+        max_batch: int,
+        max_scores: int,
+        stop: Literal["box", "eos"] = "box",
+        ignore_eos: bool = False,
+        cache_bytes: int = CACHE_BYTES,
+        usage: Usage | None = None,
+    ) -> None:
+        """max_batch: most samples decoded together. max_scores: most scores of any group. stop:
+        "box" ends a sample as soon as its scores are decided, "eos" lets it end by itself.
+        cache_bytes bounds keys and values; a batch that does not fit is made smaller. Raises
+        ValueError for limits below 1 or a cache that cannot hold one sample."""
+        for name, value in (("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
+            if value < 1:
+                raise ValueError(f"{name} = {value} is less than 1")
+        self.model = model
+        self.config = model.config
+        self.automaton = automaton
+        self.options = options
+        self.max_new_tokens = min(max_new_tokens, self.config.max_position_embeddings)
+        self.max_scores = max_scores
+        self.stop = stop
+        self.usage = usage if usage is not None else Usage()
+        weight = model.head_weight
+        self.device = weight.device
+        per_cell = cell_bytes(self.config, weight.dtype)
+        suffix = round_up(self.max_new_tokens)
+        cells = cache_bytes // per_cell
+        slots = min(max_batch, cells // 2 // suffix)
+        shared = cells - slots * suffix - SCRATCH_CELLS
+        if slots < 1 or shared < ALIGN:
+            raise ValueError(
+                f"{cache_bytes} bytes of cache hold {cells} tokens: not {suffix} of a sample and "
+                "a prompt; allow fewer new tokens or more cache"
+            )
+        shared = min(shared, 4 * self.config.max_position_embeddings + slots * suffix)
+        self.cache = KVCache(self.config, slots, suffix, shared, weight.dtype, self.device)
+        self.forest = Forest(self.cache)
+        ends = [] if ignore_eos else sorted(self.config.eos_token_ids)
+        self.end_ids = torch.tensor(ends, dtype=torch.int64, device=self.device)
+        self.leaves: list[_Leaf] = []
+        self.live: _Live | None = None
+        # What a sample has generated, by slot.
+        shape = (slots, self.max_new_tokens)
+        self.tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self.logprobs = torch.zeros(2, *shape, device=self.device)
+
+    @torch.inference_mode()
+    def run(self, groups: Iterable[Group]) -> Iterator[GroupResult]:
+        """Run groups, pulled as there is room for them; yields them as they are done."""
+        source = iter(groups)
+        waiting: deque[tuple[_Pending, int]] = deque()  # samples without a slot
+        while True:
+            yield from self._admit(source, waiting)
+            if not self.leaves:
+                assert not waiting
+                return
+            self._decode()
+            yield from self._retire()
+
+    # -- admission -------------------------------------------------------------------------------
+
+    def _admit(
+        self, source: Iterator[Group], waiting: deque[tuple[_Pending, int]]
+    ) -> Iterator[GroupResult]:
+        """Fill the free slots, prefill what is new, and draw the new leaves' first tokens."""
+        started = time.perf_counter()
+        joining: list[_Leaf] = []
+        fresh: list[Node] = []
+        while self.cache.idle_slots:
+            if not waiting:
+                group = next(source, None)
+                if group is None:
+                    break
+                longest = max(sum(map(len, prompt)) for prompt in group.prompts)
+                if longest >= self.config.max_position_embeddings:
+                    yield GroupResult(
+                        group, [], 0, _too_long(longest, self.config.max_position_embeddings)
+                    )
+                    continue
+                pending = _Pending(group, *self.forest.grow(group.prompts))
+                waiting.extend((pending, sample) for sample in range(len(group.prompts)))
+            pending, sample = waiting[0]
+            end = pending.ends[sample]
+            nodes = self.forest.allocate(end)
+            if nodes is None:
+                if self.leaves or joining:
+                    break  # room comes when others retire
+                while waiting and waiting[0][0] is pending:
+                    waiting.popleft()
+                size = self.cache.size - self.cache.shared_base
+                error = f"the prompt needs {end.stop} tokens of cache, there are {size}"
+                yield GroupResult(pending.group, [], pending.tree_tokens, error)
+                continue
+            waiting.popleft()
+            fresh += nodes
+            limit = min(self.max_new_tokens, self.config.max_position_embeddings - end.stop)
+            joining.append(_Leaf(pending, sample, end, self.cache.take_slot(), limit))
+        if joining:
+            self._prefill(fresh, {leaf.end for leaf in joining})
+            self._join(joining)
+            self.usage.prefill_seconds += time.perf_counter() - started
+
+    def _prefill(self, fresh: Sequence[Node], ends: set[Node]) -> None:
+        """Run the tokens of fresh nodes, parents first, and keep the logits after each end."""
+        queue = deque((node, 0) for node in fresh)
+        while queue:
+            pieces: list[tuple[Node, int, int]] = []
+            room = PREFILL_TOKENS
+            while queue and room:
+                node, first = queue.popleft()
+                stop = min(len(node.token_ids), first + room)
+                pieces.append((node, first, stop))
+                room -= stop - first
+                if stop < len(node.token_ids):
+                    queue.appendleft((node, stop))
+            hidden = self._forward_prefill(pieces)
+            row = -1
+            last: dict[Node, int] = {}
+            for node, first, stop in pieces:
+                row += stop - first
+                if node in ends and stop == len(node.token_ids):
+                    last[node] = row
+            if last:
+                padding = -len(last) % ALIGN
+                rows = torch.tensor([*last.values(), *[0] * padding], device=self.device)
+                for node, logits in zip(last, self.model.head(hidden[rows]), strict=False):
+                    node.logits = logits
+
+    def _forward_prefill(self, pieces: Sequence[tuple[Node, int, int]]) -> Tensor:
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for node, first, stop in pieces:
+            assert node.slab is not None
+            tokens += node.token_ids[first:stop]
+            positions += range(node.start + first, node.start + stop)
+            slots += range(node.slab.start + first, node.slab.start + stop)
+        self.usage.prefill_tokens += len(tokens)
+        padding = -len(tokens) % ALIGN
+        slots += range(padding)
+        at = torch.tensor(positions + [0] * padding, device=self.device)
+        return self._forward(
+            torch.tensor(tokens + [0] * padding, device=self.device),
+            at,
+            torch.tensor(slots, device=self.device),
+            ForestPlan(prefill_items(pieces), at),
+        )
+
+    def _join(self, joining: list[_Leaf]) -> None:
+        """Draw first tokens and put the new leaves among the live ones, depth-first."""
+        zero = self._tensor([0] * len(joining))
+        num_scores = torch.tensor([leaf.pending.group.num_scores for leaf in joining])
+        fresh = _Live(
+            token=zero,
+            count=zero.clone(),
+            limit=self._tensor([leaf.limit for leaf in joining]),
+            slot=self._tensor([leaf.slot for leaf in joining]),
+            finished=zero.bool(),
+            ended=zero.bool(),
+            scores=self.automaton.start(num_scores, self.max_scores),
+        )
+        logits = [leaf.end.logits for leaf in joining]
+        first = torch.stack([row for row in logits if row is not None])
+        assert len(first) == len(joining), "an end without logits"
+        self._take_tokens(fresh, first, self._uniforms(joining, fresh.count, 1)[:, 0])
+        self.live = fresh if self.live is None else self.live.concat(fresh)
+        self.leaves += joining
+        self._select(sorted(range(len(self.leaves)), key=lambda i: self.leaves[i].order))
+
+    # -- decode ----------------------------------------------------------------------------------
+
+    def _decode(self) -> None:
+        """SYNC_STEPS steps of all live leaves, or fewer when the longest can only do fewer."""
+        started = time.perf_counter()
+        live = self.live
+        assert live is not None
+        counts = live.count.tolist()
+        steps = min(
+            SYNC_STEPS, max(leaf.limit - c for leaf, c in zip(self.leaves, counts, strict=True))
+        )
+        if steps > 0 and not bool(live.finished.all()):
+            batch = len(self.leaves)
+            rows = round_up(batch)
+            plan, slots = self._decode_plan(counts, steps, rows)
+            assert plan.suffix is not None
+            drawn = self._uniforms(self.leaves, live.count, steps)
+            tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
+            for step in range(steps):
+                tokens[:batch] = live.token
+                hidden = self._forward(tokens, plan.positions, slots, plan)
+                logits = self.model.head(hidden)[:batch]
+                going = (~live.finished).long()
+                self._take_tokens(live, logits, drawn[:, step])
+                plan.positions[:batch] += going
+                plan.suffix.length[:batch] += going
+                slots[:batch] += going
+            made = int((live.count.sum() - sum(counts)).item())
+            self.usage.decode_tokens += made
+            self.usage.idle_tokens += steps * batch - made
+        self.usage.decode_seconds += time.perf_counter() - started
+
+    def _decode_plan(self, counts: list[int], steps: int, rows: int) -> tuple[ForestPlan, Tensor]:
+        """The plan of the next `steps` steps, and the cache slot that each row writes."""
+        padding = rows - len(self.leaves)
+        capacity = self.cache.suffix_capacity
+        prompts = [leaf.end.stop for leaf in self.leaves]
+        # A leaf with c tokens has c - 1 of them in the cache and now writes the last.
+        at = [stop + c - 1 for stop, c in zip(prompts, counts, strict=True)]
+        first = [self.cache.suffix_base + leaf.slot * capacity for leaf in self.leaves]
+        slots = [start + c - 1 for start, c in zip(first, counts, strict=True)]
+        row_of_slot = [-1] * self.cache.num_slots
+        for row, leaf in enumerate(self.leaves):
+            row_of_slot[leaf.slot] = row
+        used = 1 + max(leaf.slot for leaf in self.leaves)
+
+        suffix = SuffixTiles(
+            base=self.cache.suffix_base,
+            capacity=capacity,
+            row=self._tensor(row_of_slot[:used]),
+            length=self._tensor(counts + [0] * padding),
+            position=self._tensor(prompts + [0] * padding),
+            max_length=min(max(counts) + steps, capacity),
+        )
+        items: list[WorkItem] = decode_items([leaf.end for leaf in self.leaves])
+        plan = ForestPlan(items, self._tensor(at + [0] * padding), suffix, moving=True)
+        return plan, self._tensor(slots + list(range(padding)))
+
+    def _take_tokens(self, live: _Live, logits: Tensor, uniform: Tensor) -> None:
+        """Draw each leaf's next token, record it, and see who is finished by it."""
+        token, logprob, sampling_logprob = sample_token(logits.float(), uniform, self.options)
+        going = ~live.finished
+        at = live.count.clamp_max(self.max_new_tokens - 1)
+        for record, value in zip(
+            (self.tokens, self.logprobs[0], self.logprobs[1]),
+            (token, logprob, sampling_logprob),
+            strict=True,
+        ):
+            record[live.slot, at] = torch.where(going, value, record[live.slot, at])
+        ended = going & torch.isin(token, self.end_ids)
+        # An end token has no bytes: it must not reset the automaton as other special tokens do.
+        read = torch.where(going & ~ended, token, self.automaton.vocab_size)
+        self.automaton.advance(live.scores, read)
+        live.token = torch.where(going, token, live.token)
+        live.count = live.count + going
+        live.ended |= ended
+        live.finished |= ended | (live.count >= live.limit)
+        if self.stop == "box":
+            live.finished |= live.scores.decided
+
+    def _uniforms(self, leaves: Sequence[_Leaf], count: Tensor, steps: int) -> Tensor:
+        """(B, steps) uniforms for the next tokens of leaves that have `count` tokens."""
+        table = [(*leaf.pending.group.key, leaf.sample) for leaf in leaves]
+        keys = torch.tensor(table, dtype=torch.int64, device=self.device)
+        positions = count[:, None] + torch.arange(steps, device=self.device)
+        return uniforms(keys[:, :2], keys[:, 2], positions)
+
+    # -- retirement ------------------------------------------------------------------------------
+
+    def _retire(self) -> Iterator[GroupResult]:
+        """Take finished leaves out; yields the groups that are complete by it."""
+        live = self.live
+        assert live is not None
+        finished = live.finished.tolist()
+        if not any(finished):
+            return
+        scores, reasons = scores_of(live.scores, live.ended)
+        rows = [i for i, done in enumerate(finished) if done]
+        self._select([i for i, done in enumerate(finished) if not done], leaving := [])
+        counts, ended = live.count.tolist(), live.ended.tolist()
+        decided = live.scores.decided.tolist()
+        results = []
+        for i, leaf in zip(rows, leaving, strict=True):
+            slot, length = leaf.slot, counts[i]
+            reason = Reason(int(reasons[i]))
+            pending = leaf.pending
+            stopped = self.stop == "box" and decided[i] and not ended[i]
+            pending.done[leaf.sample] = Generation(
+                self.tokens[slot, :length].tolist(),
+                self.logprobs[0, slot, :length].tolist(),
+                self.logprobs[1, slot, :length].tolist(),
+                "box" if stopped else "eos" if ended[i] else "length",
+                reason,
+                tuple(scores[i, : pending.group.num_scores].tolist())
+                if reason == Reason.VALID
+                else None,
+            )
+            self.cache.free_slot(slot)
+            self.forest.release(leaf.end)
+            if len(pending.done) == len(pending.group.prompts):
+                generations = [pending.done[j] for j in range(len(pending.done))]
+                results.append(GroupResult(pending.group, generations, pending.tree_tokens))
+        yield from results
+
+    def _select(self, rows: Sequence[int], leaving: list[_Leaf] | None = None) -> None:
+        """Keep the leaves at `rows`, in that order; the others go to `leaving`."""
+        assert self.live is not None
+        kept = set(rows)
+        if leaving is not None:
+            leaving += [leaf for i, leaf in enumerate(self.leaves) if i not in kept]
+        self.leaves = [self.leaves[i] for i in rows]
+        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        self.live = self.live.index_select(index) if rows else None
+
+    # -- the model -------------------------------------------------------------------------------
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, plan: ForestPlan
+    ) -> Tensor:
+        return self.model(tokens, positions, self._attend(slots, plan))
+
+    def _attend(self, slots: Tensor, plan: ForestPlan) -> Attend:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+            write_kv(k, v, k_cache, v_cache, slots)
+            spec = self.config.attention[layer]
+            return forest_attention(
+                q, k_cache, v_cache, plan, spec.scale, spec.softcap, spec.window
+            )
+
+        return attend
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _too_long(tokens: int, context: int) -> str:
+    return f"the prompt has {tokens} tokens, the model's context is {context}"

@@ -1,0 +1,323 @@
+"""`Judge`: rows in, verdicts out, in input order. The Python API; the command line goes through it.
+
+    from engine import Judge
+    judge = Judge.load("models/pocket")
+    verdict = judge("What is 2 + 2?", ["4", "5"], k=8, seed=0)
+
+A row becomes k prompts (one per order of its responses), `generate` samples them, and the valid
+samples vote. Which order a sample sees, and how a tie falls, is drawn from streams of its own.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from engine.generate import CACHE_BYTES, Generation, Generator, Group, GroupResult, Usage
+from engine.prompt import DEFAULT_TEMPLATE, JudgeSettings, PromptBuilder, read_judge_settings
+from engine.request import MAX_RESPONSES, BadRow, Message, Row, make_row
+from engine.verdict import RowFailure, Sample, Verdict, is_correct, output_key
+from kernels.extract_scores import Reason, ScoreAutomaton
+from kernels.sample_token import SamplingOptions, stream_key, uniforms
+from kernels.vote import unpermute, vote
+from models import load
+from models.tokenizer import Tokenizer
+from models.transformer import Transformer
+
+Orders = Literal["rotate", "random", "fixed"]
+DEFAULT_BATCH = 256
+READ_AHEAD_ROWS = 512  # verdicts that may wait for an earlier row before more rows are taken
+
+
+class Judge:
+    """A generative reward model with its tokenizer, templates and score settings."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        judge_template: str,
+        settings: JudgeSettings | None = None,
+        fingerprint: str = "",
+        max_batch: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        """`fingerprint` identifies the model in keys. max_batch: most samples decoded together
+        (default 256). cache_bytes bounds keys and values."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings or JudgeSettings()
+        self.prompts = PromptBuilder(tokenizer, judge_template, self.settings)
+        self.fingerprint = fingerprint
+        self.max_batch = DEFAULT_BATCH if max_batch is None else max_batch
+        if self.max_batch < 1:
+            raise ValueError(f"max_batch = {max_batch} is less than 1")
+        self.cache_bytes = cache_bytes
+        self.usage = Usage()
+        vocab = model.config.vocab_size
+        self._automaton = ScoreAutomaton(
+            [*tokenizer.token_bytes, *[b""] * (vocab - tokenizer.size)],
+            tokenizer.special_ids,
+            self.settings.anchor,
+            self.settings.score_min,
+            self.settings.score_max,
+            model.head_weight.device,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        template: str | Path | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str = "auto",
+        max_batch: int | None = None,
+    ) -> "Judge":
+        """Load a model directory in Hugging Face layout.
+
+        template: a judge template file in place of the directory's own judge_template.jinja or the
+        default. dtype "auto" is the stored one; device "auto" is a GPU where there is one. Raises
+        ValueError naming the file for anything that cannot be read or is not supported.
+        """
+        directory = Path(directory)
+        model, tokenizer = load(directory, dtype=dtype, device=device)
+        own = directory / "judge_template.jinja"
+        path = Path(template) if template else own if own.exists() else DEFAULT_TEMPLATE
+        return cls(
+            model.eval(),
+            tokenizer,
+            judge_template=path.read_text(encoding="utf-8"),
+            settings=read_judge_settings(directory),
+            fingerprint=_fingerprint(directory),
+            max_batch=max_batch,
+        )
+
+    def __call__(
+        self,
+        prompt: str | Sequence[Message | dict[str, str]],
+        responses: Sequence[str],
+        *,
+        id: str | None = None,
+        label: int | Sequence[float] | None = None,
+        reference: str | None = None,
+        principles: str | None = None,
+        **options: Any,
+    ) -> Verdict:
+        """Judge one row; options as for `rows`. Raises ValueError for a row that cannot be judged."""
+        row = make_row(
+            prompt, responses, id=id, label=label, reference=reference, principles=principles
+        )
+        (outcome,) = self.rows([row], **options)
+        if isinstance(outcome, RowFailure):
+            raise ValueError(outcome.error)
+        return outcome
+
+    def render(
+        self,
+        prompt: str | Sequence[Message | dict[str, str]],
+        responses: Sequence[str],
+        order: Sequence[int] | None = None,
+        reference: str | None = None,
+        principles: str | None = None,
+        hint: str | None = None,
+    ) -> list[int]:
+        """The token ids of one sample's prompt; `order` defaults to the given one."""
+        row = make_row(prompt, responses, reference=reference, principles=principles)
+        return self.prompts.render(row, order or range(len(row.responses)), hint)
+
+    def key(self, row: Row | BadRow, **options: Any) -> str:
+        """The key of a row's line: a hash of all that decides what the line says."""
+        weight = self.model.head_weight
+        everything = dict(options) | {
+            "judge_template": self.prompts.judge_template,
+            "dtype": str(weight.dtype),
+            "device": weight.device.type,
+        }
+        return output_key(row, everything, self.fingerprint)
+
+    def rows(
+        self,
+        rows: Iterable[Row],
+        *,
+        k: int = 8,
+        temperature: float = 0.5,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        max_new_tokens: int = 1024,
+        orders: Orders = "rotate",
+        max_orders: int | None = None,
+        seed: int = 0,
+        deterministic: bool = False,
+        stop: Literal["box", "eos"] = "box",
+    ) -> Iterator[Verdict | RowFailure]:
+        """Judge rows, taken as there is room for them; outcomes come in input order.
+
+        k samples per row at the given temperature (0: greedy), top-k, top-p and min-p. orders:
+        "rotate" shows sample j rotation (r + j mod m) mod n, r drawn per row, m = max_orders
+        (default min(n, k)); "random" is a free shuffle, "fixed" the given order. stop: "box" ends a
+        sample when its scores are decided, "eos" when it ends itself. deterministic changes nothing
+        on CPU, where float32 results are reproducible as they are. A row that cannot be judged
+        comes out as a RowFailure in its place. Raises ValueError for options out of range.
+        """
+        if k < 1:
+            raise ValueError(f"k = {k} is less than 1")
+        if max_orders is not None and max_orders < 1:
+            raise ValueError(f"max_orders = {max_orders} is less than 1")
+        if orders not in ("rotate", "random", "fixed"):
+            raise ValueError(f"orders = {orders!r} is not rotate, random or fixed")
+        stream_key(seed, "", "token")  # refuses a seed out of range now, not at the first row
+        if deterministic and self.model.head_weight.device.type != "cpu":
+            raise ValueError("deterministic is not available on a GPU yet")
+        options: dict[str, Any] = {
+            "k": k, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
+            "max_new_tokens": max_new_tokens, "orders": orders, "max_orders": max_orders,
+            "seed": seed, "deterministic": deterministic,
+        }  # fmt: skip
+        if stop != "box":
+            options["stop"] = stop
+        generator = Generator(
+            self.model,
+            self._automaton,
+            options=SamplingOptions(temperature, top_k, top_p, min_p),
+            max_new_tokens=max_new_tokens,
+            max_batch=self.max_batch,
+            max_scores=MAX_RESPONSES,
+            stop=stop,
+            cache_bytes=self.cache_bytes,
+            usage=self.usage,
+        )
+        return self._run(generator, rows, options)
+
+    def _run(
+        self, generator: Generator, rows: Iterable[Row], options: dict[str, Any]
+    ) -> Iterator[Verdict | RowFailure]:
+        flying: deque[_Flight] = deque()
+
+        def groups() -> Iterator[Group]:
+            for row in rows:
+                flight = _Flight(row)
+                flying.append(flight)
+                try:
+                    flight.orders = draw_orders(row, options)
+                    prompts = [
+                        [segment.token_ids for segment in self.prompts.segments(row, order)]
+                        for order in flight.orders
+                    ]
+                except ValueError as error:
+                    flight.outcome = RowFailure(row.id, row.line, None, str(error))
+                    continue
+                key = stream_key(options["seed"], row.id, "token")
+                yield Group(prompts, key, len(row.responses), flight)
+
+        for result in generator.run(groups()):
+            flight = result.group.tag
+            flight.outcome = self._verdict(flight, result, options)
+            while flying and flying[0].outcome is not None:
+                yield flying.popleft().outcome
+        for flight in flying:
+            assert flight.outcome is not None, "a row without an outcome"
+            yield flight.outcome
+
+    def _verdict(
+        self, flight: "_Flight", result: GroupResult, options: dict[str, Any]
+    ) -> Verdict | RowFailure:
+        row = flight.row
+        if result.error is not None:
+            return RowFailure(row.id, row.line, None, result.error)
+        samples = [
+            self._sample(order, generation)
+            for order, generation in zip(flight.orders, result.generations, strict=True)
+        ]
+        n = len(row.responses)
+        blank = (0,) * n
+        tie_key = torch.tensor([stream_key(options["seed"], row.id, "tie")])
+        zero = torch.zeros(1, dtype=torch.int64)
+        votes = vote(
+            torch.tensor([[g.scores or blank for g in result.generations]]),
+            torch.tensor([flight.orders]),
+            torch.tensor([[g.scores is not None for g in result.generations]]),
+            torch.tensor([n]),
+            uniforms(tie_key, zero, zero),
+        )
+        voted = int(votes.votes[0])
+        best = int(votes.best[0]) if voted else None
+        means = votes.mean[0].tolist() if voted else None
+        return Verdict(
+            id=row.id,
+            key=self.key(row, **options),
+            best=best,
+            scores=votes.total[0].tolist() if voted else None,
+            mean_scores=means,
+            tie=bool(votes.tie[0]),
+            k=len(samples),
+            valid=sum(sample.scores is not None for sample in samples),
+            votes=voted,
+            samples=samples,
+            prompt_tokens=sum(sum(map(len, prompt)) for prompt in result.group.prompts),
+            tree_tokens=result.tree_tokens,
+            decode_tokens=sum(sample.tokens for sample in samples),
+            label=row.label,
+            correct=is_correct(best, means, row.label, self.settings.threshold),
+            row_meta=row.meta,
+        )
+
+    def _sample(self, order: tuple[int, ...], generation: Generation) -> Sample:
+        scores = None
+        if generation.scores is not None:
+            shown = torch.tensor(generation.scores)
+            scores = tuple(unpermute(shown, torch.tensor(order)).tolist())
+        return Sample(
+            order=order,
+            text=self.tokenizer.decode(t for t in generation.token_ids if t < self.tokenizer.size),
+            scores=scores,
+            invalid=None if generation.reason == Reason.VALID else generation.reason.label,
+            meta=None,
+            tokens=len(generation.token_ids),
+            finish=generation.finish,
+            token_ids=generation.token_ids,
+            logprobs=generation.logprobs,
+            sampling_logprobs=generation.sampling_logprobs,
+        )
+
+
+class _Flight:
+    """A row between its arrival and its place in the output."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+        self.orders: list[tuple[int, ...]] = []
+        self.outcome: Verdict | RowFailure | None = None
+
+
+def draw_orders(row: Row, options: dict[str, Any]) -> list[tuple[int, ...]]:
+    """The order of each of a row's k samples, from the row's own "order" stream."""
+    n, k = len(row.responses), options["k"]
+    if options["orders"] == "fixed":
+        return [tuple(range(n))] * k
+    key = torch.tensor([stream_key(options["seed"], row.id, "order")])
+    if options["orders"] == "rotate":
+        zero = torch.zeros(1, dtype=torch.int64)
+        first = int(uniforms(key, zero, zero)[0] * n)
+        distinct = min(options["max_orders"] or min(n, k), n)
+        rotations = [(first + j % distinct) % n for j in range(k)]
+        return [tuple((place + rotation) % n for place in range(n)) for rotation in rotations]
+    places = torch.arange(n).expand(k, n)
+    draws = uniforms(key.expand(k, 2), torch.arange(k), places)
+    return [tuple(order) for order in draws.argsort(1, stable=True).tolist()]
+
+
+def _fingerprint(directory: Path) -> str:
+    """SHA-256 over a model directory's configuration, tokenizer and weights."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".jinja"):
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.name}\0{content}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,60 @@
+"""Join partial attention results of one query over disjoint sets of keys.
+
+    m = max_j lse_j     w_j = exp(lse_j - m)     o = sum_j w_j o_j / sum_j w_j     lse = m + log sum_j w_j
+
+P partials, R output rows, J partials of a row at most, H heads, Dv value channels. Log-sum-exps are
+natural, float32 (float64 for float64 input). Partials are added one after another in the order of
+`index`, so that a row's bits depend on its own partials alone: an absent or empty partial (lse =
+-inf) adds an exact zero, and a row with nothing to see is 0 with lse = -inf, never NaN.
+
+It does not attend to keys, and is not differentiable.
+"""
+
+import torch
+from torch import Tensor
+
+
+def merge_states_ref(o: Tensor, lse: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Specification of `merge_states`, one row after another."""
+    rows = [[j for j in row if j >= 0] for row in index.tolist()]
+    out = o.new_zeros(len(rows), *o.shape[1:])
+    out_lse = lse.new_full((len(rows), lse.shape[1]), float("-inf"))
+    for r, partials in enumerate(rows):
+        if partials:
+            out_lse[r] = lse[partials].logsumexp(0)
+            weight = (lse[partials] - out_lse[r]).nan_to_num(nan=float("-inf")).exp()
+            out[r] = (weight[..., None] * o[partials]).sum(0)
+    return out, out_lse
+
+
+def merge_states(o: Tensor, lse: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge each row's partials.
+
+    o: (P, H, Dv), lse: (P, H), both float32 or both float64. index: (R, J) int64, the partials of
+    each row in the order of its keys, -1 where there is none. Partials with lse = -inf may hold
+    any finite o. Returns o (R, H, Dv) and lse (R, H). Raises ValueError for other shapes or dtypes.
+    """
+    if o.ndim != 3 or lse.shape != o.shape[:2] or index.ndim != 2:
+        raise ValueError(
+            f"merge_states: o {tuple(o.shape)}, lse {tuple(lse.shape)}, index {tuple(index.shape)} "
+            "must be (P, H, Dv), (P, H), (R, J)"
+        )
+    if o.dtype not in (torch.float32, torch.float64) or lse.dtype != o.dtype:
+        raise ValueError(f"merge_states: o {o.dtype} and lse {lse.dtype} must both be float32/64")
+    if index.dtype != torch.int64:
+        raise ValueError(f"merge_states: index must be int64, got {index.dtype}")
+    out = o.new_zeros(index.shape[0], *o.shape[1:])
+    if not index.numel() or not o.shape[0]:
+        return out, lse.new_full((index.shape[0], o.shape[1]), float("-inf"))
+    at = index.clamp_min(0)
+    logs = lse[at].masked_fill_((index < 0)[..., None], float("-inf"))  # (R, J, H)
+    top = logs.amax(1)
+    top = torch.where(top == float("-inf"), 0, top)
+    weights = logs.sub_(top[:, None]).exp_()
+    total = torch.zeros_like(top)
+    for j in range(index.shape[1]):
+        # A product and a sum, not addcmul: a fused multiply-add would round tails differently.
+        out.add_(o[at[:, j]].mul_(weights[:, j, :, None]))
+        total.add_(weights[:, j])
+    out.div_(torch.where(total > 0, total, 1)[..., None])
+    return out, top + total.log()

@@ -1,0 +1,166 @@
+"""engine/verdict.py: the line of a verdict, byte for byte; agreement with labels; keys of lines."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.request import BadRow, make_row
+from engine.verdict import (
+    RowFailure,
+    Sample,
+    Verdict,
+    gold_index,
+    is_correct,
+    output_key,
+    to_line,
+)
+
+VALID = Sample(
+    order=(1, 0),
+    text="Scores: \\boxed{7, 2} é\u2028",
+    scores=(2, 7),
+    invalid=None,
+    meta=None,
+    tokens=3,
+    finish="box",
+    token_ids=[1, 2, 3],
+    logprobs=[-0.5] * 3,
+    sampling_logprobs=[-0.25] * 3,
+)
+INVALID = replace(VALID, order=(0, 1), text='"\n\x00', scores=None, invalid="missing", finish="eos")
+VERDICT = Verdict(
+    id="r1",
+    key="k1",
+    best=1,
+    scores=[2, 7],
+    mean_scores=[2.0, 0.1 + 0.2],
+    tie=False,
+    k=2,
+    valid=1,
+    votes=1,
+    samples=[VALID, INVALID],
+    prompt_tokens=40,
+    tree_tokens=30,
+    decode_tokens=6,
+)
+
+
+def test_the_line_of_a_verdict() -> None:
+    expected = (
+        '{"id":"r1","key":"k1","best":1,"scores":[2,7],"mean_scores":[2.0,0.30000000000000004],'
+        '"tie":false,"k":2,"valid":1,"votes":1,"samples":['
+        '{"order":[1,0],"text":"Scores: \\\\boxed{7, 2} é\u2028","scores":[2,7],"invalid":null,'
+        '"meta":null,"tokens":3,"finish":"box"},'
+        '{"order":[0,1],"text":"\\"\\n\\u0000","scores":null,"invalid":"missing",'
+        '"meta":null,"tokens":3,"finish":"eos"}],'
+        '"usage":{"prompt_tokens":40,"tree_tokens":30,"decode_tokens":6}}\n'
+    )
+    assert to_line(VERDICT) == expected.encode("utf-8")
+
+
+def test_optional_fields_of_a_verdict() -> None:
+    verdict = replace(VERDICT, label=(0.5, 1.0), correct=False, row_meta={"b": None, "a": [1]})
+    fields = json.loads(to_line(verdict))
+    assert list(fields)[-3:] == ["label", "correct", "row_meta"]
+    assert (fields["label"], fields["correct"]) == ([0.5, 1.0], False)
+    assert list(fields["row_meta"]) == ["b", "a"]
+    assert json.loads(to_line(replace(VERDICT, row_meta=0)))["row_meta"] == 0
+
+
+def test_no_vote_is_null_and_never_zero() -> None:
+    for scores, means in (([0, 0], [0.0, 0.0]), (None, None)):
+        verdict = replace(VERDICT, best=None, scores=scores, mean_scores=means, votes=0, valid=0)
+        fields = json.loads(to_line(verdict))
+        assert fields["best"] is fields["scores"] is fields["mean_scores"] is None
+        assert (fields["votes"], fields["valid"], fields["k"]) == (0, 0, 2)
+
+
+def test_meta_scores() -> None:
+    samples = [replace(VALID, meta=0.1), replace(VALID, meta=float("nan"))]
+    fields = json.loads(to_line(replace(VERDICT, samples=samples)))
+    assert [sample["meta"] for sample in fields["samples"]] == [0.1, None]
+
+
+def test_the_line_of_a_failure() -> None:
+    failure = RowFailure(id=None, line=3, key="k", error="not JSON: é")
+    assert to_line(failure) == '{"line":3,"key":"k","error":"not JSON: é"}\n'.encode()
+    failure = RowFailure(id="x", line=3, key="k", error="e")
+    assert to_line(failure) == b'{"id":"x","line":3,"key":"k","error":"e"}\n'
+    assert to_line(replace(failure, line=None, key=None)) == b'{"id":"x","error":"e"}\n'
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(allow_nan=False, width=64))
+def test_a_line_is_one_line_and_reads_back(text: str, number: float) -> None:
+    if number in (float("inf"), float("-inf")):
+        number = 0.0
+    verdict = replace(VERDICT, id=text, mean_scores=[number, 0.0], row_meta={text: text})
+    line = to_line(verdict)
+    assert line.count(b"\n") == 1 and line.endswith(b"\n")
+    fields = json.loads(line)
+    assert fields["id"] == text and fields["row_meta"] == {text: text}
+    assert fields["mean_scores"][0] == number
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("best", "means", "label", "expected"),
+    [
+        (0, [7.0], 1, True), (0, [7.0], 0, False), (0, [5.5], 1, False), (0, [5.5], 0, True),
+        (1, [1.0, 2.0], 1, True), (1, [1.0, 2.0], 0, False), (2, [1.0] * 3, (0.0, -1.0, 3.0), True),
+        (0, [9.0, 2.0, 1.0], (0.0, -1.0, 3.0), False), (1, [1.0, 2.0], None, None),
+        (None, None, None, None), (None, None, 0, False), (None, [0.0], 0, False),
+    ],
+)  # fmt: skip
+def test_is_correct(
+    best: int | None,
+    means: list[float] | None,
+    label: int | tuple[float, ...] | None,
+    expected: bool | None,
+) -> None:
+    assert is_correct(best, means, label, threshold=5.5) is expected
+
+
+def test_gold_index() -> None:
+    assert gold_index(3) == 3
+    assert gold_index([-2.0, -1.0, -3.0]) == 1
+
+
+# Keys
+
+OPTIONS: dict[str, str | int | float | bool | None] = {
+    "k": 8, "temperature": 0.5, "template": "ab", "max_orders": None, "greedy": False,
+}  # fmt: skip
+
+
+def test_a_key_changes_with_everything_it_covers() -> None:
+    row = make_row("p", ["a", "b"])
+    keys = [
+        output_key(row, OPTIONS, "model"),
+        output_key(make_row("p", ["a", "c"]), OPTIONS, "model"),
+        output_key(make_row("p", ["a", "b"], meta=1), OPTIONS, "model"),
+        output_key(row, OPTIONS, "model 2"),
+        output_key(row, {}, "model"),
+        *(output_key(row, OPTIONS | {name: "other"}, "model") for name in OPTIONS),
+        output_key(row, OPTIONS | {"new": None}, "model"),
+        output_key(BadRow("id", 1, "error", "digest"), OPTIONS, "model"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert all(len(key) == 64 and int(key, 16) >= 0 for key in keys)
+
+
+def test_a_key_does_not_change_with_spelling() -> None:
+    row = make_row("p", ["a", "b"])
+    key = output_key(row, OPTIONS, "model")
+    assert output_key(row, dict(reversed(OPTIONS.items())), "model") == key
+    assert output_key(row, OPTIONS | {"k": 8.0}, "model") == key
+    assert output_key(row, OPTIONS | {"greedy": 0}, "model") != key
+
+
+def test_a_key_needs_finite_options() -> None:
+    with pytest.raises(ValueError, match="temperature = nan"):
+        output_key(make_row("p", ["a"]), {"temperature": float("nan")}, "model")

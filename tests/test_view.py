@@ -1,0 +1,178 @@
+"""engine/view.py: what a person is shown, and what no untrusted text can do to the terminal."""
+
+import re
+import unicodedata
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.request import Row, make_row
+from engine.verdict import RowFailure, Sample, Verdict
+from engine.view import escape, render_error, render_summary, render_verdict
+
+HARMLESS = ("Zs", "Cn", "Co")  # unprintable for Python: wide blanks, unassigned, private
+ANSI = re.compile(r"\x1b\[\d+m")
+
+
+def sample(scores: tuple[int, ...] | None, order: tuple[int, ...], text: str = "") -> Sample:
+    invalid = None if scores else "missing"
+    return Sample(order, text, scores, invalid, None, 0, "box", [], [], [])
+
+
+def verdict(*samples: Sample, best: int | None, **changes: object) -> Verdict:
+    votes = [each.scores for each in samples if each.scores is not None]
+    sums = [sum(column) for column in zip(*votes, strict=True)]
+    result = Verdict(
+        id="row-1", key="k", best=best, scores=sums or None,
+        mean_scores=[total / len(votes) for total in sums] or None, tie=False, k=len(samples),
+        valid=len(votes), votes=len(votes), samples=list(samples),
+        prompt_tokens=1, tree_tokens=1, decode_tokens=1,
+    )  # fmt: skip
+    return replace(result, **changes)  # type: ignore[arg-type]
+
+
+ROW = make_row("Which sum is right?", ["1 + 1 = 3", "1 + 1 = 2"], id="row-1", label=1)
+VERDICT = verdict(
+    sample((8, 2), (0, 1), "the first one"),
+    sample((1, 9), (1, 0), "turned around"),
+    sample((2, 8), (0, 1), "Criteria: right 100 %\nAnalysis: [1] adds up"),
+    sample(None, (1, 0), "rambling"),
+    best=1,
+    label=1,
+    correct=True,
+)
+
+
+def test_a_verdict_for_a_person() -> None:
+    assert render_verdict(ROW, VERDICT, 60, color=False).splitlines() == [
+        "─" * 60,
+        "Row row-1",
+        "User",
+        "  Which sum is right?",
+        "Response [0]",
+        "  1 + 1 = 3",
+        "Response [1]",
+        "  1 + 1 = 2",
+        "Judgement 3 of 4, which saw [0] [1]",
+        "  Criteria: right 100 %",
+        "  Analysis: [1] adds up",
+        "Scores, summed over the votes",
+        "   [0] " + "█" * 14 + "░" * 10 + " 11  mean 3.67",
+        "   [1] " + "█" * 24 + " 19  mean 6.33  <- best",
+        "Best: [1], as labelled; 3 of 4 samples valid.",
+    ]
+
+
+def test_colour_changes_nothing_but_colour() -> None:
+    plain = render_verdict(ROW, VERDICT, 80, color=False)
+    painted = render_verdict(ROW, VERDICT, 80, color=True)
+    assert "\x1b" not in plain
+    assert painted != plain and ANSI.sub("", painted) == plain
+
+
+def test_the_sample_shown_agrees_with_the_verdict() -> None:
+    turned = verdict(
+        sample((8, 2), (0, 1), "says 0"),
+        sample((5, 5), (0, 1), "says both"),
+        sample((1, 9), (1, 0), "says 1"),
+        best=1,
+    )
+    assert "Judgement 3 of 3, which saw [1] [0]" in render_verdict(ROW, turned, 80, False)
+    # The sum can have a winner that no sample has: then any vote, rather than an invalid sample.
+    split = verdict(sample(None, (0, 1), "nothing"), sample((8, 2), (0, 1), "says 0"), best=1)
+    assert "says 0" in render_verdict(ROW, split, 80, False)
+
+
+def test_no_vote() -> None:
+    text = render_verdict(ROW, verdict(sample(None, (0, 1)), best=None), 80, False)
+    assert "  (empty)" in text and "No valid scores: missing" in text
+    assert "No verdict: no sample voted; 0 of 1 samples valid." in text
+    assert "█" not in text
+
+
+def test_ties_wrong_labels_and_meta_votes() -> None:
+    tied = verdict(
+        sample((4, 4), (0, 1)), sample((2, 2), (0, 1)),
+        best=0, tie=True, label=(0.0, 1.0), correct=False, votes=1,
+    )  # fmt: skip
+    text = render_verdict(ROW, tied, 80, False)
+    assert "<- best (drawn from a tie)" in text
+    assert "Best: [0], but the label says [1]; 2 of 2 samples valid, 1 of them voted." in text
+
+
+@pytest.mark.parametrize(("label", "words"), [(0, "but the label says wrong"), (1, "as labelled")])
+def test_one_response(label: int, words: str) -> None:
+    row = make_row("p", ["r"], label=label)
+    one = verdict(
+        sample((2,), (0,), "far"), sample((6,), (0,), "near"), sample((9,), (0,), "far"),
+        best=0, label=label, correct=label == 1,
+    )  # fmt: skip
+    text = render_verdict(row, one, 80, False)
+    assert "near" in text and "far" not in text
+    assert f"Mean score 5.67, {words}; 3 of 3 samples valid." in text
+    assert "<- best" not in text
+
+
+def test_scores_below_zero_have_bars_too() -> None:
+    text = render_verdict(ROW, verdict(sample((-4, 4), (0, 1)), best=1), 80, False)
+    assert "   [0] " + "░" * 24 + " -4" in text
+    assert "   [1] " + "█" * 24 + "  4" in text
+
+
+def test_long_texts_are_cut() -> None:
+    row = make_row("word " * 2000, ["x" * 5000, "line\n" * 1000], reference="r", principles="q")
+    text = render_verdict(row, VERDICT, 80, False)
+    assert len(text.splitlines()) < 60
+    assert "  … (123 more lines)" in text  # 2,000 words at 15 a line, less the 11 lines shown
+    assert "Reference\n  r\nPrinciples\n  q\n" in text
+
+
+def test_failures() -> None:
+    failure = RowFailure("row-1", 7, "k", "too long: \x1b[31m")
+    assert render_error(failure, 80, False) == r"Not judged: line 7: too long: \x1b[31m"
+    text = render_verdict(ROW, failure, 80, False)
+    assert text.startswith("─") and text.endswith(render_error(failure, 80, False))
+
+
+SUMMARY = {
+    "rows": 5, "errors": 1, "interrupted": False, "seconds": 2.0, "accuracy": 0.75,
+    "accuracy_95": (0.3, 0.95), "valid_share": 0.9, "tokens_computed": 1000, "tokens_naive": 4200,
+    "tokens_per_second": 500.0,
+}  # fmt: skip
+
+
+def test_summary() -> None:
+    text = " ".join(render_summary(SUMMARY, 80).splitlines())
+    assert "5 rows in 2.0 s; 1 not judged; 75% agree with the label" in text
+    assert "interval 30% to 95%); 90.0% of samples valid." in text
+    assert "1,000 tokens computed at 500 tokens/s" in text
+    assert "would compute 4,200 (4.2 times as many)." in text
+    empty = SUMMARY | {"accuracy": None, "accuracy_95": None, "valid_share": None, "rows": 0}
+    empty |= {"tokens_computed": 0, "tokens_naive": 0, "interrupted": True}
+    assert render_summary(empty, 80).startswith("0 rows in 2.0 s; interrupted; 1 not judged.\n0 ")
+
+
+# Hostile text
+
+
+def test_escape() -> None:
+    assert escape("a\tb\r\nc\nd\re") == "a    b\nc\nd\\re"
+    assert escape("\x00\x1b[2J\x7f\x9b") == r"\x00\x1b[2J\x7f\x9b"
+    assert escape("\u202eabc\u2066\u200f\ufeff\u2028\udc80") == (
+        r"\u202eabc\u2066\u200f\ufeff\u2028\udc80"
+    )
+    untouched = "é ﬁ 漢字 नमस्\u200dते \U0001f469\u200d\U0001f4bb \u3000"
+    assert escape(untouched) == untouched
+
+
+@given(st.text(max_size=60), st.text(max_size=200), st.integers(40, 100))
+def test_no_text_steers_the_terminal(word: str, text: str, width: int) -> None:
+    row = Row(f"id{word}", ROW.messages, (text, word), 1, text, word, None, "")
+    shown = render_verdict(row, verdict(sample((1, 2), (0, 1), text), best=1), width, color=False)
+    for character in shown:
+        category = unicodedata.category(character)
+        assert character in "\n\u200c\u200d" or character.isprintable() or category in HARMLESS
+    assert all(len(line) <= width for line in shown.split("\n"))
+    assert not ANSI.search(shown)
