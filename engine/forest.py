@@ -2,8 +2,8 @@
 
 A node is one segment after one parent; samples whose prompts begin with equal segments share
 nodes. Heads (first segments) are shared across rows and stay after their rows have gone; all other
-nodes belong to one row. A node's keys are cut into splits of MAX_SPLIT tokens from its own start, so
-the partition of a sample's keys is a function of its own sequence, whoever shares it.
+nodes belong to one row. A node's keys are cut into splits of MAX_SPLIT tokens from its own start:
+how a sample's keys are partitioned is a function of its own sequence, whoever shares it.
 
 Leaves are kept in depth-first order: every node covers a contiguous range of them. This module
 makes work items for prefill and decode; it runs nothing and holds no keys.
@@ -23,7 +23,7 @@ TokenIds = tuple[int, ...]
 @dataclass(eq=False)
 class Node:
     """One segment of some samples' prompts, from logical position `start`. `slab` is its place in
-    the cache while it has one, and `logits` (V,) those after its last token, if a leaf starts there;
+    the cache while it has one, `logits` (V,) those after its last token, if a leaf starts there;
     `number` grows with creation, so that a node's path of numbers sorts depth-first."""
 
     token_ids: TokenIds

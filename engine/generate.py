@@ -1,4 +1,4 @@
-"""Sample all judgements of many rows: prefill what is new, decode all leaves together, retire, join.
+"""Sample the judgements of many rows: prefill what is new, decode all leaves, retire, join.
 
     admit   rows are pulled as slots come free; segments that are not yet in the cache are prefilled
             together; each new leaf gets its first token from the last token of its prompt
@@ -6,9 +6,9 @@
             step; nothing is looked at by the host in between
     retire  finished leaves leave, their segments are let go of, the rest is put in order again
 
-A sample depends on its own prompt, key and index only: rows of a matmul are padded to a multiple of
-16, keys are partitioned by the sample's own segments, uniforms are keyed by (row, sample, position).
-So slots, batch size and neighbours change nothing, bit for bit in float32 on CPU.
+A sample depends on its own prompt, key and index only: the rows of a matmul are padded to a
+multiple of 16, keys are partitioned by the sample's own segments, uniforms are keyed by row, sample
+and position. So slots, batch size and neighbours change nothing, bit for bit in float32 on CPU.
 
 Works on token ids; needs nothing of templates, requests or verdicts.
 """
@@ -409,7 +409,8 @@ class Generator:
             return
         scores, reasons = scores_of(live.scores, live.ended)
         rows = [i for i, done in enumerate(finished) if done]
-        self._select([i for i, done in enumerate(finished) if not done], leaving := [])
+        leaving = [self.leaves[i] for i in rows]
+        self._select([i for i, done in enumerate(finished) if not done])
         counts, ended = live.count.tolist(), live.ended.tolist()
         decided = live.scores.decided.tolist()
         results = []
@@ -435,15 +436,11 @@ class Generator:
                 results.append(GroupResult(pending.group, generations, pending.tree_tokens))
         yield from results
 
-    def _select(self, rows: Sequence[int], leaving: list[_Leaf] | None = None) -> None:
-        """Keep the leaves at `rows`, in that order; the others go to `leaving`."""
+    def _select(self, rows: Sequence[int]) -> None:
+        """Keep the live leaves at `rows`, in that order."""
         assert self.live is not None
-        kept = set(rows)
-        if leaving is not None:
-            leaving += [leaf for i, leaf in enumerate(self.leaves) if i not in kept]
         self.leaves = [self.leaves[i] for i in rows]
-        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        self.live = self.live.index_select(index) if rows else None
+        self.live = self.live.index_select(self._tensor(rows)) if rows else None
 
     # -- the model -------------------------------------------------------------------------------
 

@@ -29,7 +29,6 @@ from models.transformer import Transformer
 
 Orders = Literal["rotate", "random", "fixed"]
 DEFAULT_BATCH = 256
-READ_AHEAD_ROWS = 512  # verdicts that may wait for an earlier row before more rows are taken
 
 
 class Judge:
@@ -108,7 +107,7 @@ class Judge:
         principles: str | None = None,
         **options: Any,
     ) -> Verdict:
-        """Judge one row; options as for `rows`. Raises ValueError for a row that cannot be judged."""
+        """Judge one row; options as for `rows`. ValueError for a row that cannot be judged."""
         row = make_row(
             prompt, responses, id=id, label=label, reference=reference, principles=principles
         )
@@ -218,8 +217,9 @@ class Judge:
         for result in generator.run(groups()):
             flight = result.group.tag
             flight.outcome = self._verdict(flight, result, options)
-            while flying and flying[0].outcome is not None:
-                yield flying.popleft().outcome
+            while flying and (outcome := flying[0].outcome) is not None:
+                flying.popleft()
+                yield outcome
         for flight in flying:
             assert flight.outcome is not None, "a row without an outcome"
             yield flight.outcome
@@ -309,7 +309,7 @@ def draw_orders(row: Row, options: dict[str, Any]) -> list[tuple[int, ...]]:
         return [tuple((place + rotation) % n for place in range(n)) for rotation in rotations]
     places = torch.arange(n).expand(k, n)
     draws = uniforms(key.expand(k, 2), torch.arange(k), places)
-    return [tuple(order) for order in draws.argsort(1, stable=True).tolist()]
+    return [tuple(order) for order in draws.argsort(dim=1, stable=True).tolist()]
 
 
 def _fingerprint(directory: Path) -> str:

@@ -159,7 +159,8 @@ class Tally:
         z, share, n = 1.959964, self.accuracy, self.labelled
         middle = share + z * z / (2 * n)
         spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-        return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+        low, high = (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+        return max(low, 0.0), min(high, 1.0)  # rounding may step over the ends
 
 
 def resume(

@@ -1,38 +1,52 @@
 """A row and an order -> the token segments of a judge's prompt. The only place that knows templates.
 
 Two templates are involved: the judge template (what the judge is asked; variables: messages,
-responses, reference, principles, hint, score_min, score_max) and, around its output, the model's
-own chat template. Both are rendered by minijinja with a fuel limit, once per *shape* of row (roles,
-number of responses, which optional fields are there), with a random sentinel in place of every
-untrusted field. The rendered text is then split on the sentinels:
+responses, reference, principles, hint, score_min, score_max) and the model's own chat template
+around its output, which becomes one user message. Both are rendered by minijinja with a fuel limit,
+once per *shape* of row (roles, number of responses, which optional fields are there), with a random
+sentinel in place of every untrusted field. The rendered text is then split on the sentinels:
 
 - template text is tokenized with control tokens;
 - an untrusted field is tokenized by a tokenizer that has no control token, whatever it says.
 
+So a template knows that a field is there, never what it says. It must show every field it is given
+once, whole, and messages and responses in their order; any other template is refused. A filter that
+leaves a sentinel as it is (`trim`, `escape`) does nothing.
+
 The pieces form segments: *head* (template text before anything of the row), *conversation* (up to
 the first response), one per *response* (the response and the template text up to the next), *tail*
 (what follows the last response). A segment is tokenized by itself, piece by piece, so its tokens
-depend on nothing but its own text, and equal segments have equal tokens.
+depend on nothing but its own text, and equal segments have equal tokens. A segment without tokens
+is left out.
 
 Not done here: truncation (a prompt that is too long is the caller's error line), BOS beyond what
-the chat template writes, tool calls, images.
+the chat template writes, tool calls, images, the `generation` blocks of some chat templates.
 """
 
-import json
+import math
+import re
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
 import minijinja
 
 from engine.request import Row
+from models.config import read_json
 from models.tokenizer import Tokenizer
 
 TEMPLATE_FUEL = 200_000
 DEFAULT_TEMPLATE = Path(__file__).with_name("judge_template.jinja")
+_SETTING_TYPES: dict[str, tuple[type, ...]] = {
+    "score_min": (int,),
+    "score_max": (int,),
+    "threshold": (int, float),
+    "anchor": (str, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -52,49 +66,44 @@ class JudgeSettings:
 def read_judge_settings(directory: str | Path) -> JudgeSettings:
     """Read judge.json, or the defaults where there is none.
 
-    Raises ValueError naming the file for unknown keys, wrong types or an empty score range.
+    Raises ValueError naming the file for unknown or repeated keys, wrong types, an empty range of
+    scores, a threshold that no score or every score passes, or an anchor that is not one line.
     """
     path = Path(directory) / "judge.json"
     if not path.exists():
         return JudgeSettings()
-    try:
-        declared = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    kinds = {
-        "score_min": int,
-        "score_max": int,
-        "threshold": (int, float),
-        "anchor": (str, type(None)),
-    }
-    if not isinstance(declared, dict):
-        raise ValueError(f"{path}: an object is expected, not {declared!r}")
+    declared = read_json(path)
     for key, value in declared.items():
-        if key not in kinds:
+        if key not in _SETTING_TYPES:
             raise ValueError(f"{path}: unknown key {key!r}")
-        if isinstance(value, bool) or not isinstance(value, kinds[key]):  # type: ignore[arg-type]
+        if isinstance(value, bool) or not isinstance(value, _SETTING_TYPES[key]):
             raise ValueError(f"{path}: {key} = {value!r} has the wrong type")
     settings = JudgeSettings(**declared)
-    if settings.score_min >= settings.score_max:
-        raise ValueError(
-            f"{path}: score_min {settings.score_min} >= score_max {settings.score_max}"
-        )
+    low, high, threshold = settings.score_min, settings.score_max, settings.threshold
+    if low >= high:
+        raise ValueError(f"{path}: score_min {low} >= score_max {high}")
+    if not math.isfinite(threshold) or not low <= threshold < high:
+        raise ValueError(f"{path}: threshold {threshold} is not from {low} to below {high}")
     if settings.anchor is not None and (not settings.anchor or "\n" in settings.anchor):
         raise ValueError(f"{path}: anchor {settings.anchor!r} must be one non-empty line or null")
     return settings
 
 
+SegmentKind = Literal["head", "conversation", "response", "tail"]
+FieldName = Literal["message", "response", "reference", "principles", "hint"]
+
+
 class Segment(NamedTuple):
     """A structural piece of a prompt and its tokens."""
 
-    kind: Literal["head", "conversation", "response", "tail"]
+    kind: SegmentKind
     token_ids: tuple[int, ...]
 
 
 class _Field(NamedTuple):
     """An untrusted field: what it is, and which one (a position for responses)."""
 
-    name: Literal["message", "response", "reference", "principles", "hint"]
+    name: FieldName
     index: int
 
 
@@ -109,7 +118,7 @@ class _Shape(NamedTuple):
 
 
 # A rendered template as segments of pieces: template tokens, or a field to fill in.
-_Layout = tuple[tuple[str, tuple["tuple[int, ...] | _Field", ...]], ...]
+_Layout = tuple[tuple[SegmentKind, tuple[tuple[int, ...] | _Field, ...]], ...]
 
 
 class PromptBuilder:
@@ -122,8 +131,9 @@ class PromptBuilder:
         self.tokenizer = tokenizer
         self.settings = settings
         self.judge_template = judge_template
+        # As transformers renders chat templates, down to the newline at the end of a file.
         self._environment = minijinja.Environment(
-            fuel=TEMPLATE_FUEL, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+            fuel=TEMPLATE_FUEL, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False
         )
         self._environment.add_function("raise_exception", _raise_exception)
         for name, text in (("judge", judge_template), ("chat", tokenizer.chat_template)):
@@ -165,7 +175,7 @@ class PromptBuilder:
                     text = value
                 token_ids.extend(self.tokenizer.encode_text(text))
             if token_ids:
-                segments.append(Segment(kind, tuple(token_ids)))  # type: ignore[arg-type]
+                segments.append(Segment(kind, tuple(token_ids)))
         return segments
 
     def render(self, row: Row, order: Sequence[int], hint: str | None = None) -> list[int]:
@@ -173,48 +183,53 @@ class PromptBuilder:
         return [t for segment in self.segments(row, order, hint) for t in segment.token_ids]
 
     def _make_layout(self, shape: _Shape) -> _Layout:
-        nonce = secrets.token_hex(16)
-        fields: dict[str, _Field] = {}
+        pieces = self._pieces(shape, secrets.token_hex(16))
+        # Sentinels of another text and length must leave the same template text around them.
+        if pieces != self._pieces(shape, secrets.token_hex(20)):
+            raise ValueError("the templates alter a field, or look into one")
+        shown = [piece for piece in pieces if isinstance(piece, _Field)]
+        times = Counter(shown)
+        for field in _fields(shape):
+            if times[field] != 1:
+                raise ValueError(
+                    f"the templates show {field.name} {field.index} {times[field]} times"
+                )
+        for name in ("message", "response"):
+            places = [field.index for field in shown if field.name == name]
+            if places != sorted(places):
+                raise ValueError(f"the templates show {name} {places} in this order")
+        return self._cut(pieces, shape.num_responses)
 
-        def sentinel(
-            name: Literal["message", "response", "reference", "principles", "hint"], index: int = 0
-        ) -> str:
-            mark = f"Q{nonce}{name}{index}Z"
-            fields[mark] = _Field(name, index)
-            return mark
-
+    def _pieces(self, shape: _Shape, nonce: str) -> list["str | _Field"]:
+        """Both templates rendered and cut at the sentinels: template text and fields, in turn."""
+        marks = {field: f"Q{nonce}{field.name}{field.index}Z" for field in _fields(shape)}
         judge_text = self._render(
             "judge",
             messages=[
-                {"role": role, "content": sentinel("message", i)}
+                {"role": role, "content": marks[_Field("message", i)]}
                 for i, role in enumerate(shape.roles)
             ],
-            responses=[sentinel("response", j) for j in range(shape.num_responses)],
-            reference=sentinel("reference") if shape.reference else None,
-            principles=sentinel("principles") if shape.principles else None,
-            hint=sentinel("hint") if shape.hint else None,
+            responses=[marks[_Field("response", j)] for j in range(shape.num_responses)],
+            reference=marks.get(_Field("reference", 0)),
+            principles=marks.get(_Field("principles", 0)),
+            hint=marks.get(_Field("hint", 0)),
             score_min=self.settings.score_min,
             score_max=self.settings.score_max,
         )
         text = self._render(
             "chat",
             messages=[{"role": "user", "content": judge_text}],
+            tools=None,
+            documents=None,
             add_generation_prompt=True,
             **self.tokenizer.special_tokens,
         )
-        pieces = _split(text, fields)
-        shown = [piece for piece in pieces if isinstance(piece, _Field)]
-        for field in fields.values():
-            times = shown.count(field)
-            if times == 0 or (field.name == "response" and times != 1):
-                raise ValueError(f"the templates show {field.name} {field.index} {times} times")
-        positions = [field.index for field in shown if field.name == "response"]
-        if positions != sorted(positions):
-            raise ValueError(f"the templates show the responses in the order {positions}")
-        return self._cut(pieces, shape.num_responses)
+        fields = {mark: field for field, mark in marks.items()}
+        parts = re.split(f"(Q{nonce}[a-z]+[0-9]+Z)", text)
+        return [fields.get(part, part) for part in parts if part]
 
     def _cut(self, pieces: list["str | _Field"], num_responses: int) -> _Layout:
-        layout: list[tuple[str, list[tuple[int, ...] | _Field]]] = [("head", [])]
+        layout: list[tuple[SegmentKind, list[tuple[int, ...] | _Field]]] = [("head", [])]
         for piece in pieces:
             kind = layout[-1][0]
             if isinstance(piece, _Field):
@@ -236,23 +251,17 @@ class PromptBuilder:
             raise ValueError(f"{name} template: {error.message}") from error
 
 
-def _split(text: str, fields: dict[str, _Field]) -> list[str | _Field]:
-    """Cut text at the sentinels; an untouched sentinel is a field, the rest is template text."""
-    pieces: list[str | _Field] = []
-    while fields:
-        starts = {mark: text.find(mark) for mark in fields}
-        found = [(start, mark) for mark, start in starts.items() if start >= 0]
-        if not found:
-            break
-        start, mark = min(found)
-        if start:
-            pieces.append(text[:start])
-        pieces.append(fields[mark])
-        text = text[start + len(mark) :]
-    if text:
-        pieces.append(text)
-    return pieces
+def _fields(shape: _Shape) -> list[_Field]:
+    """Every field of a row of this shape."""
+    fields = [_Field("message", i) for i in range(len(shape.roles))]
+    fields += [_Field("response", j) for j in range(shape.num_responses)]
+    optional: tuple[tuple[FieldName, bool], ...] = (
+        ("reference", shape.reference),
+        ("principles", shape.principles),
+        ("hint", shape.hint),
+    )
+    return fields + [_Field(name, 0) for name, there in optional if there]
 
 
-def _raise_exception(message: str) -> str:
-    raise ValueError(f"chat template: {message}")
+def _raise_exception(message: str) -> NoReturn:
+    raise ValueError(f"a template refuses to render: {message}")

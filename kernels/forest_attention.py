@@ -37,6 +37,7 @@ MAX_SPLIT = 256  # keys of a work item
 MAX_TILE = 64  # queries of a work item
 _TILES = (16, 32, 64)
 _WIDTHS = (16, 32, 64, 128, 256)
+_NOWHERE = 1 << 62  # the position of a padding key
 _MAX_SCORES = 1 << 22  # elements of one batch of scores: 16 MiB of float32
 _MAX_PARTIAL = 1 << 23  # elements of a chunk's partial outputs: 32 MiB of float32
 
@@ -99,7 +100,8 @@ class ForestPlan:
     """What `forest_attention` executes: items in the order of each query's sequence.
 
     positions: (T,) int64, the logical position of each query, on the device; in decode the caller
-    advances it in place (and sets `moving`), always upwards. suffix: the leaves' own keys, if any.
+    advances it in place, always upwards, and sets `moving`: then every key of every item must stand
+    before its queries from the start. suffix: the leaves' own keys, if any.
     `executed` counts the items run so far; every call adds `num_items(window)`.
     """
 
@@ -126,7 +128,7 @@ class ForestPlan:
     def _needed(self, item: WorkItem, window: int | None) -> bool:
         first, last = item.position, item.position + item.num_keys - 1
         positions = self._first_position[item.query : item.query + item.num_queries]
-        if not self.moving and first > max(positions):
+        if first > max(positions):
             return False
         return window is None or last > min(positions) - window
 
@@ -164,9 +166,9 @@ class ForestPlan:
                         device
                     ),
                     torch.from_numpy(key + np.minimum(column, num_keys - 1)).to(device),
-                    torch.from_numpy(
-                        np.where(column < num_keys, position + column, np.iinfo(np.int64).max)
-                    ).to(device),
+                    torch.from_numpy(np.where(column < num_keys, position + column, _NOWHERE)).to(
+                        device
+                    ),
                     partials,
                     masked,
                 )
@@ -330,15 +332,12 @@ def _run_batch(
         )
         visible = None
         if batch.masked or window is not None:
-            visible = batch.visible[span] if batch.visible is not None else None
-            if visible is None:
-                visible = _visible(
-                    plan.positions[batch.query[span]][..., None],
-                    batch.position[span][:, None],
-                    window,
-                )
-                if piece >= items and not plan.moving:
+            if batch.visible is None:
+                visible = _visible_in(batch, plan, window, span)
+                if piece >= items and (window is None or not plan.moving):
                     batch.visible = visible
+            else:
+                visible = batch.visible[span]
             visible = visible[None, :, :, None]  # (1, n, M, 1, W)
         part, part_lse = _attend(
             query, keys, values, visible, (kv_heads, n, tile, groups, width), softcap
@@ -394,7 +393,12 @@ def _run_suffix(
             lse[rows, head] = part_lse
 
 
-def _visible(at: Tensor, position: Tensor, window: int | None) -> Tensor:
+def _visible_in(batch: _Batch, plan: ForestPlan, window: int | None, span: slice) -> Tensor:
+    """Which keys of a batch's items their queries see: (n, M or 1, W) bool."""
+    position = batch.position[span][:, None]
+    if plan.moving and window is None:
+        return position < _NOWHERE
+    at = plan.positions[batch.query[span]][..., None]
     visible = position <= at
     return visible if window is None else visible & (position > at - window)
 

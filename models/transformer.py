@@ -13,8 +13,9 @@ attention itself is passed in: prefill, decode and training share this forward a
 
 Row results: in float32 on CPU a row of the output has the same bits whatever other rows T holds,
 at any number of threads, as long as T is a multiple of 16 (the caller pads) and `attend` keeps to
-it too. Matrix products need the multiple of 16; the activation needs the composed form explained in
-`kernels/gated_act.py`; embedding, norm, rope, addition and tanh need nothing.
+it too. What that took: matrix products need the multiple of 16 and blocks of 256 along the summed
+dimension (see `linear`); the activation needs the composed form that `kernels/gated_act.py`
+explains; embedding, norm, rope, addition and tanh need nothing.
 
 It does not hold a cache, scale scores, mask, or know what a prompt is.
 """
@@ -35,6 +36,33 @@ from models.config import ModelConfig
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 _MAX_SCORES = 1 << 24  # elements of one block of scores in `causal_attend`: 64 MiB of float32
+_SUM_BLOCK = 256
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, whose rows in float32 on CPU do not depend on the other rows.
+
+    x: (T, K). weight: (N, K). bias: (N,) or None. Returns (T, N). With several threads, MKL divides
+    a long sum over K between them when T N is small, and so changes a row's bits with T: measured
+    for K from about 380 on, never up to 256. Longer sums are cut here, always at the same places.
+    """
+    in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+    if x.device.type != "cpu" or not in_float32 or weight.shape[1] <= _SUM_BLOCK:
+        return F.linear(x, weight, bias)
+    parts = [
+        F.linear(x_block, weight_block)
+        for x_block, weight_block in zip(
+            x.split(_SUM_BLOCK, -1), weight.split(_SUM_BLOCK, -1), strict=True
+        )
+    ]
+    return sum(parts[1:], start=parts[0] if bias is None else parts[0] + bias)
+
+
+class Linear(nn.Linear):
+    """A linear layer through `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -71,8 +99,8 @@ class Attention(nn.Module):
             kv_heads * config.head_dim,
             kv_heads * config.v_head_dim,
         )
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias)
+        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_plus_one)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_plus_one)
@@ -95,8 +123,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(gated_act(self.gate_up_proj(x), self.activation))
@@ -147,7 +175,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_plus_one)
         if not config.tied:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._inv_freq: dict[torch.device, Tensor] = {}
 
     @property
@@ -187,7 +215,7 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states (R, hidden_size): (R, vocab) float32 (float64 from float64)."""
-        logits = F.linear(hidden, self.head_weight)
+        logits = linear(hidden, self.head_weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.final_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap

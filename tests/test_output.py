@@ -229,3 +229,10 @@ def test_tally() -> None:
     assert tally.valid_share == 30 / 44 and tally.accuracy == 0.8
     # Wilson's interval for 8 of 10, as published tables have it.
     assert tally.accuracy_95 == pytest.approx((0.4902, 0.9433), abs=5e-5)
+    for correct, interval in ((True, (0.7225, 1.0)), (False, (0.0, 0.2775))):
+        tally = Tally()
+        for _ in range(10):
+            tally.add(LineFacts(correct=correct))
+        assert tally.accuracy_95 == pytest.approx(interval, abs=5e-5)
+        assert tally.accuracy_95 is not None
+        assert min(tally.accuracy_95) >= 0.0 and max(tally.accuracy_95) <= 1.0

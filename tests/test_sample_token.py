@@ -68,7 +68,7 @@ def test_philox_known_answers(counter: str, key: str, output: str) -> None:
 word32 = st.integers(0, 2**32 - 1)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.tuples(word32, word32), st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1))
 def test_uniform_is_the_first_philox_word(key: tuple[int, int], index: int, place: int) -> None:
     counter = (index % 2**32, index >> 32, place % 2**32, place >> 32)
@@ -229,7 +229,7 @@ def tensor_distribution(logits: Tensor, options: SamplingOptions) -> Tensor:
 @pytest.mark.parametrize("vocab_size", [1, 5, 1023, 1024, 1025, 3000])
 def test_counts_follow_the_exact_softmax(vocab_size: int, options: SamplingOptions) -> None:
     logits = random_logits(1, vocab_size, seed=vocab_size)
-    chunk, draws = 500, 4000
+    chunk, draws = 500, 3000
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     uniform = random_uniform(draws, seed=vocab_size)
     for start in range(0, draws, chunk):
@@ -240,7 +240,7 @@ def test_counts_follow_the_exact_softmax(vocab_size: int, options: SamplingOptio
     assert_counts(counts, expected * draws)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.integers(-4, 4), min_size=1, max_size=12),
     st.builds(
@@ -308,7 +308,7 @@ def test_filters_apply_in_the_documented_order() -> None:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_tokens_lie_at_their_uniform_in_float64(vocab_size: int, options: SamplingOptions) -> None:
     """The float64 interval of each sampled token contains u, up to float32's own error."""
-    batch = 24
+    batch = 10
     logits = random_logits(batch, vocab_size, seed=vocab_size + 1)
     uniform = random_uniform(batch, seed=vocab_size)
     uniform[:2] = torch.tensor([SMALLEST, LARGEST])
@@ -421,18 +421,20 @@ def test_a_row_without_a_finite_maximum_harms_no_other(
             torch.testing.assert_close(new[[0, 2]], old[[0, 2]], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("vocab_size", [1, 5, 17, 500, 1025, 3001, 40000])
-def test_a_row_does_not_depend_on_its_batch_or_on_threads(vocab_size: int) -> None:
+@pytest.mark.parametrize(
+    ("vocab_size", "size"),
+    [(1, 70), (5, 70), (17, 70), (500, 70), (1025, 30), (3001, 20), (40000, 9)],
+)
+def test_a_row_does_not_depend_on_its_batch_or_on_threads(vocab_size: int, size: int) -> None:
     """Bit for bit, in any batch size, at any place, with 1 to 4 threads."""
-    size = 37 if vocab_size > 5000 else 130
     logits, uniform = random_logits(size, vocab_size, seed=2), random_uniform(size)
-    for options in [SamplingOptions(0), *OPTIONS[:4], OPTIONS[-1]]:
+    for options in (SamplingOptions(0), OPTIONS[0], OPTIONS[1], OPTIONS[3], OPTIONS[-1]):
         torch.set_num_threads(1)
         alone = [sample_token(logits[i : i + 1], uniform[i : i + 1], options) for i in range(size)]
         expected = [torch.cat(parts) for parts in zip(*alone, strict=True)]
-        for threads in (1, 2, 3, 4) if vocab_size > 400 else (1, 4):
+        for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            for start, stop in ((0, size), (3, 4), (5, 8), (1, 18), (2, 34)):
+            for start, stop in ((0, size), (3, 4), (1, 8)):
                 batch = sample_token(logits[start:stop], uniform[start:stop], options)
                 for result, row_results in zip(batch, expected, strict=True):
                     assert torch.equal(result, row_results[start:stop])

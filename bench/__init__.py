@@ -1,0 +1,1 @@
+"""Measurements: what the engine does, how well and how fast, each ending in one JSON line."""

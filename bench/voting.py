@@ -1,0 +1,177 @@
+"""How accuracy grows with the number of votes: Voting@j on labelled rows.
+
+    python -m bench.voting [--model DIR] [--data FILE] [--rows 1000] [--k 32] [--temperature 0.5]
+
+Every row is sampled k times. Voting@j is the accuracy of a vote over j of the k samples, averaged
+over seeded random subsets; a tie counts as the chance that a fair draw gets it right, a row
+without any valid vote as wrong. Intervals are 95 %, by a bootstrap over rows. Without --data the
+rows are the judging world's final split. Ends in one JSON line; --plot writes the curve as PNG.
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from engine.judge import Judge
+from engine.request import BadRow, Row, make_row, read_rows
+from engine.verdict import Verdict, gold_index
+from train.world import Split, cases
+
+SUBSETS = 32
+BOOTSTRAPS = 2000
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measure Voting@j on labelled rows."""
+
+    model: Path = Path("models/pocket")
+    data: Path | None = None
+    split: Split = "final"  # of the judging world, when there is no --data
+    rows: int = 1000
+    k: int = 32
+    temperature: float = 0.5  # 0: greedy, one sample a row
+    max_new_tokens: int = 400
+    seed: int = 0
+    plot: Path | None = None
+
+
+def read_labelled(args: Args) -> list[Row]:
+    """The rows to judge. Raises ValueError for a bad line or a row without a label."""
+    if args.data is None:
+        stream = islice(cases(args.seed, args.split), args.rows)
+        return [
+            make_row(row["prompt"], row["responses"], id=f"{args.split}-{i}", label=row["label"])
+            for i, row in enumerate(case.row() for case in stream)
+        ]
+    rows = []
+    with args.data.open("rb") as file:
+        for row in islice(read_rows(file, 1 << 20), args.rows):
+            if isinstance(row, BadRow) or row.label is None:
+                reason = row.error if isinstance(row, BadRow) else "no label"
+                raise ValueError(f"{args.data}, line {row.line}: {reason}")
+            rows.append(row)
+    return rows
+
+
+def chance_correct(
+    scores: Sequence[Sequence[int]], label: int | Sequence[float], threshold: float
+) -> float:
+    """The chance that a vote over these samples' scores agrees with the label."""
+    if not scores:
+        return 0.0
+    totals = np.sum(scores, axis=0)
+    if len(totals) == 1:
+        return float((totals[0] / len(scores) > threshold) == bool(label))
+    tied = np.flatnonzero(totals == totals.max())
+    return float(gold_index(label) in tied) / len(tied)
+
+
+def voting_curve(
+    verdicts: Sequence[Verdict], k: int, threshold: float, seed: int
+) -> dict[int, np.ndarray]:
+    """j -> (rows,) float64: each row's chance to be right with j votes, over subsets of its k."""
+    rng = np.random.default_rng(seed)
+    sizes = [1 << i for i in range(k.bit_length()) if 1 << i < k] + [k]
+    curve = {size: np.zeros(len(verdicts)) for size in sizes}
+    for row, verdict in enumerate(verdicts):
+        assert verdict.label is not None
+        votes = [sample.scores for sample in verdict.samples]
+        for size in sizes:
+            subsets = 1 if size == k else SUBSETS
+            for _ in range(subsets):
+                chosen = rng.choice(k, size, replace=False)
+                valid = [scores for i in chosen if (scores := votes[i]) is not None]
+                curve[size][row] += chance_correct(valid, verdict.label, threshold) / subsets
+    return curve
+
+
+def interval(per_row: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over rows."""
+    rng = np.random.default_rng(seed)
+    means = [
+        per_row[rng.integers(len(per_row), size=len(per_row))].mean() for _ in range(BOOTSTRAPS)
+    ]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def measure(args: Args) -> dict[str, Any]:
+    """Judge the rows and return the figures of the JSON line."""
+    rows = read_labelled(args)
+    judge = Judge.load(args.model)
+    k = 1 if args.temperature == 0 else args.k
+    started = time.perf_counter()
+    outcomes = judge.rows(
+        rows, k=k, temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed
+    )
+    verdicts = []
+    for outcome in tqdm(outcomes, total=len(rows), unit="row"):
+        if not isinstance(outcome, Verdict):
+            raise ValueError(f"row {outcome.id}: {outcome.error}")
+        verdicts.append(outcome)
+    seconds = time.perf_counter() - started
+    curve = voting_curve(verdicts, k, judge.settings.threshold, args.seed)
+    samples = [sample for verdict in verdicts for sample in verdict.samples]
+    return {
+        "model": str(args.model),
+        "rows": len(rows),
+        "k": k,
+        "temperature": args.temperature,
+        "accuracy": {
+            size: {"mean": float(right.mean()), "ci95": interval(right)}
+            for size, right in curve.items()
+        },
+        "invalid": dict(Counter(s.invalid for s in samples if s.invalid is not None)),
+        "valid_share": sum(s.invalid is None for s in samples) / len(samples),
+        "tokens_per_sample": sum(s.tokens for s in samples) / len(samples),
+        "seconds": seconds,
+        "tokens_per_s": sum(s.tokens for s in samples) / seconds,
+    }
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """The curve of accuracy against votes, with its intervals, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sizes = list(figures["accuracy"])
+    means = np.array([figures["accuracy"][size]["mean"] for size in sizes])
+    bounds = np.array([figures["accuracy"][size]["ci95"] for size in sizes]).T
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.errorbar(sizes, means, abs(bounds - means), marker="o", capsize=3)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xlabel("votes")
+    axes.set_ylabel("accuracy")
+    axes.set_title(f"{figures['rows']} rows, T = {figures['temperature']}")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=Args.__doc__)
+    figures = measure(args)
+    for size, entry in figures["accuracy"].items():
+        low, high = entry["ci95"]
+        print(f"Voting@{size:<3} {entry['mean']:.3f}  [{low:.3f}, {high:.3f}]", file=sys.stderr)
+    if args.plot:
+        plot(figures, args.plot)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Check that a row's result does not depend on how many other rows are computed with it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+ROWS = 1040
+
+
+def check_rows(op: Callable[[int], Tensor]) -> None:
+    """Fail unless `op(T)`, over the first T of ROWS rows, has the same bits for every T.
+
+    T takes several multiples of 16 at 1 to 4 threads, whose work is cut at different places.
+    """
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            expected = op(ROWS)
+            for rows in (160, 64, 48, 32, 16):
+                differ = (op(rows) != expected[:rows]).flatten(1).any(-1)
+                assert not differ.any(), f"{int(differ.sum())} of {rows} rows, {count} threads"
+    finally:
+        torch.set_num_threads(threads)

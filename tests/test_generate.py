@@ -1,0 +1,233 @@
+"""`Generator` on token ids: prefill and decode against transformers, joining and retiring."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import engine.generate as generate
+from engine.generate import Generator, Group, GroupResult
+from kernels.extract_scores import ScoreAutomaton
+from kernels.sample_token import SamplingOptions
+from models import load
+from models.transformer import Transformer
+from tests.tiny import FAMILIES, VOCAB_SIZE, write_model
+
+Prompt = list[tuple[int, ...]]
+
+
+def make_generator(model: Transformer, **options: object) -> Generator:
+    defaults: dict[str, object] = {
+        "options": SamplingOptions(1.0),
+        "max_new_tokens": 20,
+        "max_batch": 16,
+        "max_scores": 4,
+        "ignore_eos": True,
+    }
+    vocab = model.config.vocab_size
+    automaton = ScoreAutomaton([b"x"] * vocab, [], "Scores:", 1, 10)
+    return Generator(model, automaton, **(defaults | options))  # type: ignore[arg-type]
+
+
+def make_groups(count: int, seed: int = 0, longest: int = 40, k: int = 3) -> list[Group]:
+    """Rows of k samples over a common head, a conversation, and two orders of two segments."""
+    rng = random.Random(seed)
+
+    def segment() -> tuple[int, ...]:
+        return tuple(rng.randrange(5, VOCAB_SIZE) for _ in range(rng.randrange(1, longest)))
+
+    head = segment()
+    groups = []
+    for i in range(count):
+        conversation, first, second, tail = segment(), segment(), segment(), segment()
+        orders: list[Prompt] = [
+            [head, conversation, first, second, tail],
+            [head, conversation, second, first, tail],
+        ]
+        groups.append(Group([orders[j % 2] for j in range(k)], (i, 7), 2, tag=i))
+    return groups
+
+
+def run(generator: Generator, groups: list[Group]) -> list[GroupResult]:
+    """All results by tag; checks the cache against the live leaves after every retirement."""
+    results = []
+    for result in generator.run(iter(groups)):
+        results.append(result)
+        generator.cache.check()
+    generator.forest.check([])
+    assert generator.cache.idle_slots == generator.cache.num_slots
+    return sorted(results, key=lambda result: result.group.tag)
+
+
+def flat(prompt: Prompt) -> list[int]:
+    return [token for segment in prompt for token in segment]
+
+
+def drawn(result: GroupResult) -> list[tuple]:
+    return [(g.token_ids, g.logprobs, g.sampling_logprobs, g.finish) for g in result.generations]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    directory = tmp_path_factory.mktemp("tiny")
+    write_model(directory, "qwen3")
+    return load(directory)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunk", [4096, 48])
+def test_prefill_and_decode_equal_transformers(
+    family: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every token's log-prob, over shared segments longer than the windows (9 and 11 tokens), with
+    prefill in one piece and in pieces that cut segments."""
+    theirs = write_model(tmp_path, family)
+    model, _ = load(tmp_path)
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", chunk)
+    generator = make_generator(model)
+    forwards: list[int] = []
+    monkeypatch.setattr(generator, "_forward_prefill", counting(generator, forwards))
+    groups = make_groups(3)
+    results = run(generator, groups)
+    for group, result in zip(groups, results, strict=True):
+        for prompt, generation in zip(group.prompts, result.generations, strict=True):
+            ids = flat(list(prompt)) + generation.token_ids
+            with torch.inference_mode():
+                logits = theirs(torch.tensor([ids])).logits[0, -len(generation.token_ids) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(generation.token_ids)[:, None])
+            error = (expected[:, 0] - torch.tensor(generation.logprobs)).abs().max()
+            assert error < 1e-5
+    assert (len(forwards) > 3) == (chunk == 48)
+    assert sum(forwards) == generator.usage.prefill_tokens
+
+
+def counting(generator: Generator, forwards: list[int]) -> object:
+    inner = generator._forward_prefill
+
+    def forward(pieces: list) -> Tensor:
+        forwards.append(sum(stop - first for _, first, stop in pieces))
+        return inner(pieces)
+
+    return forward
+
+
+def test_prefill_in_pieces_changes_no_bit(
+    tiny: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = make_groups(3, longest=400)
+    whole = [drawn(r) for r in run(make_generator(tiny), groups)]
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", 100)
+    assert [drawn(r) for r in run(make_generator(tiny), groups)] == whole
+
+
+def test_joining_and_retiring_change_no_bit(tiny: Transformer) -> None:
+    groups = make_groups(9, k=4)
+    alone = [drawn(run(make_generator(tiny), [group])[0]) for group in groups]
+    for max_batch in (1, 3, 7, 64):
+        generator = make_generator(tiny, max_batch=max_batch)
+        assert [drawn(r) for r in run(generator, groups)] == alone
+        assert generator.usage.decode_tokens == 9 * 4 * 19
+
+
+def test_samples_of_unequal_length_retire_one_by_one(tiny: Transformer) -> None:
+    """With end tokens on, samples end anywhere; the prefix up to the end is unchanged."""
+    groups = make_groups(8, k=4)
+    full = run(make_generator(tiny, max_new_tokens=60), groups)
+    generator = make_generator(tiny, max_new_tokens=60, max_batch=5)
+    ends = set(range(0, VOCAB_SIZE, 16))
+    generator.end_ids = torch.tensor(sorted(ends))
+    ended = run(generator, groups)
+    lengths = set()
+    for longer, shorter in zip(full, ended, strict=True):
+        for a, b in zip(longer.generations, shorter.generations, strict=True):
+            stop = next((i + 1 for i, t in enumerate(a.token_ids) if t in ends), 60)
+            assert b.token_ids == a.token_ids[:stop] and b.logprobs == a.logprobs[:stop]
+            assert b.finish == ("eos" if b.token_ids[-1] in ends else "length")
+            lengths.add(len(b.token_ids))
+    assert len(lengths) > 3
+
+
+def test_suffixes_longer_than_a_split(tiny: Transformer, tmp_path: Path) -> None:
+    """600 generated tokens take three splits of 256; log-probs stay those of a plain forward."""
+    groups = make_groups(1, k=2)
+    (result,) = run(make_generator(tiny, max_new_tokens=600), groups)
+    for prompt, generation in zip(groups[0].prompts, result.generations, strict=True):
+        start = len(flat(list(prompt)))
+        logits = tiny.logits(flat(list(prompt)) + generation.token_ids)[start - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(generation.token_ids)[:, None])
+        assert len(generation.token_ids) == 600
+        assert (expected[:, 0] - torch.tensor(generation.logprobs)).abs().max() < 1e-4
+
+
+def test_a_sample_ends_at_the_models_context(tiny: Transformer) -> None:
+    context = tiny.config.max_position_embeddings
+    prompt: Prompt = [tuple([7] * (context - 5))]
+    (result,) = run(make_generator(tiny), [Group([prompt], (1, 2), 2, tag=0)])
+    assert len(result.generations[0].token_ids) == 5
+    assert result.generations[0].finish == "length"
+    (refused,) = run(make_generator(tiny), [Group([[tuple([7] * context)]], (1, 2), 2, tag=0)])
+    assert refused.error == f"the prompt has {context} tokens, the model's context is {context}"
+
+
+def test_a_small_cache_makes_a_smaller_batch(tiny: Transformer) -> None:
+    groups = make_groups(6, longest=60, k=4)
+    expected = [drawn(r) for r in run(make_generator(tiny), groups)]
+    cell = 3 * 2 * 48 * 4
+    small = make_generator(tiny, cache_bytes=cell * 500)
+    assert small.cache.num_slots < 16
+    assert [drawn(r) for r in run(small, groups)] == expected
+
+
+def test_a_prompt_that_no_cache_holds_is_an_error_and_the_rest_goes_on(tiny: Transformer) -> None:
+    groups = make_groups(3, longest=20, k=2)
+    huge = Group([[tuple([9] * 900)]], (5, 5), 2, tag=1)
+    groups = [groups[0], huge, Group(groups[2].prompts, groups[2].key, 2, tag=2)]
+    results = run(make_generator(tiny, cache_bytes=3 * 2 * 48 * 4 * 600), groups)
+    assert [bool(result.error) for result in results] == [False, True, False]
+    assert results[1].error is not None and "900 tokens of cache" in results[1].error
+    with pytest.raises(ValueError, match="bytes of cache"):
+        make_generator(tiny, cache_bytes=1000)
+
+
+def test_nan_in_one_row_does_not_reach_another(tiny: Transformer) -> None:
+    """A slot whose last owner left NaN values is clean for the next."""
+    generator = make_generator(tiny, max_batch=2)
+    groups = make_groups(2, k=2)
+    expected = [drawn(r) for r in run(make_generator(tiny, max_batch=2), groups)]
+    for cache in (*generator.cache.k, *generator.cache.v):
+        cache[:, generator.cache.suffix_base :] = float("nan")
+    assert [drawn(r) for r in run(generator, groups)] == expected
+
+
+def test_rows_are_pulled_only_as_there_is_room(tiny: Transformer) -> None:
+    pulled = []
+
+    def source() -> Iterator[Group]:
+        for group in make_groups(10, k=4):
+            pulled.append(group.tag)
+            yield group
+
+    generator = make_generator(tiny, max_batch=8)
+    seen = []
+    for result in generator.run(source()):
+        seen.append(result.group.tag)
+        assert len(pulled) <= len(seen) + 4
+    assert len(seen) == 10
+
+
+def test_greedy_repeats_and_ignores_the_key(tiny: Transformer) -> None:
+    groups = make_groups(2, k=2)
+    same = [Group(g.prompts, (99, 98), 2, tag=g.tag) for g in groups]
+    first = run(make_generator(tiny, options=SamplingOptions(0.0)), groups)
+    second = run(make_generator(tiny, options=SamplingOptions(0.0)), same)
+    assert [drawn(r) for r in first] == [drawn(r) for r in second]
+    assert all(p == 0 for r in first for g in r.generations for p in g.sampling_logprobs)
+
+
+def test_limits_below_one_are_refused(tiny: Transformer) -> None:
+    for name in ("max_batch", "max_new_tokens"):
+        with pytest.raises(ValueError, match=name):
+            make_generator(tiny, **{name: 0})

@@ -1,0 +1,39 @@
+"""Real rows, real lengths: all of LLMBar through the engine, none lost. Skips without the data."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.judge import Judge
+from engine.request import Row, make_row
+from engine.sample import POCKET
+from engine.verdict import Verdict
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "llmbar"
+
+
+def read_llmbar(folder: Path) -> list[Row]:
+    """The ten-line conversion: label 1 or 2 names the better output."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        for i, entry in enumerate(json.loads(path.read_text(encoding="utf-8"))):
+            responses = [entry["output_1"], entry["output_2"]]
+            label = int(entry["label"]) - 1
+            rows.append(make_row(entry["input"], responses, id=f"{path.stem}-{i}", label=label))
+    return rows
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the LLMBar rows are not here")
+def test_every_row_of_llmbar_comes_back() -> None:
+    rows = read_llmbar(DATA)
+    assert len(rows) == 419
+    judge = Judge.load(POCKET)
+    verdicts = list(judge.rows(rows, k=8, max_new_tokens=64))
+    assert [v.id for v in verdicts] == [row.id for row in rows]
+    for verdict in verdicts:
+        assert isinstance(verdict, Verdict), verdict
+        assert len(verdict.samples) == 8
+        assert all(s.tokens >= 1 and (s.scores is None) != (s.invalid is None)
+                   for s in verdict.samples)  # fmt: skip
+        assert verdict.tree_tokens < verdict.prompt_tokens

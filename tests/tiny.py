@@ -1,0 +1,176 @@
+"""Tiny random model directories of every family, written by transformers and tokenizers.
+
+Norms and biases are perturbed, since ones and zeros hide mistakes, and weights are cut into many
+shards. The models know nothing; their tokenizers encode any text.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+FAMILIES = ("qwen3", "qwen2", "llama", "gemma2")
+VOCAB_SIZE = 320
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
+CONTROL = ("<think>", "</think>")  # ids 3, 4: added, but not marked special
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+)
+
+
+def hf_config(family: str, **overrides: Any) -> PreTrainedConfig:
+    """A transformers config of a family: 3 layers, hidden 64, 4 query and 2 key/value heads."""
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    values |= {
+        "qwen3": {"head_dim": 24, "tie_word_embeddings": True},
+        "qwen2": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+        "llama": {"rope_parameters": LLAMA3_ROPE},
+        "gemma2": {"head_dim": 20, "query_pre_attn_scalar": 24, "sliding_window": 11},
+    }[family]
+    kinds: dict[str, type[PreTrainedConfig]] = {
+        "qwen3": Qwen3Config,
+        "qwen2": Qwen2Config,
+        "llama": LlamaConfig,
+        "gemma2": Gemma2Config,
+    }
+    return kinds[family](**(values | overrides))
+
+
+def write_checkpoint(
+    directory: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "60KB",
+    **overrides: Any,
+) -> PreTrainedModel:
+    """Write config, generation config and sharded weights; return transformers' own model."""
+    generator = torch.Generator().manual_seed(seed)
+    config = hf_config(family, **overrides)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(noise * 0.3)
+            else:
+                parameter.copy_(noise * 0.1)
+    model = model.to(dtype).eval()
+    model.generation_config.eos_token_id = [2, 0]
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return model
+
+
+def write_model(
+    directory: Path, family: str = "qwen3", *, tokenizer: str = "unigram", **options: Any
+) -> PreTrainedModel:
+    """Write a whole model directory: `write_checkpoint` and `write_tokenizer`."""
+    model = write_checkpoint(directory, family, **options)
+    write_tokenizer(directory, tokenizer)
+    return model
+
+
+def write_tokenizer(directory: Path, kind: str = "unigram") -> Tokenizer:
+    """Write tokenizer.json and tokenizer_config.json; return the tokenizer.
+
+    kind: "unigram" or "bpe", both byte-level, or "sentencepiece" (BPE with byte fallback).
+    """
+    build = {"unigram": _unigram, "bpe": _byte_level_bpe, "sentencepiece": _sentencepiece}[kind]
+    tokenizer = build()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in CONTROL])
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": {"__type": "AddedToken", "content": "<|endoftext|>"},
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer
+
+
+def _unigram() -> Tokenizer:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ("Ġthe", "Ġa", "Ġof", "ing", "Scores", "Ġ\\", "boxed", "ation", "ĊĊ", "er", "Ġ1", "10")
+    pieces = [(token, 0.0) for token in (*SPECIAL, *CONTROL)]
+    pieces += [(letter, -8.0) for letter in letters] + [(word, -5.0) for word in words]
+    tokenizer = Tokenizer(models.Unigram(pieces, None, False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _merged(vocab: dict[str, int], words: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Merges that spell each word from the left, added to the vocabulary as they appear."""
+    merges = []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            merge = (word[: end - 1], word[end - 1])
+            if merge not in merges:
+                merges.append(merge)
+                vocab.setdefault(word[:end], len(vocab))
+    return merges
+
+
+def _byte_level_bpe() -> Tokenizer:
+    """Merges lead to <|im_end|> itself, as an attacker's vocabulary might have it."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate((*SPECIAL, *CONTROL, *letters))}
+    merges = _merged(vocab, ("Ġthe", "Scores", "ing", "<|im_end|>"))
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece() -> Tokenizer:
+    """As Gemma's: spaces become U+2581, unknown letters become bytes, newline runs are added."""
+    names = (*SPECIAL, *CONTROL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)))
+    vocab = {token: i for i, token in enumerate(names)}
+    for letter in ("▁", "\n", *"aehint<|_>mdScor"):
+        vocab.setdefault(letter, len(vocab))
+    merges = _merged(vocab, ("▁the", "\n\n", "<|im_end|>"))
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False)])
+    return tokenizer
