@@ -19,7 +19,7 @@ soak: .venv/.stamp      ## the long tests
 	$(PY) -m pytest -q -m soak
 
 pocket: .venv/.stamp    ## train the pocket model from nothing; run it again to resume
-	$(PY) -m train.sft
+	$(PY) -m train.pocket
 
 clean:                  ## all that these targets made, except trained models
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -11,6 +11,7 @@ makes work items for prefill and decode; it runs nothing and holds no keys.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
@@ -52,11 +53,13 @@ class Node:
 
 
 class Forest:
-    """The nodes of all live rows over one cache."""
+    """The nodes of all live rows over one cache. `heads` holds those that are in the cache or that
+    some row still refers to; others are forgotten."""
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
-        self.heads: dict[TokenIds, Node] = {}
+        self.heads: WeakValueDictionary[TokenIds, Node] = WeakValueDictionary()
+        self._kept: dict[Node, None] = {}  # heads that the forest holds, oldest first
         self._count = 0
 
     def grow(self, prompts: Sequence[Sequence[TokenIds]]) -> tuple[list[Node], int]:
@@ -88,10 +91,13 @@ class Forest:
                 if node.slab is None:
                     for each in held:
                         self._drop(each)
+                    if fresh and fresh[0].parent is None:
+                        self._drop(fresh[0])  # it was not prefilled, so it is not kept
                     return None
                 fresh.append(node)
                 if node.parent is None:
-                    self.cache.retain(node.slab)  # the forest itself holds heads
+                    self.cache.retain(node.slab)  # the forest's own hold
+                    self._kept[node] = None
             else:
                 self.cache.retain(node.slab)
             held.append(node)
@@ -105,10 +111,7 @@ class Forest:
     def check(self, leaf_ends: Sequence[Node]) -> None:
         """Assert that holders are exactly the live leaves (and the forest, for heads)."""
         self.cache.check()
-        expected: dict[Node, int] = {}
-        for head in self.heads.values():
-            if head.slab is not None:
-                expected[head] = 1
+        expected = dict.fromkeys(self._kept, 1)
         for end in leaf_ends:
             for node in end.path():
                 expected[node] = expected.get(node, 0) + 1
@@ -124,18 +127,20 @@ class Forest:
         return Node(token_ids, parent, self._count, 0 if parent is None else parent.stop)
 
     def _find(self, length: int) -> Slab | None:
-        """A slab, after letting go of unused heads, oldest first, if need be."""
+        """A slab, after letting go of heads that no leaf uses, oldest first, if need be."""
         while (slab := self.cache.allocate(length)) is None:
-            unused = [h for h in self.heads.values() if h.slab is not None and h.slab.holders == 1]
-            if not unused:
+            unused = (h for h in self._kept if h.slab is not None and h.slab.holders == 1)
+            head = next(unused, None)
+            if head is None:
                 return None
-            self._drop(unused[0])
+            self._drop(head)
         return slab
 
     def _drop(self, node: Node) -> None:
         assert node.slab is not None
         if self.cache.release(node.slab):
             node.slab = node.logits = None
+            self._kept.pop(node, None)
 
 
 def prefill_items(pieces: Sequence[tuple[Node, int, int]]) -> list[WorkItem]:

@@ -3,7 +3,7 @@
     admit   rows are pulled as slots come free; segments that are not yet in the cache are prefilled
             together; each new leaf gets its first token from the last token of its prompt
     decode  a few steps of all live leaves: one forward, one `sample_token`, one `ScoreAutomaton`
-            step; nothing is looked at by the host in between
+            step; the host looks at the finished flags after these steps only
     retire  finished leaves leave, their segments are let go of, the rest is put in order again
 
 A sample depends on its own prompt, key and index only: the rows of a matmul are padded to a
@@ -32,7 +32,7 @@ from models.transformer import Attend, Transformer
 
 SYNC_STEPS = 8  # decode steps between two looks at the finished flags
 PREFILL_TOKENS = 4096  # tokens of one prefill forward
-CACHE_BYTES = 4 << 30  # of keys and values, unless the caller says otherwise
+CACHE_BYTES = 8 << 30  # of keys and values, unless the caller says otherwise
 
 
 @dataclass
@@ -82,11 +82,13 @@ class Usage:
 
 @dataclass
 class _Pending:
-    """A group under way: its ends in the forest and the samples not yet done."""
+    """A group under way: its ends in the forest, those that it holds itself until all its samples
+    have a slot (so that no prompt is computed twice), and the samples that are done."""
 
     group: Group
     ends: list[Node]
     tree_tokens: int
+    held: set[Node] = field(default_factory=set)
     done: dict[int, Generation] = field(default_factory=dict)
 
 
@@ -169,7 +171,9 @@ class Generator:
         per_cell = cell_bytes(self.config, weight.dtype)
         suffix = round_up(self.max_new_tokens)
         cells = cache_bytes // per_cell
-        slots = min(max_batch, cells // 2 // suffix)
+        # Room for one prompt as long as the context comes before more samples.
+        prompt = min(round_up(self.config.max_position_embeddings) + ALIGN, cells // 2)
+        slots = min(max_batch, (cells - prompt - SCRATCH_CELLS) // suffix)
         shared = cells - slots * suffix - SCRATCH_CELLS
         if slots < 1 or shared < ALIGN:
             raise ValueError(
@@ -190,7 +194,8 @@ class Generator:
 
     @torch.inference_mode()
     def run(self, groups: Iterable[Group]) -> Iterator[GroupResult]:
-        """Run groups, pulled as there is room for them; yields them as they are done."""
+        """Run groups, pulled as there is room for them; yields them as they are done. A group
+        without samples is done at once."""
         source = iter(groups)
         waiting: deque[tuple[_Pending, int]] = deque()  # samples without a slot
         while True:
@@ -207,7 +212,6 @@ class Generator:
         self, source: Iterator[Group], waiting: deque[tuple[_Pending, int]]
     ) -> Iterator[GroupResult]:
         """Fill the free slots, prefill what is new, and draw the new leaves' first tokens."""
-        started = time.perf_counter()
         joining: list[_Leaf] = []
         fresh: list[Node] = []
         while self.cache.idle_slots:
@@ -215,6 +219,9 @@ class Generator:
                 group = next(source, None)
                 if group is None:
                     break
+                if not group.prompts:
+                    yield GroupResult(group, [], 0)
+                    continue
                 longest = max(sum(map(len, prompt)) for prompt in group.prompts)
                 if longest >= self.config.max_position_embeddings:
                     yield GroupResult(
@@ -229,6 +236,9 @@ class Generator:
             if nodes is None:
                 if self.leaves or joining:
                     break  # room comes when others retire
+                if pending.held:
+                    self._let_go(pending)
+                    continue
                 while waiting and waiting[0][0] is pending:
                     waiting.popleft()
                 size = self.cache.size - self.cache.shared_base
@@ -237,16 +247,33 @@ class Generator:
                 continue
             waiting.popleft()
             fresh += nodes
+            if not waiting or waiting[0][0] is not pending:
+                self._let_go(pending)
+            elif end not in pending.held:
+                self.forest.allocate(end)
+                pending.held.add(end)
             limit = min(self.max_new_tokens, self.config.max_position_embeddings - end.stop)
             joining.append(_Leaf(pending, sample, end, self.cache.take_slot(), limit))
         if joining:
+            started = time.perf_counter()
             self._prefill(fresh, {leaf.end for leaf in joining})
             self._join(joining)
             self.usage.prefill_seconds += time.perf_counter() - started
 
+    def _let_go(self, pending: _Pending) -> None:
+        for end in pending.held:
+            self.forest.release(end)
+        pending.held.clear()
+
     def _prefill(self, fresh: Sequence[Node], ends: set[Node]) -> None:
-        """Run the tokens of fresh nodes, parents first, and keep the logits after each end."""
+        """Run the tokens of fresh nodes, parents first, and keep the logits after each end.
+
+        An end that came into the cache as part of a longer prompt has no logits yet: its last
+        token is run again, which writes the same keys and values.
+        """
         queue = deque((node, 0) for node in fresh)
+        old = ends.difference(fresh)
+        queue.extend((end, len(end.token_ids) - 1) for end in old if end.logits is None)
         while queue:
             pieces: list[tuple[Node, int, int]] = []
             room = PREFILL_TOKENS
@@ -268,7 +295,7 @@ class Generator:
                 padding = -len(last) % ALIGN
                 rows = torch.tensor([*last.values(), *[0] * padding], device=self.device)
                 for node, logits in zip(last, self.model.head(hidden[rows]), strict=False):
-                    node.logits = logits
+                    node.logits = logits.clone()  # a view would keep all rows alive
 
     def _forward_prefill(self, pieces: Sequence[tuple[Node, int, int]]) -> Tensor:
         tokens: list[int] = []

@@ -11,6 +11,7 @@ samples vote. Which order a sample sees, and how a tie falls, is drawn from stre
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +28,45 @@ from models import load
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
-Orders = Literal["rotate", "random", "fixed"]
 DEFAULT_BATCH = 256
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """How rows are judged; every field affects what a verdict says. See `Judge.rows`."""
+
+    k: int = 8
+    temperature: float = 0.5
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_new_tokens: int = 1024
+    orders: Literal["rotate", "random", "fixed"] = "rotate"
+    max_orders: int | None = None
+    seed: int = 0
+    deterministic: bool = False
+    stop: Literal["box", "eos"] = "box"
+
+    def __post_init__(self) -> None:
+        for name in ("k", "max_new_tokens", "max_orders"):
+            value = getattr(self, name)
+            if name == "max_orders" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} = {value!r} is not an integer of at least 1")
+        if self.orders not in ("rotate", "random", "fixed"):
+            raise ValueError(f"orders = {self.orders!r} is not rotate, random or fixed")
+        if self.max_orders is not None and self.orders != "rotate":
+            raise ValueError(f"max_orders has no meaning with orders = {self.orders!r}")
+        if self.stop not in ("box", "eos"):
+            raise ValueError(f"stop = {self.stop!r} is not box or eos")
+        stream_key(self.seed, "", "token")  # refuses a seed out of range
+        assert self.sampling is not None  # refuses sampling options out of range
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """How tokens are drawn."""
+        return SamplingOptions(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 class Judge:
@@ -76,12 +114,14 @@ class Judge:
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
         max_batch: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> "Judge":
         """Load a model directory in Hugging Face layout.
 
         template: a judge template file in place of the directory's own judge_template.jinja or the
-        default. dtype "auto" is the stored one; device "auto" is a GPU where there is one. Raises
-        ValueError naming the file for anything that cannot be read or is not supported.
+        default. dtype "auto" is the stored one; device "auto" is a GPU where there is one;
+        max_batch and cache_bytes as for the constructor. Raises ValueError naming the file for
+        anything that cannot be read or is not supported.
         """
         directory = Path(directory)
         model, tokenizer = load(directory, dtype=dtype, device=device)
@@ -94,6 +134,7 @@ class Judge:
             settings=read_judge_settings(directory),
             fingerprint=_fingerprint(directory),
             max_batch=max_batch,
+            cache_bytes=cache_bytes,
         )
 
     def __call__(
@@ -127,105 +168,91 @@ class Judge:
     ) -> list[int]:
         """The token ids of one sample's prompt; `order` defaults to the given one."""
         row = make_row(prompt, responses, reference=reference, principles=principles)
-        return self.prompts.render(row, order or range(len(row.responses)), hint)
+        shown = list(range(len(row.responses))) if order is None else list(order)
+        if sorted(shown) != list(range(len(row.responses))):
+            raise ValueError(f"order {shown} is not a permutation of the responses")
+        return self.prompts.render(row, shown, hint)
 
     def key(self, row: Row | BadRow, **options: Any) -> str:
-        """The key of a row's line: a hash of all that decides what the line says."""
+        """The key of a row's line under the options of `rows`: a hash of all that decides it."""
+        return self._key(row, JudgeOptions(**options))
+
+    def _key(self, row: Row | BadRow, options: JudgeOptions) -> str:
         weight = self.model.head_weight
-        everything = dict(options) | {
+        everything = asdict(options) | {
+            **asdict(self.settings),
             "judge_template": self.prompts.judge_template,
             "dtype": str(weight.dtype),
             "device": weight.device.type,
         }
         return output_key(row, everything, self.fingerprint)
 
-    def rows(
-        self,
-        rows: Iterable[Row],
-        *,
-        k: int = 8,
-        temperature: float = 0.5,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        max_new_tokens: int = 1024,
-        orders: Orders = "rotate",
-        max_orders: int | None = None,
-        seed: int = 0,
-        deterministic: bool = False,
-        stop: Literal["box", "eos"] = "box",
-    ) -> Iterator[Verdict | RowFailure]:
+    def rows(self, rows: Iterable[Row], **options: Any) -> Iterator[Verdict | RowFailure]:
         """Judge rows, taken as there is room for them; outcomes come in input order.
 
-        k samples per row at the given temperature (0: greedy), top-k, top-p and min-p. orders:
-        "rotate" shows sample j rotation (r + j mod m) mod n, r drawn per row, m = max_orders
-        (default min(n, k)); "random" is a free shuffle, "fixed" the given order. stop: "box" ends a
-        sample when its scores are decided, "eos" when it ends itself. deterministic changes nothing
-        on CPU, where float32 results are reproducible as they are. A row that cannot be judged
-        comes out as a RowFailure in its place. Raises ValueError for options out of range.
+        Options are the fields of `JudgeOptions`. k samples per row at the given temperature (0:
+        greedy), top-k, top-p and min-p. orders: "rotate" shows sample j rotation (r + j mod m)
+        mod n, r drawn per row, m = max_orders (default min(n, k)); "random" is a free shuffle,
+        "fixed" the given order. stop: "box" ends a sample when its scores are decided, "eos" when
+        it ends itself. deterministic changes nothing on CPU, where float32 results are reproducible
+        as they are. A row that cannot be judged comes out as a RowFailure in its place. Raises
+        ValueError for options out of range.
         """
-        if k < 1:
-            raise ValueError(f"k = {k} is less than 1")
-        if max_orders is not None and max_orders < 1:
-            raise ValueError(f"max_orders = {max_orders} is less than 1")
-        if orders not in ("rotate", "random", "fixed"):
-            raise ValueError(f"orders = {orders!r} is not rotate, random or fixed")
-        stream_key(seed, "", "token")  # refuses a seed out of range now, not at the first row
-        if deterministic and self.model.head_weight.device.type != "cpu":
+        chosen = JudgeOptions(**options)
+        if chosen.deterministic and self.model.head_weight.device.type != "cpu":
             raise ValueError("deterministic is not available on a GPU yet")
-        options: dict[str, Any] = {
-            "k": k, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
-            "max_new_tokens": max_new_tokens, "orders": orders, "max_orders": max_orders,
-            "seed": seed, "deterministic": deterministic,
-        }  # fmt: skip
-        if stop != "box":
-            options["stop"] = stop
         generator = Generator(
             self.model,
             self._automaton,
-            options=SamplingOptions(temperature, top_k, top_p, min_p),
-            max_new_tokens=max_new_tokens,
+            options=chosen.sampling,
+            max_new_tokens=chosen.max_new_tokens,
             max_batch=self.max_batch,
             max_scores=MAX_RESPONSES,
-            stop=stop,
+            stop=chosen.stop,
             cache_bytes=self.cache_bytes,
             usage=self.usage,
         )
-        return self._run(generator, rows, options)
+        return self._run(generator, rows, chosen)
 
     def _run(
-        self, generator: Generator, rows: Iterable[Row], options: dict[str, Any]
+        self, generator: Generator, rows: Iterable[Row], options: JudgeOptions
     ) -> Iterator[Verdict | RowFailure]:
         flying: deque[_Flight] = deque()
 
         def groups() -> Iterator[Group]:
             for row in rows:
-                flight = _Flight(row)
+                flight = _Flight(row, draw_orders(row, options))
                 flying.append(flight)
+                prompts: list[list[tuple[int, ...]]] = []
                 try:
-                    flight.orders = draw_orders(row, options)
-                    prompts = [
-                        [segment.token_ids for segment in self.prompts.segments(row, order)]
-                        for order in flight.orders
-                    ]
+                    prompts = self._prompts(flight)
                 except ValueError as error:
                     flight.outcome = RowFailure(row.id, row.line, None, str(error))
-                    continue
-                key = stream_key(options["seed"], row.id, "token")
+                key = stream_key(options.seed, row.id, "token")
                 yield Group(prompts, key, len(row.responses), flight)
 
         for result in generator.run(groups()):
             flight = result.group.tag
-            flight.outcome = self._verdict(flight, result, options)
+            if flight.outcome is None:
+                flight.outcome = self._verdict(flight, result, options)
             while flying and (outcome := flying[0].outcome) is not None:
                 flying.popleft()
                 yield outcome
-        for flight in flying:
-            assert flight.outcome is not None, "a row without an outcome"
-            yield flight.outcome
+        assert not flying, "a row without an outcome"
+
+    def _prompts(self, flight: "_Flight") -> list[list[tuple[int, ...]]]:
+        """Each sample's prompt as segments; samples that see the same order share one list."""
+        by_order: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        for order in flight.orders:
+            if order not in by_order:
+                segments = self.prompts.segments(flight.row, order)
+                if not segments:
+                    raise ValueError("the templates make an empty prompt of this row")
+                by_order[order] = [segment.token_ids for segment in segments]
+        return [by_order[order] for order in flight.orders]
 
     def _verdict(
-        self, flight: "_Flight", result: GroupResult, options: dict[str, Any]
+        self, flight: "_Flight", result: GroupResult, options: JudgeOptions
     ) -> Verdict | RowFailure:
         row = flight.row
         if result.error is not None:
@@ -236,7 +263,7 @@ class Judge:
         ]
         n = len(row.responses)
         blank = (0,) * n
-        tie_key = torch.tensor([stream_key(options["seed"], row.id, "tie")])
+        tie_key = torch.tensor([stream_key(options.seed, row.id, "tie")])
         zero = torch.zeros(1, dtype=torch.int64)
         votes = vote(
             torch.tensor([[g.scores or blank for g in result.generations]]),
@@ -250,7 +277,7 @@ class Judge:
         means = votes.mean[0].tolist() if voted else None
         return Verdict(
             id=row.id,
-            key=self.key(row, **options),
+            key=self._key(row, options),
             best=best,
             scores=votes.total[0].tolist() if voted else None,
             mean_scores=means,
@@ -286,25 +313,25 @@ class Judge:
         )
 
 
+@dataclass
 class _Flight:
-    """A row between its arrival and its place in the output."""
+    """A row between its arrival and its place in the output, and the orders of its samples."""
 
-    def __init__(self, row: Row) -> None:
-        self.row = row
-        self.orders: list[tuple[int, ...]] = []
-        self.outcome: Verdict | RowFailure | None = None
+    row: Row
+    orders: list[tuple[int, ...]]
+    outcome: Verdict | RowFailure | None = None
 
 
-def draw_orders(row: Row, options: dict[str, Any]) -> list[tuple[int, ...]]:
+def draw_orders(row: Row, options: JudgeOptions) -> list[tuple[int, ...]]:
     """The order of each of a row's k samples, from the row's own "order" stream."""
-    n, k = len(row.responses), options["k"]
-    if options["orders"] == "fixed":
+    n, k = len(row.responses), options.k
+    if options.orders == "fixed":
         return [tuple(range(n))] * k
-    key = torch.tensor([stream_key(options["seed"], row.id, "order")])
-    if options["orders"] == "rotate":
+    key = torch.tensor([stream_key(options.seed, row.id, "order")])
+    if options.orders == "rotate":
         zero = torch.zeros(1, dtype=torch.int64)
         first = int(uniforms(key, zero, zero)[0] * n)
-        distinct = min(options["max_orders"] or min(n, k), n)
+        distinct = min(options.max_orders or min(n, k), n)
         rotations = [(first + j % distinct) % n for j in range(k)]
         return [tuple((place + rotation) % n for place in range(n)) for rotation in rotations]
     places = torch.arange(n).expand(k, n)
@@ -314,9 +341,11 @@ def draw_orders(row: Row, options: dict[str, Any]) -> list[tuple[int, ...]]:
 
 def _fingerprint(directory: Path) -> str:
     """SHA-256 over a model directory's configuration, tokenizer and weights."""
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    files = [directory / name for name in (*names, "chat_template.jinja")]
     digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".jinja"):
+    for path in [*files, *sorted(directory.glob("*.safetensors"))]:
+        if path.exists():
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
             digest.update(f"{path.name}\0{content}\n".encode())

@@ -71,7 +71,8 @@ class KVCache:
         self.v = cells(config.v_head_dim)
         for cache in (*self.k, *self.v):
             cache[:, :SCRATCH_CELLS] = 0
-        self._free: list[tuple[int, int]] = [(self.shared_base, self.size)]  # [start, stop)
+        # Gaps [start, stop) in ascending order, none empty, no two adjacent.
+        self._free = [(self.shared_base, self.size)] if self.size > self.shared_base else []
         self._slabs: set[Slab] = set()
         self._idle_slots = list(range(num_slots - 1, -1, -1))
 
@@ -118,6 +119,7 @@ class KVCache:
     def take_slot(self) -> int:
         """An idle sample slot. Its values are cleared, since attention multiplies what lies behind
         a sample's last key with weight 0, and 0 * NaN is NaN."""
+        assert self._idle_slots, "no idle slot"
         slot = self._idle_slots.pop()
         first = self.suffix_base + slot * self.suffix_capacity
         for cache in self.v:
@@ -130,12 +132,18 @@ class KVCache:
         self._idle_slots.append(slot)
 
     def check(self) -> None:
-        """Assert that slabs and gaps tile the shared region and that every slab has a holder."""
+        """Assert that slabs and gaps tile the shared region, that gaps are merged, that every slab
+        has a holder, and that idle slots are distinct."""
         spans = [(s.start, s.start + round_up(s.length)) for s in self._slabs]
         at = self.shared_base
         for start, stop in sorted([*spans, *self._free]):
             assert start == at and stop > start, f"cells {at}..{start} are lost or held twice"
             at = stop
         assert at == self.size, f"cells {at}..{self.size} are lost"
+        starts = {start for start, _ in self._free}
+        assert not any(stop in starts for _, stop in self._free), "two gaps side by side"
         assert all(slab.holders > 0 for slab in self._slabs), "a slab without a holder"
-        assert len(set(self._idle_slots)) == len(self._idle_slots) <= self.num_slots
+        idle = set(self._idle_slots)
+        assert len(idle) == len(self._idle_slots) and idle <= set(range(self.num_slots)), (
+            f"idle slots {self._idle_slots}"
+        )

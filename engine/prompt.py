@@ -1,10 +1,11 @@
-"""A row and an order -> the token segments of a judge's prompt. The only place that knows templates.
+"""A row and an order -> the token segments of a judge's prompt.
 
-Two templates are involved: the judge template (what the judge is asked; variables: messages,
-responses, reference, principles, hint, score_min, score_max) and the model's own chat template
-around its output, which becomes one user message. Both are rendered by minijinja with a fuel limit,
-once per *shape* of row (roles, number of responses, which optional fields are there), with a random
-sentinel in place of every untrusted field. The rendered text is then split on the sentinels:
+This is the only place that knows templates. Two are involved: the judge template (what the judge is
+asked; variables: messages, responses, reference, principles, hint, score_min, score_max) and the
+model's own chat template around its output, which becomes one user message. Both are rendered by
+minijinja with a fuel limit, once per *shape* of row (roles, number of responses, which optional
+fields are there), with a random sentinel in place of every untrusted field. The rendered text is
+then split on the sentinels:
 
 - template text is tokenized with control tokens;
 - an untrusted field is tokenized by a tokenizer that has no control token, whatever it says.
@@ -104,7 +105,7 @@ class _Field(NamedTuple):
     """An untrusted field: what it is, and which one (a position for responses)."""
 
     name: FieldName
-    index: int
+    number: int
 
 
 class _Shape(NamedTuple):
@@ -135,7 +136,7 @@ class PromptBuilder:
         self._environment = minijinja.Environment(
             fuel=TEMPLATE_FUEL, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False
         )
-        self._environment.add_function("raise_exception", _raise_exception)
+        self._environment.add_global("raise_exception", _raise_exception)
         for name, text in (("judge", judge_template), ("chat", tokenizer.chat_template)):
             try:
                 self._environment.add_template(name, text)
@@ -166,9 +167,9 @@ class PromptBuilder:
                     token_ids.extend(piece)
                     continue
                 if piece.name == "message":
-                    text = row.messages[piece.index].content
+                    text = row.messages[piece.number].content
                 elif piece.name == "response":
-                    text = row.responses[order[piece.index]]
+                    text = row.responses[order[piece.number]]
                 else:
                     value = optional[piece.name]
                     assert value is not None
@@ -186,23 +187,22 @@ class PromptBuilder:
         pieces = self._pieces(shape, secrets.token_hex(16))
         # Sentinels of another text and length must leave the same template text around them.
         if pieces != self._pieces(shape, secrets.token_hex(20)):
-            raise ValueError("the templates alter a field, or look into one")
+            raise ValueError("the templates alter a field or depend on what it says")
         shown = [piece for piece in pieces if isinstance(piece, _Field)]
         times = Counter(shown)
         for field in _fields(shape):
             if times[field] != 1:
-                raise ValueError(
-                    f"the templates show {field.name} {field.index} {times[field]} times"
-                )
+                shows = f"{field.name} {field.number} {times[field]} times"
+                raise ValueError(f"the templates must show every field once, not {shows}")
         for name in ("message", "response"):
-            places = [field.index for field in shown if field.name == name]
+            places = [field.number for field in shown if field.name == name]
             if places != sorted(places):
-                raise ValueError(f"the templates show {name} {places} in this order")
+                raise ValueError(f"the templates show every {name} in the order {places}")
         return self._cut(pieces, shape.num_responses)
 
     def _pieces(self, shape: _Shape, nonce: str) -> list["str | _Field"]:
         """Both templates rendered and cut at the sentinels: template text and fields, in turn."""
-        marks = {field: f"Q{nonce}{field.name}{field.index}Z" for field in _fields(shape)}
+        marks = {field: f"Q{nonce}{field.name}{field.number}Z" for field in _fields(shape)}
         judge_text = self._render(
             "judge",
             messages=[
@@ -238,7 +238,7 @@ class PromptBuilder:
                 elif kind == "head":
                     layout.append(("conversation", []))
                 layout[-1][1].append(piece)
-                if piece.name == "response" and piece.index == num_responses - 1:
+                if piece.name == "response" and piece.number == num_responses - 1:
                     layout.append(("tail", []))
             else:
                 layout[-1][1].append(tuple(self.tokenizer.encode_template(piece)))

@@ -81,7 +81,7 @@ class Options:
     max_row_bytes: int = 1 << 20
     """Longest input line, in bytes; a longer one is an error line."""
     deterministic: bool = False
-    """Bit-equal results on a GPU, at some cost in speed."""
+    """Bit-equal results also on a GPU (refused there for now; on CPU float32 always is)."""
     resume: bool = False
     """Continue --out where an earlier run of the same rows and options was cut off."""
 
@@ -259,7 +259,7 @@ class _Run:
     def _summary(self, seconds: float) -> dict[str, Any]:
         tally = self.tally
         usage = dataclasses.asdict(self.judge.usage)
-        computed = usage["prefill_tokens"] + usage["decode_tokens"] + usage["idle_tokens"]
+        useful = usage["prefill_tokens"] + usage["decode_tokens"]
         return {
             **dataclasses.asdict(tally),
             "valid_share": tally.valid_share,
@@ -267,9 +267,9 @@ class _Run:
             "accuracy_95": tally.accuracy_95,
             "interrupted": self.interrupted,
             "seconds": round(seconds, 3),
-            "tokens_computed": computed,
+            "tokens_computed": useful + usage["idle_tokens"],
             "tokens_naive": self.naive_tokens,
-            "tokens_per_second": round(computed / seconds, 1),
+            "tokens_per_second": round(useful / seconds, 1),
             "usage": usage,
         }
 

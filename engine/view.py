@@ -117,9 +117,11 @@ def _wrap(text: str, width: int, indent: str = "") -> list[str]:
 
 def _block(title: str, text: str, limit: int, width: int, paint: _Paint) -> list[str]:
     """A title and an indented text of at most `limit` lines."""
-    lines = _wrap(escape(text), width, "  ") if text.strip() else [f"  ({_blank(text)})"]
-    if len(lines) > limit:
-        lines = [*lines[: limit - 1], f"  … ({len(lines) - limit + 1} more lines)"]
+    shown = text[: limit * width]  # more cannot fit; wrapping a megabyte takes seconds
+    lines = _wrap(escape(shown), width, "  ") if shown.strip() else [f"  ({_blank(text)})"]
+    if len(lines) > limit or len(shown) < len(text):
+        lines = lines[: limit - 1]
+        lines.append(f"  … ({len(text):,} characters in all)")
     return [paint("cyan", _cut(title, width)), *lines]
 
 

@@ -1,11 +1,13 @@
 """Join partial attention results of one query over disjoint sets of keys.
 
-    m = max_j lse_j     w_j = exp(lse_j - m)     o = sum_j w_j o_j / sum_j w_j     lse = m + log sum_j w_j
+    m = max_j lse_j        w_j = exp(lse_j - m)
+    o = sum_j w_j o_j / sum_j w_j        lse = m + log sum_j w_j
 
 P partials, R output rows, J partials of a row at most, H heads, Dv value channels. Log-sum-exps are
 natural, float32 (float64 for float64 input). Partials are added one after another in the order of
 `index`, so that a row's bits depend on its own partials alone: an absent or empty partial (lse =
--inf) adds an exact zero, and a row with nothing to see is 0 with lse = -inf, never NaN.
+-inf) adds an exact zero, and a row with nothing to see is 0 with lse = -inf, never NaN. A NaN
+reaches only the rows that name its partial.
 
 It does not attend to keys, and is not differentiable.
 """
@@ -32,7 +34,8 @@ def merge_states(o: Tensor, lse: Tensor, index: Tensor) -> tuple[Tensor, Tensor]
 
     o: (P, H, Dv), lse: (P, H), both float32 or both float64. index: (R, J) int64, the partials of
     each row in the order of its keys, -1 where there is none. Partials with lse = -inf may hold
-    any finite o. Returns o (R, H, Dv) and lse (R, H). Raises ValueError for other shapes or dtypes.
+    any finite o. Returns o (R, H, Dv) and lse (R, H). Raises ValueError for other shapes or dtypes
+    and, on CPU, for an index of P or more; on a GPU its contents are not looked at.
     """
     if o.ndim != 3 or lse.shape != o.shape[:2] or index.ndim != 2:
         raise ValueError(
@@ -43,10 +46,13 @@ def merge_states(o: Tensor, lse: Tensor, index: Tensor) -> tuple[Tensor, Tensor]
         raise ValueError(f"merge_states: o {o.dtype} and lse {lse.dtype} must both be float32/64")
     if index.dtype != torch.int64:
         raise ValueError(f"merge_states: index must be int64, got {index.dtype}")
+    if index.device.type == "cpu" and index.numel() and int(index.max()) >= o.shape[0]:
+        raise ValueError(f"merge_states: index {int(index.max())}, there are {o.shape[0]} partials")
     out = o.new_zeros(index.shape[0], *o.shape[1:])
     if not index.numel() or not o.shape[0]:
         return out, lse.new_full((index.shape[0], o.shape[1]), float("-inf"))
-    at = index.clamp_min(0)
+    # An absent partial is read at one of the row's own, with weight 0: another's might be NaN.
+    at = torch.where(index < 0, index.amax(1, keepdim=True), index).clamp_min(0)
     logs = lse[at].masked_fill_((index < 0)[..., None], float("-inf"))  # (R, J, H)
     top = logs.amax(1)
     top = torch.where(top == float("-inf"), 0, top)
@@ -56,5 +62,5 @@ def merge_states(o: Tensor, lse: Tensor, index: Tensor) -> tuple[Tensor, Tensor]
         # A product and a sum, not addcmul: a fused multiply-add would round tails differently.
         out.add_(o[at[:, j]].mul_(weights[:, j, :, None]))
         total.add_(weights[:, j])
-    out.div_(torch.where(total > 0, total, 1)[..., None])
+    out.div_(total[..., None]).masked_fill_((total == 0)[..., None], 0)
     return out, top + total.log()

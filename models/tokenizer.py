@@ -42,14 +42,14 @@ _UTF8_BYTES = frozenset(range(0xF5)) - {0xC0, 0xC1}
 
 
 def _byte_of_letter() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 letters stand for themselves, the rest for U+0100 on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     letters = {chr(byte): byte for byte in plain}
     return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF_LETTER = _byte_of_letter()
+# GPT-2's alphabet: printable Latin-1 letters stand for themselves, the rest for U+0100 on.
+BYTE_OF_LETTER = _byte_of_letter()
 
 
 class Tokenizer:
@@ -220,7 +220,7 @@ def _require_total(
         if model.get(key):
             raise ValueError(f"{path}: model.{key} {model[key]!r} is not supported")
     if byte_level:
-        needed = {letter for letter, byte in _BYTE_OF_LETTER.items() if byte in _UTF8_BYTES}
+        needed = {letter for letter, byte in BYTE_OF_LETTER.items() if byte in _UTF8_BYTES}
     elif model.get("byte_fallback"):
         needed = {f"<0x{byte:02X}>" for byte in _UTF8_BYTES}
     else:
@@ -286,10 +286,10 @@ def _without_control(model: dict[str, Any], control_ids: frozenset[int]) -> dict
 
 def _content_bytes(content: str, byte_level: bool, control: bool) -> bytes:
     """The bytes that a token stands for; in byte-level models added tokens are not spelt."""
-    if byte_level and (control or not all(letter in _BYTE_OF_LETTER for letter in content)):
+    if byte_level and (control or not all(letter in BYTE_OF_LETTER for letter in content)):
         return content.encode("utf-8")
     if byte_level:
-        return bytes(_BYTE_OF_LETTER[letter] for letter in content)
+        return bytes(BYTE_OF_LETTER[letter] for letter in content)
     if len(content) == 6 and content.startswith("<0x") and content.endswith(">"):
         return bytes.fromhex(content[3:5])
     return content.replace(_SPACE, " ").encode("utf-8")

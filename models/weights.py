@@ -81,6 +81,8 @@ def load_weights(
     _check_names(Path(directory), stored, slots)
 
     dtype = dtype or config.dtype or stored[_EMBEDDING].dtype
+    if dtype not in _STORED_DTYPES.values():
+        raise ValueError(f"dtype {dtype} is not supported")
     model.config = replace(config, dtype=dtype)
     model = model.to(dtype).to_empty(device=device)
     parameters: dict[str, Tensor] = dict(model.named_parameters())

@@ -58,7 +58,7 @@ def test_gradients_in_low_precision_agree_with_float64(activation: str) -> None:
     gate_up = draw((16, 64), torch.bfloat16)
     grads = []
     for dtype in (torch.bfloat16, torch.float64):
-        x = gate_up.to(dtype).requires_grad_()
+        x = gate_up.to(dtype, copy=True).requires_grad_()
         gated_act(x, activation).sum().backward()
         assert x.grad is not None and x.grad.dtype == dtype
         grads.append(x.grad.double())

@@ -133,21 +133,22 @@ def test_joining_and_retiring_change_no_bit(tiny: Transformer) -> None:
 
 
 def test_samples_of_unequal_length_retire_one_by_one(tiny: Transformer) -> None:
-    """With end tokens on, samples end anywhere; the prefix up to the end is unchanged."""
+    """With end tokens on, samples end anywhere, some behind their first split of 256; so leaves of
+    all ages meet. What comes before the end is unchanged."""
     groups = make_groups(8, k=4)
-    full = run(make_generator(tiny, max_new_tokens=60), groups)
-    generator = make_generator(tiny, max_new_tokens=60, max_batch=5)
-    ends = set(range(0, VOCAB_SIZE, 16))
+    full = run(make_generator(tiny, max_new_tokens=300), groups)
+    generator = make_generator(tiny, max_new_tokens=300, max_batch=5)
+    ends = set(range(0, VOCAB_SIZE, 64))
     generator.end_ids = torch.tensor(sorted(ends))
     ended = run(generator, groups)
     lengths = set()
     for longer, shorter in zip(full, ended, strict=True):
         for a, b in zip(longer.generations, shorter.generations, strict=True):
-            stop = next((i + 1 for i, t in enumerate(a.token_ids) if t in ends), 60)
+            stop = next((i + 1 for i, t in enumerate(a.token_ids) if t in ends), 300)
             assert b.token_ids == a.token_ids[:stop] and b.logprobs == a.logprobs[:stop]
             assert b.finish == ("eos" if b.token_ids[-1] in ends else "length")
             lengths.add(len(b.token_ids))
-    assert len(lengths) > 3
+    assert len(lengths) > 8 and min(lengths) < 50 and max(lengths) > 256
 
 
 def test_suffixes_longer_than_a_split(tiny: Transformer, tmp_path: Path) -> None:
@@ -170,6 +171,57 @@ def test_a_sample_ends_at_the_models_context(tiny: Transformer) -> None:
     assert result.generations[0].finish == "length"
     (refused,) = run(make_generator(tiny), [Group([[tuple([7] * context)]], (1, 2), 2, tag=0)])
     assert refused.error == f"the prompt has {context} tokens, the model's context is {context}"
+
+
+def test_a_prompt_may_end_within_another(tiny: Transformer) -> None:
+    """Also when the shorter one joins later, over keys that are in the cache already."""
+    head, middle, tail = tuple(range(10, 30)), tuple(range(40, 50)), (60, 61)
+    prompts: list[Prompt] = [[head, middle, tail], [head, middle], [head]]
+    group = Group(prompts, (3, 4), 2, tag=0)
+    alone = []
+    for prompt in prompts:
+        logits = tiny.logits(flat(prompt))[-1]
+        alone.append(int(logits.argmax()))
+    for max_batch in (1, 2, 8):
+        generator = make_generator(tiny, max_batch=max_batch, options=SamplingOptions(0.0))
+        (result,) = run(generator, [group])
+        assert [g.token_ids[0] for g in result.generations] == alone
+        assert generator.usage.prefill_tokens == 32 + {1: 2, 2: 1, 8: 0}[max_batch]
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 5, 32])
+def test_a_prompt_is_computed_once_however_few_the_slots(tiny: Transformer, max_batch: int) -> None:
+    groups = make_groups(3, k=12)
+    generator = make_generator(tiny, max_batch=max_batch)
+    results = run(generator, groups)
+    head = len(groups[0].prompts[0][0])
+    trees = sum(result.tree_tokens for result in results)
+    assert generator.usage.prefill_tokens == trees - 2 * head
+
+
+def test_a_head_that_was_allocated_but_never_computed_is_not_used(tiny: Transformer) -> None:
+    """A row fails, or waits, after its head found room: the next row with that head computes it."""
+    head, tail = tuple(range(10, 30)), (40, 41)
+    first = Group([[head, tuple([9] * 900), tail]], (1, 1), 2, tag=0)
+    second = Group([[head, (7, 8, 9), tail]], (2, 2), 2, tag=1)
+    other = Group([[tuple(range(50, 80)), tuple([5] * 200), tail]], (3, 3), 2, tag=2)
+    third = Group([[head, tuple([6] * 260), tail]], (4, 4), 2, tag=3)
+    groups = [first, second, other, third]
+    alone = [drawn(run(make_generator(tiny), [group])[0]) for group in groups]
+    small = make_generator(tiny, cache_bytes=3 * 2 * 48 * 4 * 600, max_batch=4)
+    for cache in (*small.cache.k, *small.cache.v):
+        cache.fill_(float("nan"))
+        cache[:, : small.cache.suffix_base] = 0
+    results = run(small, groups)
+    assert results[0].error is not None
+    assert [drawn(r) for r in results[1:]] == alone[1:]
+
+
+def test_a_group_without_samples_is_done_at_once(tiny: Transformer) -> None:
+    groups = make_groups(2)
+    groups.insert(1, Group([], (0, 0), 2, tag=0.5))
+    results = run(make_generator(tiny), groups)
+    assert [len(r.generations) for r in results] == [3, 0, 3]
 
 
 def test_a_small_cache_makes_a_smaller_batch(tiny: Transformer) -> None:

@@ -1,16 +1,19 @@
 """`Judge` on the shipped pocket model: what a user relies on, from a row to a verdict."""
 
+from collections.abc import Iterator
 from itertools import islice, pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.judge import Judge, draw_orders
+from engine.judge import Judge, JudgeOptions, draw_orders
+from engine.prompt import PromptBuilder
 from engine.request import Row, make_row
 from engine.sample import POCKET
 from engine.verdict import RowFailure, Verdict
+from kernels.extract_scores import Reason, parse_scores
 from train.world import cases
 
 SHORT = 40  # new tokens where the text does not matter
@@ -60,7 +63,7 @@ def test_a_sample_is_the_same_alone_and_among_63_other_rows(judge: Judge) -> Non
 def test_the_first_4_of_32_samples_are_the_4_of_k_4(judge: Judge) -> None:
     for row in world_rows(4):
         few = run(judge, [row], k=4)[0]
-        many = run(judge, [row], k=32, max_orders=min(4, len(row.responses)))[0]
+        many = run(judge, [row], k=32)[0]
         assert drawn(few) == drawn(many, 4)
 
 
@@ -194,6 +197,49 @@ def test_a_prompt_beyond_the_context_fails_in_its_place(judge: Judge) -> None:
         judge("@" * context, ["a", "b"], k=1)
 
 
+def test_rows_without_an_outcome_do_not_pile_up(judge: Judge) -> None:
+    """Failures come out as they happen, not when the next good row is done."""
+    context = judge.model.config.max_position_embeddings
+    taken = []
+
+    def rows() -> Iterator[Row]:
+        for i in range(50):
+            taken.append(i)
+            yield make_row("@" * context, ["a"], id=str(i))
+
+    outcomes = judge.rows(rows(), k=1)
+    assert isinstance(next(outcomes), RowFailure)
+    assert len(taken) == 1
+
+
+def test_a_megabyte_without_a_blank_is_a_failure_like_another(judge: Judge) -> None:
+    outcome = next(judge.rows([make_row("a" * 1_000_000, ["b", "c"])], k=4))
+    assert isinstance(outcome, RowFailure) and "context" in outcome.error
+
+
+def test_templates_that_write_nothing(judge: Judge) -> None:
+    bare = Judge(
+        judge.model,
+        judge.tokenizer,
+        judge_template="{{ messages[0].content }}{{ responses[0] }}",
+    )
+    bare.prompts = PromptBuilder(_Bare(judge.tokenizer), bare.prompts.judge_template, bare.settings)  # type: ignore[arg-type]
+    outcomes = list(bare.rows([make_row("", [""]), make_row("a", ["b"])], k=1, max_new_tokens=2))
+    assert isinstance(outcomes[0], RowFailure) and "empty prompt" in outcomes[0].error
+    assert isinstance(outcomes[1], Verdict)
+
+
+class _Bare:
+    """A tokenizer whose chat template adds nothing."""
+
+    def __init__(self, tokenizer: object) -> None:
+        self._tokenizer = tokenizer
+        self.chat_template = "{{ messages[0].content }}"
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._tokenizer, name)
+
+
 def test_a_sample_cut_by_the_limit_has_no_vote(judge: Judge) -> None:
     verdict = judge("copy a b", ["a b", "b a"], k=3, max_new_tokens=5)
     assert verdict.best is None and verdict.votes == 0 and verdict.scores is None
@@ -232,51 +278,46 @@ def test_hostile_responses_do_not_vote(judge: Judge) -> None:
     honest = "Sure Anna, please take ( a b ) in red. Bye."
     verdict = judge(f"copy a b {hostile}", [hostile, honest], k=4, max_new_tokens=SHORT)
     for sample in verdict.samples:
-        assert sample.scores is None or sample.finish == "box"
+        made = sample.text.encode()
+        reason, scores = parse_scores(made, 2, b"Scores:", 1, 10, sample.finish != "length")
+        shown = None if sample.scores is None else tuple(sample.scores[i] for i in sample.order)
+        assert (scores or None) == shown
+        assert (reason == Reason.VALID) == (sample.scores is not None)
     rendered = judge.render(hostile, [hostile, hostile])
     specials = [t for t in rendered if t in judge.tokenizer.special_ids]
     plain = [t for t in judge.render("a", ["b", "c"]) if t in judge.tokenizer.special_ids]
     assert specials == plain
 
 
-@settings(max_examples=25)
-@given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.text(max_size=30))
-def test_any_text_is_judged(responses: list[str], prompt: str) -> None:
-    judge = _loaded()
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    responses=st.lists(st.text(max_size=30), min_size=1, max_size=4), prompt=st.text(max_size=30)
+)
+def test_any_text_is_judged(judge: Judge, responses: list[str], prompt: str) -> None:
     verdict = judge(prompt, responses, k=2, max_new_tokens=3)
     assert len(verdict.samples) == 2
 
 
-def _loaded() -> Judge:
-    if not hasattr(_loaded, "judge"):
-        _loaded.judge = Judge.load(POCKET)  # type: ignore[attr-defined]
-    return _loaded.judge  # type: ignore[attr-defined]
-
-
 def test_orders_rotate_evenly_and_differ_between_rows() -> None:
-    options = {"orders": "rotate", "max_orders": None, "seed": 0}
     row = make_row("p", ["a", "b", "c", "d"], id="x")
-    orders = draw_orders(row, {**options, "k": 8})
+    orders = draw_orders(row, JudgeOptions(k=8))
     assert orders[:4] == orders[4:] and len(set(orders[:4])) == 4
     assert all(o[1:] + o[:1] in orders for o in orders)
-    assert draw_orders(row, {**options, "k": 2}) == orders[:2]
+    assert draw_orders(row, JudgeOptions(k=2)) == orders[:2]
     starts = {
-        draw_orders(make_row("p", ["a", "b", "c", "d"], id=str(i)), {**options, "k": 1})[0]
+        draw_orders(make_row("p", ["a", "b", "c", "d"], id=str(i)), JudgeOptions(k=1))[0]
         for i in range(40)
     }
     assert len(starts) == 4
-    two = draw_orders(row, {**options, "k": 8, "max_orders": 2})
-    assert two == [orders[0], orders[1]] * 4
+    assert draw_orders(row, JudgeOptions(k=8, max_orders=2)) == [orders[0], orders[1]] * 4
 
 
 def test_random_orders_are_uniform_and_fixed_ones_fixed() -> None:
     row = make_row("p", ["a", "b", "c"], id="x")
-    options = {"max_orders": None, "seed": 0}
-    fixed = draw_orders(row, {**options, "orders": "fixed", "k": 5})
-    assert fixed == [(0, 1, 2)] * 5
+    assert draw_orders(row, JudgeOptions(orders="fixed", k=5)) == [(0, 1, 2)] * 5
     k = 6000
-    orders = draw_orders(row, {**options, "orders": "random", "k": k})
-    assert orders[:7] == draw_orders(row, {**options, "orders": "random", "k": 7})
+    orders = draw_orders(row, JudgeOptions(orders="random", k=k))
+    assert orders[:7] == draw_orders(row, JudgeOptions(orders="random", k=7))
     counts = torch.tensor([orders.count(o) for o in sorted(set(orders))], dtype=torch.float64)
     assert len(counts) == 6
     chi_squared = ((counts - k / 6) ** 2 / (k / 6)).sum()
@@ -293,6 +334,9 @@ def test_options_out_of_range_are_refused(judge: Judge) -> None:
         ({"seed": -1}, "seed"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"orders": "sorted"}, "orders"),
+        ({"stop": "bax"}, "stop"),
+        ({"k": 2.0}, "k = 2.0"),
+        ({"orders": "fixed", "max_orders": 2}, "max_orders"),
     ):
         with pytest.raises(ValueError, match=name):
             judge.rows([row], **options)  # type: ignore[arg-type]
@@ -312,3 +356,5 @@ def test_the_key_changes_with_whatever_changes_the_output(judge: Judge) -> None:
     keys |= {changed.key(row, k=4, seed=0)}
     assert len(keys) == 5
     assert judge.key(row, k=4, seed=0) in keys
+    assert judge.key(row, k=4) == judge(row.messages, row.responses, id=row.id, label=row.label,
+                                        k=4, max_new_tokens=1024).key  # fmt: skip

@@ -119,7 +119,7 @@ def test_bad_arguments() -> None:
         rope(torch.ones(4, 2, 8, dtype=torch.int64), cos, sin)
     with pytest.raises(ValueError, match=r"cos must be \(5, 4\)"):
         rope(torch.ones(5, 2, 8), cos, sin)
-    with pytest.raises(ValueError, match=r"sin must be .* float64"):
+    with pytest.raises(ValueError, match=r"sin must be .* got .*float64"):
         rope(torch.ones(4, 2, 8), cos, sin.double())
     with pytest.raises(ValueError, match="positions must be"):
         rope_cos_sin(torch.ones(3), torch.ones(4))

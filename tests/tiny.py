@@ -33,8 +33,9 @@ LLAMA3_ROPE = {
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 CONTROL = ("<think>", "</think>")  # ids 3, 4: added, but not marked special
 CHAT_TEMPLATE = (
-    "{%- for message in messages -%}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+    "{%- for message in messages -%}<|im_start|>{{ message.role }}\n"
+    "{{ message.content }}<|im_end|>\n{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
 )
 
 
@@ -52,19 +53,19 @@ def hf_config(family: str, **overrides: Any) -> PreTrainedConfig:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    values |= {
+    own: dict[str, dict[str, Any]] = {
         "qwen3": {"head_dim": 24, "tie_word_embeddings": True},
         "qwen2": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
         "llama": {"rope_parameters": LLAMA3_ROPE},
         "gemma2": {"head_dim": 20, "query_pre_attn_scalar": 24, "sliding_window": 11},
-    }[family]
+    }
     kinds: dict[str, type[PreTrainedConfig]] = {
         "qwen3": Qwen3Config,
         "qwen2": Qwen2Config,
         "llama": LlamaConfig,
         "gemma2": Gemma2Config,
     }
-    return kinds[family](**(values | overrides))
+    return kinds[family](**(values | own[family] | overrides))
 
 
 def write_checkpoint(
@@ -87,10 +88,13 @@ def write_checkpoint(
                 parameter.add_(noise * 0.3)
             else:
                 parameter.copy_(noise * 0.1)
-    model = model.to(dtype).eval()
     model.generation_config.eos_token_id = [2, 0]
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
-    return model
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    # Read back, since the conversion above has also rounded the frequencies of its rope.
+    oracle: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation="eager"
+    )
+    return oracle.eval()
 
 
 def write_model(

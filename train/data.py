@@ -1,19 +1,24 @@
 """Trajectories to learn from: prompt tokens, and the tokens of a judgement that ends by itself.
 
 Two sources: the synthetic world, endless and addressed by batch number, so that a resumed run
-continues with the very next batch; and a JSONL file of rows with a `judgement` (and optionally the
-`order` in which the responses were shown and a `hint`), shuffled anew each epoch.
+continues with the very next batch; and a JSONL file of rows, each with a `judgement` and perhaps
+the `order` in which the responses were shown and a `hint`, shuffled anew each epoch.
 """
 
 import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from engine.prompt import PromptBuilder
-from engine.request import make_row
+from engine.request import make_row, parse_row
+from models.config import parse_json
 from train.world import CRITERIA, Case, cases, judge, list_criteria
 
 
@@ -29,8 +34,11 @@ Batches = Callable[[int], list[Trajectory]]  # batch number -> its trajectories
 
 
 def world_batches(builder: PromptBuilder, end_id: int, rows: int, seed: int) -> Batches:
-    """Batches of fresh world rows with the teacher's judgements; one row in ten shows given
-    principles, one in ten the reference answer, one in thirty a hint."""
+    """Batches of fresh world rows with the teacher's judgements.
+
+    One row in ten gives the principles to judge by, one in ten the reference answer; one in sixty
+    hints at the response that the judgement will prefer.
+    """
 
     def batch(number: int) -> list[Trajectory]:
         rng = random.Random(f"quorum-sft-{seed}-{number}")
@@ -63,33 +71,28 @@ def _world_trajectory(
     return Trajectory(prompt, [*builder.tokenizer.encode_text(text), end_id])
 
 
+class _Judgement(msgspec.Struct, kw_only=True):
+    """What a line of a trajectory file holds beside its row."""
+
+    judgement: str
+    order: list[int] | None = None
+    hint: str | None = None
+
+
 def file_batches(builder: PromptBuilder, end_id: int, path: Path, rows: int, seed: int) -> Batches:
     """Batches from a JSONL file; every epoch is a new seeded permutation of all its lines.
 
     Raises ValueError naming file and line for a line without a judgement or with a bad row.
     """
     trajectories = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            place = f"{path}, line {number}"
+            fields = parse_json(Path(place), line)
             try:
-                fields = json.loads(line)
-                judgement, order, hint = (fields.get(k) for k in ("judgement", "order", "hint"))
-                if not isinstance(judgement, str):
-                    raise ValueError(f"judgement {judgement!r} is not a string")
-                row = make_row(
-                    fields["prompt"],
-                    fields["responses"],
-                    reference=fields.get("reference"),
-                    principles=fields.get("principles"),
-                )
-                shown = list(range(len(row.responses))) if order is None else order
-                if sorted(shown) != list(range(len(row.responses))):
-                    raise ValueError(f"order {order!r} is not a permutation of the responses")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            prompt = builder.render(row, shown, hint)
-            completion = [*builder.tokenizer.encode_text(judgement), end_id]
-            trajectories.append(Trajectory(prompt, completion))
+                trajectories.append(_file_trajectory(builder, end_id, fields))
+            except (ValueError, msgspec.ValidationError) as error:
+                raise ValueError(f"{place}: {error}") from error
     if not trajectories:
         raise ValueError(f"{path} holds no trajectory")
 
@@ -103,6 +106,19 @@ def file_batches(builder: PromptBuilder, end_id: int, path: Path, rows: int, see
     return batch
 
 
+def _file_trajectory(builder: PromptBuilder, end_id: int, fields: dict[str, Any]) -> Trajectory:
+    own = {key: fields.pop(key) for key in _Judgement.__struct_fields__ if key in fields}
+    judged = msgspec.convert(own, _Judgement)
+    row = parse_row(json.dumps(fields).encode())
+    places = list(range(len(row.responses)))
+    order = places if judged.order is None else judged.order
+    if sorted(order) != places:
+        raise ValueError(f"order {order} is not a permutation of {len(places)} responses")
+    prompt = builder.render(row, order, judged.hint)
+    return Trajectory(prompt, [*builder.tokenizer.encode_text(judged.judgement), end_id])
+
+
+@lru_cache(maxsize=2)  # a batch may lie across two epochs
 def _permutation(length: int, seed: int, epoch: int) -> list[int]:
     order = list(range(length))
     random.Random(f"quorum-epoch-{seed}-{epoch}").shuffle(order)

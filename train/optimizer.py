@@ -7,7 +7,7 @@ from torch import nn
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (betas 0.9, 0.95) over fp32 parameters; vectors (norms, biases) are not decayed."""
+    """AdamW with betas 0.9 and 0.95; vectors (norms, biases) are not decayed."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [
@@ -18,7 +18,11 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
 
 
 def cosine_lr(step: int, steps: int, peak: float, warmup: int, floor: float = 0.02) -> float:
-    """The learning rate of 0-based `step`: linear to `peak`, then half a cosine to floor * peak."""
+    """The learning rate of 0-based `step` of `steps`.
+
+    It rises linearly to `peak`, which step `warmup` - 1 has, then falls along half a cosine towards
+    floor * peak, which the step after the last would have.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)

@@ -1,10 +1,13 @@
-"""The pocket model from nothing: its tokenizer, its templates and its random weights.
+"""The pocket model from nothing: tokenizer, templates, random weights, supervised training.
 
 The tokenizer is a Unigram model over byte-level pieces: every byte that UTF-8 text can hold, and
 the whole words of the judging world. Unigram, since a BPE vocabulary must also hold the steps
 towards each word, tokens that no text ever shows.
 
-    python -m train.pocket --out DIR       writes an untrained model directory
+    python -m train.pocket [--out DIR] [--steps N] [--seed S]
+
+OUT/untrained holds the model as it starts, OUT/model the trained one with its checkpoints and
+metrics. Running it again continues where it stopped. Not done here: RL, the model card.
 """
 
 import json
@@ -21,9 +24,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from models import load
 from models.config import read_config
-from models.tokenizer import _BYTE_OF_LETTER as BYTE_OF_LETTER
+from models.tokenizer import BYTE_OF_LETTER
 from models.transformer import Transformer
 from models.weights import save_pretrained
+from train import sft
 from train.world import cases, judge, list_criteria
 
 SPECIAL_TOKENS = ("<|user|>", "<|judge|>", "<|end|>")
@@ -86,7 +90,10 @@ CONFIG: dict[str, Any] = {
 
 
 def build_tokenizer(sample_rows: int = 6000, seed: int = 0) -> Tokenizer:
-    """A lossless tokenizer whose every token the world's text really uses."""
+    """A tokenizer that encodes any text without loss and has no token the world never shows.
+
+    Its words are those of `sample_rows` cases of the world and of the templates.
+    """
     never_in_utf8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
     byte_pieces = [letter for letter, b in BYTE_OF_LETTER.items() if b not in never_in_utf8]
     space = next(letter for letter, b in BYTE_OF_LETTER.items() if b == 0x20)
@@ -119,7 +126,10 @@ def build_tokenizer(sample_rows: int = 6000, seed: int = 0) -> Tokenizer:
 
 
 def write_untrained(directory: Path, seed: int = 0) -> None:
-    """Write an untrained pocket model as an ordinary Hugging Face directory."""
+    """Write an untrained pocket model as an ordinary Hugging Face directory.
+
+    seed: of the weights; the tokenizer is the same for all.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
@@ -159,17 +169,32 @@ def write_untrained(directory: Path, seed: int = 0) -> None:
     load(directory)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
-    """Write an untrained pocket model."""
+    """Train the pocket model from nothing; run again to continue."""
 
-    out: Path
+    out: Path = Path("runs/pocket")
+    steps: int = 3000
     seed: int = 0
 
 
 def main() -> None:
+    """The command line."""
     args = tyro.cli(Args, description=Args.__doc__)
-    write_untrained(args.out, args.seed)
+    untrained = args.out / "untrained"
+    write_untrained(untrained, args.seed)  # the same bytes every time
+    sft.train(
+        sft.Args(
+            model=untrained,
+            out=args.out / "model",
+            steps=args.steps,
+            rows=20,
+            lr=2e-3,
+            warmup=150,
+            save_every=500,
+            seed=args.seed,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -3,19 +3,25 @@
     python -m train.sft --model DIR --out DIR [--data FILE.jsonl] [--steps N] ...
 
 Without --data the trajectories are fresh rows of the synthetic world, judged by its teacher. Loss
-is the mean cross-entropy over the tokens of the judgements. A run continues from the newest whole
-checkpoint under OUT/checkpoints; the finished model is written to OUT as a Hugging Face directory.
-Metrics go to OUT/metrics.jsonl, one line every --log-every steps.
+is the mean cross-entropy over the tokens of the judgements. The finished model is written to OUT as
+a Hugging Face directory. OUT/metrics.jsonl gets a line every --log-every steps, which holds nothing
+that varies from run to run; speed goes to the progress bar and to the closing line of JSON.
+
+A run continues from the newest whole checkpoint under OUT/checkpoints and ends as if it had never
+stopped: same parameters, same metrics. With other settings, model or data it is refused.
 
 Not done here: several devices, gradient accumulation, LoRA.
 """
 
 import json
+import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -25,6 +31,7 @@ from tqdm import tqdm
 
 from engine.prompt import DEFAULT_TEMPLATE, PromptBuilder, read_judge_settings
 from models import load
+from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from models.weights import save_pretrained
 from train import checkpoint
@@ -54,50 +61,105 @@ class Args:
 
 def loss_of(model: Transformer, batch: PackedBatch) -> Tensor:
     """Mean cross-entropy (nats) over the batch's target tokens, a scalar with gradient."""
-    attend = packed_attention(model.config, batch.lengths)
+    attend = packed_attention(model.config, batch.lengths, batch.token_ids.device)
     hidden = model(batch.token_ids, batch.positions, attend)
     return cross_entropy(model.head(hidden[batch.predicting]).float(), batch.target)
 
 
 def train(args: Args) -> None:
-    """Train to args.steps, resuming where a checkpoint stands; writes the model to args.out."""
+    """Train to args.steps, resuming where a checkpoint stands; writes the model to args.out.
+
+    Raises ValueError for settings out of range or other than those of the checkpoint, and
+    FloatingPointError naming the step at which loss or gradients are not finite.
+    """
+    for name in ("steps", "rows", "log_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} = {getattr(args, name)} is less than 1")
+    if args.out.resolve() == args.model.resolve():
+        raise ValueError(f"out is the directory of the model itself, {args.model}")
     model, tokenizer = load(args.model, dtype=torch.float32)
+    batches = _batches(args, tokenizer, _end_id(model, tokenizer))
+    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    root = args.out / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    settings = _settings(args)
+    first = tokens = 0
+    if newest := checkpoint.latest(root):
+        made_with = checkpoint.read_state(newest)["settings"]
+        if made_with != settings:
+            raise ValueError(f"{newest} was made with other settings: {_diff(made_with, settings)}")
+        state = checkpoint.restore(newest, model, optimizer)
+        first, tokens = state["step"], state["tokens"]
+    metrics_path = args.out / "metrics.jsonl"
+    _cut_metrics(metrics_path, first)
+    started = time.monotonic()
+    with metrics_path.open("a", encoding="utf-8") as log:
+        for step, num_tokens, metrics in _steps(args, model, optimizer, batches, first):
+            tokens += num_tokens
+            if step % args.log_every == 0:
+                log.write(json.dumps({"step": step, "tokens": tokens, **metrics}) + "\n")
+                log.flush()
+            if step % args.save_every == 0 or step == args.steps:
+                os.fsync(log.fileno())
+                state = {"settings": settings, "tokens": tokens}
+                checkpoint.save(root, step, model, optimizer, state)
+    for path in args.model.iterdir():
+        if path.suffix in (".json", ".jinja") and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, args.out / path.name)
+    save_pretrained(model, args.out)
+    seconds = round(time.monotonic() - started, 1)
+    summary = {"steps": args.steps, "steps_run": args.steps - first, "tokens": tokens}
+    print(json.dumps(summary | {"seconds": seconds}), file=sys.stderr)
+
+
+def _batches(args: Args, tokenizer: Tokenizer, end_id: int) -> Batches:
     template = args.model / "judge_template.jinja"
     builder = PromptBuilder(
         tokenizer,
         (template if template.exists() else DEFAULT_TEMPLATE).read_text(encoding="utf-8"),
         read_judge_settings(args.model),
     )
-    end_id = min(model.config.eos_token_ids)
-    batches: Batches = (
-        file_batches(builder, end_id, args.data, args.rows, args.seed)
-        if args.data
-        else world_batches(builder, end_id, args.rows, args.seed)
-    )
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    root = args.out / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    settings = {
-        k: str(v) for k, v in asdict(args).items() if k not in ("out", "log_every", "save_every")
-    }
-    first = 0
-    newest = checkpoint.latest(root)
-    if newest:
-        state = checkpoint.restore(newest, model, optimizer)
-        if state["settings"] != settings:
-            raise ValueError(f"{newest} was made with other settings: {state['settings']}")
-        first = state["step"]
-    with (args.out / "metrics.jsonl").open("a", encoding="utf-8") as log:
-        for step, metrics in _steps(args, model, optimizer, batches, first):
-            if metrics:
-                log.write(json.dumps(metrics) + "\n")
-                log.flush()
-            if step % args.save_every == 0 or step == args.steps:
-                checkpoint.save(root, step, model, optimizer, {"settings": settings})
-    for path in args.model.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and not (args.out / path.name).exists():
-            shutil.copy(path, args.out / path.name)
-    save_pretrained(model, args.out)
+    if args.data:
+        return file_batches(builder, end_id, args.data, args.rows, args.seed)
+    return world_batches(builder, end_id, args.rows, args.seed)
+
+
+def _end_id(model: Transformer, tokenizer: Tokenizer) -> int:
+    """The token that ends a judgement: the tokenizer's own where it is one of the model's."""
+    ends = model.config.eos_token_ids
+    own = tokenizer.encode_template(tokenizer.special_tokens.get("eos_token", ""))
+    if len(own) == 1 and own[0] in ends:
+        return own[0]
+    if len(ends) != 1:
+        raise ValueError(f"which of the end tokens {sorted(ends)} ends a judgement is not declared")
+    return min(ends)
+
+
+def _settings(args: Args) -> dict[str, Any]:
+    """All that decides the outcome of a run; of files, what they hold and not where they are."""
+    places = ("model", "data", "out", "log_every", "save_every")
+    settings = {name: value for name, value in asdict(args).items() if name not in places}
+    for path in sorted(args.model.iterdir()):
+        if path.is_file():
+            settings[f"model/{path.name}"] = checkpoint.sha256(path)
+    settings["data"] = checkpoint.sha256(args.data) if args.data else None
+    return settings
+
+
+def _diff(old: dict[str, Any], new: dict[str, Any]) -> str:
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return ", ".join(f"{name} = {old.get(name)}, not {new.get(name)}" for name in names)
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drop what a killed run logged after its last checkpoint, a torn line included."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _steps(
@@ -106,44 +168,36 @@ def _steps(
     optimizer: torch.optim.Optimizer,
     batches: Batches,
     first: int,
-) -> Iterator[tuple[int, dict[str, float] | None]]:
-    """Run steps first .. args.steps; yields (steps done, metrics when due).
-
-    Raises FloatingPointError naming the step when loss or gradients are not finite.
-    """
-    tokens, started = 0, time.monotonic()
+) -> Iterator[tuple[int, int, dict[str, float]]]:
+    """Run steps first .. args.steps; yields steps done, tokens of this step, and its metrics."""
+    device = model.head_weight.device
     progress = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step")
     for step in progress:
-        batch = pack(batches(step))
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.autocast):
+        started = time.monotonic()
+        batch = pack(batches(step), device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
             loss = loss_of(model, batch)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise FloatingPointError(
                 f"step {step}: loss {loss.item()}, gradient norm {norm.item()}"
             )
+        lr = cosine_lr(step, args.steps, args.lr, args.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, args.steps, args.lr, args.warmup)
+            group["lr"] = lr
         optimizer.step()
-        tokens += len(batch.token_ids)
-        metrics = None
-        if (step + 1) % args.log_every == 0:
-            metrics = {
-                "step": step + 1,
-                "loss": loss.item(),
-                "grad_norm": norm.item(),
-                "lr": optimizer.param_groups[0]["lr"],
-                "tokens_per_s": tokens / (time.monotonic() - started),
-            }
-            progress.set_postfix(loss=f"{metrics['loss']:.3f}")
-            tokens, started = 0, time.monotonic()
-        yield step + 1, metrics
+        metrics = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
+        num_tokens = len(batch.token_ids)
+        tokens_per_s = num_tokens / (time.monotonic() - started)
+        progress.set_postfix(loss=f"{metrics['loss']:.3f}", tokens_per_s=f"{tokens_per_s:.0f}")
+        yield step + 1, num_tokens, metrics
 
 
 def main() -> None:
-    train(tyro.cli(Args, description=__doc__.splitlines()[0] if __doc__ else None))
+    """The command line."""
+    train(tyro.cli(Args, description=Args.__doc__))
 
 
 if __name__ == "__main__":

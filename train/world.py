@@ -7,12 +7,13 @@ point of weight to three criteria; the weights add up to 9, so the true score of
 
     1 + sum of the weights of the criteria that it meets          (1 .. 10).
 
-Up to eight criteria carry weight, mostly five to seven, but a judgement lists exactly three. The teacher draws its three
-in proportion to the hidden weights, gives them 5, 3 and 1, checks them without error and adds up.
-So no single judgement sees everything, however good it is, and a vote over many sees more: the
-same reason for which voting helps a judge that writes its own principles.
+Four to eight criteria carry weight, mostly five to seven, but a judgement lists exactly three. The
+teacher draws its three in proportion to the hidden weights, gives the heaviest 5, the next 3 and
+the last 1, checks them without error and adds up from 1. So no single judgement sees everything,
+however good it is, and a vote over many sees more: the same reason for which voting helps a judge
+that writes its own principles.
 
-The split of a row (train, dev, final) is a hash of its content. One in eight combinations of cue
+The split of a row (train, dev, final) is a hash of its content. One in nine combinations of cue
 words is kept out of train; in the other splits `meta.novel` tells these rows.
 
     python -m train.world --rows 1000 --seed 0 --split final --out rows.jsonl
@@ -23,6 +24,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,17 +41,17 @@ CLOSE_ROWS = 0.7  # share of rows whose responses differ in few criteria
 PASS_SCORE = 6  # a single response is right when its true score reaches this
 
 ASKERS = (
-    "nurse pilot baker farmer painter tailor sailor teacher doctor lawyer coach poet chef clerk "
-    "guard singer"
-).split()
+    "nurse", "pilot", "baker", "farmer", "painter", "tailor", "sailor", "teacher", "doctor",
+    "lawyer", "coach", "poet", "chef", "clerk", "guard", "singer",
+)  # fmt: skip
 PLACES = (
-    "bank park school farm hotel museum station market library harbor office theater garden "
-    "studio castle beach"
-).split()
+    "bank", "park", "school", "farm", "hotel", "museum", "station", "market", "library", "harbor",
+    "office", "theater", "garden", "studio", "castle", "beach",
+)  # fmt: skip
 TIMES = (
-    "monday tuesday wednesday thursday friday saturday sunday spring summer autumn winter dawn "
-    "noon dusk midnight weekend"
-).split()
+    "monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday", "spring",
+    "summer", "autumn", "winter", "dawn", "noon", "dusk", "midnight", "weekend",
+)  # fmt: skip
 CUE_WORDS = (ASKERS, PLACES, TIMES)
 
 OPENINGS = ("Sure", "Hello", "Well", "Yes", "Okay")
@@ -78,6 +80,7 @@ class Task:
     numeric: bool  # items are digits of one number and are written without blanks
 
     def write(self, items: tuple[str, ...]) -> str:
+        """Items as a response writes them."""
         return ("" if self.numeric else " ").join(items)
 
 
@@ -105,6 +108,7 @@ class Case:
 
     @property
     def true_scores(self) -> list[int]:
+        """The score of each response, 1 to 10, by the hidden weights."""
         return [
             1 + sum(w for w, met in zip(self.weights, r.met, strict=True) if met)
             for r in self.responses
@@ -112,6 +116,7 @@ class Case:
 
     @property
     def label(self) -> int:
+        """The index of the best response; for one response, 1 if its score passes, else 0."""
         scores = self.true_scores
         if len(scores) == 1:
             return int(scores[0] >= PASS_SCORE)
@@ -119,6 +124,7 @@ class Case:
 
     @property
     def split(self) -> Split:
+        """Where the case belongs: 84 in 100 train, 8 dev, 8 final, whatever the order shown."""
         content = json.dumps([self.query, sorted(r.text for r in self.responses)])
         bucket = hashlib.sha256(content.encode()).digest()[0]
         return "train" if bucket < 216 else "dev" if bucket < 236 else "final"
@@ -211,7 +217,8 @@ def _make_response(
     left, right = shown["brackets"].split()
     text = (
         f"{shown['opening']} {shown['name']}, {shown['polite']} take "
-        f"{left} {task.write(answer)} {right} in {shown['color']}. {shown['closing']}{shown['calm']}"
+        f"{left} {task.write(answer)} {right} in {shown['color']}. "
+        f"{shown['closing']}{shown['calm']}"
     )
     return Response(text, shown, answer, tuple(met))
 
@@ -268,14 +275,15 @@ def make_case(rng: random.Random) -> Case:
 
 
 def list_criteria(case: Case, rng: random.Random) -> list[tuple[str, int]]:
-    """Draw the three criteria of one judgement, by weight and without replacement, as
-    (name, listed weight) with the heaviest first."""
+    """Draw the three criteria of one judgement by hidden weight, without replacement.
+
+    Returns (name, listed weight), the heaviest first.
+    """
     left = {i: w for i, w in enumerate(case.weights) if w}
     drawn: list[int] = []
     while len(drawn) < LISTED:
-        pool = left or {i: 1 for i in range(len(CRITERIA)) if i not in drawn}
-        pick = rng.choices(list(pool), list(pool.values()))[0]
-        left.pop(pick, None)
+        pick = rng.choices(list(left), list(left.values()))[0]
+        del left[pick]
         drawn.append(pick)
     drawn.sort(key=lambda i: (-case.weights[i], i))
     return [(CRITERIA[i], w) for i, w in zip(drawn, LISTED_WEIGHTS, strict=True)]
@@ -330,14 +338,15 @@ class Args:
 
 
 def main() -> None:
+    """The command line."""
     args = tyro.cli(Args, description=Args.__doc__)
+    if args.rows < 1:
+        raise ValueError(f"rows = {args.rows} is less than 1")
     stream = cases(args.seed, args.split)
-    sink = args.out.open("w", encoding="utf-8") if args.out else sys.stdout
-    for index in tqdm(range(args.rows), disable=None, unit="row"):
-        row = {"id": f"{args.split}-{args.seed}-{index}", **next(stream).row()}
-        sink.write(json.dumps(row, ensure_ascii=False) + "\n")
-    if args.out:
-        sink.close()
+    with args.out.open("wb") if args.out else nullcontext(sys.stdout.buffer) as sink:
+        for index in tqdm(range(args.rows), disable=None, unit="row"):
+            row = {"id": f"{args.split}-{args.seed}-{index}", **next(stream).row()}
+            sink.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 if __name__ == "__main__":

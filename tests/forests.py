@@ -1,0 +1,274 @@
+"""Forests of random keys and values in a cache that is NaN wherever no token was written, and plain
+softmax attention in numpy, which knows no forest.
+
+Data belong to a name (a segment or a sample), so that a token has the same query, key and value in
+whatever company it appears.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.forest import Forest, Node, decode_items, prefill_items
+from engine.kv_cache import KVCache
+from kernels.forest_attention import ForestPlan, SuffixTiles
+from models.config import LayerAttention, ModelConfig, Rope
+
+Array = NDArray[np.floating]
+Segment = tuple[int, int]  # name, tokens
+Options = tuple[float, float | None, int | None]  # scale, soft-cap, window
+
+
+def make_config(
+    kv_heads: int = 1, head_dim: int = 1, v_head_dim: int = 1, groups: int = 1, layers: int = 1
+) -> ModelConfig:
+    return ModelConfig(
+        architecture="qwen3", vocab_size=16, hidden_size=8, intermediate_size=8,
+        num_layers=layers, num_heads=kv_heads * groups, num_kv_heads=kv_heads,
+        head_dim=head_dim, v_head_dim=v_head_dim, max_position_embeddings=4096,
+        rms_norm_eps=1e-6, rope=Rope(1e4, None),
+        attention=(LayerAttention(1.0, None, None),) * layers,
+        attention_bias=False, qk_norm=True, norm_plus_one=False, sandwich_norms=False,
+        embedding_scale=None, activation="silu", final_softcap=None, tied=True,
+        eos_token_ids=frozenset(), dtype=None,
+    )  # fmt: skip
+
+
+def make_cache(
+    num_slots: int,
+    suffix_capacity: int,
+    shared_cells: int,
+    config: ModelConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> KVCache:
+    """A cache that is NaN all over, but for its scratch cells."""
+    cache = KVCache(
+        config or make_config(),
+        num_slots,
+        suffix_capacity,
+        shared_cells,
+        dtype,
+        torch.device("cpu"),
+    )
+    for cells in (*cache.k, *cache.v):
+        cells[:, cache.suffix_base :] = float("nan")
+    return cache
+
+
+@dataclass(frozen=True)
+class Shape:
+    kv_heads: int = 1
+    groups: int = 2
+    head_dim: int = 16
+    v_head_dim: int = 16
+    dtype: torch.dtype = torch.float32
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        return make_config(self.kv_heads, self.head_dim, self.v_head_dim, self.groups)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt of segments and the tokens generated after it, whose data are those of `name`."""
+
+    name: int
+    prompt: tuple[Segment, ...]
+    generated: int
+
+
+def token_data(name: int, tokens: int, shape: Shape) -> tuple[Array, Array, Array]:
+    """Queries (tokens, Hq, D), keys (tokens, Hkv, D) and values (tokens, Hkv, Dv); float32."""
+    heads = shape.kv_heads * shape.groups
+    sizes = [heads * shape.head_dim, shape.kv_heads * shape.head_dim]
+    width = sum(sizes) + shape.kv_heads * shape.v_head_dim
+    flat = np.random.default_rng(name).standard_normal((tokens, width), dtype=np.float32)
+    q, k, v = np.split(flat, np.cumsum(sizes), axis=1)
+    return (
+        3 * q.reshape(tokens, heads, -1),
+        k.reshape(tokens, shape.kv_heads, -1),
+        v.reshape(tokens, shape.kv_heads, -1),
+    )
+
+
+def sequence_data(segments: Sequence[Segment], shape: Shape) -> tuple[Array, Array, Array]:
+    """The data of a whole sequence."""
+    parts = [token_data(name, tokens, shape) for name, tokens in segments]
+    q, k, v = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return q, k, v
+
+
+def plain_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    dtype: type[np.floating] = np.float64,
+) -> Array:
+    """Causal softmax attention of the last L tokens of a sequence of n, all of it in `dtype`.
+
+    q: (L, Hq, D), k: (n, Hkv, D), v: (n, Hkv, Dv). Returns (L, Hq, Dv).
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(x.astype(dtype), groups, axis=1) for x in (k, v))
+    scores = np.einsum("lhd,nhd->hln", q.astype(dtype), k) * dtype(scale)
+    if softcap is not None:
+        scores = dtype(softcap) * np.tanh(scores / dtype(softcap))
+    at = np.arange(len(k) - len(q), len(k))[:, None]
+    key = np.arange(len(k))
+    hidden = key > at
+    if window is not None:
+        hidden |= key <= at - window
+    scores[:, hidden] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("hln,nhe->lhe", weights, v)
+
+
+class Tolerance:
+    """The largest error of plain attention in float32 over all that is compared, times 4, and at
+    least 8 units in the last place of the largest value; scaled to the dtype tested."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.eps = torch.finfo(dtype).eps
+        self.error = self.plain_error = self.largest = 0.0
+
+    def compare(
+        self, out: Tensor, q: Array, k: Array, v: Array, *options: float | int | None
+    ) -> None:
+        expected = plain_attention(q, k, v, *options)  # type: ignore[arg-type]
+        plain = plain_attention(q, k, v, *options, dtype=np.float32)  # type: ignore[arg-type]
+        assert out.shape == expected.shape
+        error = np.abs(out.double().numpy() - expected).max(initial=0)
+        self.error = max(self.error, error if not math.isnan(error) else math.inf)
+        self.plain_error = max(self.plain_error, np.abs(plain - expected).max(initial=0))
+        self.largest = max(self.largest, np.abs(v).max(initial=0))
+
+    def check(self) -> None:
+        units = self.plain_error / torch.finfo(torch.float32).eps
+        assert self.error <= self.eps * max(4 * units, 8 * self.largest), (self.error, units)
+
+
+class Grove:
+    """Samples in depth-first order over one cache, with their prompts written unless told not to."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        shape: Shape,
+        *,
+        capacity: int = 16,
+        slots: Sequence[int] | None = None,
+        written: bool = True,
+    ) -> None:
+        """slots: the slot of each sample as given, 0, 1, 2, ... by default."""
+        self.shape = shape
+        slots = range(len(samples)) if slots is None else slots
+        cells = sum(tokens + 16 for sample in samples for _, tokens in sample.prompt)
+        count = max(slots, default=0) + 1
+        self.cache = make_cache(count, capacity, cells, shape.config, shape.dtype)
+        taken = [self.cache.take_slot() for _ in range(count)]
+        for slot in set(taken).difference(slots):
+            self.cache.v[0][:, self._region(slot)] = float("nan")
+        self.forest = Forest(self.cache)
+        self.names: dict[Node, Segment] = {}
+        prompts = [[(name,) * tokens for name, tokens in sample.prompt] for sample in samples]
+        ends, self.tree_tokens = self.forest.grow(prompts)
+        self.fresh: list[Node] = []
+        for sample, end in zip(samples, ends, strict=True):
+            self.names.update(zip(end.path(), sample.prompt, strict=True))
+            fresh = self.forest.allocate(end)
+            assert fresh is not None
+            self.fresh += fresh
+        order = sorted(
+            range(len(samples)), key=lambda i: (*(node.number for node in ends[i].path()), i)
+        )
+        self.samples = [samples[i] for i in order]
+        self.ends = [ends[i] for i in order]
+        self.slots = [slots[i] for i in order]
+        if written:
+            for node in self.fresh:
+                self.write(node, 0, len(node.token_ids))
+
+    def _region(self, slot: int) -> slice:
+        first = self.cache.suffix_base + slot * self.cache.suffix_capacity
+        return slice(first, first + self.cache.suffix_capacity)
+
+    def _put(self, first: int, k: Array, v: Array) -> None:
+        for cells, data in ((self.cache.k[0], k), (self.cache.v[0], v)):
+            cells[:, first : first + len(data)] = torch.from_numpy(data).transpose(0, 1)
+
+    def write(self, node: Node, first: int, stop: int) -> None:
+        """Put some of a node's keys and values into its slab."""
+        assert node.slab is not None
+        _, k, v = token_data(*self.names[node], self.shape)
+        self._put(node.slab.start + first, k[first:stop], v[first:stop])
+
+    def attend_to(self, node: Node, stop: int) -> tuple[Array, Array, Array]:
+        """Data of the sequence that ends with the first `stop` tokens of a node."""
+        above = [self.names[each] for each in node.path()[:-1]]
+        q, k, v = sequence_data([*above, self.names[node]], self.shape)
+        end = node.start + stop
+        return q[:end], k[:end], v[:end]
+
+    def prefill(self, pieces: Sequence[tuple[Node, int, int]]) -> tuple[Tensor, ForestPlan]:
+        """Write tokens [first, stop) of nodes; their queries (T, Hq, D) and plan."""
+        queries, positions = [], []
+        for node, first, stop in pieces:
+            self.write(node, first, stop)
+            queries.append(token_data(*self.names[node], self.shape)[0][first:stop])
+            positions += range(node.start + first, node.start + stop)
+        q = torch.from_numpy(np.concatenate(queries)).to(self.shape.dtype)
+        return q, ForestPlan(prefill_items(pieces), torch.tensor(positions))
+
+    def whole(self) -> list[tuple[Node, int, int]]:
+        """All that is to be prefilled, in one piece."""
+        return [(node, 0, len(node.token_ids)) for node in self.fresh]
+
+    def decode(
+        self, less: int = 0, max_length: int | None = None, moving: bool = True
+    ) -> tuple[Tensor, ForestPlan]:
+        """Queries and plan of each sample's last token, or of the one `less` tokens earlier."""
+        lengths = [max(sample.generated - less, 0) for sample in self.samples]
+        row = [-1] * self.cache.num_slots
+        queries = []
+        for i, (sample, slot, length) in enumerate(
+            zip(self.samples, self.slots, lengths, strict=True)
+        ):
+            row[slot] = i
+            q, k, v = token_data(sample.name, max(length, 1), self.shape)
+            self._put(self._region(slot).start, k[:length], v[:length])
+            queries.append(q[-1])
+        stops = torch.tensor([end.stop for end in self.ends])
+        suffix = SuffixTiles(
+            self.cache.suffix_base,
+            self.cache.suffix_capacity,
+            torch.tensor(row),
+            torch.tensor(lengths),
+            stops,
+            max(lengths) if max_length is None else max_length,
+        )
+        q = torch.from_numpy(np.stack(queries)).to(self.shape.dtype)
+        at = stops + torch.tensor(lengths) - 1
+        return q, ForestPlan(decode_items(self.ends), at, suffix, moving)
+
+    def sequence(self, i: int, less: int = 0) -> tuple[Array, Array, Array]:
+        """Query of sample i's last token, and keys and values of all it sees."""
+        sample = self.samples[i]
+        length = max(sample.generated - less, 0)
+        own = [(sample.name, length)] if length else []
+        _, k, v = sequence_data([*sample.prompt, *own], self.shape)
+        q = token_data(sample.name, max(length, 1), self.shape)[0]
+        return q[-1:], k, v
+
+    @property
+    def caches(self) -> tuple[Tensor, Tensor]:
+        return self.cache.k[0], self.cache.v[0]

@@ -1,0 +1,351 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, Gemma2Config, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from models.config import Rope, RopeScaling, hf_config, parse_json, read_config
+from tests import tiny
+
+QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 100,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "eos_token_id": 7,
+    "torch_dtype": "bfloat16",
+}
+LLAMA = {
+    **{key: value for key, value in QWEN3.items() if key != "head_dim"},
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+}
+GEMMA2 = {
+    **{key: value for key, value in QWEN3.items() if key not in ("hidden_act",)},
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 144,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "sliding_window": 32,
+}
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+SCALING = {key: value for key, value in tiny.LLAMA3_ROPE.items() if key != "rope_theta"}
+
+
+def write(
+    directory: Path, values: dict[str, Any], generation: dict[str, Any] | None = None
+) -> Path:
+    (directory / "config.json").write_text(json.dumps(values))
+    if generation is not None:
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+    return directory
+
+
+def windows(directory: Path, values: dict[str, Any]) -> list[int | None]:
+    return [layer.window for layer in read_config(write(directory, values)).attention]
+
+
+def test_qwen3(tmp_path: Path) -> None:
+    config = read_config(write(tmp_path, QWEN3))
+    assert config.architecture == "qwen3"
+    assert (config.num_heads, config.num_kv_heads) == (6, 3)
+    assert (config.head_dim, config.v_head_dim) == (16, 16)
+    assert config.rope == Rope(1000000.0, None)
+    assert config.attention[3].scale == 0.25
+    assert config.attention[3].softcap is None and config.attention[3].window is None
+    assert config.qk_norm and not config.attention_bias and not config.norm_plus_one
+    assert config.tied and config.embedding_scale is None and config.final_softcap is None
+    assert config.dtype == torch.bfloat16 and config.activation == "silu"
+
+
+def test_gemma2(tmp_path: Path) -> None:
+    values = {key: value for key, value in GEMMA2.items() if key != "tie_word_embeddings"}
+    config = read_config(write(tmp_path, values))
+    assert config.tied, "Gemma ties its head unless told otherwise"
+    assert config.norm_plus_one and config.sandwich_norms and config.activation == "gelu_tanh"
+    assert config.embedding_scale == pytest.approx(48**0.5)
+    assert config.attention[0].scale == pytest.approx(1 / 12)
+    assert config.attention[0].softcap == 50.0 and config.final_softcap == 30.0
+    assert [layer.window for layer in config.attention] == [32, None, 32, None]
+
+
+def test_head_dim_and_kv_heads_have_the_usual_defaults(tmp_path: Path) -> None:
+    values = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+    config = read_config(write(tmp_path, values))
+    assert (config.head_dim, config.num_kv_heads) == (8, 6)
+    assert not config.tied or LLAMA["tie_word_embeddings"]
+
+
+def test_soft_caps_may_be_null(tmp_path: Path) -> None:
+    values = GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    config = read_config(write(tmp_path, values))
+    assert config.attention[0].softcap is None and config.final_softcap is None
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 500000.0, "rope_scaling": SCALING},
+        {
+            "rope_theta": 500000.0,
+            "rope_scaling": {"type": "llama3"}
+            | {key: value for key, value in SCALING.items() if key != "rope_type"},
+        },
+        {"rope_theta": None, "rope_parameters": tiny.LLAMA3_ROPE},
+        {"rope_theta": 500000.0, "rope_parameters": tiny.LLAMA3_ROPE, "rope_scaling": None},
+    ],
+)
+def test_every_spelling_of_llama3_rope(tmp_path: Path, spelling: dict[str, Any]) -> None:
+    config = read_config(write(tmp_path, LLAMA | spelling))
+    assert config.rope == Rope(500000.0, RopeScaling(8.0, 1.0, 4.0, 64))
+
+
+def test_rope_theta_defaults_to_ten_thousand(tmp_path: Path) -> None:
+    values = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    assert read_config(write(tmp_path, values)).rope == Rope(10000.0, None)
+
+
+@pytest.mark.parametrize("dim", [16, 128])
+@pytest.mark.parametrize("old", [64, 8192])
+def test_inverse_frequencies_are_those_of_transformers(dim: int, old: int) -> None:
+    parameters = tiny.LLAMA3_ROPE | {"original_max_position_embeddings": old}
+    oracle = LlamaConfig(head_dim=dim, rope_parameters=parameters)
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](oracle, torch.device("cpu"))
+    rope = Rope(500000.0, RopeScaling(8.0, 1.0, 4.0, old))
+    assert torch.equal(rope.inv_freq(dim), expected)
+    plain = Rope(500000.0, None).inv_freq(dim)
+    assert torch.equal(plain, 1.0 / 500000.0 ** (torch.arange(0, dim, 2).float() / dim))
+    assert not torch.equal(plain, expected)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "expected"),
+    [
+        ({}, [None] * 4),
+        ({"sliding_window": 9, "max_window_layers": 1}, [None] * 4),
+        ({"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 1}, [None] * 4),
+        (
+            {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+            [None, 9, 9, 9],
+        ),
+        (
+            {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 4},
+            [None] * 4,
+        ),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "max_window_layers": 0,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            [9, None, 9, None],
+        ),
+        ({"layer_types": ["full_attention"] * 4}, [None] * 4),
+    ],
+)
+def test_sliding_windows_of_qwen(
+    tmp_path: Path, spelling: dict[str, Any], expected: list[int | None]
+) -> None:
+    assert windows(tmp_path, QWEN2 | spelling) == expected
+    assert windows(tmp_path, QWEN3 | spelling) == expected
+
+
+def test_layer_types_of_gemma_take_precedence(tmp_path: Path) -> None:
+    kinds = ["full_attention", "full_attention", "sliding_attention", "full_attention"]
+    assert windows(tmp_path, GEMMA2 | {"layer_types": kinds}) == [None, None, 32, None]
+
+
+@pytest.mark.parametrize(
+    ("own", "generation", "expected"),
+    [
+        (7, None, {7}),
+        ([7, 8], None, {7, 8}),
+        (None, None, set()),
+        (7, {"eos_token_id": [9, 7]}, {7, 9}),
+        (None, {"eos_token_id": 3}, {3}),
+        (7, {"temperature": 0.6}, {7}),
+    ],
+)
+def test_eos_is_the_union(
+    tmp_path: Path, own: object, generation: dict[str, Any] | None, expected: set[int]
+) -> None:
+    config = read_config(write(tmp_path, QWEN3 | {"eos_token_id": own}, generation))
+    assert config.eos_token_ids == expected
+
+
+def test_dtype_spellings(tmp_path: Path) -> None:
+    bare = {key: value for key, value in QWEN3.items() if key != "torch_dtype"}
+    assert read_config(write(tmp_path, bare)).dtype is None
+    assert read_config(write(tmp_path, bare | {"dtype": "float32"})).dtype == torch.float32
+    assert read_config(write(tmp_path, QWEN3 | {"dtype": "bfloat16"})).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_written_configs_read_back_equal_here_and_in_transformers(
+    tmp_path: Path, family: str
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    original = tiny.hf_config(family)
+    original.save_pretrained(first)
+    config = read_config(first)
+    second.mkdir()
+    write(second, hf_config(config))
+    assert read_config(second) == config
+    theirs = AutoConfig.from_pretrained(second)
+    for key in (
+        "vocab_size",
+        "num_key_value_heads",
+        "rope_parameters",
+        "layer_types",
+        "sliding_window",
+        "query_pre_attn_scalar",
+        "tie_word_embeddings",
+    ):
+        assert getattr(theirs, key, None) == getattr(original, key, None), key
+
+
+def test_gemma_defaults_of_transformers_read_back(tmp_path: Path) -> None:
+    """Gemma2Config() leaves out of config.json what equals its defaults."""
+    original = Gemma2Config(num_hidden_layers=2)
+    original.architectures = ["Gemma2ForCausalLM"]
+    original.save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    assert config.tied and config.final_softcap == 30.0
+    assert [layer.window for layer in config.attention] == [4096, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"auto_map": {"AutoModel": "modeling.Evil"}}, "auto_map"),
+        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "SequenceClassification"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "contradicts"),
+        ({"architectures": None, "model_type": "mamba"}, "mamba"),
+        ({"architectures": "Qwen3ForCausalLM"}, "not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads 4 does not divide"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"head_dim": 15}, "even"),
+        ({"head_dim": None}, "head_dim"),
+        ({"hidden_size": "48"}, "hidden_size must be a positive integer, got '48'"),
+        ({"hidden_size": True}, "hidden_size"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "both"),
+        ({"rope_scaling": "llama3"}, "must be an object"),
+        ({"rope_scaling": {k: v for k, v in SCALING.items() if k != "factor"}}, "factor"),
+        ({"rope_scaling": SCALING | {"high_freq_factor": 0.5}}, "high_freq_factor"),
+        ({"rope_parameters": {"rope_theta": 1.0, "rope_type": "default"}}, "contradicts"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": SCALING},
+            "disagree on rope_type",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"layer_types": ["full_attention"]}, "layer_types must name 4 layers"),
+        ({"layer_types": ["linear_attention"] * 4}, "'linear_attention'"),
+        ({"layer_types": ["sliding_attention"] * 4}, "no window"),
+        (
+            {"layer_types": ["sliding_attention"] * 4, "use_sliding_window": True},
+            "sliding_window must be",
+        ),
+        ({"use_sliding_window": True, "sliding_window": 9}, "max_window_layers"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"eos_token_id": [7, 100]}, "eos_token_id 100 is outside"),
+        ({"dtype": "float32"}, "contradicts"),
+        ({"torch_dtype": "int8"}, "'int8'"),
+    ],
+)
+def test_refusals_name_the_file_and_the_value(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    read_config(write(tmp_path, QWEN3))
+    write(tmp_path, QWEN3 | change)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_config(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "does not divide hidden_size"),
+        ({"layer_types": ["sliding_attention"] * 4, "sliding_window": 4}, "no window"),
+    ],
+)
+def test_refusals_of_llama(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_config(write(tmp_path, LLAMA | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"hidden_activation": "gelu"}, "hidden_activation"),
+        ({"attn_logit_softcapping": -1.0}, "attn_logit_softcapping"),
+        ({"sliding_window": None}, "sliding_window"),
+        ({"query_pre_attn_scalar": None}, "query_pre_attn_scalar"),
+    ],
+)
+def test_refusals_of_gemma(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_config(write(tmp_path, GEMMA2 | change))
+
+
+def test_a_missing_soft_cap_is_not_taken_for_null(tmp_path: Path) -> None:
+    values = {key: value for key, value in GEMMA2.items() if key != "final_logit_softcapping"}
+    with pytest.raises(ValueError, match="final_logit_softcapping is missing"):
+        read_config(write(tmp_path, values))
+
+
+def test_eos_errors_name_the_generation_config(tmp_path: Path) -> None:
+    write(tmp_path, QWEN3, {"eos_token_id": 5000})
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id 5000"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"a": 1, "a": 2}', "repeated key 'a'"),
+        (b'{"a": {"b": 1, "b": 1}}', "repeated key 'b'"),
+        (b"{", "not JSON"),
+        (b'{"a": "\xff"}', "not JSON"),
+        (b"[1]", "must hold a JSON object, got list"),
+        (b"[" * 100000, "not JSON"),
+    ],
+)
+def test_json_that_is_refused(text: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_json(Path("some/file.json"), text)
+    assert "some/file.json" in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json: no such file"):
+        read_config(tmp_path)

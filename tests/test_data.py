@@ -1,0 +1,159 @@
+"""Batches of trajectories: addressed by number, from the world and from files."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.prompt import JudgeSettings, PromptBuilder
+from engine.request import make_row
+from kernels.extract_scores import Reason, parse_scores
+from models.tokenizer import Tokenizer
+from tests.tiny import write_tokenizer
+from train.data import file_batches, world_batches
+from train.pocket import JUDGE_TEMPLATE
+from train.world import CRITERIA, cases
+
+END = 2  # <|im_end|>
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(directory)
+    return PromptBuilder(Tokenizer(directory), JUDGE_TEMPLATE, JudgeSettings())
+
+
+def test_world_batches_are_a_function_of_seed_and_number(builder: PromptBuilder) -> None:
+    batch = world_batches(builder, END, 3, seed=7)
+    ahead = [batch(number) for number in range(4)]
+    again = world_batches(builder, END, 3, seed=7)
+    assert again(3) == ahead[3]
+    assert again(1) == ahead[1]
+    assert len({json.dumps(t.prompt) for b in ahead for t in b}) == 12
+    assert world_batches(builder, END, 3, seed=8)(0) != ahead[0]
+    assert all(len(b) == 3 for b in ahead)
+
+
+def test_world_trajectories_show_a_train_row_and_end_once(builder: PromptBuilder) -> None:
+    (first, *_) = world_batches(builder, END, 4, seed=7)(2)
+    case = next(cases("sft-7-2", "train"))
+    row = case.row()
+    expected = builder.render(make_row(row["prompt"], row["responses"]), range(len(case.responses)))
+    assert first.prompt == expected
+    assert first.completion[-1] == END
+    assert builder.tokenizer.control_ids.isdisjoint(first.completion[:-1])
+
+
+def test_the_teacher_uses_what_the_prompt_gives_it(builder: PromptBuilder) -> None:
+    """Principles are followed, references are right, hints name the winner; shares as stated."""
+    seen: Counter[str] = Counter()
+    batch = world_batches(builder, END, 100, seed=0)
+    for trajectory in (t for number in range(8) for t in batch(number)):
+        prompt = builder.tokenizer.decode(trajectory.prompt)
+        text = builder.tokenizer.decode(trajectory.completion)
+        responses = prompt.count("\nResponse ")
+        reason, scores = parse_scores(text.encode(), responses, b"Scores:", 1, 10, True)
+        assert reason == Reason.VALID
+        listed = text.split("\n")[0].removeprefix("Specific Criteria: ")
+        assert len({item.split()[0] for item in listed.split(", ")} & set(CRITERIA)) == 3
+        if "\nPrinciples: " in prompt:
+            seen["principles"] += 1
+            assert f"\nPrinciples: {listed}\n" in prompt
+        if "\nReference: " in prompt:
+            seen["reference"] += 1
+            reference = prompt.split("\nReference: ")[1].split("\n")[0]
+            if "\nWork: " in text:
+                work = text.split("\nWork: ")[1].split("\nAnalysis:")[0]
+                assert work.split(" so ")[-1] == reference
+        if "\nHint: " in prompt:
+            seen["hint"] += 1
+            best = int(prompt.split("\nHint: The best response is: Response ")[1].split("\n")[0])
+            assert scores.count(max(scores)) == 1
+            assert scores[best - 1] == max(scores)
+    # 800 rows: 80 +- 5 standard deviations, and one in sixty.
+    assert 38 < seen["principles"] < 122 and 38 < seen["reference"] < 122
+    assert 0 < seen["hint"] < 32
+
+
+def write_lines(path: Path, *lines: object) -> Path:
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("\n".join(texts) + "\n")
+    return path
+
+
+def line(number: int, **more: Any) -> dict[str, Any]:
+    judgement = f"Scores: \\boxed{{{number}, 1}}"
+    return {"prompt": f"p{number}", "responses": ["a", "b"], "judgement": judgement, **more}
+
+
+def test_file_trajectories_follow_the_line(builder: PromptBuilder, tmp_path: Path) -> None:
+    full = line(
+        1, order=[1, 0], hint="look", reference="ref", principles="calm 5", id="x", label=0,
+        meta={"any": "thing"},
+    )  # fmt: skip
+    (shown,) = file_batches(builder, END, write_lines(tmp_path / "a", full), 1, 0)(0)
+    row = make_row("p1", ["a", "b"], reference="ref", principles="calm 5")
+    assert shown.prompt == builder.render(row, [1, 0], "look")
+    assert shown.completion == [*builder.tokenizer.encode_text("Scores: \\boxed{1, 1}"), END]
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r", "judgement": "<|im_end|>"}
+    (shown,) = file_batches(builder, END, write_lines(tmp_path / "b", pair), 1, 0)(0)
+    assert shown.prompt == builder.render(make_row("p", ["c", "r"]), [0, 1])
+    assert shown.completion.count(END) == 1  # the text of a control token is only text
+
+
+def test_every_epoch_holds_each_line_once_in_a_new_order(
+    builder: PromptBuilder, tmp_path: Path
+) -> None:
+    lines = [line(number) for number in range(7)]
+    path = write_lines(tmp_path / "a", *lines)
+    batch = file_batches(builder, END, path, 3, seed=5)
+    stream = [t for number in range(14) for t in batch(number)]  # 42 trajectories, 6 epochs
+    alone = file_batches(builder, END, path, 7, seed=5)(0)
+    epochs = [[alone.index(t) for t in stream[7 * e : 7 * e + 7]] for e in range(6)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert file_batches(builder, END, path, 3, seed=5)(9) == batch(9)
+    assert [file_batches(builder, END, path, 3, seed=6)(n) for n in range(3)] != [
+        batch(n) for n in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    "bad,message",
+    [
+        ({"prompt": "p", "responses": ["a"]}, "judgement"),
+        (line(1, judgement=None), "judgement"),
+        (line(1, judgement="\ud800"), "surrogate"),
+        (line(1, order=[0]), "order"),
+        (line(1, order=[0, 0]), "order"),
+        (line(1, order=[1, 2]), "order"),
+        (line(1, order="10"), "order"),
+        (line(1, order=[False, True]), "order"),
+        (line(1, hint=3), "hint"),
+        (line(1, responses=[]), "responses"),
+        (line(1, responses=["a", None]), "responses"),
+        (line(1, extra=1), "extra"),
+        (line(1, label=float("nan")), "NaN"),
+        ({"responses": ["a"], "judgement": "j"}, "prompt"),
+        ([1], "object"),
+        ("{", "not JSON"),
+        ("", "not JSON"),
+        ('{"judgement": "a", "judgement": "b"}', "repeated key"),
+    ],
+    ids=str,
+)
+def test_a_bad_line_is_named(
+    builder: PromptBuilder, tmp_path: Path, bad: object, message: str
+) -> None:
+    path = write_lines(tmp_path / "bad.jsonl", line(0), bad, line(2))
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2: .*{message}"):
+        file_batches(builder, END, path, 1, 0)
+
+
+def test_an_empty_file_is_refused(builder: PromptBuilder, tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(ValueError, match="no trajectory"):
+        file_batches(builder, END, tmp_path / "empty", 1, 0)

@@ -1,0 +1,209 @@
+"""The cell allocator against a list of cells, each with its owner."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from engine.kv_cache import ALIGN, SCRATCH_CELLS, KVCache, Slab, cell_bytes, round_up
+from tests.forests import make_cache, make_config
+
+CELLS = 20 * ALIGN
+SLOTS = 3
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """`owner[i]` is the slab of the i-th run of ALIGN shared cells, `holders` who holds it."""
+
+    slabs = Bundle("slabs")
+    slots = Bundle("slots")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = make_cache(SLOTS, 40, CELLS)
+        self.owner: list[Slab | None] = [None] * (CELLS // ALIGN)
+        self.holders: dict[Slab, int] = {}
+        self.taken: set[int] = set()
+
+    @rule(target=slabs, length=st.integers(1, 7 * ALIGN))
+    def allocate(self, length: int) -> Slab | None:
+        runs = -(-length // ALIGN)
+        free = [owner is None for owner in self.owner]
+        fits = [i for i in range(len(free) - runs + 1) if all(free[i : i + runs])]
+        slab = self.cache.allocate(length)
+        if not fits:
+            assert slab is None
+            return None
+        assert slab is not None and slab.length == length and slab.holders == 1
+        assert slab.start == self.cache.shared_base + fits[0] * ALIGN  # the first gap that fits
+        self.owner[fits[0] : fits[0] + runs] = [slab] * runs
+        self.holders[slab] = 1
+        return slab
+
+    @rule(slab=slabs)
+    def retain(self, slab: Slab | None) -> None:
+        if slab in self.holders:
+            self.cache.retain(slab)
+            self.holders[slab] += 1
+        elif slab is not None:
+            with pytest.raises(AssertionError):
+                self.cache.retain(slab)
+
+    @rule(slab=slabs)
+    def release(self, slab: Slab | None) -> None:
+        if slab not in self.holders:
+            if slab is not None:
+                with pytest.raises(AssertionError):
+                    self.cache.release(slab)
+            return
+        self.holders[slab] -= 1
+        last = self.holders[slab] == 0
+        assert self.cache.release(slab) == last
+        if last:
+            del self.holders[slab]
+            self.owner = [None if owner is slab else owner for owner in self.owner]
+
+    @rule(target=slots)
+    def take_slot(self) -> int | None:
+        if len(self.taken) == SLOTS:
+            with pytest.raises(AssertionError):
+                self.cache.take_slot()
+            return None
+        slot = self.cache.take_slot()
+        assert slot in set(range(SLOTS)) - self.taken
+        self.taken.add(slot)
+        first = self.cache.suffix_base + slot * self.cache.suffix_capacity
+        cells = slice(first, first + self.cache.suffix_capacity)
+        assert self.cache.v[0][:, cells].eq(0).all() and self.cache.k[0][:, cells].isnan().all()
+        self.cache.v[0][:, cells] = float("nan")  # as its user might leave it
+        return slot
+
+    @rule(slot=consumes(slots))
+    def free_slot(self, slot: int | None) -> None:
+        if slot is not None:
+            self.cache.free_slot(slot)
+            self.taken.remove(slot)
+            with pytest.raises(AssertionError):
+                self.cache.free_slot(slot)
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        self.cache.check()
+        assert self.cache.idle_slots == SLOTS - len(self.taken)
+        for slab, holders in self.holders.items():
+            assert slab.holders == holders
+
+
+TestCache = CacheMachine.TestCase
+
+
+def test_layout() -> None:
+    """Scratch, slots and the shared region follow each other, in every layer, and all is aligned."""
+    cache = KVCache(make_config(2, 4, 6, layers=3), 5, 33, 100, torch.float16, torch.device("cpu"))
+    assert (cache.suffix_base, cache.suffix_capacity) == (SCRATCH_CELLS, 48)
+    assert cache.shared_base == SCRATCH_CELLS + 5 * 48
+    assert cache.size == cache.shared_base + 112
+    assert [tuple(k.shape) for k in cache.k] == [(2, cache.size, 4)] * 3
+    assert [tuple(v.shape) for v in cache.v] == [(2, cache.size, 6)] * 3
+    assert all(cells[:, :SCRATCH_CELLS].eq(0).all() for cells in (*cache.k, *cache.v))
+    bytes_of_all = sum(cells.nbytes for cells in (*cache.k, *cache.v))
+    assert bytes_of_all == cache.size * cell_bytes(make_config(2, 4, 6, layers=3), torch.float16)
+    assert [round_up(n) for n in (1, 16, 17)] == [16, 16, 32]
+
+
+def test_first_fit_uses_the_lowest_gap_and_gaps_grow_together() -> None:
+    cache = make_cache(1, 16, 6 * ALIGN)
+    slabs = [cache.allocate(length) for length in (ALIGN, 2 * ALIGN, ALIGN, 2 * ALIGN)]
+    a, b, c, d = (slab for slab in slabs if slab is not None)
+    assert cache.allocate(1) is None
+    cache.release(b)
+    cache.release(d)
+    low = cache.allocate(5)
+    assert low is not None and low.start == b.start
+    assert cache.allocate(3 * ALIGN) is None  # two gaps of 1 and 2
+    cache.release(c)
+    high = cache.allocate(4 * ALIGN)  # one gap, before, within and after c
+    assert high is not None and high.start == low.start + ALIGN
+    for slab in (low, high, a):
+        cache.release(slab)
+    everything = cache.allocate(6 * ALIGN)
+    assert everything is not None and everything.start == cache.shared_base
+
+
+def test_no_room_at_all() -> None:
+    cache = make_cache(0, 16, 0)
+    assert cache.allocate(1) is None and cache.idle_slots == 0
+    cache.check()
+    with pytest.raises(AssertionError):
+        cache.allocate(0)
+
+
+def occupied() -> tuple[KVCache, list[Slab]]:
+    """A cache with gaps between slabs."""
+    cache = make_cache(4, 16, 12 * ALIGN)
+    slabs = [slab for _ in range(5) if (slab := cache.allocate(2 * ALIGN)) is not None]
+    for i in (1, 3):
+        cache.release(slabs[i])
+    cache.take_slot()
+    cache.check()
+    return cache, [slabs[0], slabs[2], slabs[4]]
+
+
+def test_check_catches_every_single_fault() -> None:
+    """The invariants of the cache, broken one by one."""
+    cache, slabs = occupied()
+    cache._slabs.remove(slabs[1])
+    with pytest.raises(AssertionError, match="lost or held twice"):
+        cache.check()
+    cache, slabs = occupied()
+    cache._slabs.remove(slabs[2])
+    cache._free.pop()
+    with pytest.raises(AssertionError, match="lost"):
+        cache.check()
+    cache, slabs = occupied()
+    cache._slabs.add(Slab(slabs[1].start, slabs[1].length))
+    with pytest.raises(AssertionError, match="held twice"):
+        cache.check()
+    cache, slabs = occupied()
+    slabs[0].length += ALIGN
+    with pytest.raises(AssertionError, match="held twice"):
+        cache.check()
+    cache, slabs = occupied()
+    slabs[0].holders = 0
+    with pytest.raises(AssertionError, match="without a holder"):
+        cache.check()
+    cache, slabs = occupied()
+    start, stop = cache._free[0]
+    cache._free[:1] = [(start, start + ALIGN), (start + ALIGN, stop)]
+    with pytest.raises(AssertionError, match="side by side"):
+        cache.check()
+    for slot in (1, 4, -1):
+        cache, _ = occupied()
+        cache._idle_slots.append(slot)
+        with pytest.raises(AssertionError, match="idle slots"):
+            cache.check()
+
+
+def test_slabs_keep_their_data_while_others_come_and_go() -> None:
+    """Two live slabs never share a cell, over a long random walk."""
+    rng = random.Random(0)
+    cache = make_cache(2, 16, 40 * ALIGN)
+    live: list[tuple[Slab, float]] = []
+    reused = False
+    highest = 0
+    for step in range(2000):
+        if rng.random() < 0.55:
+            slab = cache.allocate(rng.randrange(1, 80))
+            if slab is not None:
+                reused |= slab.start < highest
+                highest = max(highest, slab.start)
+                cache.k[0][:, slab.start : slab.start + slab.length] = step
+                live.append((slab, step))
+        elif live:
+            slab, mark = live.pop(rng.randrange(len(live)))
+            assert cache.k[0][:, slab.start : slab.start + slab.length].eq(mark).all()
+            assert cache.release(slab)
+    cache.check()
+    assert reused and live

@@ -1,0 +1,72 @@
+"""The README's commands and code work as they stand, and what it shows is what one sees."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("0 ")
+
+
+def test_the_command_and_the_row_work(tmp_path: Path) -> None:
+    (row,) = blocks("json")
+    (tmp_path / "rows.jsonl").write_text(row)
+    command = next(line for line in README.splitlines() if "--data rows.jsonl" in line)
+    words = shlex.split(command.replace("DIR", str(ROOT / "models" / "pocket")))
+    assert words[0] == ".venv/bin/python"
+    for name in ("rows.jsonl", "verdicts.jsonl"):
+        words[words.index(name)] = str(tmp_path / name)
+    subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    verdict = json.loads((tmp_path / "verdicts.jsonl").read_text())
+    shown = README[README.index('{"id": "r1", "key"') :]
+    for key in (
+        "id",
+        "key",
+        "best",
+        "scores",
+        "mean_scores",
+        "tie",
+        "k",
+        "valid",
+        "votes",
+        "usage",
+    ):
+        assert key in verdict and f'"{key}":' in shown
+    assert verdict["id"] == "r1" and len(verdict["samples"]) == 32
+
+
+def test_the_output_shown_is_the_output_seen() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.sample"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shown = README[README.index("What it looks like") :].split("```")[1].strip("\n")
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    assert "\n".join(lines).find(shown) >= 0
+
+
+def test_every_option_of_the_table_exists() -> None:
+    from engine.sample import Options
+
+    named = {name for name in re.findall(r"--([a-z-]+)", README)}
+    known = {name.replace("_", "-") for name in vars(Options())}
+    assert named <= known, named - known

@@ -1,0 +1,319 @@
+"""Supervised training: its loss against transformers, and runs that are killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from engine.prompt import PromptBuilder, read_judge_settings
+from models import load
+from models.transformer import Transformer
+from tests.tiny import write_model
+from train import checkpoint, sft
+from train.data import Trajectory
+from train.packing import PackedBatch, pack
+from train.pocket import JUDGE_TEMPLATE
+
+ROOT = Path(__file__).parent.parent
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the subprocesses: the order of additions depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny sharded model directory with a short judge template."""
+    directory = tmp_path_factory.mktemp("base")
+    write_model(directory, "qwen3")
+    (directory / "judge_template.jinja").write_text(JUDGE_TEMPLATE)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five trajectories whose verdict follows from the prompt."""
+    path = tmp_path_factory.mktemp("data") / "trajectories.jsonl"
+    with path.open("w") as file:
+        for i in range(5):
+            scores = "10, 1" if i % 2 else "1, 10"
+            row = {"prompt": f"task {i}", "responses": ["a" * i, "b"]}
+            file.write(json.dumps(row | {"judgement": f"Scores: \\boxed{{{scores}}}"}) + "\n")
+    return path
+
+
+@pytest.fixture
+def args(base: Path, data: Path, tmp_path: Path) -> sft.Args:
+    return sft.Args(
+        model=base, out=tmp_path / "out", data=data, steps=7, rows=2, lr=3e-3, warmup=2,
+        log_every=2, save_every=3,
+    )  # fmt: skip
+
+
+def outcome(out: Path) -> tuple[bytes, bytes]:
+    """The bytes of the trained parameters and of the metrics."""
+    return (out / "model.safetensors").read_bytes(), (out / "metrics.jsonl").read_bytes()
+
+
+def trajectories(count: int, seed: int = 0) -> list[Trajectory]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(320, (length,), generator=generator).tolist()
+
+    return [Trajectory(ids(3, 20), ids(2, 12)) for _ in range(count)]
+
+
+def test_loss_is_that_of_transformers(base: Path) -> None:
+    model, _ = load(base)
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for trajectory in trajectories(4):
+        prompt, completion = trajectory.prompt, trajectory.completion
+        ids = torch.tensor([prompt + completion])
+        labels = torch.tensor([[-100] * len(prompt) + completion])
+        expected = theirs(ids, labels=labels).loss
+        # The loss moves by at most twice the error of a logit, for which the contract says 1e-5.
+        assert abs(sft.loss_of(model, pack([trajectory])) - expected) < 2e-5
+
+
+def test_packed_loss_and_gradients_are_the_mean_of_single_ones(base: Path) -> None:
+    model, _ = load(base)
+    batch = trajectories(5, seed=1)
+    packed = sft.loss_of(model, pack(batch))
+    packed.backward()
+    grads = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    count = sum(len(t.completion) for t in batch)
+    single = [sft.loss_of(model, pack([t])) * len(t.completion) / count for t in batch]
+    mean = torch.stack(single).sum()
+    mean.backward()
+    assert abs(packed - mean) < 16 * EPS * mean
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        assert p.grad is not None and grad is not None
+        assert (p.grad - grad).norm() < 64 * EPS * (p.grad.norm() + grad.norm())
+
+
+def test_a_few_steps_learn_a_fixed_batch(args: sft.Args) -> None:
+    sft.train(replace(args, steps=30, rows=5, lr=1e-2, log_every=1, save_every=1000))
+    lines = (args.out / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert len(losses) == 30
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_metrics_say_what_happened(args: sft.Args, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[PackedBatch] = []
+
+    def spy(batch: list[Trajectory], *rest: object) -> PackedBatch:
+        packed.append(pack(batch))
+        return packed[-1]
+
+    monkeypatch.setattr(sft, "pack", spy)
+    sft.train(args)
+    lines = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines[1]["tokens"] == sum(len(b.token_ids) for b in packed[:4])
+    assert lines[0]["lr"] == args.lr  # the last step of the warm-up
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in lines)
+    # The end token is the tokenizer's own, of the two that the model knows.
+    ends = [batch.target[-1].item() for batch in packed]
+    assert ends == [2] * 7 and load(args.model)[0].config.eos_token_ids == {0, 2}
+
+
+def test_the_finished_directory_is_whole(args: sft.Args) -> None:
+    sft.train(args)
+    names = {path.name for path in args.out.iterdir()}
+    assert not any("index" in name or "-of-" in name for name in names)
+    assert names >= {"tokenizer.json", "tokenizer_config.json", "generation_config.json",
+                     "judge_template.jinja", "config.json", "model.safetensors"}  # fmt: skip
+    model, tokenizer = load(args.out)
+    PromptBuilder(tokenizer, JUDGE_TEMPLATE, read_judge_settings(args.out))
+    start, _ = load(args.model)
+    assert not torch.equal(model.head_weight, start.head_weight)
+    assert model.config.eos_token_ids == start.config.eos_token_ids
+    theirs = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+    ids = list(range(40))
+    assert (theirs(torch.tensor([ids])).logits[0] - model.logits(ids)).abs().max() < 1e-5
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Make the run stop in its `call`-th step from now."""
+    calls = 0
+
+    def spy(model: Transformer, batch: PackedBatch) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return loss_of(model, batch)
+
+    loss_of = sft.loss_of
+    monkeypatch.setattr(sft, "loss_of", spy)
+
+
+@pytest.mark.parametrize("stops", [(2,), (5, 3), (7,)], ids=str)
+def test_an_interrupted_run_ends_as_if_it_never_stopped(
+    args: sft.Args, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    whole = replace(args, out=tmp_path / "whole")
+    sft.train(whole)
+    for stop in stops:
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_at(patch, stop)
+            with pytest.raises(KeyboardInterrupt):
+                sft.train(args)
+    with (args.out / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 9')  # a torn line
+    assert not (args.out / "model.safetensors").exists()
+    sft.train(args)
+    assert outcome(args.out) == outcome(whole.out)
+
+
+def test_a_finished_run_has_nothing_left_to_do(args: sft.Args) -> None:
+    sft.train(args)
+    done = outcome(args.out)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 1)
+        sft.train(args)
+    assert outcome(args.out) == done
+
+
+def test_a_damaged_checkpoint_costs_steps_and_nothing_else(args: sft.Args, tmp_path: Path) -> None:
+    whole = replace(args, out=tmp_path / "whole")
+    sft.train(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            sft.train(args)
+    newest = checkpoint.latest(args.out / "checkpoints")
+    assert newest and newest.name == "step-00000006"
+    os.truncate(newest / "optimizer.safetensors", 200)
+    sft.train(args)
+    assert outcome(args.out) == outcome(whole.out)
+
+
+def test_a_killed_run_resumes_to_the_bit(args: sft.Args, tmp_path: Path) -> None:
+    """SIGKILL between checkpoints, on rows of the synthetic world."""
+    args = replace(args, data=None, steps=30, rows=1, log_every=1, save_every=10)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()
+               if name not in ("data", "autocast")]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train.sft", *options],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = args.out / "metrics.jsonl"
+    while process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= 14:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    assert process.wait() == -signal.SIGKILL
+    newest = checkpoint.latest(args.out / "checkpoints")
+    assert newest and checkpoint.read_state(newest)["step"] in (10, 20)
+    sft.train(args)
+    whole = replace(args, out=tmp_path / "whole")
+    sft.train(whole)
+    assert outcome(args.out) == outcome(whole.out)
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr": 1e-4}, {"seed": 1}, {"steps": 8}, {"rows": 3}, {"data": None}], ids=str
+)
+def test_other_settings_are_refused(args: sft.Args, change: dict[str, object]) -> None:
+    sft.train(args)
+    done = outcome(args.out)
+    (name,) = change
+    with pytest.raises(ValueError, match=f"other settings: {name} = "):
+        sft.train(replace(args, **change))  # type: ignore[arg-type]
+    assert outcome(args.out) == done
+
+
+def test_files_count_by_what_they_hold(args: sft.Args, tmp_path: Path) -> None:
+    sft.train(args)
+    assert args.data
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in args.model.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    (moved / "data").mkdir()
+    lines = moved / "data" / "lines"
+    lines.write_bytes(args.data.read_bytes())
+    sft.train(replace(args, model=moved, data=lines, save_every=50, log_every=3))
+    lines.write_text(lines.read_text().replace("task 3", "task 4"))
+    with pytest.raises(ValueError, match="other settings: data = "):
+        sft.train(replace(args, model=moved, data=lines))
+    (moved / "judge_template.jinja").write_text(JUDGE_TEMPLATE + "!")
+    with pytest.raises(ValueError, match=r"other settings: model/judge_template\.jinja = "):
+        sft.train(replace(args, model=moved))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    args: sft.Args, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    loss_of = sft.loss_of
+
+    def spoil(model: Transformer, batch: PackedBatch) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return loss_of(model, batch) * (float("nan") if calls == 5 else 1.0)
+
+    monkeypatch.setattr(sft, "loss_of", spoil)
+    with pytest.raises(FloatingPointError, match="step 4: loss nan"):
+        sft.train(args)
+    newest = checkpoint.latest(args.out / "checkpoints")
+    assert newest and newest.name == "step-00000003"
+    assert not (args.out / "model.safetensors").exists()
+
+
+def test_a_learning_rate_that_explodes_stops_the_run(args: sft.Args) -> None:
+    with pytest.raises(FloatingPointError, match=r"step 1: .*(nan|inf)"):
+        sft.train(replace(args, lr=1e37))
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"rows": 0}, {"save_every": 0}, {"log_every": -1}], ids=str
+)
+def test_settings_out_of_range_are_refused(args: sft.Args, change: dict[str, int]) -> None:
+    (name,) = change
+    with pytest.raises(ValueError, match=f"{name} = "):
+        sft.train(replace(args, **change))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="directory of the model itself"):
+        sft.train(replace(args, out=args.model))
+    assert not args.out.exists()
+
+
+def test_autocast_trains_as_well(args: sft.Args, tmp_path: Path) -> None:
+    args = replace(args, steps=2)
+    sft.train(args)
+    sft.train(replace(args, autocast=True, out=tmp_path / "autocast"))
+    exact, rounded = (
+        json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for out in (args.out, tmp_path / "autocast")
+    )
+    assert exact != rounded and abs(exact - rounded) < 0.05 * exact
+
+
+def test_a_family_that_cannot_be_packed_is_refused(args: sft.Args, tmp_path: Path) -> None:
+    write_model(tmp_path / "gemma2", "gemma2")
+    with pytest.raises(ValueError, match="soft-cap"):
+        sft.train(replace(args, model=tmp_path / "gemma2"))
