@@ -1,11 +1,12 @@
 """How accuracy grows with the number of votes: Voting@j on labelled rows.
 
-    python -m bench.voting [--model DIR] [--data FILE] [--rows 1000] [--k 32] [--temperature 0.5]
+    python -m bench.voting [--model DIR] [--data FILE] [--rows 1000] [--k 32]
+                           [--temperatures 0 0.5 1] [--plot FILE.png]
 
 Every row is sampled k times. Voting@j is the accuracy of a vote over j of the k samples, averaged
 over seeded random subsets; a tie counts as the chance that a fair draw gets it right, a row
 without any valid vote as wrong. Intervals are 95 %, by a bootstrap over rows. Without --data the
-rows are the judging world's final split. Ends in one JSON line; --plot writes the curve as PNG.
+rows are the judging world's final split. Ends in one JSON line; --plot writes the curves as PNG.
 """
 
 import json
@@ -40,7 +41,7 @@ class Args:
     split: Split = "final"  # of the judging world, when there is no --data
     rows: int = 1000
     k: int = 32
-    temperature: float = 0.5  # 0: greedy, one sample a row
+    temperatures: tuple[float, ...] = (0.0, 0.5, 1.0)  # 0: greedy, one sample a row
     max_new_tokens: int = 400
     seed: int = 0
     plot: Path | None = None
@@ -106,17 +107,15 @@ def interval(per_row: np.ndarray, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def measure(args: Args) -> dict[str, Any]:
-    """Judge the rows and return the figures of the JSON line."""
-    rows = read_labelled(args)
-    judge = Judge.load(args.model)
-    k = 1 if args.temperature == 0 else args.k
+def measure(judge: Judge, rows: Sequence[Row], args: Args, temperature: float) -> dict[str, Any]:
+    """Judge the rows at one temperature and return its figures."""
+    k = 1 if temperature == 0 else args.k
     started = time.perf_counter()
     outcomes = judge.rows(
-        rows, k=k, temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed
+        rows, k=k, temperature=temperature, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
     verdicts = []
-    for outcome in tqdm(outcomes, total=len(rows), unit="row"):
+    for outcome in tqdm(outcomes, total=len(rows), unit="row", desc=f"T = {temperature}"):
         if not isinstance(outcome, Verdict):
             raise ValueError(f"row {outcome.id}: {outcome.error}")
         verdicts.append(outcome)
@@ -124,10 +123,8 @@ def measure(args: Args) -> dict[str, Any]:
     curve = voting_curve(verdicts, k, judge.settings.threshold, args.seed)
     samples = [sample for verdict in verdicts for sample in verdict.samples]
     return {
-        "model": str(args.model),
-        "rows": len(rows),
+        "temperature": temperature,
         "k": k,
-        "temperature": args.temperature,
         "accuracy": {
             size: {"mean": float(right.mean()), "ci95": interval(right)}
             for size, right in curve.items()
@@ -140,37 +137,50 @@ def measure(args: Args) -> dict[str, Any]:
     }
 
 
-def plot(figures: dict[str, Any], path: Path) -> None:
-    """The curve of accuracy against votes, with its intervals, as PNG."""
+def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy against votes, a curve with intervals for each run (greedy: a line), as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    sizes = list(figures["accuracy"])
-    means = np.array([figures["accuracy"][size]["mean"] for size in sizes])
-    bounds = np.array([figures["accuracy"][size]["ci95"] for size in sizes]).T
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    axes.errorbar(sizes, means, abs(bounds - means), marker="o", capsize=3)
+    votes: set[int] = {1}
+    for run in runs:
+        sizes = [int(size) for size in run["accuracy"]]
+        means = np.array([entry["mean"] for entry in run["accuracy"].values()])
+        if run["temperature"] == 0:
+            axes.axhline(means[0], color="gray", linestyle="--", label="greedy, 1 sample")
+            continue
+        bounds = np.array([entry["ci95"] for entry in run["accuracy"].values()]).T
+        label = f"T = {run['temperature']:g}"
+        axes.errorbar(sizes, means, abs(bounds - means), marker="o", capsize=3, label=label)
+        votes.update(sizes)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xticks(sorted(votes), [str(size) for size in sorted(votes)])
     axes.set_xlabel("votes")
     axes.set_ylabel("accuracy")
-    axes.set_title(f"{figures['rows']} rows, T = {figures['temperature']}")
+    axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
+    """The command line."""
     args = tyro.cli(Args, description=Args.__doc__)
-    figures = measure(args)
-    for size, entry in figures["accuracy"].items():
-        low, high = entry["ci95"]
-        print(f"Voting@{size:<3} {entry['mean']:.3f}  [{low:.3f}, {high:.3f}]", file=sys.stderr)
+    rows = read_labelled(args)
+    judge = Judge.load(args.model)
+    runs = []
+    for temperature in args.temperatures:
+        runs.append(measure(judge, rows, args, temperature))
+        print(f"T = {temperature:g}", file=sys.stderr)
+        for size, entry in runs[-1]["accuracy"].items():
+            low, high = entry["ci95"]
+            print(f"  @{size:<3} {entry['mean']:.3f}  [{low:.3f}, {high:.3f}]", file=sys.stderr)
     if args.plot:
-        plot(figures, args.plot)
-    print(json.dumps(figures))
+        plot(runs, args.plot)
+    print(json.dumps({"model": str(args.model), "rows": len(rows), "runs": runs}))
 
 
 if __name__ == "__main__":
