@@ -35,10 +35,10 @@ from engine.view import render_error, render_summary, render_verdict
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
 BUNDLED_ROWS = Path(__file__).with_name("rows.jsonl")
 DRAIN_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# The options that are handed to the judge with the rows; all of them affect what it says.
+# The fields of JudgeOptions: handed to the judge with the rows, and all part of a line's key.
 SAMPLING = (
     "k", "temperature", "top_p", "top_k", "min_p", "max_new_tokens",
-    "orders", "max_orders", "seed", "deterministic",
+    "orders", "max_orders", "seed", "deterministic", "stop",
 )  # fmt: skip
 
 
@@ -82,6 +82,8 @@ class Options:
     """Longest input line, in bytes; a longer one is an error line."""
     deterministic: bool = False
     """Bit-equal results also on a GPU (refused there for now; on CPU float32 always is)."""
+    stop: Literal["box", "eos"] = "box"
+    """End a sample when its scores are decided (box) or when it ends itself (eos)."""
     resume: bool = False
     """Continue --out where an earlier run of the same rows and options was cut off."""
 
