@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from itertools import islice, pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine import sample as command_line
 from engine.judge import Judge, JudgeOptions, draw_orders
 from engine.prompt import PromptBuilder
 from engine.request import Row, make_row
@@ -358,3 +360,19 @@ def test_the_key_changes_with_whatever_changes_the_output(judge: Judge) -> None:
     assert judge.key(row, k=4, seed=0) in keys
     assert judge.key(row, k=4) == judge(row.messages, row.responses, id=row.id, label=row.label,
                                         k=4, max_new_tokens=1024).key  # fmt: skip
+
+
+def test_the_command_line_has_the_options_of_the_judge() -> None:
+    """Names and defaults: an option known to one side only would break every resume."""
+    ours = {name: getattr(command_line.Options(), name) for name in command_line.SAMPLING}
+    assert ours == vars(JudgeOptions())
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda"])
+def test_a_device_that_is_not_there_is_refused(
+    device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert command_line.main(["--out", str(tmp_path / "out.jsonl"), "--device", device]) == 2
+    assert device in capsys.readouterr().err

@@ -429,26 +429,3 @@ def test_no_color(
     Path("data").write_bytes(GOOD[0])
     assert main(["--model", ".", "--data", "data"]) == 0
     assert ("\x1b[" in capfd.readouterr().out) == painted
-
-
-def test_the_options_are_those_of_the_judge() -> None:
-    """Names and defaults: an option known to one side only would break every resume."""
-    from engine.judge import JudgeOptions
-
-    ours = {name: getattr(sample.Options(), name) for name in sample.SAMPLING}
-    assert ours == vars(JudgeOptions())
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda"])
-def test_a_device_that_is_not_there_is_refused(
-    device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import torch
-
-    if device == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    data = tmp_path / "rows.jsonl"
-    data.write_text('{"prompt": "p", "responses": ["a"]}\n')
-    out = tmp_path / "out.jsonl"
-    assert main(["--data", str(data), "--out", str(out), "--device", device]) == 2
-    assert device in capsys.readouterr().err
