@@ -141,11 +141,12 @@ class Tolerance:
         self.eps = torch.finfo(dtype).eps
         self.error = self.plain_error = self.largest = 0.0
 
-    def compare(
-        self, out: Tensor, q: Array, k: Array, v: Array, *options: float | int | None
-    ) -> None:
-        expected = plain_attention(q, k, v, *options)  # type: ignore[arg-type]
-        plain = plain_attention(q, k, v, *options, dtype=np.float32)  # type: ignore[arg-type]
+    def compare(self, out: Tensor, data: tuple[Array, Array, Array], options: Options) -> None:
+        """out: (L, Hq, Dv) against plain attention of `data`'s last L queries."""
+        q, k, v = data
+        q = q[len(q) - len(out) :]
+        expected = plain_attention(q, k, v, *options)
+        plain = plain_attention(q, k, v, *options, dtype=np.float32)
         assert out.shape == expected.shape
         error = np.abs(out.double().numpy() - expected).max(initial=0)
         self.error = max(self.error, error if not math.isnan(error) else math.inf)
@@ -158,7 +159,7 @@ class Tolerance:
 
 
 class Grove:
-    """Samples in depth-first order over one cache, with their prompts written unless told not to."""
+    """Samples in depth-first order over one cache, their prompts written unless told not to."""
 
     def __init__(
         self,

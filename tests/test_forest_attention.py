@@ -186,7 +186,7 @@ def crowd() -> list[Sample]:
             prompt = ((0, 70), (5, 130))
         else:
             prompt = ((6, 17), (7 + i % 2, 20))
-        samples.append(Sample(100 + i, prompt, int(rng.integers(1, 290))))
+        samples.append(Sample(100 + i, prompt, int(rng.integers(1, 288))))
     samples[3] = Sample(103, samples[3].prompt, 288)
     return samples
 

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
@@ -97,10 +98,11 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCache = CacheMachine.TestCase
+TestCache.settings = settings(max_examples=40, stateful_step_count=40)
 
 
 def test_layout() -> None:
-    """Scratch, slots and the shared region follow each other, in every layer, and all is aligned."""
+    """Scratch, slots and the shared region follow each other, aligned, in every layer."""
     cache = KVCache(make_config(2, 4, 6, layers=3), 5, 33, 100, torch.float16, torch.device("cpu"))
     assert (cache.suffix_base, cache.suffix_capacity) == (SCRATCH_CELLS, 48)
     assert cache.shared_base == SCRATCH_CELLS + 5 * 48

@@ -62,7 +62,7 @@ CASES = st.tuples(
 
 
 @given(CASES, st.sampled_from([torch.float32, torch.float64]))
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_equals_float64(
     case: tuple[int, int, int, int, int, int, float], dtype: torch.dtype
 ) -> None:
@@ -72,23 +72,22 @@ def test_equals_float64(
     o, lse = (x.to(dtype) for x in random_partials(rng, count, heads, width, empty))
     index = random_index(rng, rows, columns, count)
     results = merge_states(o, lse, index)
-    expected = merged_by_hand(o, lse, index)
-    eps = torch.finfo(dtype).eps
-    for got, plain, exact in zip(results, merge_states_ref(o, lse, index), expected, strict=True):
+    reference = merge_states_ref(o, lse, index)
+    for got, plain, exact in zip(results, reference, merged_by_hand(o, lse, index), strict=True):
         assert got.dtype == dtype and got.shape == exact.shape
         nothing = exact == -INF
         assert got.isneginf().equal(nothing) and plain.isneginf().equal(nothing)
-        seen = exact.masked_fill(nothing, 0)
-        errors = [(x.masked_fill(nothing, 0) - seen).abs().max().item() for x in (got, plain)
-                  if x.numel()]  # fmt: skip
-        if errors:
-            # A weight is exp(lse - top), whose argument was rounded: (1 + |lse|) units each.
-            units = columns * (1 + lse.masked_fill(lse.isneginf(), 0).abs().max().item())
-            assert errors[0] <= max(4 * errors[1], 2 * eps * float(seen.abs().max()))
-            assert errors[1] <= eps * units * max(1.0, float(seen.abs().max()))
+        exact, got, plain = (x.double().masked_fill(nothing, 0) for x in (exact, got, plain))
+        if exact.numel():
+            error, plain_error = ((x - exact).abs().max().item() for x in (got, plain))
+            unit = torch.finfo(dtype).eps * max(1.0, exact.abs().max().item())
+            assert error <= max(4 * plain_error, 2 * unit)
+            # Weights are exp(lse - top), whose argument is rounded once; |lse| is below 300.
+            assert plain_error <= 300 * unit
 
 
 @given(CASES, st.lists(st.integers(0, 8), max_size=5))
+@settings(max_examples=50)
 def test_absent_and_empty_partials_change_no_bit(
     case: tuple[int, int, int, int, int, int, float], places: list[int]
 ) -> None:
