@@ -341,7 +341,7 @@ def test_options_out_of_range_are_refused(judge: Judge) -> None:
         ({"orders": "fixed", "max_orders": 2}, "max_orders"),
     ):
         with pytest.raises(ValueError, match=name):
-            judge.rows([row], **options)  # type: ignore[arg-type]
+            judge.rows([row], **options)
 
 
 def test_the_key_changes_with_whatever_changes_the_output(judge: Judge) -> None:
