@@ -29,7 +29,7 @@ def test_every_row_of_llmbar_comes_back() -> None:
     rows = read_llmbar(DATA)
     assert len(rows) == 419
     judge = Judge.load(POCKET)
-    verdicts = list(judge.rows(rows, k=8, max_new_tokens=64))
+    verdicts = list(judge.rows(rows, k=8, max_new_tokens=64, orders="fixed"))
     assert [v.id for v in verdicts] == [row.id for row in rows]
     for verdict in verdicts:
         assert isinstance(verdict, Verdict), verdict
