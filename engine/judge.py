@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from engine.generate import CACHE_BYTES, Generation, Generator, Group, GroupResult, Usage
+from engine.options import JudgeOptions
 from engine.prompt import DEFAULT_TEMPLATE, JudgeSettings, PromptBuilder, read_judge_settings
 from engine.request import MAX_RESPONSES, BadRow, Message, Row, make_row
 from engine.verdict import RowFailure, Sample, Verdict, is_correct, output_key
@@ -29,44 +30,6 @@ from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
 DEFAULT_BATCH = 256
-
-
-@dataclass(frozen=True)
-class JudgeOptions:
-    """How rows are judged; every field affects what a verdict says. See `Judge.rows`."""
-
-    k: int = 8
-    temperature: float = 0.5
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_new_tokens: int = 1024
-    orders: Literal["rotate", "random", "fixed"] = "rotate"
-    max_orders: int | None = None
-    seed: int = 0
-    deterministic: bool = False
-    stop: Literal["box", "eos"] = "box"
-
-    def __post_init__(self) -> None:
-        for name in ("k", "max_new_tokens", "max_orders"):
-            value = getattr(self, name)
-            if name == "max_orders" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} = {value!r} is not an integer of at least 1")
-        if self.orders not in ("rotate", "random", "fixed"):
-            raise ValueError(f"orders = {self.orders!r} is not rotate, random or fixed")
-        if self.max_orders is not None and self.orders != "rotate":
-            raise ValueError(f"max_orders has no meaning with orders = {self.orders!r}")
-        if self.stop not in ("box", "eos"):
-            raise ValueError(f"stop = {self.stop!r} is not box or eos")
-        stream_key(self.seed, "", "token")  # refuses a seed out of range
-        assert self.sampling is not None  # refuses sampling options out of range
-
-    @property
-    def sampling(self) -> SamplingOptions:
-        """How tokens are drawn."""
-        return SamplingOptions(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 class Judge:
@@ -199,12 +162,14 @@ class Judge:
         ValueError for options out of range.
         """
         chosen = JudgeOptions(**options)
+        sampling = SamplingOptions(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
+        stream_key(chosen.seed, "", "token")  # refuses a seed out of range now, not at a row
         if chosen.deterministic and self.model.head_weight.device.type != "cpu":
             raise ValueError("deterministic is not available on a GPU yet")
         generator = Generator(
             self.model,
             self._automaton,
-            options=chosen.sampling,
+            options=sampling,
             max_new_tokens=chosen.max_new_tokens,
             max_batch=self.max_batch,
             max_scores=MAX_RESPONSES,

@@ -22,11 +22,12 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import tyro
 from tqdm import tqdm
 
+from engine.options import JudgeOptions
 from engine.output import Output, Tally, read_line, resume
 from engine.request import BadRow, Row, read_rows
 from engine.verdict import RowFailure, Verdict, to_line
@@ -35,15 +36,10 @@ from engine.view import render_error, render_summary, render_verdict
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
 BUNDLED_ROWS = Path(__file__).with_name("rows.jsonl")
 DRAIN_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# The fields of JudgeOptions: handed to the judge with the rows, and all part of a line's key.
-SAMPLING = (
-    "k", "temperature", "top_p", "top_k", "min_p", "max_new_tokens",
-    "orders", "max_orders", "seed", "deterministic", "stop",
-)  # fmt: skip
 
 
-@dataclass
-class Options:
+@dataclass(frozen=True)
+class Options(JudgeOptions):
     """Judge responses with a generative reward model: k judgements a row, then a vote."""
 
     model: Path = POCKET
@@ -52,26 +48,8 @@ class Options:
     """Rows as lines of JSON; - is standard input, none the bundled rows."""
     out: str | None = None
     """Where verdicts go, one JSON line each; - is standard output, none prints for a person."""
-    k: int = 8
-    """Judgements per row."""
-    temperature: float = 0.5
-    """Sampling temperature; 0 is greedy."""
-    top_p: float = 1.0
-    """Sample from the smallest set of tokens with this probability."""
-    top_k: int = 0
-    """Sample from this many most likely tokens; 0 is all."""
-    min_p: float = 0.0
-    """Drop tokens less likely than this share of the likeliest."""
-    max_new_tokens: int = 1024
-    """Longest judgement, in tokens."""
-    orders: Literal["rotate", "random", "fixed"] = "rotate"
-    """In which orders samples see the responses."""
-    max_orders: int | None = None
-    """Most rotations of a row; none is min(n, k)."""
     template: Path | None = None
     """Judge template in place of the model's own."""
-    seed: int = 0
-    """Seed of all draws."""
     dtype: str = "auto"
     """Of weights and cache: auto, float32, bfloat16 or float16."""
     device: str = "auto"
@@ -80,24 +58,20 @@ class Options:
     """Most samples decoded together."""
     max_row_bytes: int = 1 << 20
     """Longest input line, in bytes; a longer one is an error line."""
-    deterministic: bool = False
-    """Bit-equal results also on a GPU (refused there for now; on CPU float32 always is)."""
-    stop: Literal["box", "eos"] = "box"
-    """End a sample when its scores are decided (box) or when it ends itself (eos)."""
     resume: bool = False
     """Continue --out where an earlier run of the same rows and options was cut off."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    options = tyro.cli(
-        Options,
-        prog="python -m engine.sample",
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
     with ExitStack() as stack:
         try:
+            options = tyro.cli(
+                Options,
+                prog="python -m engine.sample",
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
             run = _Run(options, stack)
         except (OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -182,7 +156,9 @@ class _Run:
             device=options.device,
             max_batch=options.max_batch,
         )
-        self.sampling: dict[str, Any] = {name: getattr(options, name) for name in SAMPLING}
+        self.sampling: dict[str, Any] = {
+            field.name: getattr(options, field.name) for field in dataclasses.fields(JudgeOptions)
+        }
         done = 0
         if self.output is not None and options.resume:
             done = resume(self.output, self.entries, self._key, self.tally.add)

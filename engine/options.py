@@ -1,0 +1,53 @@
+"""How rows are judged: the options that decide what a verdict says.
+
+One dataclass for the Python API, the command line and the key of a line. Needs no torch, so that
+the command line can print its help without it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """The options of `Judge.rows`; raises ValueError for values out of range.
+
+    What `kernels.sample_token` checks (temperature, top_p, top_k, min_p, seed) is checked there.
+    """
+
+    k: int = 8
+    """Judgements per row."""
+    temperature: float = 0.5
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this probability."""
+    top_k: int = 0
+    """Sample from this many most likely tokens; 0 is all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest."""
+    max_new_tokens: int = 1024
+    """Longest judgement, in tokens."""
+    orders: Literal["rotate", "random", "fixed"] = "rotate"
+    """In which orders samples see the responses: rotations, free shuffles, or the given one."""
+    max_orders: int | None = None
+    """Most rotations of a row; none is min(n, k)."""
+    seed: int = 0
+    """Seed of all draws."""
+    deterministic: bool = False
+    """Bit-equal results also on a GPU (refused there for now; on CPU float32 always is)."""
+    stop: Literal["box", "eos"] = "box"
+    """End a sample when its scores are decided (box) or when it ends itself (eos)."""
+
+    def __post_init__(self) -> None:
+        for name in ("k", "max_new_tokens", "max_orders"):
+            value = getattr(self, name)
+            if name == "max_orders" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} = {value!r} is not an integer of at least 1")
+        if self.orders not in ("rotate", "random", "fixed"):
+            raise ValueError(f"orders = {self.orders!r} is not rotate, random or fixed")
+        if self.max_orders is not None and self.orders != "rotate":
+            raise ValueError(f"max_orders has no meaning with orders = {self.orders!r}")
+        if self.stop not in ("box", "eos"):
+            raise ValueError(f"stop = {self.stop!r} is not box or eos")
