@@ -11,6 +11,7 @@ makes work items for prefill and decode; it runs nothing and holds no keys.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from weakref import WeakValueDictionary
 
 from torch import Tensor
@@ -167,19 +168,21 @@ def prefill_items(pieces: Sequence[tuple[Node, int, int]]) -> list[WorkItem]:
 
 def decode_items(ends: Sequence[Node]) -> list[WorkItem]:
     """Work items of one decode step: `ends[i]` is the node above leaf i, in depth-first order."""
-    paths = [end.path() for end in ends]
-    items = []
-    for depth in range(max(map(len, paths), default=0)):
-        first = 0
-        while first < len(paths):
-            node = paths[first][depth] if depth < len(paths[first]) else None
-            stop = first + 1
-            while stop < len(paths) and depth < len(paths[stop]) and paths[stop][depth] is node:
-                stop += 1
-            if node is not None:
-                for tile in range(first, stop, MAX_TILE):
-                    queries = min(MAX_TILE, stop - tile)
-                    for key, length, position in node.key_runs():
-                        items.append(WorkItem(tile, queries, key, length, position))
-            first = stop
+    items: list[WorkItem] = []
+    _descend([end.path() for end in ends], 0, len(ends), 0, items)
     return items
+
+
+def _descend(
+    paths: Sequence[Sequence[Node]], start: int, stop: int, depth: int, items: list[WorkItem]
+) -> None:
+    """Items of all nodes from `depth` on of leaves [start, stop), each node before its children."""
+    leaves = (i for i in range(start, stop) if depth < len(paths[i]))
+    for node, members in groupby(leaves, key=lambda i: paths[i][depth]):
+        first, *rest = members
+        end = rest[-1] + 1 if rest else first + 1
+        for tile in range(first, end, MAX_TILE):
+            queries = min(MAX_TILE, end - tile)
+            for key, length, position in node.key_runs():
+                items.append(WorkItem(tile, queries, key, length, position))
+        _descend(paths, first, end, depth + 1, items)

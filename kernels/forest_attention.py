@@ -14,13 +14,13 @@ and values, N cache slots. Prefill, decode and training differ in the plan only.
 
 Every item gives a partial result with its natural log-sum-exp, in float32 (float64 for float64
 input); `merge_states` joins a query's partials in the order of its sequence. No T x T mask exists:
-items run in batches of bounded size, and partials in chunks of queries, each as small as the items
-allow (a decode step's root holds all its leaves together).
+items run in batches of bounded size, and partials in chunks of queries, cut where no item reaches
+across (in decode only between trees).
 
 On CPU items of like shape are batched: queries are padded to 16, 32 or 64 (in suffixes the heads
-of a group to 8) and keys to a power of two (in suffixes to a multiple of 16). Padding keys get
-weight 0 and padded query rows are dropped. With these shapes a row's float32 bits do not depend on
-the padding, on what else is in the batch or on the number of threads, and a token's partials are
+of a group to 8 or 16) and keys to a power of two (in suffixes to a multiple of 16). Padding keys
+get weight 0 and padded query rows are dropped. With these shapes a row's float32 bits do not depend
+on the padding, on what else is in the batch or on the number of threads, and a token's partials are
 the same in prefill and in decode (tests hold it to that).
 
 It does not write the cache, choose what is shared, or compute gradients.
@@ -41,7 +41,7 @@ MAX_SPLIT = 256  # keys of a work item
 MAX_TILE = 64  # queries of a work item
 _TILES = (16, 32, 64)
 _WIDTHS = (16, 32, 64, 128, 256)
-_MIN_ROWS = 8  # of a product; with fewer, a row's bits depend on how many there are
+_MIN_ROWS = (8, 16)  # of a product, for D <= 128 and above; below, a row's bits depend on them
 _NOWHERE = 1 << 62  # the position of a padding key
 _MAX_SCORES = 1 << 22  # elements of one batch's scores, keys or values: 16 MiB of float32
 _MAX_PARTIAL = 1 << 23  # elements of a chunk's partial outputs: 32 MiB of float32
@@ -390,7 +390,7 @@ def _run_suffix(
     """Partials of every slot's own keys, split by split; views of the cache, nothing gathered."""
     slots, (kv_heads, groups) = len(suffix.row), q.shape[1:3]
     row = suffix.row.clamp_min(0)
-    padded = max(groups, _MIN_ROWS)
+    padded = max(groups, _MIN_ROWS[q.shape[-1] > 128])
     query = pad(q[row], (0, 0, 0, padded - groups))  # (S, Hkv, M, D)
     length = torch.where(suffix.row >= 0, suffix.length[row], 0)
     at = plan.positions[row]

@@ -222,7 +222,8 @@ class Grove:
 
     def prefill(self, pieces: Sequence[tuple[Node, int, int]]) -> tuple[Tensor, ForestPlan]:
         """Write tokens [first, stop) of nodes; their queries (T, Hq, D) and plan."""
-        queries, positions = [], []
+        queries: list[Array] = []
+        positions: list[int] = []
         for node, first, stop in pieces:
             self.write(node, first, stop)
             queries.append(token_data(*self.names[node], self.shape)[0][first:stop])
@@ -257,9 +258,9 @@ class Grove:
             stops,
             max(lengths) if max_length is None else max_length,
         )
-        q = torch.from_numpy(np.stack(queries)).to(self.shape.dtype)
         at = stops + torch.tensor(lengths) - 1
-        return q, ForestPlan(decode_items(self.ends), at, suffix, moving)
+        stacked = torch.from_numpy(np.stack(queries)).to(self.shape.dtype)
+        return stacked, ForestPlan(decode_items(self.ends), at, suffix, moving)
 
     def sequence(self, i: int, less: int = 0) -> tuple[Array, Array, Array]:
         """Query of sample i's last token, and keys and values of all it sees."""

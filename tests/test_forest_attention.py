@@ -60,11 +60,19 @@ OPTIONS = st.tuples(
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """torch.empty is NaN."""
+    """torch.empty is NaN; one thread, where a test asks for no other number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(before)
+
+
+def attend(grove: Grove, q: Tensor, plan: ForestPlan, options: Options) -> Tensor:
+    (k, v), (scale, softcap, window) = grove.caches, options
+    return forest_attention(q, k, v, plan, scale, softcap, window)
 
 
 def cut(pieces: Sequence[tuple[Node, int, int]], size: int) -> list[list[tuple[Node, int, int]]]:
@@ -103,7 +111,7 @@ def test_decode_equals_attention_over_each_own_sequence(
         plan.suffix.length[:] = torch.tensor(lengths)
         sequences = [grove.sequence(i, step) for i in range(len(samples))]
         q = torch.from_numpy(np.concatenate([q for q, _, _ in sequences])).to(shape.dtype)
-        out = forest_attention(q, *grove.caches, plan, *options)
+        out = attend(grove, q, plan, options)
         for i, sequence in enumerate(sequences):
             tolerance.compare(out[i : i + 1], sequence, options)
     tolerance.check()
@@ -120,7 +128,7 @@ def test_prefill_equals_attention_over_each_own_sequence(
     seen = 0
     for pieces in cut(grove.whole(), tokens):
         q, plan = grove.prefill(pieces)
-        out = forest_attention(q, *grove.caches, plan, *options)
+        out = attend(grove, q, plan, options)
         assert plan.executed == plan.num_items(options[2])
         seen += len(q)
         for node, first, stop in pieces:
@@ -140,8 +148,9 @@ def test_equals_the_reference(samples: list[Sample], shape: Shape, options: Opti
         (prefill, prefill.prefill(cut(prefill.whole(), 150)[0])),
         (decode, decode.decode(moving=False)),
     ):
-        expected = forest_attention_ref(q, *grove.caches, plan, *options)
-        error = (forest_attention(q, *grove.caches, plan, *options) - expected).abs().max()
+        (k, v), (scale, softcap, window) = grove.caches, options
+        expected = forest_attention_ref(q, k, v, plan, scale, softcap, window)
+        error = (attend(grove, q, plan, options) - expected).abs().max()
         # 64 units in the last place: scores of up to 30 and sums of up to 2000 terms.
         assert error <= 64 * torch.finfo(torch.float64).eps * 5
 
@@ -152,9 +161,10 @@ def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype) -> None:
     samples = [Sample(100 + i, ((0, 300), (1 + i % 2, 90)), 40 + i) for i in range(5)]
     half, full = (Grove(samples, Shape(2, 3, dtype=d), capacity=64) for d in (dtype, torch.float32))
     q, plan = half.decode()
-    out = forest_attention(q, *half.caches, plan, *PLAIN)
-    caches = [cache.float() for cache in half.caches]
-    expected = forest_attention(q.float(), caches[0], caches[1], full.decode()[1], *PLAIN)
+    out = attend(half, q, plan, PLAIN)
+    _, plan = full.decode()
+    full.cache.k, full.cache.v = ([cells.float()] for cells in half.caches)
+    expected = attend(full, q.float(), plan, PLAIN)
     assert out.dtype == dtype and out.equal(expected.to(dtype))
 
 
@@ -162,17 +172,17 @@ def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype) -> None:
 
 BIT_SHAPES = [
     Shape(2, 1, 8, 8), Shape(2, 1, 32, 32), Shape(1, 2, 12, 20), Shape(2, 3, 32, 32),
-    Shape(1, 4, 64, 64), Shape(1, 2, 128, 128), Shape(1, 8, 256, 256),
+    Shape(1, 4, 64, 64), Shape(1, 2, 128, 128), Shape(1, 2, 256, 256),
 ]  # fmt: skip
+BIT_CASES = [*((1, shape) for shape in BIT_SHAPES), (2, BIT_SHAPES[1]), (3, BIT_SHAPES[3])]
 VARIANTS: list[Options] = [PLAIN, (0.2, 30.0, 97)]
 
 
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+@pytest.fixture(params=BIT_CASES, ids=lambda case: f"{case[0]}-threads-{case[1]}")
+def bit_shape(request: pytest.FixtureRequest, poisoned: None) -> Shape:
+    threads, shape = request.param
+    torch.set_num_threads(threads)
+    return shape
 
 
 def crowd() -> list[Sample]:
@@ -198,27 +208,26 @@ def decoded(
     max_length = how.pop("max_length", None)
     grove = Grove(samples, shape, **{"capacity": 288, **how})
     q, plan = grove.decode(max_length=max_length)
-    out = forest_attention(q, *grove.caches, plan, *options)
+    out = attend(grove, q, plan, options)
     return {sample.name: row for sample, row in zip(grove.samples, out, strict=True)}
 
 
-@pytest.mark.parametrize("shape", BIT_SHAPES, ids=str)
-def test_a_sample_is_bit_for_bit_the_same_alone(shape: Shape, threads: int) -> None:
+def test_a_sample_is_bit_for_bit_the_same_alone(bit_shape: Shape) -> None:
     """And with 63 others, in another order, in other slots, and with longer ones beside it."""
     samples = crowd()
-    rng = np.random.default_rng(threads)
+    rng = np.random.default_rng(1)
     for options in VARIANTS:
-        together = decoded(samples, shape, options)
+        together = decoded(samples, bit_shape, options)
         shuffled = [samples[i] for i in rng.permutation(64)]
         slots = rng.permutation(80)[:64].tolist()
-        elsewhere = decoded(shuffled, shape, options, slots=slots, max_length=288)
+        elsewhere = decoded(shuffled, bit_shape, options, slots=slots, max_length=288)
         assert all(elsewhere[name].equal(row) for name, row in together.items())
-        for i in (0, 3, 17, 41, 62, 63):
+        for i in (0, 3, 41, 63):
             for max_length in (None, 288):
-                alone = decoded([samples[i]], shape, options, max_length=max_length)
+                alone = decoded([samples[i]], bit_shape, options, max_length=max_length)
                 assert alone[100 + i].equal(together[100 + i]), (i, max_length)
-        for size in (2, 5, 17, 35):
-            few = decoded(shuffled[:size], shape, options)
+        for size in (2, 17, 35):
+            few = decoded(shuffled[:size], bit_shape, options)
             assert all(few[name].equal(together[name]) for name in few), size
 
 
@@ -241,7 +250,7 @@ def prefilled(
     rows: dict[tuple[int, ...], list[Tensor]] = {}
     for pieces in cut(grove.whole(), tokens):
         q, plan = grove.prefill(pieces)
-        out = forest_attention(q, *grove.caches, plan, *options)
+        out = attend(grove, q, plan, options)
         for node, first, stop in pieces:
             path = tuple(grove.names[each][0] for each in node.path())
             rows.setdefault(path, []).append(out[: stop - first])
@@ -254,25 +263,22 @@ def own_segment(sample: Sample) -> Sample:
     return Sample(999, (*sample.prompt, (sample.name, sample.generated)), 0)
 
 
-@pytest.mark.parametrize("shape", BIT_SHAPES, ids=str)
-def test_prefill_is_bit_for_bit_the_same_alone_and_equal_to_decode(
-    shape: Shape, threads: int
-) -> None:
+def test_prefill_is_bit_for_bit_the_same_alone_and_equal_to_decode(bit_shape: Shape) -> None:
     """Whatever else is prefilled, wherever forwards cut; and a token that was generated has the
     output that it has as the last of a prompt."""
-    samples = crowd()[::7]
+    samples = crowd()[::9]
     whole = [own_segment(sample) for sample in samples]
     for options in VARIANTS:
-        together = prefilled(whole, shape, options, 1 << 20)
+        together = prefilled(whole, bit_shape, options, 1 << 20)
         for tokens in (1000, 111):
-            pieces = prefilled(whole, shape, options, tokens)
+            pieces = prefilled(whole, bit_shape, options, tokens)
             assert all(pieces[path].equal(rows) for path, rows in together.items())
         for sample in (whole[1], whole[-1]):
-            alone = prefilled([sample], shape, options, 1 << 20)
+            alone = prefilled([sample], bit_shape, options, 1 << 20)
             assert all(rows.equal(together[path]) for path, rows in alone.items())
         for less in (0, 5):
             shorter = [Sample(s.name, s.prompt, max(s.generated - less, 1)) for s in samples]
-            for name, row in decoded(shorter, shape, options).items():
+            for name, row in decoded(shorter, bit_shape, options).items():
                 sample = next(s for s in shorter if s.name == name)
                 path = (*(segment for segment, _ in sample.prompt), name)
                 assert row.equal(together[path][sample.generated - 1]), (name, less)
@@ -297,7 +303,7 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shapes: Counter[tuple[int, int]] = Counter()
         self.batches = self.suffixes = 0
-        attend, suffix = module._attend, module._run_suffix
+        inner, suffix = module._attend, module._run_suffix
         self.in_suffix = False
 
         def counted(query: Tensor, keys: Tensor, *rest: Any) -> Any:
@@ -306,7 +312,7 @@ class Recorder:
                 assert query.shape[1] == tile * groups and keys.shape[1] == width
                 self.shapes[tile, width] += items
                 self.batches += 1
-            return attend(query, keys, *rest)
+            return inner(query, keys, *rest)
 
         def counted_suffix(*args: Any) -> None:
             self.suffixes += 1
@@ -345,7 +351,7 @@ def test_items_executed_are_the_plans(window: int | None, monkeypatch: pytest.Mo
     grove = Grove(samples, Shape(), capacity=288)
     q, plan = grove.decode()
     for calls in (1, 2):
-        forest_attention(q, *grove.caches, plan, 1.0, None, window)
+        attend(grove, q, plan, (1.0, None, window))
         expected = expected_decode_items(grove, window)
         assert plan.num_items(window) == expected
         assert plan.executed == recorder.items == calls * expected
@@ -367,7 +373,7 @@ def test_prefill_skips_what_lies_ahead_or_beyond_the_window(
         (64, 4 * 4 + 3 + 4 + 1),
     ):
         before = recorder.items
-        forest_attention(q, *grove.caches, plan, 1.0, None, window)
+        attend(grove, q, plan, (1.0, None, window))
         assert recorder.items - before == plan.num_items(window) == expected
 
 
@@ -384,7 +390,7 @@ def test_every_tile_and_width_is_reached(monkeypatch: pytest.MonkeyPatch) -> Non
     shape = Shape(1, 1, 4, 4)
     grove = Grove(samples, shape)
     q, plan = grove.decode()
-    out = forest_attention(q, *grove.caches, plan, *PLAIN)
+    out = attend(grove, q, plan, PLAIN)
     reached = {(tile, width) for tile in (16, 32, 64) for width in (16, 32, 64, 128, 256)}
     assert set(recorder.shapes) == reached
     tolerance = Tolerance(torch.float32)
@@ -409,17 +415,17 @@ def test_small_batches_and_chunks_change_no_bit(
         recorder = Recorder(monkeypatch)
         decode_q, decode_plan = grove.decode()
         prefill_q, prefill_plan = prefill.prefill(prefill.whole())
-        results.append(forest_attention(decode_q, *grove.caches, decode_plan, *options))
-        results.append(forest_attention(prefill_q, *prefill.caches, prefill_plan, *options))
+        results.append(attend(grove, decode_q, decode_plan, options))
+        results.append(attend(prefill, prefill_q, prefill_plan, options))
         assert recorder.suffixes == 1
         (decode_chunks,) = decode_plan._chunks.values()
         (prefill_chunks,) = prefill_plan._chunks.values()
         if small:
             assert recorder.batches == recorder.items
             tiles = sum(-(-len(node.token_ids) // 64) for node in prefill.fresh)
-            assert (len(decode_chunks), len(prefill_chunks)) == (3, tiles)
+            assert (len(decode_chunks), len(prefill_chunks)) == (2, tiles)
         else:
-            assert recorder.batches < recorder.items / 3
+            assert recorder.batches < recorder.items / 2
             assert (len(decode_chunks), len(prefill_chunks)) == (1, 1)
         for chunks, plan in ((decode_chunks, decode_plan), (prefill_chunks, prefill_plan)):
             assert [c.start for c in chunks[1:]] == [c.stop for c in chunks[:-1]]
@@ -446,7 +452,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 torch.set_num_threads(1)
-shape = Shape(1, 1, 4, 4)
+shape = Shape(1, 1, 4, 32)
 def grove(scale):
     samples = [Sample(i, ((0, 20 * scale), (1 + i, 3 * scale)), 0) for i in range(4)]
     return Grove(samples, shape, written=False)
@@ -468,7 +474,7 @@ def test_a_tree_of_32k_tokens_needs_little_memory() -> None:
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < 256 << 20
+    assert int(run.stdout) < 200 << 20
 
 
 # -- edges and refusals ----------------------------------------------------------------------------
@@ -491,7 +497,7 @@ def test_nan_stays_with_its_owner() -> None:
     for i in (0, 63):
         for cache in grove.caches:
             cache[:, grove._region(grove.slots[i])] = float("nan")
-    out = forest_attention(q, *grove.caches, plan, *PLAIN)
+    out = attend(grove, q, plan, PLAIN)
     for i, sample in enumerate(grove.samples):
         assert out[i].isnan().all() if i in (0, 63) else out[i].equal(expected[sample.name])
 
