@@ -91,24 +91,23 @@ def test_an_empty_segment_is_refused() -> None:
 
 
 def test_heads_stay_until_room_is_needed_and_go_oldest_first() -> None:
-    forest = make_forest(4 * ALIGN)
+    forest = make_forest(3 * ALIGN)
     prompts: list[Prompt] = [((1,), (0,)), ((2,), (0,)), ((3,), (0,))]
     (first, second, third), _ = forest.grow(prompts)
-    for end in (first, second):
-        assert len(forest.allocate(end) or []) == 2
+    heads = [end.path()[0] for end in (first, second, third)]
+    for end, head in zip((first, second), heads, strict=False):
+        assert forest.allocate(end) == [head, end]
         forest.release(end)
         forest.check([])
-    heads = [end.path()[0] for end in (first, second, third)]
     assert [head.slab is not None for head in heads] == [True, True, False]
-    assert forest.allocate(second) == [second]  # the head is still there
-    assert forest.allocate(third) == [heads[2], third]  # 2 + 2 of 4 runs: the first head had to go
+    assert forest.allocate(third) == [heads[2], third]  # there was room for one of the two
     assert [head.slab is not None for head in heads] == [False, True, True]
-    assert forest.allocate(first) is None  # the other heads are in use
-    forest.check([second, third])
-    forest.release(second)
-    assert forest.allocate(first) == [heads[0], first]
-    assert [head.slab is not None for head in heads] == [True, False, True]
-    forest.check([third, first])
+    assert forest.allocate(second) is None  # its own head and the one in use cannot go
+    assert [head.slab is not None for head in heads] == [False, True, True]
+    forest.check([third])
+    forest.release(third)
+    assert forest.allocate(second) == [second]  # its head is still there
+    forest.check([second])
 
 
 def test_logits_go_with_the_slab() -> None:

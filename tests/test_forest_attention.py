@@ -480,6 +480,17 @@ def test_a_tree_of_32k_tokens_needs_little_memory() -> None:
 # -- edges and refusals ----------------------------------------------------------------------------
 
 
+def test_items_ahead_of_all_their_queries_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    items = [WorkItem(0, 2, 0, 4, 0), WorkItem(0, 2, 4, 4, 4), WorkItem(1, 1, 0, 2, 5)]
+    plan = ForestPlan(items, torch.tensor([3, 4]))
+    q, k, v = torch.randn(2, 2, 4), torch.randn(1, 8, 4), torch.randn(1, 8, 4)
+    out = forest_attention(q, k, v, plan, 1.0)
+    assert plan.num_items() == plan.executed == recorder.items == 2
+    expected = forest_attention_ref(q.double(), k.double(), v.double(), plan, 1.0)
+    assert (out - expected).abs().max() < 1e-5
+
+
 def test_no_keys_give_zero() -> None:
     plan = ForestPlan([WorkItem(1, 1, 0, 4, 0)], torch.tensor([0, 3, 0]))
     q, k, v = torch.randn(3, 2, 4), torch.randn(1, 8, 4), torch.randn(1, 8, 4)

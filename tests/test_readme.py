@@ -1,6 +1,7 @@
 """The README's commands and code work as they stand, and what it shows is what one sees."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -55,6 +56,7 @@ def test_the_output_shown_is_the_output_seen() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "engine.sample"],
         cwd=ROOT,
+        env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
         check=True,
