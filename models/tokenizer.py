@@ -38,7 +38,7 @@ _ROLES = (
 _MAX_ID = 1 << 24  # bounds the tables below, whatever a file says
 _SPACE = "\u2581"  # SentencePiece's visible space
 # All bytes but the 13 that no UTF-8 text holds: a vocabulary may do without these.
-_UTF8_BYTES = frozenset(range(0xF5)) - {0xC0, 0xC1}
+UTF8_BYTES = frozenset(range(0xF5)) - {0xC0, 0xC1}
 
 
 def _byte_of_letter() -> dict[str, int]:
@@ -220,9 +220,9 @@ def _require_total(
         if model.get(key):
             raise ValueError(f"{path}: model.{key} {model[key]!r} is not supported")
     if byte_level:
-        needed = {letter for letter, byte in BYTE_OF_LETTER.items() if byte in _UTF8_BYTES}
+        needed = {letter for letter, byte in BYTE_OF_LETTER.items() if byte in UTF8_BYTES}
     elif model.get("byte_fallback"):
-        needed = {f"<0x{byte:02X}>" for byte in _UTF8_BYTES}
+        needed = {f"<0x{byte:02X}>" for byte in UTF8_BYTES}
     else:
         raise ValueError(f"{path}: without byte_fallback some text cannot be encoded")
     missing = sorted(needed - vocab.keys())

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from models import load
 from models.config import read_config
-from models.tokenizer import BYTE_OF_LETTER
+from models.tokenizer import BYTE_OF_LETTER, UTF8_BYTES
 from models.transformer import Transformer
 from models.weights import save_pretrained
 from train import sft
@@ -94,8 +94,7 @@ def build_tokenizer(sample_rows: int = 6000, seed: int = 0) -> Tokenizer:
 
     Its words are those of `sample_rows` cases of the world and of the templates.
     """
-    never_in_utf8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
-    byte_pieces = [letter for letter, b in BYTE_OF_LETTER.items() if b not in never_in_utf8]
+    byte_pieces = [letter for letter, b in BYTE_OF_LETTER.items() if b in UTF8_BYTES]
     space = next(letter for letter, b in BYTE_OF_LETTER.items() if b == 0x20)
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     rng = random.Random(seed)
