@@ -1,0 +1,55 @@
+"""The shapes that benchmarks measure and ahead-of-time compilation covers.
+
+Dimensions only: no weights of these models are needed, or looked for.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's dimensions, in the names of its configuration."""
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    activation: str = "silu"
+    norm_plus_one: bool = False
+    qk_norm: bool = True
+    softcap: float | None = None  # of attention scores
+    final_softcap: float | None = None
+    window: int | None = None  # of every other layer
+    tied: bool = True
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def groups(self) -> int:
+        """Query heads of a key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+def _gemma2(name: str, hidden: int, intermediate: int, layers: int, heads: int, kv: int, dim: int):
+    return Shape(
+        name, 256_000, hidden, intermediate, layers, heads, kv, dim,
+        activation="gelu_tanh", norm_plus_one=True, qk_norm=False,
+        softcap=50.0, final_softcap=30.0, window=4096,
+    )  # fmt: skip
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("pocket", 475, 192, 512, 4, 6, 2, 32, dtype=torch.float32),
+        Shape("qwen3-107m", 32_000, 768, 2304, 12, 12, 4, 64),
+        Shape("qwen3-8b", 151_936, 4096, 12_288, 36, 32, 8, 128, tied=False),
+        _gemma2("gemma2-9b", 3584, 14_336, 42, 16, 8, 256),
+        _gemma2("gemma2-27b", 4608, 36_864, 46, 32, 16, 128),
+    )
+}
