@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 
 from engine.kv_cache import KVCache, Slab
-from kernels.forest_attention import MAX_SPLIT, MAX_TILE, WorkItem
+from kernels.forest_plan import MAX_SPLIT, MAX_TILE, WorkItem
 
 TokenIds = tuple[int, ...]
 
@@ -166,23 +166,45 @@ def prefill_items(pieces: Sequence[tuple[Node, int, int]]) -> list[WorkItem]:
     return items
 
 
-def decode_items(ends: Sequence[Node]) -> list[WorkItem]:
-    """Work items of one decode step: `ends[i]` is the node above leaf i, in depth-first order."""
+def decode_items(ends: Sequence[Node], keys_per_partial: int = 0) -> list[WorkItem]:
+    """Work items of one decode step: `ends[i]` is the node above leaf i, in depth-first order.
+
+    Sharing is decided edge by edge. A node that is shared costs every leaf below it a partial
+    result, as dear as reading `keys_per_partial` keys; inlined, its keys are read once for each of
+    its children, in the same breath as theirs. The cheaper is taken: 0 shares everything. Which
+    keys make up a split, and the order of a leaf's splits, are the same either way.
+    """
     items: list[WorkItem] = []
-    _descend([end.path() for end in ends], 0, len(ends), 0, items)
+    _descend([end.path() for end in ends], 0, len(ends), 0, [], keys_per_partial, items)
     return items
 
 
 def _descend(
-    paths: Sequence[Sequence[Node]], start: int, stop: int, depth: int, items: list[WorkItem]
+    paths: Sequence[Sequence[Node]],
+    start: int,
+    stop: int,
+    depth: int,
+    inlined: list[tuple[int, int, int]],
+    keys_per_partial: int,
+    items: list[WorkItem],
 ) -> None:
-    """Items of all nodes from `depth` on of leaves [start, stop), each node before its children."""
+    """Items of all nodes from `depth` on of leaves [start, stop), each node before its children;
+    `inlined` are the key runs that the nodes above have left to these."""
     leaves = (i for i in range(start, stop) if depth < len(paths[i]))
     for node, members in groupby(leaves, key=lambda i: paths[i][depth]):
         first, *rest = members
         end = rest[-1] + 1 if rest else first + 1
+        runs = [*inlined, *node.key_runs()]
+        below = [
+            paths[i][depth + 1] if depth + 1 < len(paths[i]) else None for i in range(first, end)
+        ]
+        if keys_per_partial and None not in below:
+            again = (len(set(below)) - 1) * sum(keys for _, keys, _ in runs)
+            if again <= (end - first) * keys_per_partial:
+                _descend(paths, first, end, depth + 1, runs, keys_per_partial, items)
+                continue
         for tile in range(first, end, MAX_TILE):
             queries = min(MAX_TILE, end - tile)
-            for key, length, position in node.key_runs():
+            for key, length, position in runs:
                 items.append(WorkItem(tile, queries, key, length, position))
-        _descend(paths, first, end, depth + 1, items)
+        _descend(paths, first, end, depth + 1, [], keys_per_partial, items)

@@ -2,8 +2,8 @@
 
     admit   rows are pulled as slots come free; segments that are not yet in the cache are prefilled
             together; each new leaf gets its first token from the last token of its prompt
-    decode  a few steps of all live leaves: one forward, one `sample_token`, one `ScoreAutomaton`
-            step; the host looks at the finished flags after these steps only
+    decode  a few steps of all live leaves: one forward, one `sample_token`, one `take_token`; the
+            host looks at the finished flags after these steps only
     retire  finished leaves leave, their segments are let go of, the rest is put in order again
 
 A sample depends on its own prompt, key and index only: the rows of a matmul are padded to a
@@ -24,9 +24,12 @@ from torch import Tensor
 
 from engine.forest import Forest, Node, TokenIds, decode_items, prefill_items
 from engine.kv_cache import ALIGN, SCRATCH_CELLS, KVCache, cell_bytes, round_up
-from kernels.extract_scores import Reason, ScoreAutomaton, ScoreState, scores_of
-from kernels.forest_attention import ForestPlan, SuffixTiles, WorkItem, forest_attention
+from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
+from kernels.forest_attention import forest_attention, keys_per_partial
+from kernels.forest_plan import ForestPlan, SuffixTiles
+from kernels.launch import runs_triton
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
+from kernels.take_token import LiveSamples, Moving, Records, take_token
 from kernels.write_kv import write_kv
 from models.transformer import Attend, Transformer
 
@@ -107,33 +110,6 @@ class _Leaf:
         return (*(node.number for node in self.end.path()), self.sample)
 
 
-@dataclass
-class _Live:
-    """Device state of the live leaves, one row each, in the order of `Generator.leaves`."""
-
-    token: Tensor  # (B,) int64, the last token, whose keys are not yet in the cache
-    count: Tensor  # (B,) int64, tokens generated
-    limit: Tensor  # (B,) int64, most tokens to generate
-    slot: Tensor  # (B,) int64
-    finished: Tensor  # (B,) bool
-    ended: Tensor  # (B,) bool, by an end token
-    scores: ScoreState
-
-    def index_select(self, index: Tensor) -> "_Live":
-        """The rows `index` (int64), copied."""
-        rows = {name: value[index] for name, value in self._tensors().items()}
-        return _Live(**rows, scores=self.scores.index_select(index))
-
-    def concat(self, other: "_Live") -> "_Live":
-        """These rows, then the other's."""
-        theirs = other._tensors()
-        rows = {name: torch.cat([value, theirs[name]]) for name, value in self._tensors().items()}
-        return _Live(**rows, scores=ScoreState.concat([self.scores, other.scores]))
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if name != "scores"}
-
-
 class Generator:
     """Runs groups of samples on one model with one set of options."""
 
@@ -168,6 +144,17 @@ class Generator:
         self.usage = usage if usage is not None else Usage()
         weight = model.head_weight
         self.device = weight.device
+        # In torch every item is a partial result by itself, so inlining would save none.
+        self.keys_per_partial = 0
+        if runs_triton(weight):
+            config = self.config
+            self.keys_per_partial = keys_per_partial(
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                config.v_head_dim,
+                weight.dtype,
+            )
         per_cell = cell_bytes(self.config, weight.dtype)
         suffix = round_up(self.max_new_tokens)
         cells = cache_bytes // per_cell
@@ -186,11 +173,8 @@ class Generator:
         ends = [] if ignore_eos else sorted(self.config.eos_token_ids)
         self.end_ids = torch.tensor(ends, dtype=torch.int64, device=self.device)
         self.leaves: list[_Leaf] = []
-        self.live: _Live | None = None
-        # What a sample has generated, by slot.
-        shape = (slots, self.max_new_tokens)
-        self.tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        self.logprobs = torch.zeros(2, *shape, device=self.device)
+        self.live: LiveSamples | None = None  # one row for each leaf, in their order
+        self.records = Records.empty(slots, self.max_new_tokens, self.device)
 
     @torch.inference_mode()
     def run(self, groups: Iterable[Group]) -> Iterator[GroupResult]:
@@ -294,7 +278,7 @@ class Generator:
             if last:
                 padding = -len(last) % ALIGN
                 rows = torch.tensor([*last.values(), *[0] * padding], device=self.device)
-                for node, logits in zip(last, self.model.head(hidden[rows]), strict=False):
+                for node, logits in zip(last, self.model.head_logits(hidden[rows]), strict=False):
                     node.logits = logits.clone()  # a view would keep all rows alive
 
     def _forward_prefill(self, pieces: Sequence[tuple[Node, int, int]]) -> Tensor:
@@ -319,21 +303,16 @@ class Generator:
 
     def _join(self, joining: list[_Leaf]) -> None:
         """Draw first tokens and put the new leaves among the live ones, depth-first."""
-        zero = self._tensor([0] * len(joining))
         num_scores = torch.tensor([leaf.pending.group.num_scores for leaf in joining])
-        fresh = _Live(
-            token=zero,
-            count=zero.clone(),
+        fresh = LiveSamples.start(
             limit=self._tensor([leaf.limit for leaf in joining]),
             slot=self._tensor([leaf.slot for leaf in joining]),
-            finished=zero.bool(),
-            ended=zero.bool(),
             scores=self.automaton.start(num_scores, self.max_scores),
         )
         logits = [leaf.end.logits for leaf in joining]
         first = torch.stack([row for row in logits if row is not None])
         assert len(first) == len(joining), "an end without logits"
-        self._take_tokens(fresh, first, self._uniforms(joining, fresh.count, 1)[:, 0])
+        self._draw(fresh, first, self._uniforms(joining, fresh.count, 1)[:, 0])
         self.live = fresh if self.live is None else self.live.concat(fresh)
         self.leaves += joining
         self._select(sorted(range(len(self.leaves)), key=lambda i: self.leaves[i].order))
@@ -354,17 +333,14 @@ class Generator:
             rows = round_up(batch)
             plan, slots = self._decode_plan(counts, steps, rows)
             assert plan.suffix is not None
-            drawn = self._uniforms(self.leaves, live.count, steps)
+            moving = plan.positions, plan.suffix.length, slots
+            drawn = self._uniforms(self.leaves, live.count, steps).T.contiguous()
             tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
             for step in range(steps):
                 tokens[:batch] = live.token
                 hidden = self._forward(tokens, plan.positions, slots, plan)
-                logits = self.model.head(hidden)[:batch]
-                going = (~live.finished).long()
-                self._take_tokens(live, logits, drawn[:, step])
-                plan.positions[:batch] += going
-                plan.suffix.length[:batch] += going
-                slots[:batch] += going
+                logits = self.model.head_logits(hidden)[:batch]
+                self._draw(live, logits, drawn[step], moving)
             made = int((live.count.sum() - sum(counts)).item())
             self.usage.decode_tokens += made
             self.usage.idle_tokens += steps * batch - made
@@ -392,31 +368,17 @@ class Generator:
             position=self._tensor(prompts + [0] * padding),
             max_length=min(max(counts) + steps, capacity),
         )
-        items: list[WorkItem] = decode_items([leaf.end for leaf in self.leaves])
+        items = decode_items([leaf.end for leaf in self.leaves], self.keys_per_partial)
         plan = ForestPlan(items, self._tensor(at + [0] * padding), suffix, moving=True)
         return plan, self._tensor(slots + list(range(padding)))
 
-    def _take_tokens(self, live: _Live, logits: Tensor, uniform: Tensor) -> None:
-        """Draw each leaf's next token, record it, and see who is finished by it."""
-        token, logprob, sampling_logprob = sample_token(logits.float(), uniform, self.options)
-        going = ~live.finished
-        at = live.count.clamp_max(self.max_new_tokens - 1)
-        for record, value in zip(
-            (self.tokens, self.logprobs[0], self.logprobs[1]),
-            (token, logprob, sampling_logprob),
-            strict=True,
-        ):
-            record[live.slot, at] = torch.where(going, value, record[live.slot, at])
-        ended = going & torch.isin(token, self.end_ids)
-        # An end token has no bytes: it must not reset the automaton as other special tokens do.
-        read = torch.where(going & ~ended, token, self.automaton.vocab_size)
-        self.automaton.advance(live.scores, read)
-        live.token = torch.where(going, token, live.token)
-        live.count = live.count + going
-        live.ended |= ended
-        live.finished |= ended | (live.count >= live.limit)
-        if self.stop == "box":
-            live.finished |= live.scores.decided
+    def _draw(
+        self, live: LiveSamples, logits: Tensor, uniform: Tensor, moving: Moving | None = None
+    ) -> None:
+        """Draw the next token of each live sample from the model's raw logits, and take it."""
+        drawn = sample_token(logits, uniform, self.options, self.config.final_softcap)
+        stop_at_box = self.stop == "box"
+        take_token(live, self.records, *drawn, self.automaton, self.end_ids, stop_at_box, moving)
 
     def _uniforms(self, leaves: Sequence[_Leaf], count: Tensor, steps: int) -> Tensor:
         """(B, steps) uniforms for the next tokens of leaves that have `count` tokens."""
@@ -443,13 +405,14 @@ class Generator:
         results = []
         for i, leaf in zip(rows, leaving, strict=True):
             slot, length = leaf.slot, counts[i]
+            logprobs, sampling_logprobs = self.records.logprobs[:, slot, :length].tolist()
             reason = Reason(int(reasons[i]))
             pending = leaf.pending
             stopped = self.stop == "box" and decided[i] and not ended[i]
             pending.done[leaf.sample] = Generation(
-                self.tokens[slot, :length].tolist(),
-                self.logprobs[0, slot, :length].tolist(),
-                self.logprobs[1, slot, :length].tolist(),
+                self.records.tokens[slot, :length].tolist(),
+                logprobs,
+                sampling_logprobs,
                 "box" if stopped else "eos" if ended[i] else "length",
                 reason,
                 tuple(scores[i, : pending.group.num_scores].tolist())

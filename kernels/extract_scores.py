@@ -18,17 +18,23 @@ action, which is nearly all: a decode step is one look-up, and only the few rows
 commas or braces of a box before them walk their token symbol by symbol, together.
 Values saturate one above the largest magnitude in range, so integers may have any length.
 
-On CPU a step is cheap (it reads `any` flags; on a GPU these reads synchronise). This file does
-not un-permute scores or vote, and never sees the prompt.
+In Triton a program holds a block of rows; whether any of them must walk is asked by the program
+itself. `advance_rows` is that step, for other kernels too. On CPU torch reads `any` flags instead.
+This file does not un-permute scores or vote, and never sees the prompt.
 """
 
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from kernels.launch import Target, check_triton, launch, runs_triton, target_of
 
 _BOX = rb"\boxed{"
 _INTEGER = re.compile(rb"[+-]?[0-9]+")
@@ -130,6 +136,147 @@ def extract_scores_ref(
     return parse_scores(bytes(text), n, anchor, score_min, score_max, finished)
 
 
+# Triton takes no other globals.
+DECIDED = tl.constexpr(_DECIDED)
+_SYMBOLS, _WALKS = tl.constexpr(_ALPHABET), tl.constexpr(_BY_SYMBOL)
+_CLOSES_BAD, _FORGETS = tl.constexpr(_CLOSE_BAD), tl.constexpr(_FORGET)
+_UNDECIDED, _VALID = tl.constexpr(int(Reason.UNDECIDED)), tl.constexpr(int(Reason.VALID))
+_WRONG_COUNT, _OUTSIDE = tl.constexpr(int(Reason.COUNT)), tl.constexpr(int(Reason.RANGE))
+_NO_INTEGER = tl.constexpr(int(Reason.NOT_AN_INTEGER))
+
+
+@triton.jit
+def _record_rows(
+    event, count, row, items_ptr, n_ptr, reason_ptr, scores_ptr, max_n, score_min, score_max
+):
+    """Write the outcome of boxes that close, and clear that of rows that forget."""
+    changed = event > 0  # (ROWS,)
+    n = tl.load(n_ptr + row, mask=changed, other=0)
+    outside = event < 0  # none
+    for i in range(tl.max(n, 0)):
+        item = tl.load(items_ptr + row * (max_n + 1) + i, mask=i < n, other=0)
+        outside |= (i < n) & ((item < score_min) | (item > score_max))
+    reason = tl.where(outside, _OUTSIDE, _VALID)
+    reason = tl.where(count != n, _WRONG_COUNT, reason)
+    reason = tl.where(event == _CLOSES_BAD, _NO_INTEGER, reason)
+    reason = tl.where(event == _FORGETS, _UNDECIDED, reason)
+    tl.store(reason_ptr + row, reason.to(tl.int64), mask=changed)
+    # Scores from the n-th on are 0 from the start.
+    for i in range(tl.max(n, 0)):
+        item = tl.load(items_ptr + row * (max_n + 1) + i, mask=i < n, other=0)
+        score = tl.where(reason == _VALID, item, 0)
+        tl.store(scores_ptr + row * max_n + i, score, mask=i < n)
+
+
+@triton.jit
+def advance_rows(
+    control,  # (ROWS,) int64
+    token,  # (ROWS,) int64, num_tokens - 1 for none
+    row,  # (ROWS,) int64
+    there,  # (ROWS,) bool
+    value_ptr,  # (B,) int64, as the next five: the registers of a `ScoreState`
+    count_ptr,
+    items_ptr,  # (B, max_n + 1)
+    n_ptr,
+    reason_ptr,
+    scores_ptr,  # (B, max_n)
+    max_n,
+    table_ptr,  # (C, num_tokens) int16
+    transitions_ptr,  # (C * symbols, 6) int64
+    symbols_ptr,
+    first_ptr,  # (num_tokens,) int64
+    last_ptr,  # (num_tokens,) int64
+    num_tokens,
+    score_min,
+    score_max,
+    saturated,
+):
+    """The control states of a block of rows after one more token each; their registers, in memory,
+    are touched only where a token has an action."""
+    at = table_ptr + control * num_tokens + token
+    following = tl.load(at, mask=there, other=0).to(tl.int64)  # (ROWS,)
+    walks = following == _WALKS
+    if tl.max(walks.to(tl.int32), 0) > 0:
+        value = tl.load(value_ptr + row, mask=walks, other=0)
+        count = tl.load(count_ptr + row, mask=walks, other=0)
+        place = tl.load(first_ptr + token, mask=walks, other=0).to(tl.int32)
+        last = tl.load(last_ptr + token, mask=walks, other=0).to(tl.int32)
+        state = control.to(tl.int32)
+        for _ in range(tl.max(last - place, 0)):
+            symbol = tl.load(symbols_ptr + place, mask=walks, other=0).to(tl.int32)
+            edge = transitions_ptr + (state * _SYMBOLS + symbol) * 6
+            state = tl.load(edge, mask=walks, other=0).to(tl.int32)
+            # The item's slot always holds the value so far: when it ends, it is there.
+            item_at = items_ptr + row * (max_n + 1) + tl.minimum(count, max_n)
+            tl.store(item_at, value, mask=walks)
+            value *= tl.load(edge + 1, mask=walks, other=0)
+            value += tl.load(edge + 2, mask=walks, other=0)
+            value = tl.minimum(tl.maximum(value, -saturated), saturated)
+            count *= tl.load(edge + 3, mask=walks, other=0)
+            count += tl.load(edge + 4, mask=walks, other=0)
+            event = tl.load(edge + 5, mask=walks, other=0).to(tl.int32)
+            if tl.max(event, 0) > 0:
+                _record_rows(
+                    event, count, row,
+                    items_ptr, n_ptr, reason_ptr, scores_ptr, max_n, score_min, score_max,
+                )  # fmt: skip
+            place = tl.minimum(place + 1, last)
+        tl.store(value_ptr + row, value, mask=walks)
+        tl.store(count_ptr + row, count, mask=walks)
+        following = tl.where(walks, state.to(tl.int64), following)
+    return following
+
+
+@triton.jit
+def _extract_scores_kernel(
+    tokens_ptr,  # (B, T), strides stride, 1
+    stride,
+    lengths_ptr,  # (B,), or None: all of length 1
+    num_rows,  # B
+    control_ptr,
+    value_ptr,
+    count_ptr,
+    items_ptr,
+    n_ptr,
+    reason_ptr,
+    scores_ptr,
+    max_n,
+    table_ptr,
+    transitions_ptr,
+    symbols_ptr,
+    first_ptr,
+    last_ptr,
+    num_tokens,
+    score_min,
+    score_max,
+    saturated,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < num_rows  # (ROWS,)
+    if lengths_ptr is None:
+        length = there.to(tl.int64)
+    else:
+        length = tl.load(lengths_ptr + row, mask=there, other=0)
+    control = tl.load(control_ptr + row, mask=there, other=0)
+    for t in range(tl.max(length, 0)):
+        at = tokens_ptr + row * stride + t
+        token = tl.load(at, mask=t < length, other=num_tokens - 1)
+        control = advance_rows(
+            control, token, row, there,
+            value_ptr, count_ptr, items_ptr, n_ptr, reason_ptr, scores_ptr, max_n,
+            table_ptr, transitions_ptr, symbols_ptr, first_ptr, last_ptr,
+            num_tokens, score_min, score_max, saturated,
+        )  # fmt: skip
+    tl.store(control_ptr + row, control, mask=there)
+
+
+def rows_launch(target: Target) -> dict[str, int]:
+    """Rows of a program of `advance_rows`, and its warps: one row a thread, so that a thread only
+    ever loads what it stored itself."""
+    return {"ROWS": 64 if target.is_hip else 32, "num_warps": 1}
+
+
 @dataclass
 class ScoreState:
     """The automaton of B rows; every field has B as its first dimension."""
@@ -146,6 +293,15 @@ class ScoreState:
     def decided(self) -> Tensor:
         """(B,) bool: no later token can change the row (never without an anchor)."""
         return self.control == _DECIDED
+
+    def registers(self) -> tuple[Any, ...]:
+        """What `advance_rows` takes of a state. ValueError for a field that is not contiguous."""
+        for f in fields(self):
+            field = getattr(self, f.name)
+            if not field.is_contiguous():
+                raise ValueError(f"{f.name} must be contiguous, got strides {field.stride()}")
+        max_n = self.scores.shape[1]
+        return self.value, self.count, self.items, self.n, self.reason, self.scores, max_n
 
     def index_select(self, index: Tensor) -> "ScoreState":
         """The rows `index` (int64), copied."""
@@ -243,6 +399,13 @@ class ScoreAutomaton:
                 f"tokens must be {tuple(state.control.shape)} int64, "
                 f"got {tuple(tokens.shape)} {tokens.dtype}"
             )
+        if runs_triton(tokens):
+            self._run_triton(state, tokens[:, None], None)
+        else:
+            self.advance_ref(state, tokens)
+
+    def advance_ref(self, state: ScoreState, tokens: Tensor) -> None:
+        """`advance` in torch, on any device; reads `any` flags."""
         following = self._table[state.control, tokens].long()
         by_symbol = following == _BY_SYMBOL
         if by_symbol.any():
@@ -251,13 +414,43 @@ class ScoreAutomaton:
         state.control.copy_(following)
 
     def extract(self, tokens: Tensor, lengths: Tensor, n: Tensor) -> ScoreState:
-        """The state after whole sequences: tokens (B, T), lengths (B,), n (B,), all int64."""
+        """The state after whole sequences: tokens (B, T), lengths (B,) at most T, n (B,), all
+        int64. The host reads n, which may be on CPU."""
+        if tokens.ndim != 2 or tokens.shape[0] != len(n) or lengths.shape != n.shape:
+            raise ValueError(
+                f"tokens must be (B, T), lengths and n (B,), got {tuple(tokens.shape)}, "
+                f"{tuple(lengths.shape)} and {tuple(n.shape)}"
+            )
+        if tokens.dtype != torch.int64 or lengths.dtype != torch.int64:
+            raise ValueError(
+                f"tokens and lengths must be int64, got {tokens.dtype} and {lengths.dtype}"
+            )
         state = self.start(n, int(n.max()) if len(n) else 0)
+        if runs_triton(tokens):
+            self._run_triton(state, tokens, lengths)
+            return state
         position = torch.arange(tokens.shape[1], device=tokens.device)
         filled = tokens.masked_fill(position >= lengths[:, None], self.vocab_size)
         for column in filled.unbind(1):
-            self.advance(state, column)
+            self.advance_ref(state, column)
         return state
+
+    def tables(self) -> tuple[Any, ...]:
+        """What `advance_rows` takes of an automaton."""
+        return (
+            self._table, self._transitions, self._symbols, self._first, self._last,
+            self.vocab_size + 1, self.score_min, self.score_max, self._saturated,
+        )  # fmt: skip
+
+    def _run_triton(self, state: ScoreState, tokens: Tensor, lengths: Tensor | None) -> None:
+        check_triton("extract_scores", tokens, *([] if lengths is None else [lengths]))
+        options = rows_launch(target_of(tokens))
+        launch(
+            _extract_scores_kernel,
+            (-(-len(tokens) // options["ROWS"]),),
+            tokens, tokens.stride(0), lengths, len(tokens),
+            state.control, *state.registers(), *self.tables(), **options,
+        )  # fmt: skip
 
     def _advance_by_symbol(self, state: ScoreState, rows: Tensor, tokens: Tensor) -> Tensor:
         """Walk the tokens of some rows, with their actions; returns the control states."""

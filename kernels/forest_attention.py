@@ -5,257 +5,45 @@
            position(j) <= position(i)   and, with a window,   position(j) > position(i) - window
 
 T queries, Hq query heads in groups of G per key/value head (Hkv of them), D and Dv channels of keys
-and values, N cache slots. Prefill, decode and training differ in the plan only. A plan holds
+and values, N cache slots. Prefill, decode and training differ in the plan only
+(`kernels/forest_plan.py`). Log-sum-exps are natural; scores, partial results and their merge are
+float32 (float64 for float64 input). No T x T mask exists.
 
-- *work items*: (a run of queries, a run of keys in the cache, the position of the first key). A run
-  of keys lies within one split of one segment, so that how keys are partitioned is a function of
-  a sample's own sequence and never of who shares it;
-- *suffix tiles*, implicit: every leaf's own generated keys in its slot of the cache.
-
-Every item gives a partial result with its natural log-sum-exp, in float32 (float64 for float64
-input); `merge_states` joins a query's partials in the order of its sequence. No T x T mask exists:
-items run in batches of bounded size, and partials in chunks of queries, cut where no item reaches
-across (in decode only between trees).
-
-On CPU items of like shape are batched: queries are padded to 16, 32 or 64 (in suffixes the heads
-of a group to 8 or 16) and keys to a power of two (in suffixes to a multiple of 16). Padding keys
-get weight 0 and padded query rows are dropped. With these shapes a row's float32 bits do not depend
-on the padding, on what else is in the batch or on the number of threads, and a token's partials are
-the same in prefill and in decode (tests hold it to that).
+Triton. A program takes a query tile (M rows: queries x the group's heads, of one key/value head)
+along a list of runs of keys and writes one partial for each of its queries; `merge_states` joins
+them in the order of the sequence. Where every query has one partial, that is the result, and there
+is no merge. One kernel in two instances: *wide* (M 64 or 128) for nodes that many queries share and
+for prefill, *narrow* (M 16) for few queries and for the leaves' suffixes, which need no list: one
+program for each slot and split, whose length is read on the device. Runs are joined where they
+touch and cut to fill the device, unless the plan asks for one partial per split.
+The weights are exp2(x c - m c) with c = scale log2(e) folded into the subtraction: that is one
+multiply-add, and q keeps its bits (a bfloat16 q would lose some if it were scaled beforehand).
 
 It does not write the cache, choose what is shared, or compute gradients.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
+from kernels import forest_attention_cpu
+from kernels.device_math import tanh
+from kernels.forest_plan import (
+    MAX_SPLIT,
+    ForestPlan,
+    WorkItem,
+    cut_between_queries,
+    partial_table,
+)
+from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
 from kernels.merge_states import merge_states
 
-MAX_SPLIT = 256  # keys of a work item
-MAX_TILE = 64  # queries of a work item
-_TILES = (16, 32, 64)
-_WIDTHS = (16, 32, 64, 128, 256)
-_MIN_ROWS = (8, 16)  # of a product, for D <= 128 and above; below, a row's bits depend on them
-_NOWHERE = 1 << 62  # the position of a padding key
-_MAX_SCORES = 1 << 22  # elements of one batch's scores, keys or values: 16 MiB of float32
-_MAX_PARTIAL = 1 << 23  # elements of a chunk's partial outputs: 32 MiB of float32
-
-
-class WorkItem(NamedTuple):
-    """Queries [query, query + num_queries) look at keys [key, key + num_keys) of the cache, whose
-    first stands at logical `position`. At most MAX_TILE queries and MAX_SPLIT keys, none of 0."""
-
-    query: int
-    num_queries: int
-    key: int
-    num_keys: int
-    position: int
-
-
-@dataclass
-class SuffixTiles:
-    """Every leaf's own keys: slot s owns cache slots [base + s * capacity, + capacity).
-
-    row: (S,) int64, the query of each slot, -1 for an idle slot. length: (T,) int64, keys of each
-    query's suffix, its own token included; it may grow up to `max_length` while the plan lives.
-    position: (T,) int64, the logical position of the first. capacity is a multiple of 16.
-    """
-
-    base: int
-    capacity: int
-    row: Tensor
-    length: Tensor
-    position: Tensor
-    max_length: int
-
-    def __post_init__(self) -> None:
-        assert self.base >= 0 and self.capacity % 16 == 0, (self.base, self.capacity)
-        assert 0 <= self.max_length <= self.capacity, (self.max_length, self.capacity)
-
-    @property
-    def num_partials(self) -> int:
-        """One for each slot and split."""
-        return len(self.row) * -(-self.max_length // MAX_SPLIT)
-
-
-class _Cells(NamedTuple):
-    """Where n items look: index rows, cache slots and logical positions, int64. Padding repeats the
-    last query and the last key, at a position beyond any query."""
-
-    query: Tensor  # (n, M)
-    key: Tensor  # (n, W)
-    position: Tensor  # (n, W)
-
-
-@dataclass
-class _Batch:
-    """n work items of one padded shape, M = `tile` queries by W = `width` keys; `partial` is the
-    first of n * M partials. Where all run in one piece, `cells` and `visible` are kept."""
-
-    items: Tensor  # (n, 5) int64
-    tile: int
-    width: int
-    partial: int
-    masked: bool  # some query does not see some key, whatever the window
-    cells: _Cells | None = None
-    visible: Tensor | None = None
-
-    def expand(self, span: slice) -> _Cells:
-        """The cells of some of the items."""
-        query, num_queries, key, num_keys, position = self.items[span].T[:, :, None].unbind()
-        row = torch.arange(self.tile, device=self.items.device)
-        column = torch.arange(self.width, device=self.items.device)
-        return _Cells(
-            query + torch.minimum(row, num_queries - 1),
-            key + torch.minimum(column, num_keys - 1),
-            torch.where(column < num_keys, position + column, _NOWHERE),
-        )
-
-
-@dataclass
-class _Chunk:
-    """Queries [start, stop), the batches that serve them, and who merges what."""
-
-    start: int
-    stop: int
-    batches: list[_Batch]
-    num_items: int
-    num_partials: int  # the suffixes' own come first
-    index: Tensor  # (stop - start, J)
-
-
-@dataclass
-class ForestPlan:
-    """What `forest_attention` executes: items in the order of each query's sequence.
-
-    positions: (T,) int64, the logical position of each query, on the device; in decode the caller
-    advances it in place, always upwards, and sets `moving`: then every key of every item must stand
-    before its queries from the start. suffix: the leaves' own keys, if any.
-    `executed` counts the items run so far; every call adds `num_items(window)`.
-    """
-
-    items: Sequence[WorkItem]
-    positions: Tensor
-    suffix: SuffixTiles | None = None
-    moving: bool = False
-    executed: int = 0
-    _chunks: dict[tuple[int | None, int], list[_Chunk]] = field(default_factory=dict)
-    _first_position: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._first_position = self.positions.tolist()
-        queries = len(self._first_position)
-        for item in self.items:
-            assert 0 < item.num_queries <= MAX_TILE and 0 < item.num_keys <= MAX_SPLIT, item
-            assert item.query >= 0 and item.query + item.num_queries <= queries, item
-            if self.moving:
-                assert item.position + item.num_keys <= 1 + self._earliest(item), item
-        if self.suffix is not None:
-            assert len(self.suffix.length) == len(self.suffix.position) == queries
-            rows = [row for row in self.suffix.row.tolist() if row != -1]
-            assert len(set(rows)) == len(rows) and set(rows) <= set(range(queries)), rows
-            longest = max(self.suffix.length.tolist(), default=0)
-            assert longest <= self.suffix.max_length, (longest, self.suffix.max_length)
-
-    def num_items(self, window: int | None = None) -> int:
-        """Explicit items that a layer with this window executes: those wholly outside every
-        query's window are skipped."""
-        return sum(1 for item in self.items if self._needed(item, window))
-
-    def _needed(self, item: WorkItem, window: int | None) -> bool:
-        first, last = item.position, item.position + item.num_keys - 1
-        if first > max(self._first_position[item.query : item.query + item.num_queries]):
-            return False
-        return window is None or last > self._earliest(item) - window
-
-    def _earliest(self, item: WorkItem) -> int:
-        return min(self._first_position[item.query : item.query + item.num_queries])
-
-    def chunks(self, window: int | None, max_partials: int) -> list[_Chunk]:
-        """The items as batches, compiled once per window, in chunks of `max_partials` at most where
-        the items can be cut; the suffixes' partials are not counted."""
-        key = (window, max_partials)
-        if key not in self._chunks:
-            items = [item for item in self.items if self._needed(item, window)]
-            self._chunks[key] = [
-                self._compile(part, start, stop)
-                for part, start, stop in _cut(items, len(self._first_position), max_partials)
-            ]
-        return self._chunks[key]
-
-    def _compile(self, items: list[WorkItem], start: int, stop: int) -> _Chunk:
-        device = self.positions.device
-        shapes: dict[tuple[int, int, bool], list[int]] = {}
-        for i, item in enumerate(items):
-            tile, width = _tile(item.num_queries), _width(item.num_keys)
-            last = item.position + item.num_keys - 1
-            masked = width != item.num_keys or last > self._earliest(item)
-            shapes.setdefault((tile, width, masked), []).append(i)
-        batches: list[_Batch] = []
-        first_partial = np.zeros(len(items), dtype=np.int64)
-        partials = 0 if self.suffix is None else self.suffix.num_partials
-        table = np.array(items, dtype=np.int64).reshape(-1, 5)
-        for (tile, width, masked), members in shapes.items():
-            rows = torch.from_numpy(table[members]).to(device)
-            batches.append(_Batch(rows, tile, width, partials, masked))
-            first_partial[members] = partials + tile * np.arange(len(members))
-            partials += tile * len(members)
-        count = np.zeros(stop - start, dtype=np.int64)
-        for item in items:
-            count[item.query - start : item.query - start + item.num_queries] += 1
-        index = np.full((stop - start, int(count.max(initial=0))), -1, dtype=np.int64)
-        count[:] = 0
-        for item, partial in zip(items, first_partial, strict=True):
-            served = np.arange(item.query - start, item.query - start + item.num_queries)
-            index[served, count[served]] = partial + np.arange(item.num_queries)
-            count[served] += 1
-        merged = torch.from_numpy(index).to(device)
-        if self.suffix is not None:
-            merged = torch.cat([merged, self._suffix_index(start, stop)], 1)
-        return _Chunk(start, stop, batches, len(items), partials, merged)
-
-    def _suffix_index(self, start: int, stop: int) -> Tensor:
-        """The partial of each query and split of its suffix, out of (splits, slots)."""
-        assert self.suffix is not None
-        slots = len(self.suffix.row)
-        slot_of = torch.full((len(self.positions) + 1,), -1, device=self.positions.device)
-        slot_of[self.suffix.row] = torch.arange(slots, device=slot_of.device)
-        mine = slot_of[start:stop, None]
-        offset = torch.arange(0, self.suffix.num_partials, max(slots, 1), device=mine.device)
-        return torch.where(mine >= 0, offset + mine, -1)
-
-
-def _tile(num_queries: int) -> int:
-    return next(tile for tile in _TILES if tile >= num_queries)
-
-
-def _width(num_keys: int) -> int:
-    return next(width for width in _WIDTHS if width >= num_keys)
-
-
-def _cut(
-    items: list[WorkItem], num_queries: int, max_partials: int
-) -> list[tuple[list[WorkItem], int, int]]:
-    """Cut items into runs that serve disjoint, consecutive ranges of queries."""
-    floor = [num_queries] * (len(items) + 1)
-    for i in range(len(items) - 1, -1, -1):
-        floor[i] = min(floor[i + 1], items[i].query)
-    parts = []
-    first = start = reached = partials = 0
-    for i, item in enumerate(items):
-        if i > first and partials + MAX_TILE > max_partials and reached <= floor[i]:
-            parts.append((items[first:i], start, floor[i]))
-            first, start, partials = i, floor[i], 0
-        reached = max(reached, item.query + item.num_queries)
-        partials += _tile(item.num_queries)
-    parts.append((items[first:], start, num_queries))
-    return parts
+_LOG2E = 1.4426950408889634
+_MAX_PARTIAL_BYTES = 256 << 20  # of one chunk's partial outputs, with one partial per split
 
 
 def forest_attention_ref(
@@ -293,6 +81,426 @@ def forest_attention_ref(
     return out
 
 
+@triton.jit
+def _attend_keys(
+    q, acc, top, total, k_ptr, v_ptr, first, last, num_keys, position, at,
+    k_n, v_n, factor, cap_scale, window,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    N: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take keys [first, last) of a run into the running softmax of a query tile."""
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    for start in range(first, last, N):
+        column = start + tl.arange(0, N)
+        k_at = k_ptr + column[:, None] * k_n + d[None, :]  # (N, BLOCK_D)
+        v_at = v_ptr + column[:, None] * v_n + dv[None, :]  # (N, BLOCK_DV)
+        there = (column < num_keys)[:, None]
+        if MASKED or D != BLOCK_D:
+            k = tl.load(k_at, mask=there & (d < D)[None, :], other=0.0)
+        else:
+            k = tl.load(k_at)
+        if MASKED or DV != BLOCK_DV:
+            v = tl.load(v_at, mask=there & (dv < DV)[None, :], other=0.0)
+        else:
+            v = tl.load(v_at)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (M, N)
+        if SOFTCAP:
+            scores = tanh(scores * cap_scale)
+        if MASKED:
+            key_at = position + column[None, :]
+            visible = (column < num_keys)[None, :] & (key_at <= at[:, None])
+            if WINDOW:
+                visible = visible & (key_at > at[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)  # (M,)
+        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores * factor - safe_top[:, None])
+        shrink = tl.exp2(top - safe_top)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")  # (M, BLOCK_DV)
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def _forest_attention_kernel(
+    q_ptr,  # (T, Hq, D), strides q_t, q_h, 1
+    k_ptr,  # (Hkv, N, D), strides k_h, k_n, 1
+    v_ptr,  # (Hkv, N, Dv), strides v_h, v_n, 1
+    o_ptr,  # (P, Hq, Dv), contiguous
+    lse_ptr,  # (P, Hq), contiguous
+    positions_ptr,  # (T,)
+    programs_ptr,  # (programs, 5): first query, queries, first run, last run, first partial
+    runs_ptr,  # (runs, 3): first key, keys, position of the first
+    row_ptr,  # (S,) suffixes: the query of each slot
+    length_ptr,  # (T,) suffixes: keys of each query
+    start_ptr,  # (T,) suffixes: position of the first key
+    base,
+    capacity,
+    num_slots,
+    q_t,
+    q_h,
+    k_h,
+    k_n,
+    v_h,
+    v_n,
+    factor,
+    cap_scale,
+    window,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SUFFIX: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    program = tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    num_heads = tl.num_programs(1) * G
+    if SUFFIX:
+        slot, split = program % num_slots, program // num_slots
+        owner = tl.load(row_ptr + slot)
+        query = tl.maximum(owner, 0)
+        num_queries, first_run, last_run = 1, 0, 1
+        partial = program.to(tl.int64)
+        own_keys = tl.minimum(tl.load(length_ptr + query) - split * SPLIT, SPLIT)
+        own_keys = tl.where(owner >= 0, own_keys, 0).to(tl.int32)
+        own_position = (tl.load(start_ptr + query) + split * SPLIT).to(tl.int32)
+        own_key = base + slot.to(tl.int64) * capacity + split * SPLIT
+    else:
+        programs_ptr += program.to(tl.int64) * 5
+        query = tl.load(programs_ptr).to(tl.int64)
+        num_queries = tl.load(programs_ptr + 1)
+        first_run = tl.load(programs_ptr + 2)
+        last_run = tl.load(programs_ptr + 3)
+        partial = tl.load(programs_ptr + 4).to(tl.int64)
+
+    m = tl.arange(0, M)
+    row, head = m // G, kv_head * G + m % G
+    there = row < num_queries  # (M,)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    at = tl.load(positions_ptr + query + row, mask=there, other=0).to(tl.int32)
+    last_at = tl.max(tl.where(there, at, -1))
+    first_at = tl.min(tl.where(there, at, 2147483647))
+    q_at = q_ptr + ((query + row) * q_t + head * q_h)[:, None] + d[None, :]
+    q = tl.load(q_at, mask=there[:, None] & (d < D)[None, :], other=0.0)  # (M, BLOCK_D)
+    acc = tl.zeros((M, BLOCK_DV), tl.float32)
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+
+    for run in range(first_run, last_run):
+        if SUFFIX:
+            key, num_keys, position = own_key, own_keys, own_position
+        else:
+            key = tl.load(runs_ptr + run * 3).to(tl.int64)
+            num_keys = tl.load(runs_ptr + run * 3 + 1)
+            position = tl.load(runs_ptr + run * 3 + 2)
+        k_run = k_ptr + kv_head * k_h + key * k_n
+        v_run = v_ptr + kv_head * v_h + key * v_n
+        # Tiles of N keys, counted from the run's start: [begin, whole) cut by the window,
+        # [whole, full) seen by all queries, [full, num_keys) ragged or ahead of some query.
+        num_keys = tl.minimum(num_keys, last_at + 1 - position)
+        full = tl.maximum(tl.minimum(num_keys, first_at + 1 - position), 0) // N * N
+        begin = 0
+        if WINDOW:
+            begin = tl.maximum(first_at + 1 - window - position, 0) // N * N
+            whole = (tl.maximum(last_at + 1 - window - position, 0) + N - 1) // N * N
+            whole = tl.minimum(tl.maximum(whole, begin), tl.maximum(num_keys, begin))
+            acc, top, total = _attend_keys(
+                q, acc, top, total, k_run, v_run, begin, whole, num_keys, position, at,
+                k_n, v_n, factor, cap_scale, window,
+                D, DV, BLOCK_D, BLOCK_DV, N, SOFTCAP, WINDOW, True,
+            )  # fmt: skip
+            # The last tile above may have reached beyond `whole`, but never beyond its own N.
+            begin = (whole + N - 1) // N * N
+            full = tl.maximum(full, begin)
+        acc, top, total = _attend_keys(
+            q, acc, top, total, k_run, v_run, begin, full, num_keys, position, at,
+            k_n, v_n, factor, cap_scale, window,
+            D, DV, BLOCK_D, BLOCK_DV, N, SOFTCAP, WINDOW, False,
+        )  # fmt: skip
+        acc, top, total = _attend_keys(
+            q, acc, top, total, k_run, v_run, full, num_keys, num_keys, position, at,
+            k_n, v_n, factor, cap_scale, window,
+            D, DV, BLOCK_D, BLOCK_DV, N, SOFTCAP, WINDOW, True,
+        )  # fmt: skip
+
+    seen = total != 0  # of NaN too, which has to show
+    total = tl.where(seen, total, 1.0)
+    lse = tl.where(seen, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    out = (partial + row) * num_heads + head  # (M,)
+    tl.store(lse_ptr + out, lse, mask=there)
+    o = (acc / total[:, None]).to(o_ptr.dtype.element_ty)
+    o_at = o_ptr + out[:, None] * DV + dv[None, :]
+    if SUFFIX:
+        there = there & seen  # most of the grid may lie behind the suffixes' ends
+    tl.store(o_at, o, mask=there[:, None] & (dv < DV)[None, :])
+
+
+@dataclass
+class _Programs:
+    """Programs of one instance of the kernel, longest first, and the runs they walk along."""
+
+    programs: Tensor  # (programs, 5) int32: see the kernel
+    runs: Tensor  # (runs, 3) int32
+
+
+@dataclass
+class _Schedule:
+    """Queries [start, stop) of a plan, on one device: what runs, and who merges what. Without
+    `table` every query has at most one partial, which is its result."""
+
+    start: int
+    stop: int
+    wide: _Programs | None
+    narrow: _Programs | None
+    num_partials: int  # the suffixes' own come first
+    num_items: int
+    table: Tensor | None  # (stop - start, J) int64
+
+
+@dataclass
+class _ProgramList:
+    """Programs under construction."""
+
+    programs: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    runs: list[tuple[int, int, int]] = field(default_factory=list)
+    num_keys: list[int] = field(default_factory=list)
+
+    def add(self, query: int, queries: int, runs: list[tuple[int, int, int]], partial: int) -> None:
+        first = len(self.runs)
+        self.runs += runs
+        self.programs.append((query, queries, first, len(self.runs), partial))
+        self.num_keys.append(sum(keys for _, keys, _ in runs))
+
+    def finish(self, device: torch.device) -> _Programs | None:
+        if not self.programs:
+            return None
+        longest_first = np.argsort(-np.array(self.num_keys), kind="stable")
+        programs = np.array(self.programs, dtype=np.int32)[longest_first]
+        runs = np.array(self.runs, dtype=np.int32)
+        return _Programs(torch.from_numpy(programs).to(device), torch.from_numpy(runs).to(device))
+
+
+def _schedules(
+    plan: ForestPlan, window: int | None, groups: int, kv_heads: int, v_dim: int, tiles: "_Tiles"
+) -> list[_Schedule]:
+    """Compile a plan for the device."""
+    items = plan.needed(window)
+    queries = len(plan.first_position)
+    if not plan.per_split:
+        return [_schedule(plan, items, 0, queries, groups, kv_heads, tiles)]
+    largest = _MAX_PARTIAL_BYTES // (4 * groups * kv_heads * v_dim)
+    return [
+        _schedule(plan, part, start, stop, groups, kv_heads, tiles)
+        for part, start, stop in cut_between_queries(items, queries, largest, lambda n: n)
+    ]
+
+
+def _schedule(
+    plan: ForestPlan,
+    items: list[WorkItem],
+    start: int,
+    stop: int,
+    groups: int,
+    kv_heads: int,
+    tiles: "_Tiles",
+) -> _Schedule:
+    """Programs for items that serve queries [start, stop) alone."""
+    runs_of: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for item in items:
+        runs_of.setdefault(item[:2], []).append(item[2:])
+    listed: list[tuple[int, int, list[tuple[int, int, int]]]] = []
+    for (query, num_queries), runs in runs_of.items():
+        rows = groups * num_queries
+        is_narrow = rows <= tiles.narrow and not plan.per_split
+        step = num_queries if is_narrow else max(tiles.wide // groups, 1)
+        for first in range(query, query + num_queries, step):
+            listed.append((first, min(step, query + num_queries - first), runs))
+    if plan.per_split:
+        listed = [(first, count, [run]) for first, count, runs in listed for run in runs]
+    else:
+        listed = [(first, count, _joined(runs)) for first, count, runs in listed]
+        if len(listed) * kv_heads < tiles.target.num_processors:
+            keys = sum(run[1] for _, _, runs in listed for run in runs)
+            wanted = -(-2 * tiles.target.num_processors // kv_heads)
+            piece = -(-keys // (wanted * MAX_SPLIT)) * MAX_SPLIT
+            listed = [(first, count, p) for first, count, r in listed for p in _cut(r, piece)]
+
+    in_suffix = 0 if plan.suffix is None else plan.suffix.num_partials
+    served: list[tuple[int, int, int]] = []
+    partials = in_suffix
+    for first, count, _ in listed:
+        served.append((first, count, partials))
+        partials += count
+    table = partial_table(served, start, stop, torch.device("cpu"))
+    direct = plan.suffix is None and table.shape[1] <= 1
+    wide, narrow = _ProgramList(), _ProgramList()
+    for (first, count, runs), (_, _, partial) in zip(listed, served, strict=True):
+        is_narrow = groups * count <= tiles.narrow and not plan.per_split
+        chosen = narrow if is_narrow else wide
+        chosen.add(first, count, runs, first if direct else partial)
+    device = plan.positions.device
+    merged = None
+    if not direct:
+        own = [] if plan.suffix is None else [plan.suffix.partials(len(plan.positions))[start:stop]]
+        merged = torch.cat([table.to(device), *own], 1)
+    return _Schedule(
+        start, stop, wide.finish(device), narrow.finish(device), partials, len(items), merged
+    )
+
+
+def _joined(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Runs with those put together that touch, in the cache and in position."""
+    joined = runs[:1]
+    for key, keys, position in runs[1:]:
+        last_key, last_keys, last_position = joined[-1]
+        if key == last_key + last_keys and position == last_position + last_keys:
+            joined[-1] = (last_key, last_keys + keys, last_position)
+        else:
+            joined.append((key, keys, position))
+    return joined
+
+
+def _cut(runs: list[tuple[int, int, int]], piece: int) -> list[list[tuple[int, int, int]]]:
+    """Runs in lists of about `piece` keys; a long run is cut every `piece` keys."""
+    lists: list[list[tuple[int, int, int]]] = [[]]
+    room = piece
+    for key, keys, position in runs:
+        for offset in range(0, keys, piece):
+            part = min(piece, keys - offset)
+            if part > room and lists[-1]:
+                lists.append([])
+                room = piece
+            lists[-1].append((key + offset, part, position + offset))
+            room -= part
+    return lists
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Rows of a query tile in the two instances of the kernel, on a target."""
+
+    narrow: int
+    wide: int
+    target: Target
+
+
+def _tiles(groups: int, dim: int, v_dim: int, dtype: torch.dtype, target: Target) -> _Tiles:
+    """Rows of a tile: 128 where its accumulator fits the registers of 8 warps."""
+    fits = dtype != torch.float32 and max(dim, v_dim) <= 128
+    return _Tiles(power_of_two(groups, 16), power_of_two(groups, 128 if fits else 64), target)
+
+
+def _launch(rows: int, dim: int, v_dim: int, dtype: torch.dtype, target: Target) -> dict[str, int]:
+    """Keys of a tile, warps and stages of one instance: as many bytes in flight as registers and
+    shared memory hold without spilling. Not yet tuned on a device; bench/bench_forest_attention.py
+    is the bench to tune with."""
+    block_d, block_dv = power_of_two(dim, 16), power_of_two(v_dim, 16)
+    is_wide = rows > 16
+    if dtype == torch.float32:
+        keys, stages = 16, 2  # products in float32 are unrolled into registers
+    else:
+        keys, stages = 32 if is_wide and max(block_d, block_dv) > 128 else 64, 3
+    # On an AMD GPU the queries stay in registers.
+    q_bytes = 0 if target.is_hip else rows * block_d * dtype.itemsize
+    row_bytes = (block_d + block_dv) * dtype.itemsize
+    while q_bytes + stages * keys * row_bytes > target.shared_bytes * 3 // 4 and stages > 1:
+        if stages > 2 or keys == 16:
+            stages -= 1
+        else:
+            keys //= 2
+    return {
+        "M": rows,
+        "N": keys,
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
+        "num_warps": 8 if is_wide else 4,
+        "num_stages": stages,
+    }
+
+
+def keys_per_partial(
+    num_heads: int, num_kv_heads: int, dim: int, v_dim: int, dtype: torch.dtype
+) -> int:
+    """How many keys and values of one layer are as many bytes as one query's partial result, which
+    is written and read again: what the choice between sharing and inlining weighs."""
+    partial_bytes = num_heads * (v_dim + 1) * 4 * 2
+    return partial_bytes // (num_kv_heads * (dim + v_dim) * dtype.itemsize)
+
+
+def _run_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: ForestPlan,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The output (T, Hq, Dv) in q's dtype and the natural log-sum-exps (T, Hq) of checked input."""
+    check_triton("forest_attention", q, k_cache, v_cache)
+    (queries, heads, dim), (kv_heads, _, v_dim) = q.shape, v_cache.shape
+    groups = heads // kv_heads
+    target = target_of(q)
+    tiles = _tiles(groups, dim, v_dim, q.dtype, target)
+    schedules = plan.compiled(
+        ("triton", window, groups, kv_heads, v_dim, tiles),
+        lambda: _schedules(plan, window, groups, kv_heads, v_dim, tiles),
+    )
+    out = torch.zeros(queries, heads, v_dim, dtype=q.dtype, device=q.device)
+    out_lse = torch.full((queries, heads), float("-inf"), device=q.device)
+    suffix = plan.suffix
+    partials = max((s.num_partials for s in schedules if s.table is not None), default=0)
+    o = torch.empty(partials, heads, v_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(partials, heads, dtype=torch.float32, device=q.device)
+
+    def run(
+        rows: int, num_programs: int, programs: _Programs | None, to: tuple[Tensor, Tensor]
+    ) -> None:
+        tensors: list[Tensor | None] = [None] * 5
+        if programs is not None:
+            tensors[:2] = programs.programs, programs.runs
+        elif suffix is not None:
+            tensors[2:] = suffix.row, suffix.length, suffix.position
+        launch(
+            _forest_attention_kernel,
+            (num_programs, kv_heads),
+            q, k_cache, v_cache, *to, plan.positions, *tensors,
+            suffix.base if suffix else 0, suffix.capacity if suffix else 0,
+            len(suffix.row) if suffix else 0,
+            q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1),
+            v_cache.stride(0), v_cache.stride(1),
+            (scale if softcap is None else softcap) * _LOG2E,
+            0.0 if softcap is None else scale / softcap, window or 0,
+            G=groups, D=dim, DV=v_dim, SPLIT=MAX_SPLIT, SUFFIX=programs is None,
+            SOFTCAP=softcap is not None, WINDOW=window is not None,
+            **_launch(rows, dim, v_dim, q.dtype, target),
+        )  # fmt: skip
+
+    if suffix is not None:
+        run(tiles.narrow, suffix.num_partials, None, (o, lse))
+    for schedule in schedules:
+        to = (out, out_lse) if schedule.table is None else (o, lse)
+        for rows, programs in ((tiles.wide, schedule.wide), (tiles.narrow, schedule.narrow)):
+            if programs is not None:
+                run(rows, len(programs.programs), programs, to)
+        plan.executed += schedule.num_items
+        if schedule.table is not None:
+            merged, merged_lse = merge_states(o, lse, schedule.table, dtype=q.dtype)
+            if len(schedules) == 1:
+                return merged, merged_lse
+            out[schedule.start : schedule.stop] = merged
+            out_lse[schedule.start : schedule.stop] = merged_lse
+    return out, out_lse
+
+
 def forest_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -305,155 +513,28 @@ def forest_attention(
     """Attention of all queries of a plan.
 
     q: (T, Hq, D), k_cache: (Hkv, N, D), v_cache: (Hkv, N, Dv), one floating dtype and device;
-    T = len(plan.positions), Hkv divides Hq. What no item names is not read, except in the slots of
-    live leaves: there values behind the last key must be finite (keys may be anything). Returns
-    (T, Hq, Dv) in q's dtype; a query without any key gives 0. Raises ValueError for other shapes,
-    dtypes or devices, or a scale, soft-cap or window that is not positive.
+    T = len(plan.positions), Hkv divides Hq. What no item names is not read, except, by torch, in
+    the slots of live leaves: there values behind the last key must be finite (keys may be
+    anything). Returns (T, Hq, Dv) in q's dtype; a query without any key gives 0. Raises ValueError
+    for other shapes, dtypes or devices, or a scale, soft-cap or window that is not positive.
     """
-    _check(q, k_cache, v_cache, plan, scale, softcap, window)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    heads, kv_heads, v_dim = q.shape[1], k_cache.shape[0], v_cache.shape[-1]
-    grouped = (q.to(wide) * scale).unflatten(1, (kv_heads, heads // kv_heads))  # (T, Hkv, G, D)
-    out = torch.zeros(len(q), heads, v_dim, dtype=q.dtype, device=q.device)
-    chunks = plan.chunks(window, _MAX_PARTIAL // (heads * v_dim))
-    partials = max(chunk.num_partials for chunk in chunks)
-    o = torch.empty(partials, kv_heads, heads // kv_heads, v_dim, dtype=wide, device=q.device)
-    lse = torch.empty(partials, kv_heads, heads // kv_heads, dtype=wide, device=q.device)
-    if plan.suffix is not None:
-        _run_suffix(grouped, k_cache, v_cache, plan, plan.suffix, softcap, window, o, lse)
-    for chunk in chunks:
-        for batch in chunk.batches:
-            _run_batch(grouped, k_cache, v_cache, plan, batch, softcap, window, o, lse)
-        merged, _ = merge_states(o.flatten(1, 2), lse.flatten(1), chunk.index)
-        out[chunk.start : chunk.stop] = merged
-        plan.executed += chunk.num_items
-    return out
+    return forest_attention_with_lse(q, k_cache, v_cache, plan, scale, softcap, window)[0]
 
 
-def _run_batch(
+def forest_attention_with_lse(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     plan: ForestPlan,
-    batch: _Batch,
-    softcap: float | None,
-    window: int | None,
-    o: Tensor,
-    lse: Tensor,
-) -> None:
-    """Partials of one batch of items, in pieces of bounded size."""
-    kv_heads, groups = q.shape[1:3]
-    items, tile, width = len(batch.items), batch.tile, batch.width
-    widest = max(tile * groups, k_cache.shape[-1], v_cache.shape[-1])
-    piece = max(1, _MAX_SCORES // (kv_heads * width * widest))
-    for first in range(0, items, piece):
-        span = slice(first, min(first + piece, items))
-        n = span.stop - span.start
-        cells = batch.expand(span) if batch.cells is None else batch.cells
-        if n == items:
-            batch.cells = cells
-        query = q[cells.query].permute(2, 0, 1, 3, 4)  # (Hkv, n, M, G, D)
-        query = query.reshape(kv_heads * n, tile * groups, -1)
-        keys, values = (
-            cache.index_select(1, cells.key.flatten()).to(q.dtype).view(kv_heads * n, width, -1)
-            for cache in (k_cache, v_cache)
-        )
-        visible = None
-        if batch.masked or window is not None:
-            if batch.visible is None:
-                visible = _visible(cells, plan, window)
-                if n == items and (window is None or not plan.moving):
-                    batch.visible = visible
-            else:
-                visible = batch.visible
-            visible = visible[None, :, :, None]  # (1, n, M, 1, W)
-        part, part_lse = _attend(
-            query, keys, values, visible, (kv_heads, n, tile, groups, width), softcap
-        )
-        start = batch.partial + first * tile
-        shape = (kv_heads, n * tile, groups)
-        o[start : start + n * tile] = part.view(*shape, -1).transpose(0, 1)
-        lse[start : start + n * tile] = part_lse.view(shape).transpose(0, 1)
-
-
-def _run_suffix(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: ForestPlan,
-    suffix: SuffixTiles,
-    softcap: float | None,
-    window: int | None,
-    o: Tensor,
-    lse: Tensor,
-) -> None:
-    """Partials of every slot's own keys, split by split; views of the cache, nothing gathered."""
-    slots, (kv_heads, groups) = len(suffix.row), q.shape[1:3]
-    row = suffix.row.clamp_min(0)
-    padded = max(groups, _MIN_ROWS[q.shape[-1] > 128])
-    query = pad(q[row], (0, 0, 0, padded - groups))  # (S, Hkv, M, D)
-    length = torch.where(suffix.row >= 0, suffix.length[row], 0)
-    at = plan.positions[row]
-    first_position = suffix.position[row]
-    region = slice(suffix.base, suffix.base + slots * suffix.capacity)
-    for split, start in enumerate(range(0, suffix.max_length, MAX_SPLIT)):
-        used = min(suffix.max_length - start, MAX_SPLIT)
-        width = min(-(-used // 16) * 16, suffix.capacity - start)
-        column = torch.arange(start, start + width, device=q.device)
-        visible = column < length[:, None]
-        if window is not None:
-            visible &= first_position[:, None] + column > at[:, None] - window
-        rows = slice(split * slots, (split + 1) * slots)
-        for head in range(kv_heads):
-            keys, values = (
-                cache[head, region].unflatten(0, (slots, -1))[:, start : start + width].to(q.dtype)
-                for cache in (k_cache, v_cache)
-            )
-            part, part_lse = _attend(
-                query[:, head],
-                keys,
-                values,
-                visible[None, :, None, None],
-                (1, slots, 1, padded, width),
-                softcap,
-            )
-            o[rows, head] = part[:, :groups]
-            lse[rows, head] = part_lse[:, :groups]
-
-
-def _visible(cells: _Cells, plan: ForestPlan, window: int | None) -> Tensor:
-    """Which keys of n items their queries see: (n, M or 1, W) bool."""
-    position = cells.position[:, None]
-    if plan.moving and window is None:
-        return position < _NOWHERE
-    at = plan.positions[cells.query][..., None]
-    visible = position <= at
-    return visible if window is None else visible & (position > at - window)
-
-
-def _attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    visible: Tensor | None,
-    shape: tuple[int, int, int, int, int],
-    softcap: float | None,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of batched queries (b, M, D) over keys and values (b, W, D); `shape` is
-    how scores (b, M, W) meet `visible`. Returns o (b, M, Dv) and its natural lse (b, M)."""
-    scores = torch.bmm(query, keys.transpose(1, 2))
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    if visible is not None:
-        scores.view(shape).masked_fill_(~visible, float("-inf"))
-    top = scores.amax(-1, keepdim=True)
-    top.masked_fill_(top == float("-inf"), 0)
-    weights = scores.sub_(top).exp_()
-    # The order of a sum depends on its width; powers of two agree on the terms they share.
-    total = pad(weights, (0, _width(weights.shape[-1]) - weights.shape[-1])).sum(-1, keepdim=True)
-    out = torch.bmm(weights, values)
-    out.div_(torch.where(total > 0, total, 1))
-    return out, (top + total.log()).squeeze(-1)
+    """`forest_attention`, and the natural log-sum-exp of each query's scores, (T, Hq) float32
+    (float64 for float64 input), -inf for a query without any key."""
+    _check(q, k_cache, v_cache, plan, scale, softcap, window)
+    run = _run_triton if runs_triton(q) else forest_attention_cpu.attend
+    return run(q, k_cache, v_cache, plan, scale, softcap, window)
 
 
 def _check(

@@ -9,7 +9,8 @@ float32 (float64 for float64 input) and rounded once.
 ATen's fused `silu`, `sigmoid` and `gelu` round differently in the vector body and the scalar tail
 of their loops, and the tail lies where the work is cut between threads, so a row's bits change with
 the number of rows. `exp`, `tanh`, products, sums and quotients do not have this fault: the forward
-is composed of those (and is faster for it). The backward is not bound by this.
+is composed of those (and is faster for it). The backward is not bound by this; it is plain torch on
+every device. In Triton a program holds a piece of one long row, or several short rows.
 """
 
 import math
@@ -17,10 +18,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from kernels.device_math import tanh
+from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
+_SLOPE = tl.constexpr(_SQRT_2_OVER_PI)
 
 
 def gated_act_ref(gate_up: Tensor, activation: str) -> Tensor:
@@ -33,8 +40,55 @@ def gated_act_ref(gate_up: Tensor, activation: str) -> Tensor:
     return (active * up).to(gate_up.dtype)
 
 
+@triton.jit
+def _gated_act_kernel(
+    gate_up_ptr,  # (T, 2I), strides gate_up_t, 1
+    out_ptr,  # (T, I), contiguous
+    num_rows,  # T
+    size,  # I
+    gate_up_t,
+    GELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = (row < num_rows)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
+    at = gate_up_ptr + (row * gate_up_t)[:, None] + column[None, :]
+    gate = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(at + size, mask=there, other=0.0).to(tl.float32)
+    if GELU:
+        active = gate * 0.5 * (1 + tanh(gate * _SLOPE * (1 + 0.044715 * gate * gate)))
+    else:
+        active = gate / (1 + tl.exp(-gate))
+    out = (active * up).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (row * size)[:, None] + column[None, :], out, mask=there)
+
+
+def _launch(size: int, target: Target) -> dict[str, int]:
+    """Rows and columns of a program, and its warps: 1,024 elements. Not yet tuned on a device;
+    bench/bench_gated_act.py is the bench to tune with."""
+    columns = min(power_of_two(size, 16), 1024)
+    return {"ROWS": 1024 // columns, "COLUMNS": columns, "num_warps": 4}
+
+
+def _run_triton(gate_up: Tensor, activation: str) -> Tensor:
+    check_triton("gated_act", gate_up)
+    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(tokens, size, dtype=gate_up.dtype, device=gate_up.device)
+    options = _launch(size, target_of(gate_up))
+    launch(
+        _gated_act_kernel,
+        (-(-tokens // options["ROWS"]), -(-size // options["COLUMNS"])),
+        gate_up, out, tokens, size, gate_up.stride(0), GELU=activation == "gelu_tanh", **options,
+    )  # fmt: skip
+    return out
+
+
 def _forward(gate_up: Tensor, activation: str) -> Tensor:
-    """The reference with one buffer instead of one per operation."""
+    """In torch, the reference with one buffer instead of one per operation."""
+    if runs_triton(gate_up):
+        return _run_triton(gate_up, activation)
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
     if activation == "silu":
         out = gate.neg().exp_().add_(1)
@@ -75,7 +129,8 @@ class _GatedAct(torch.autograd.Function):
 def gated_act(gate_up: Tensor, activation: str) -> Tensor:
     """Apply the activation to the first half of the last dimension and multiply by the second.
 
-    gate_up: (T, 2I) floating. activation: "silu" or "gelu_tanh".
+    gate_up: (T, 2I) floating; in Triton rows may lie apart, their elements may not. activation:
+    "silu" or "gelu_tanh".
     Returns (T, I) in the dtype of gate_up; differentiable once. Raises ValueError for anything
     else.
     """

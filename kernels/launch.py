@@ -70,13 +70,12 @@ def target_of(x: Tensor) -> Target:
 
 @cache
 def _device_target(index: int) -> Target:
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        arch, shared = properties.gcnArchName.split(":")[0], 64 << 10
-    else:
-        arch = f"sm_{properties.major}{properties.minor}"
-        shared = properties.shared_memory_per_block_optin
-    return Target(arch, shared, properties.multi_processor_count)
+    driver = triton.runtime.driver.active
+    with torch.cuda.device(index):
+        arch = driver.get_current_target().arch  # 90, or "gfx942"
+    properties = driver.utils.get_device_properties(index)
+    name = arch if isinstance(arch, str) else f"sm_{arch}"
+    return Target(name, properties["max_shared_mem"], properties["multiprocessor_count"])
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

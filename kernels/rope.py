@@ -6,7 +6,8 @@
 T tokens, H heads, D channels per head (even). Half-split pairs channel i with i + D/2 (Llama, Qwen,
 Gemma); interleaved pairs 2i with 2i + 1 (DeepSeek). Angles, sines and cosines are float32: at
 position 100,000 a bfloat16 angle would be off by hundreds of radians. The rotation is computed in
-float32 (float64 for float64 input) and rounded once.
+float32 (float64 for float64 input) and rounded once. A Triton program turns several heads, each of
+them whole.
 
 It does not know where `inv_freq` comes from: scaling belongs to the model's configuration.
 """
@@ -14,7 +15,11 @@ It does not know where `inv_freq` comes from: scaling belongs to the model's con
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
 
 
 def rope_cos_sin(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,8 +47,74 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
+@triton.jit
+def _rope_kernel(
+    x_ptr,  # (T, H, D), strides x_t, x_h, 1
+    cos_ptr,  # (T, D/2), strides cos_t, 1
+    sin_ptr,  # (T, D/2), strides sin_t, 1
+    y_ptr,  # (T * H, D), contiguous
+    num_rows,  # T * H
+    heads,  # H
+    x_t,
+    x_h,
+    cos_t,
+    sin_t,
+    HALF: tl.constexpr,  # D/2
+    INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    pair = tl.arange(0, PAIRS)
+    there = (row < num_rows)[:, None] & (pair < HALF)[None, :]  # (ROWS, PAIRS)
+    t, h = row // heads, row % heads
+    cos = tl.load(cos_ptr + (t * cos_t)[:, None] + pair[None, :], mask=there, other=0.0)
+    sin = tl.load(sin_ptr + (t * sin_t)[:, None] + pair[None, :], mask=there, other=0.0)
+    x_row = x_ptr + (t * x_t + h * x_h)[:, None]
+    y_row = y_ptr + row[:, None] * (2 * HALF)
+    if INTERLEAVED:
+        # Whole rows, so that neighbouring threads read and write neighbouring addresses.
+        channel = tl.arange(0, 2 * PAIRS)
+        whole = (row < num_rows)[:, None] & (channel < 2 * HALF)[None, :]  # (ROWS, 2 * PAIRS)
+        x = tl.load(x_row + channel[None, :], mask=whole, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (ROWS, PAIRS, 2)))
+        y = tl.join(a * cos - b * sin, b * cos + a * sin)
+        y = tl.reshape(y, (ROWS, 2 * PAIRS)).to(y_ptr.dtype.element_ty)
+        tl.store(y_row + channel[None, :], y, mask=whole)
+    else:
+        a = tl.load(x_row + pair[None, :], mask=there, other=0.0).to(tl.float32)
+        b = tl.load(x_row + HALF + pair[None, :], mask=there, other=0.0).to(tl.float32)
+        first, second = a * cos - b * sin, b * cos + a * sin
+        tl.store(y_row + pair[None, :], first.to(y_ptr.dtype.element_ty), mask=there)
+        tl.store(y_row + HALF + pair[None, :], second.to(y_ptr.dtype.element_ty), mask=there)
+
+
+def _launch(half: int, target: Target) -> dict[str, int]:
+    """Rows and pairs of a program, and its warps: 1,024 pairs or one head. Not yet tuned on a
+    device; bench/bench_rope.py is the bench to tune with."""
+    pairs = power_of_two(half, 8)
+    return {"ROWS": max(1, 1024 // pairs), "PAIRS": pairs, "num_warps": 4}
+
+
+def _run_triton(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    check_triton("rope", x, cos, sin)
+    tokens, heads, dim = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    options = _launch(dim // 2, target_of(x))
+    launch(
+        _rope_kernel,
+        (-(-tokens * heads // options["ROWS"]),),
+        x, cos, sin, y, tokens * heads, heads,
+        x.stride(0), x.stride(1), cos.stride(0), sin.stride(0),
+        HALF=dim // 2, INTERLEAVED=interleaved, **options,
+    )  # fmt: skip
+    return y
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """The reference with each half of the result written in place."""
+    """In torch, the reference with each half of the result written in place."""
+    if runs_triton(x):
+        return _run_triton(x, cos, sin, interleaved)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = cos[:, None].to(wide.dtype), sin[:, None].to(wide.dtype)
     out = torch.empty(wide.shape, dtype=wide.dtype, device=wide.device)
@@ -74,6 +145,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
+        grad = grad.contiguous()  # what autograd expands has a last stride of 0
         return _rotate(grad, cos, -sin, ctx.interleaved), None, None, None
 
 
@@ -81,6 +153,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
     """Rotate the channel pairs of every head of every token.
 
     x: (T, H, D) floating, D even. cos, sin: (T, D/2) float32, from `rope_cos_sin`.
+    In Triton the last dimensions are contiguous; the others may be slices of something wider.
     Returns (T, H, D) in the dtype of x, differentiable in x. Raises ValueError for other shapes or
     dtypes.
     """

@@ -6,11 +6,17 @@ T tokens, Hkv key/value heads, D and Dv channels of a key and a value (they may 
 The cache is head-major, so that one head's keys of a contiguous run of slots are one contiguous
 block. Slots are distinct: two tokens written to one slot would leave an arbitrary winner.
 
+A Triton program copies the key and the value of several (token, head) pairs.
+
 It does not choose slots and is not differentiable.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
 
 
 def write_kv_ref(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -20,12 +26,73 @@ def write_kv_ref(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: 
         v_cache[:, slot] = v[t]
 
 
+@triton.jit
+def _write_kv_kernel(
+    k_ptr,  # (T, Hkv, D), strides k_t, k_h, 1
+    v_ptr,  # (T, Hkv, Dv), strides v_t, v_h, 1
+    k_cache_ptr,  # (Hkv, N, D), strides k_cache_h, k_cache_n, 1
+    v_cache_ptr,  # (Hkv, N, Dv), strides v_cache_h, v_cache_n, 1
+    slots_ptr,  # (T,) int64
+    num_rows,  # T * Hkv
+    heads,  # Hkv
+    k_t,
+    k_h,
+    v_t,
+    v_h,
+    k_cache_h,
+    k_cache_n,
+    v_cache_h,
+    v_cache_n,
+    D: tl.constexpr,
+    V_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    there = row < num_rows
+    t, h = row // heads, row % heads
+    slot = tl.load(slots_ptr + t, mask=there, other=0)  # (ROWS,)
+
+    mask = there[:, None] & (column < D)[None, :]  # (ROWS, COLUMNS)
+    k = tl.load(k_ptr + (t * k_t + h * k_h)[:, None] + column[None, :], mask=mask)
+    to = (h * k_cache_h + slot * k_cache_n)[:, None] + column[None, :]
+    tl.store(k_cache_ptr + to, k, mask=mask)
+
+    mask = there[:, None] & (column < V_D)[None, :]
+    v = tl.load(v_ptr + (t * v_t + h * v_h)[:, None] + column[None, :], mask=mask)
+    to = (h * v_cache_h + slot * v_cache_n)[:, None] + column[None, :]
+    tl.store(v_cache_ptr + to, v, mask=mask)
+
+
+def _launch(dim: int, target: Target) -> dict[str, int]:
+    """Rows and columns of a program, and its warps: 2,048 elements or one row, of keys and of
+    values, `dim` the wider of them. Not yet tuned on a device; bench/bench_write_kv.py is the bench
+    to tune with."""
+    columns = power_of_two(dim, 16)
+    return {"ROWS": max(1, 2048 // columns), "COLUMNS": columns, "num_warps": 4}
+
+
+def _run_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    check_triton("write_kv", k, v, k_cache, v_cache, slots)
+    tokens, heads, dim = k.shape
+    options = _launch(max(dim, v.shape[-1]), target_of(k))
+    launch(
+        _write_kv_kernel,
+        (-(-tokens * heads // options["ROWS"]),),
+        k, v, k_cache, v_cache, slots, tokens * heads, heads,
+        *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2],
+        D=dim, V_D=v.shape[-1], **options,
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Write keys and values into their slots, in place.
 
     k: (T, Hkv, D). v: (T, Hkv, Dv). k_cache: (Hkv, N, D). v_cache: (Hkv, N, Dv). slots: (T,) int64,
-    distinct, in [0, N). All floating tensors have one dtype and one device.
+    distinct, in [0, N). All floating tensors have one dtype and one device. In Triton the last
+    dimensions are contiguous; the others may be slices of something wider.
     Raises ValueError for other shapes and dtypes and, on CPU, for slots that repeat or lie outside
     the cache; on a GPU the contents of `slots` are not looked at, since that would wait for the
     device.
@@ -62,5 +129,8 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
         repeated = ordered[1:][ordered[1:] == ordered[:-1]]
         if len(repeated):
             raise ValueError(f"write_kv: slot {int(repeated[0])} is written twice")
+    if runs_triton(k):
+        _run_triton(k, v, k_cache, v_cache, slots)
+        return
     k_cache.index_copy_(1, slots, k.transpose(0, 1))
     v_cache.index_copy_(1, slots, v.transpose(0, 1))

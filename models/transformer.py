@@ -213,9 +213,14 @@ class Transformer(nn.Module):
         assert update is not None, "a decoder has at least one layer"
         return self.norm.add(update, hidden)[0]
 
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states (R, hidden_size) before the soft-cap: (R, vocab), in the dtype of
+        the model."""
+        return linear(hidden, self.head_weight)
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states (R, hidden_size): (R, vocab) float32 (float64 from float64)."""
-        logits = linear(hidden, self.head_weight)
+        logits = self.head_logits(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.final_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap

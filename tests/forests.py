@@ -17,12 +17,13 @@ from torch import Tensor
 
 from engine.forest import Forest, Node, decode_items, prefill_items
 from engine.kv_cache import KVCache
-from kernels.forest_attention import ForestPlan, SuffixTiles
+from kernels.forest_plan import ForestPlan, SuffixTiles
 from models.config import LayerAttention, ModelConfig, Rope
 
 Array = NDArray[np.floating]
 Segment = tuple[int, int]  # name, tokens
 Options = tuple[float, float | None, int | None]  # scale, soft-cap, window
+CPU = torch.device("cpu")
 
 
 def make_config(
@@ -46,6 +47,7 @@ def make_cache(
     shared_cells: int,
     config: ModelConfig | None = None,
     dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
 ) -> KVCache:
     """A cache that is NaN all over, but for its scratch cells."""
     cache = KVCache(
@@ -54,7 +56,7 @@ def make_cache(
         suffix_capacity,
         shared_cells,
         dtype,
-        torch.device("cpu"),
+        device,
     )
     for cells in (*cache.k, *cache.v):
         cells[:, cache.suffix_base :] = float("nan")
@@ -148,7 +150,7 @@ class Tolerance:
         expected = plain_attention(q, k, v, *options)
         plain = plain_attention(q, k, v, *options, dtype=np.float32)
         assert out.shape == expected.shape
-        error = np.abs(out.double().numpy() - expected).max(initial=0)
+        error = np.abs(out.double().cpu().numpy() - expected).max(initial=0)
         self.error = max(self.error, error if not math.isnan(error) else math.inf)
         self.plain_error = max(self.plain_error, np.abs(plain - expected).max(initial=0))
         self.largest = max(self.largest, np.abs(v).max(initial=0))
@@ -169,13 +171,15 @@ class Grove:
         capacity: int = 16,
         slots: Sequence[int] | None = None,
         written: bool = True,
+        device: torch.device = CPU,
     ) -> None:
         """slots: the slot of each sample as given, 0, 1, 2, ... by default."""
         self.shape = shape
+        self.device = device
         slots = range(len(samples)) if slots is None else slots
         cells = sum(tokens + 16 for sample in samples for _, tokens in sample.prompt)
         count = max(slots, default=0) + 1
-        self.cache = make_cache(count, capacity, cells, shape.config, shape.dtype)
+        self.cache = make_cache(count, capacity, cells, shape.config, shape.dtype, device)
         taken = [self.cache.take_slot() for _ in range(count)]
         for slot in set(taken).difference(slots):
             self.cache.v[0][:, self._region(slot)] = float("nan")
@@ -220,7 +224,9 @@ class Grove:
         end = node.start + stop
         return q[:end], k[:end], v[:end]
 
-    def prefill(self, pieces: Sequence[tuple[Node, int, int]]) -> tuple[Tensor, ForestPlan]:
+    def prefill(
+        self, pieces: Sequence[tuple[Node, int, int]], per_split: bool = False
+    ) -> tuple[Tensor, ForestPlan]:
         """Write tokens [first, stop) of nodes; their queries (T, Hq, D) and plan."""
         queries: list[Array] = []
         positions: list[int] = []
@@ -228,15 +234,21 @@ class Grove:
             self.write(node, first, stop)
             queries.append(token_data(*self.names[node], self.shape)[0][first:stop])
             positions += range(node.start + first, node.start + stop)
-        q = torch.from_numpy(np.concatenate(queries)).to(self.shape.dtype)
-        return q, ForestPlan(prefill_items(pieces), torch.tensor(positions))
+        q = torch.from_numpy(np.concatenate(queries)).to(self.shape.dtype).to(self.device)
+        return q, ForestPlan(
+            prefill_items(pieces), torch.tensor(positions, device=self.device), per_split=per_split
+        )
 
     def whole(self) -> list[tuple[Node, int, int]]:
         """All that is to be prefilled, in one piece."""
         return [(node, 0, len(node.token_ids)) for node in self.fresh]
 
     def decode(
-        self, less: int = 0, max_length: int | None = None, moving: bool = True
+        self,
+        less: int = 0,
+        max_length: int | None = None,
+        moving: bool = True,
+        per_split: bool = False,
     ) -> tuple[Tensor, ForestPlan]:
         """Queries and plan of each sample's last token, or of the one `less` tokens earlier."""
         lengths = [max(sample.generated - less, 0) for sample in self.samples]
@@ -249,18 +261,18 @@ class Grove:
             q, k, v = token_data(sample.name, max(length, 1), self.shape)
             self._put(self._region(slot).start, k[:length], v[:length])
             queries.append(q[-1])
-        stops = torch.tensor([end.stop for end in self.ends])
+        stops = torch.tensor([end.stop for end in self.ends], device=self.device)
         suffix = SuffixTiles(
             self.cache.suffix_base,
             self.cache.suffix_capacity,
-            torch.tensor(row),
-            torch.tensor(lengths),
+            torch.tensor(row, device=self.device),
+            torch.tensor(lengths, device=self.device),
             stops,
             max(lengths) if max_length is None else max_length,
         )
-        at = stops + torch.tensor(lengths) - 1
-        stacked = torch.from_numpy(np.stack(queries)).to(self.shape.dtype)
-        return stacked, ForestPlan(decode_items(self.ends), at, suffix, moving)
+        at = stops + suffix.length - 1
+        stacked = torch.from_numpy(np.stack(queries)).to(self.shape.dtype).to(self.device)
+        return stacked, ForestPlan(decode_items(self.ends), at, suffix, moving, per_split)
 
     def sequence(self, i: int, less: int = 0) -> tuple[Array, Array, Array]:
         """Query of sample i's last token, and keys and values of all it sees."""

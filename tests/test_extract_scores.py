@@ -1,7 +1,5 @@
 r"""The score automaton against its plain parser, on hostile texts under many tokenizations."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from hypothesis import event, given, settings
@@ -13,106 +11,18 @@ from kernels.extract_scores import (
     ScoreState,
     extract_scores_ref,
     parse_scores,
-    scores_of,
 )
-
-ANCHOR = "Scores:"
-BYTES = [bytes([byte]) for byte in range(256)]
-SPECIAL = 256  # an id just after the bytes
-FIVE_THOUSAND = b"9" * 5000
-
-
-def run(
-    texts: Sequence[bytes | list[bytes | None]],
-    n: int,
-    anchor: str | None = ANCHOR,
-    finished: bool = True,
-    bounds: tuple[int, int] = (1, 10),
-) -> list[tuple[Reason, tuple[int, ...]]]:
-    """Outcomes of texts (cut into single bytes) or lists of pieces (None: a special token)."""
-    pieces = [[*bytes_of(text)] if isinstance(text, bytes) else text for text in texts]
-    vocabulary = sorted({piece for text in pieces for piece in text if piece is not None})
-    ids: dict[bytes | None, int] = {piece: i for i, piece in enumerate(vocabulary)}
-    ids[None] = len(vocabulary)
-    automaton = ScoreAutomaton([*vocabulary, b"<s>"], {ids[None]}, anchor, *bounds)
-    longest = max(len(text) for text in pieces)
-    tokens = torch.tensor(
-        [[ids[p] for p in text] + [ids[None]] * (longest - len(text)) for text in pieces],
-        dtype=torch.int64,
-    )
-    lengths = torch.tensor([len(text) for text in pieces])
-    state = automaton.extract(tokens, lengths, torch.full((len(texts),), n))
-    return outcomes(state, finished)
-
-
-def bytes_of(text: bytes) -> list[bytes]:
-    return [text[i : i + 1] for i in range(len(text))]
-
-
-def outcomes(state: ScoreState, finished: bool) -> list[tuple[Reason, tuple[int, ...]]]:
-    scores, reasons = scores_of(state, torch.full_like(state.n, finished, dtype=torch.bool))
-    results = []
-    for row, code, n in zip(scores.tolist(), reasons.tolist(), state.n.tolist(), strict=True):
-        valid = code == Reason.VALID
-        assert not any(row[n if valid else 0 :]), "scores of no meaning must be 0"
-        results.append((Reason(code), tuple(row[:n]) if valid else ()))
-    return results
-
-
-# Every expected value here was written by hand, not computed.
-CASES: list[tuple[bytes, int, Reason, tuple[int, ...]]] = [
-    (rb"Scores: \boxed{8, 10}", 2, Reason.VALID, (8, 10)),
-    (rb"Scores:\boxed{8,10}", 2, Reason.VALID, (8, 10)),
-    (b"Scores: \\boxed{ +8 ,\t-0\r\n, 0010 }", 3, Reason.RANGE, ()),
-    (b"Scores: \\boxed{ +8 ,\t007\r\n, 0010 }", 3, Reason.VALID, (8, 7, 10)),
-    (b"Analysis: none\nScores: \\boxed{3}", 1, Reason.VALID, (3,)),
-    (b"Analysis: none\r\nScores: are\n\n \\boxed{3}", 1, Reason.VALID, (3,)),
-    (b"Scores: \\boxed{3}\nScores: \\boxed{4}", 1, Reason.VALID, (3,)),
-    (b"Scores: \\boxed{x}\nScores: \\boxed{4}", 1, Reason.NOT_AN_INTEGER, ()),
-    (rb"\boxed{3}", 1, Reason.MISSING, ()),
-    (rb"so Scores: \boxed{3}", 1, Reason.MISSING, ()),
-    (b"\rScores: \\boxed{3}", 1, Reason.MISSING, ()),
-    (b" Scores: \\boxed{3}", 1, Reason.MISSING, ()),
-    (b"\nScore: \\boxed{3}", 1, Reason.MISSING, ()),
-    (b"ScoScores: \\boxed{3}", 1, Reason.MISSING, ()),
-    (rb"Scores: \\boxed{3}", 1, Reason.VALID, (3,)),
-    (rb"Scores: \bo\boxed{3}", 1, Reason.VALID, (3,)),
-    (rb"Scores: \boxed {3}", 1, Reason.MISSING, ()),
-    (rb"Scores: \boxed{3", 1, Reason.MISSING, ()),
-    (rb"Scores: \boxed{\boxed{3}}", 1, Reason.NOT_AN_INTEGER, ()),
-    (rb"Scores: \boxed{}", 2, Reason.COUNT, ()),
-    (b"Scores: \\boxed{ \t}", 1, Reason.COUNT, ()),
-    (rb"Scores: \boxed{}", 0, Reason.VALID, ()),
-    (rb"Scores: \boxed{1}", 0, Reason.COUNT, ()),
-    (rb"Scores: \boxed{1, 2}", 3, Reason.COUNT, ()),
-    (rb"Scores: \boxed{1, 2, 3, 4}", 3, Reason.COUNT, ()),
-    (rb"Scores: \boxed{1, 2, 99}", 2, Reason.COUNT, ()),
-    (rb"Scores: \boxed{1, x, 3}", 2, Reason.NOT_AN_INTEGER, ()),
-    (rb"Scores: \boxed{,}", 2, Reason.NOT_AN_INTEGER, ()),
-    (rb"Scores: \boxed{1,}", 1, Reason.NOT_AN_INTEGER, ()),
-    (rb"Scores: \boxed{,1}", 1, Reason.NOT_AN_INTEGER, ()),
-    (rb"Scores: \boxed{1 0}", 1, Reason.NOT_AN_INTEGER, ()),
-    (rb"Scores: \boxed{+}", 1, Reason.NOT_AN_INTEGER, ()),
-    (rb"Scores: \boxed{+-5}", 1, Reason.NOT_AN_INTEGER, ()),
-    (rb"Scores: \boxed{- 5}", 1, Reason.NOT_AN_INTEGER, ()),
-    (rb"Scores: \boxed{5-}", 1, Reason.NOT_AN_INTEGER, ()),
-    (rb"Scores: \boxed{8.5}", 1, Reason.NOT_AN_INTEGER, ()),
-    (rb"Scores: \boxed{7/10}", 1, Reason.NOT_AN_INTEGER, ()),
-    (rb"Scores: \boxed{nan}", 1, Reason.NOT_AN_INTEGER, ()),
-    (rb"Scores: \boxed{1e9}", 1, Reason.NOT_AN_INTEGER, ()),
-    (b"Scores: \\boxed{5\x00}", 1, Reason.NOT_AN_INTEGER, ()),
-    (b"Scores: \\boxed{5\x0b}", 1, Reason.NOT_AN_INTEGER, ()),
-    ("Scores: \\boxed{\uff15}".encode(), 1, Reason.NOT_AN_INTEGER, ()),  # a fullwidth 5
-    ("Scores: \\boxed{\u00a05}".encode(), 1, Reason.NOT_AN_INTEGER, ()),  # a no-break space
-    (rb"Scores: \boxed{-5}", 1, Reason.RANGE, ()),
-    (rb"Scores: \boxed{0}", 1, Reason.RANGE, ()),
-    (rb"Scores: \boxed{10, 11}", 2, Reason.RANGE, ()),
-    (b"Scores: \\boxed{" + FIVE_THOUSAND + b"}", 1, Reason.RANGE, ()),
-    (b"Scores: \\boxed{-" + FIVE_THOUSAND + b", 1}", 2, Reason.RANGE, ()),
-    (b"Scores: \\boxed{1" + b"0" * 64 + b"5}", 1, Reason.RANGE, ()),  # 5 modulo 2**64
-    (b"Scores: \\boxed{" + b"0" * 5000 + b"7}", 1, Reason.VALID, (7,)),
-    (b"", 1, Reason.MISSING, ()),
-]
+from tests.score_texts import (
+    ANCHOR,
+    BYTES,
+    CASES,
+    FRAGMENTS,
+    ITEMS,
+    SPECIAL,
+    bytes_of,
+    outcomes,
+    run,
+)
 
 
 @pytest.mark.parametrize(("text", "n", "reason", "scores"), CASES)
@@ -250,32 +160,6 @@ def test_rows_may_be_reordered_joined_and_retired(anchor: str | None) -> None:
         state, rows = state.index_select(shuffle), rows[shuffle]
     assert outcomes(state, True) == [alone[row] for row in rows.tolist()]
     assert len(set(alone)) == 5
-
-
-FRAGMENTS = [
-    *(b"Scores:", b"Scores: ", b"\nScores:", b"Sco", b"res:", b"S", b":", b"\n", b"\r\n", b" "),
-    *(b"\\boxed{", b"\\boxed{", b"\\boxed", b"\\bo", b"\\", b"{", b"}", b"}", b",", b", "),
-    *(b"1", b"7", b"10", b"0", b"11", b"-", b"+", b"-5", b"007", b"8.5", b"7/10", b"nan", b"1e9"),
-    *(b"\t", b"x", b"\x00", b"\xff", b"9" * 40, b"1, 2", b"3}", b"\\boxed{4, 5}", b"\\boxed{3}"),
-    *("\uff15".encode(), b"A\\boxed{", b"Scores: \\boxed{2, 3}", b"\nScores: \\boxed{6}"),
-]
-
-
-ITEMS = [
-    b"1",
-    b" 7",
-    b"10 ",
-    b"3",
-    b"\t007",
-    b"+3",
-    b"-5",
-    b"0",
-    b"11",
-    b"9" * 30,
-    b"x",
-    b"",
-    b"1 0",
-]
 
 
 @st.composite

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.forest import Forest, Node, TokenIds, decode_items, prefill_items
 from engine.kv_cache import ALIGN
-from kernels.forest_attention import MAX_SPLIT, MAX_TILE, WorkItem
+from kernels.forest_plan import MAX_SPLIT, MAX_TILE, WorkItem
 from tests.forests import make_cache
 
 Prompt = tuple[TokenIds, ...]
@@ -255,6 +255,43 @@ def test_depth_first_leaves_of_a_node_are_contiguous(seed: int, longest: int) ->
         -(-len(each) // MAX_TILE) * -(-len(node.token_ids) // MAX_SPLIT)
         for node, each in leaves.items()
     )
+
+
+@given(st.integers(0, 2**32), st.sampled_from([20, 700]), st.integers(0, 300))
+@settings(max_examples=25)
+def test_inlined_nodes_change_nobodys_keys(seed: int, longest: int, weight: int) -> None:
+    """Whatever is inlined, each leaf meets the same splits in the same order, in fewer partials."""
+    _, ends = grown(seed, longest)
+    runs: list[list[list[tuple[int, ...]]]] = []
+    partials = []
+    for items in (decode_items(ends), decode_items(ends, weight)):
+        runs.append([[] for _ in ends])
+        for item in items:
+            for query in range(item.query, item.query + item.num_queries):
+                runs[-1][query].append(item[2:])
+        partials.append(sum(queries for _, queries in {item[:2] for item in items}))
+    assert runs[0] == runs[1]
+    assert partials[1] <= partials[0]
+
+
+def test_a_node_is_inlined_where_reading_it_again_is_cheaper() -> None:
+    """A head of 60 tokens over 3 conversations of 2 leaves: twice 60 keys, or 6 partials."""
+    cache = make_cache(1, 16, 4096)
+    forest = Forest(cache)
+    head = tuple(range(60))
+    prompts = [[head, (100 + row,) * 300] for row in range(3) for _ in range(2)]
+    ends, _ = forest.grow(prompts)
+    for end in ends:
+        forest.allocate(end)
+    shared, inlined = decode_items(ends, 19), decode_items(ends, 20)
+    assert shared == decode_items(ends) and len(shared) == 1 + 3 * 2
+    assert [item[:2] for item in inlined] == [(row, 2) for row in (0, 2, 4) for _ in range(3)]
+    assert [item.num_keys for item in inlined] == [60, 256, 44] * 3
+    # A leaf that ends at the head needs it by itself.
+    ends, _ = forest.grow([[head], *prompts])
+    for end in ends:
+        forest.allocate(end)
+    assert decode_items(ends, 1000)[0] == WorkItem(0, 7, shared[0].key, 60, 0)
 
 
 def test_no_leaves_make_no_items() -> None:

@@ -13,15 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import kernels.forest_attention as module
+import kernels.forest_attention_cpu as module
 from engine.forest import Node
-from kernels.forest_attention import (
-    ForestPlan,
-    SuffixTiles,
-    WorkItem,
-    forest_attention,
-    forest_attention_ref,
-)
+from kernels.forest_attention import forest_attention, forest_attention_ref
+from kernels.forest_plan import ForestPlan, SuffixTiles, WorkItem
 from tests.forests import Grove, Options, Sample, Segment, Shape, Tolerance
 
 PLAIN: Options = (0.25, None, None)
@@ -418,8 +413,8 @@ def test_small_batches_and_chunks_change_no_bit(
         results.append(attend(grove, decode_q, decode_plan, options))
         results.append(attend(prefill, prefill_q, prefill_plan, options))
         assert recorder.suffixes == 1
-        (decode_chunks,) = decode_plan._chunks.values()
-        (prefill_chunks,) = prefill_plan._chunks.values()
+        (decode_chunks,) = decode_plan._compiled.values()
+        (prefill_chunks,) = prefill_plan._compiled.values()
         if small:
             assert recorder.batches == recorder.items
             tiles = sum(-(-len(node.token_ids) // 64) for node in prefill.fresh)
@@ -438,7 +433,7 @@ def test_chunks_bound_the_partials() -> None:
     """Also for tiles of one query, which are padded to 16."""
     items = [WorkItem(i, 1, 0, 8, 0) for i in range(1000)]
     plan = ForestPlan(items, torch.full((1000,), 7))
-    chunks = plan.chunks(None, 640)
+    chunks = module.chunks_of(plan, None, 640)
     assert max(chunk.num_partials for chunk in chunks) <= 640
     assert sum(chunk.num_items for chunk in chunks) == 1000
 

@@ -354,6 +354,24 @@ def test_reference_and_op_agree_on_flat_and_tied_logits() -> None:
         assert tensor_distribution(logits[row], options)[token[row]] > 0
 
 
+@pytest.mark.parametrize("options", [SamplingOptions(0), *OPTIONS], ids=str)
+def test_softcap_and_half_types_are_applied_first(options: SamplingOptions) -> None:
+    """Bit for bit the tokens and log-probs of logits that were widened and capped before."""
+    uniform = random_uniform(5)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits = random_logits(5, 1100, seed=3, scale=4.0).to(dtype)
+        capped = torch.tanh(logits.float() / 5.0) * 5.0
+        for op in (sample_token, sample_token_ref):
+            for softcap, plain in ((None, logits.float()), (5.0, capped)):
+                results = op(logits, uniform, options, softcap)
+                for result, expected in zip(results, op(plain, uniform, options), strict=True):
+                    assert result.dtype == expected.dtype
+                    assert torch.equal(result, expected)
+        wide = sample_token_ref(logits.double(), uniform, options, 5.0)
+        assert wide[1].dtype == torch.float64
+        assert torch.equal(wide[0], sample_token(logits, uniform, options, 5.0)[0])
+
+
 def test_greedy_takes_the_first_maximum() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0], [-9.0, -8.0, -9.0, -8.0]])
     for op in (sample_token, sample_token_ref):
@@ -466,6 +484,9 @@ def test_wrong_arguments_are_named() -> None:
     options, uniform, logits = SamplingOptions(), torch.zeros(2), torch.zeros(2, 4)
     with pytest.raises(ValueError, match=r"got .*float64"):
         sample_token(logits.double(), uniform, options)
+    for softcap in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"softcap must be positive and finite, got {softcap}"):
+            sample_token(logits, uniform, options, softcap)
     with pytest.raises(ValueError, match=r"got \(2, 0\)"):
         sample_token(torch.zeros(2, 0), uniform, options)
     with pytest.raises(ValueError, match=r"strides \(1, 2\)"):

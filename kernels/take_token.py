@@ -1,0 +1,304 @@
+"""All that live samples do with the token they have just drawn, in one launch.
+
+Dimension letters: B live samples, S slots and M places of the records, E end tokens.
+
+For every sample that is not yet finished, with its slot s and its count c of tokens so far:
+  1. tokens[s, c], logprobs[0, s, c], logprobs[1, s, c] = token, logprob, sampling_logprob
+  2. the score automaton reads the token; not an end token, which has no bytes and must not reset
+     the automaton as other special tokens do
+  3. the last token is this one and the count c + 1; the sample is finished by an end token
+     (`ended`), by its limit or, with stop_at_box, by scores that are decided
+  4. in decode, where the next token stands moves by one: its position, the length of its suffix
+     and the cache cell that it writes
+A finished sample changes nothing. Everything happens in place and the host reads nothing.
+
+It does not draw tokens, see the cache, or take finished samples out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.extract_scores import (
+    DECIDED,
+    ScoreAutomaton,
+    ScoreState,
+    advance_rows,
+    rows_launch,
+)
+from kernels.launch import check_triton, launch, runs_triton, target_of
+
+# Position, suffix length and cache cell of each row's next token, (at least B,) int64 each.
+Moving = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class LiveSamples:
+    """The state of B live samples on the device; `take_token` moves it in place."""
+
+    token: Tensor  # (B,) int64, the last token, whose keys are not yet in the cache
+    count: Tensor  # (B,) int64, tokens generated
+    limit: Tensor  # (B,) int64, most tokens to generate, 1 to M
+    slot: Tensor  # (B,) int64, distinct
+    finished: Tensor  # (B,) bool
+    ended: Tensor  # (B,) bool, by an end token
+    scores: ScoreState
+
+    @staticmethod
+    def start(limit: Tensor, slot: Tensor, scores: ScoreState) -> "LiveSamples":
+        """Samples without a token; limit and slot are kept, not copied."""
+        zero = torch.zeros_like(limit)
+        return LiveSamples(zero, zero.clone(), limit, slot, zero.bool(), zero.bool(), scores)
+
+    def index_select(self, index: Tensor) -> "LiveSamples":
+        """The samples `index` (int64), copied."""
+        rows = {name: value[index] for name, value in self.tensors().items()}
+        return LiveSamples(**rows, scores=self.scores.index_select(index))
+
+    def concat(self, other: "LiveSamples") -> "LiveSamples":
+        """These samples, then the other's."""
+        theirs = other.tensors()
+        rows = {name: torch.cat([value, theirs[name]]) for name, value in self.tensors().items()}
+        return LiveSamples(**rows, scores=ScoreState.concat([self.scores, other.scores]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields but `scores`, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scores"}
+
+
+@dataclass
+class Records:
+    """What samples have generated, by slot."""
+
+    tokens: Tensor  # (S, M) int64
+    logprobs: Tensor  # (2, S, M) float32: under the model, and under the distribution sampled from
+
+    @staticmethod
+    def empty(num_slots: int, max_tokens: int, device: torch.device | str = "cpu") -> "Records":
+        """Room for `max_tokens` tokens in each slot."""
+        return Records(
+            torch.zeros(num_slots, max_tokens, dtype=torch.int64, device=device),
+            torch.zeros(2, num_slots, max_tokens, device=device),
+        )
+
+
+def take_token_ref(
+    live: LiveSamples,
+    records: Records,
+    token: Tensor,
+    logprob: Tensor,
+    sampling_logprob: Tensor,
+    automaton: ScoreAutomaton,
+    end_ids: Tensor,
+    stop_at_box: bool,
+    moving: Moving | None = None,
+) -> None:
+    """The specification of `take_token`, one sample at a time."""
+    ends = set(end_ids.tolist())
+    for b in range(len(token)):
+        if live.finished[b]:
+            continue
+        slot, count, drawn = int(live.slot[b]), int(live.count[b]), int(token[b])
+        records.tokens[slot, count] = drawn
+        records.logprobs[0, slot, count] = logprob[b]
+        records.logprobs[1, slot, count] = sampling_logprob[b]
+        scores = ScoreState(*(getattr(live.scores, f.name)[b : b + 1] for f in fields(ScoreState)))
+        if drawn not in ends:
+            automaton.advance_ref(scores, token[b : b + 1])
+        live.token[b], live.count[b], live.ended[b] = drawn, count + 1, drawn in ends
+        live.finished[b] = (
+            drawn in ends
+            or count + 1 >= int(live.limit[b])
+            or (stop_at_box and bool(scores.decided))
+        )
+        for place in moving or ():
+            place[b] += 1
+
+
+@triton.jit
+def _take_token_kernel(
+    token_ptr,  # (B,) int64
+    logprob_ptr,  # (B,) float32
+    sampling_logprob_ptr,  # (B,) float32
+    last_token_ptr,  # (B,) int64, as the next three
+    made_ptr,
+    limit_ptr,
+    slot_ptr,
+    finished_ptr,  # (B,) bool
+    ended_ptr,  # (B,) bool
+    tokens_ptr,  # (S, M) int64
+    logprobs_ptr,  # (2, S, M) float32
+    capacity,  # M
+    num_recorded,  # S * M
+    end_ids_ptr,  # (E,) int64
+    num_ends,  # E
+    position_ptr,  # (at least B,) int64 or None, as the next two
+    length_ptr,
+    cell_ptr,
+    num_rows,  # B
+    control_ptr,  # the state and tables of `advance_rows`
+    value_ptr,
+    count_ptr,
+    items_ptr,
+    n_ptr,
+    reason_ptr,
+    scores_ptr,
+    max_n,
+    table_ptr,
+    transitions_ptr,
+    symbols_ptr,
+    first_ptr,
+    last_ptr,
+    num_tokens,
+    score_min,
+    score_max,
+    saturated,
+    STOP_AT_BOX: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < num_rows  # (ROWS,)
+    going = there & (tl.load(finished_ptr + row, mask=there, other=1) == 0)
+    token = tl.load(token_ptr + row, mask=going, other=0)
+    logprob = tl.load(logprob_ptr + row, mask=going, other=0.0)
+    sampling_logprob = tl.load(sampling_logprob_ptr + row, mask=going, other=0.0)
+    made = tl.load(made_ptr + row, mask=going, other=0)
+    limit = tl.load(limit_ptr + row, mask=going, other=0)
+
+    at = tl.load(slot_ptr + row, mask=going, other=0) * capacity + made
+    tl.store(tokens_ptr + at, token, mask=going)
+    tl.store(logprobs_ptr + at, logprob, mask=going)
+    tl.store(logprobs_ptr + num_recorded + at, sampling_logprob, mask=going)
+
+    ended = row < 0
+    for i in range(num_ends):
+        ended |= token == tl.load(end_ids_ptr + i)
+    read = tl.where(going & ~ended, token, num_tokens - 1)
+    tl.store(last_token_ptr + row, token, mask=going)
+    tl.store(made_ptr + row, made + 1, mask=going)
+    tl.store(ended_ptr + row, ended, mask=going)
+    if position_ptr is not None:
+        position = tl.load(position_ptr + row, mask=going, other=0)
+        length = tl.load(length_ptr + row, mask=going, other=0)
+        cell = tl.load(cell_ptr + row, mask=going, other=0)
+        tl.store(position_ptr + row, position + 1, mask=going)
+        tl.store(length_ptr + row, length + 1, mask=going)
+        tl.store(cell_ptr + row, cell + 1, mask=going)
+    finished = ended | (made + 1 >= limit)
+
+    control = tl.load(control_ptr + row, mask=there, other=0)
+    control = advance_rows(
+        control, read, row, there,
+        value_ptr, count_ptr, items_ptr, n_ptr, reason_ptr, scores_ptr, max_n,
+        table_ptr, transitions_ptr, symbols_ptr, first_ptr, last_ptr,
+        num_tokens, score_min, score_max, saturated,
+    )  # fmt: skip
+    tl.store(control_ptr + row, control, mask=going)
+    if STOP_AT_BOX:
+        finished |= control == DECIDED
+    tl.store(finished_ptr + row, finished, mask=going)
+
+
+def _run_triton(
+    live: LiveSamples,
+    records: Records,
+    drawn: Sequence[Tensor],
+    automaton: ScoreAutomaton,
+    end_ids: Tensor,
+    stop_at_box: bool,
+    moving: Moving | None,
+) -> None:
+    vectors = (*drawn, *live.tensors().values())
+    check_triton("take_token", *vectors, end_ids, *(moving or ()))
+    for record in (records.tokens, records.logprobs):
+        if not record.is_contiguous():
+            raise ValueError(f"take_token: records must be contiguous, got {record.stride()}")
+    options = rows_launch(target_of(live.token))
+    num_rows = len(live.token)
+    launch(
+        _take_token_kernel,
+        (-(-num_rows // options["ROWS"]),),
+        *vectors, records.tokens, records.logprobs, records.tokens.shape[1],
+        records.tokens.numel(), end_ids, len(end_ids), *(moving or (None, None, None)), num_rows,
+        live.scores.control, *live.scores.registers(), *automaton.tables(),
+        STOP_AT_BOX=stop_at_box, **options,
+    )  # fmt: skip
+
+
+def take_token(
+    live: LiveSamples,
+    records: Records,
+    token: Tensor,
+    logprob: Tensor,
+    sampling_logprob: Tensor,
+    automaton: ScoreAutomaton,
+    end_ids: Tensor,
+    stop_at_box: bool,
+    moving: Moving | None = None,
+) -> None:
+    """Give every live sample its next token, in place (see the module's docstring).
+
+    token (B,) int64, logprob and sampling_logprob (B,) float32, as `sample_token` returns them.
+    end_ids (E,) int64. moving: position, suffix length and cache cell of the next tokens, each
+    (at least B,) int64, of which the first B move. Slots are distinct and a limit is at most M;
+    nothing on the device is looked at to check it. Raises ValueError for other shapes and dtypes.
+    """
+    _check(live, records, (token, logprob, sampling_logprob), end_ids, moving)
+    if runs_triton(token):
+        drawn = (token, logprob, sampling_logprob)
+        _run_triton(live, records, drawn, automaton, end_ids, stop_at_box, moving)
+        return
+    going = ~live.finished
+    at = live.count.clamp_max(records.tokens.shape[1] - 1)  # a finished sample may be full
+    for record, value in zip(
+        (records.tokens, *records.logprobs), (token, logprob, sampling_logprob), strict=True
+    ):
+        record[live.slot, at] = torch.where(going, value, record[live.slot, at])
+    ended = going & torch.isin(token, end_ids)
+    automaton.advance_ref(live.scores, torch.where(going & ~ended, token, automaton.vocab_size))
+    live.token.copy_(torch.where(going, token, live.token))
+    live.count += going
+    live.ended |= ended
+    live.finished |= ended | (live.count >= live.limit)
+    if stop_at_box:
+        live.finished |= live.scores.decided
+    for place in moving or ():
+        place[: len(going)] += going
+
+
+def _check(
+    live: LiveSamples,
+    records: Records,
+    drawn: Sequence[Tensor],
+    end_ids: Tensor,
+    moving: Moving | None,
+) -> None:
+    batch = len(live.token)
+    slots = records.tokens.shape
+    expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
+        "token": (drawn[0], (batch,), torch.int64),
+        "logprob": (drawn[1], (batch,), torch.float32),
+        "sampling_logprob": (drawn[2], (batch,), torch.float32),
+        "records.tokens": (records.tokens, slots, torch.int64),
+        "records.logprobs": (records.logprobs, (2, *slots), torch.float32),
+        "end_ids": (end_ids, (end_ids.numel(),), torch.int64),
+    }
+    for name, value in live.tensors().items():
+        dtype = torch.bool if name in ("finished", "ended") else torch.int64
+        expected[f"live.{name}"] = (value, (batch,), dtype)
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"take_token: {name} must be {tuple(shape)} {dtype}, "
+                f"got {tuple(tensor.shape)} {tensor.dtype}"
+            )
+    for place in moving or ():
+        if place.ndim != 1 or len(place) < batch or place.dtype != torch.int64:
+            raise ValueError(
+                f"take_token: what moves must be (at least {batch},) int64, "
+                f"got {tuple(place.shape)} {place.dtype}"
+            )
