@@ -2,13 +2,14 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: sample test check soak pocket clean
+.PHONY: sample test check soak bench aot gpu pocket clean
 
 sample: .venv/.stamp    ## judge the bundled rows with the pocket model and print the verdicts
 	$(PY) -m engine.sample
 
-test: .venv/.stamp      ## the suite, without the markers gpu and soak
+test: .venv/.stamp      ## the suite, without the markers gpu and soak; then Triton's interpreter
 	$(PY) -m pytest -q
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -m "triton and not gpu and not soak"
 
 check: .venv/.stamp     ## lint, formatting, types
 	$(PY) -m ruff check .
@@ -16,7 +17,17 @@ check: .venv/.stamp     ## lint, formatting, types
 	$(PY) -m mypy
 
 soak: .venv/.stamp      ## the long tests
-	$(PY) -m pytest -q -m soak
+	$(PY) -m pytest -q -m "soak and not triton"
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -m "soak and triton"
+
+bench: .venv/.stamp     ## every operation on this machine: time, share of the ceiling, peers
+	$(PY) -m pytest -q -o python_files='bench_*.py' --benchmark-columns=median,rounds bench
+
+aot: .venv/.stamp       ## compile all Triton kernels for four kinds of GPU, without one
+	$(PY) -m bench.aot
+
+gpu: .venv/.stamp       ## on a GPU: test the kernels, measure them, write runs/gpu/*.json and .md
+	$(PY) -m bench.gpu --out runs/gpu
 
 pocket: .venv/.stamp    ## train the pocket model from nothing; run it again to resume
 	$(PY) -m train.pocket

@@ -1,28 +1,41 @@
 """Compile, without a GPU, every kernel launch that the table of shapes can lead to.
 
     python -m bench.aot [--targets sm_80 sm_90 sm_100 gfx942] [--shapes NAME ...]
+                        [--operations NAME ...]
 
-Operations run on CPU tensors with their launches intercepted (`kernels.launch.intercept`), so what
-is compiled is what would run: the arguments' types and alignment, the constants, warps and stages
-that the operation itself chose for the target. For sm_90 the compiled code is asked for its
-registers, spills and shared memory. Exits with 1 where a launch does not compile, spills on sm_90,
-or asks for more shared memory than its target has.
+Operations run on CPU tensors (their calls are in `bench/launches.py`) with their launches
+intercepted (`kernels.launch.intercept`), so what is compiled is what would run: the arguments'
+types and alignment, the constants, warps and stages that the operation itself chose for the target.
+For sm_90 the compiled code is asked for its registers, spills and shared memory. Ends in one JSON
+line; exits with 1 where a launch does not compile, spills on sm_90, or asks for more shared memory
+than its target has.
 """
 
+import argparse
+import json
+import multiprocessing
+import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
+from bench.launches import OPERATIONS
+from bench.shapes import SHAPES, Shape
 from kernels.launch import TARGETS, Target, intercept
 
 _ALIGNED = [["tt.divisibility", 16]]
@@ -44,6 +57,15 @@ class Launch:
         values = [f"{k}={v}" for k, v in (*self.constants, *self.options)]
         dtypes = [kind for _, kind in self.signature if kind.startswith("*")]
         return f"{self.kernel.__name__}[{' '.join([*dict.fromkeys(dtypes), *values])}]"
+
+    @property
+    def choice(self) -> tuple[object, ...]:
+        """What the operation chose: dtypes, what is absent, constants, warps and stages; without
+        what Triton tells apart by value (sizes that are 1 or multiples of 16)."""
+        declared = {p.name for p in self.kernel.params if p.is_constexpr}
+        constants = tuple((k, v) for k, v in self.constants if k in declared or v is None)
+        dtypes = tuple(kind for _, kind in self.signature if kind.startswith("*"))
+        return self.kernel.__name__, dtypes, constants, self.options
 
 
 @dataclass(frozen=True)
@@ -98,9 +120,26 @@ def launches_of(target: Target, call: Callable[[], object]) -> list[Launch]:
     def record(kernel: Any, grid: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         found[describe(kernel, arguments, options)] = None
 
-    with intercept(record, target):
+    with intercept(record, target), torch.inference_mode():
         call()
     return list(found)
+
+
+def all_launches(
+    shapes: Iterable[Shape], operations: Iterable[str], targets: Iterable[Target]
+) -> dict[tuple[Launch, str], str]:
+    """One launch of every choice that operations make, with its target's name, and a call that
+    leads to it; the least special one, with the fewest sizes that are constants to Triton."""
+    found: dict[tuple[object, ...], tuple[Launch, str, str]] = {}
+    for shape in shapes:
+        for operation in operations:
+            for label, call in OPERATIONS[operation](shape):
+                for target in targets:
+                    for launch in launches_of(target, call):
+                        key = launch.choice, target.arch
+                        if key not in found or len(launch.constants) < len(found[key][0].constants):
+                            found[key] = launch, target.arch, f"{shape.name}: {label}"
+    return {(launch, arch): call for launch, arch, call in found.values()}
 
 
 def compile_launch(launch: Launch, target: Target) -> Report:
@@ -126,6 +165,31 @@ def compile_launch(launch: Launch, target: Target) -> Report:
     return Report(launch.name, target.arch, shared, registers, spills)
 
 
+def compile_all(jobs: Sequence[tuple[Launch, str]]) -> Iterator[Report]:
+    """Compile launches for targets in a process for each processor, in any order."""
+    # A fork would copy torch's threads in whatever state they are.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        futures = [
+            pool.submit(
+                _compile_named,
+                launch.kernel.__module__,
+                launch.kernel.__name__,
+                replace(launch, kernel=None),
+                target,
+            )
+            for launch, target in jobs
+        ]
+        for future in as_completed(futures):
+            yield future.result()
+
+
+def _compile_named(module: str, kernel: str, launch: Launch, target: str) -> Report:
+    """In another process, to which a kernel cannot be sent."""
+    found = getattr(import_module(module), kernel)
+    return compile_launch(replace(launch, kernel=found), TARGETS[target])
+
+
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread and bytes of its stack frame (spills, since kernels keep no arrays)."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -138,3 +202,60 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", dump)
     assert found is not None, dump
     return int(found[1]), int(found[2])
+
+
+def table(reports: Iterable[Report]) -> str:
+    """What compiled launches need, a line for each: registers, spilled bytes, shared bytes."""
+    lines = ["registers  spills  shared  launch"]
+    for report in sorted(reports, key=lambda report: report.launch):
+        registers, spills = (
+            "-" if value is None else str(value) for value in (report.registers, report.spill_bytes)
+        )
+        lines.append(f"{registers:>9}  {spills:>6}  {report.shared_bytes:>6}  {report.launch}")
+    return "\n".join(lines)
+
+
+def summary(target: str, reports: Sequence[Report]) -> str:
+    """One line for a target."""
+    faults = sum(report.fault is not None for report in reports)
+    shared = max((report.shared_bytes for report in reports), default=0)
+    registers = max((report.registers or 0 for report in reports), default=0)
+    most = f", at most {registers} registers" if registers else ""
+    return (
+        f"{target}: {len(reports)} launches, {faults} faults{most}, at most {shared:,} bytes of "
+        "shared memory"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    for name, choices in (("targets", TARGETS), ("shapes", SHAPES), ("operations", OPERATIONS)):
+        chosen = list(choices)
+        parser.add_argument(f"--{name}", nargs="+", choices=chosen, default=chosen, metavar="NAME")
+    args = parser.parse_args(arguments)
+    targets = [TARGETS[name] for name in args.targets]
+    jobs = all_launches([SHAPES[name] for name in args.shapes], args.operations, targets)
+    calls = {(launch.name, target): call for (launch, target), call in jobs.items()}
+    reports = []
+    for report in tqdm(compile_all(list(jobs)), total=len(jobs), unit="launch", smoothing=0.02):
+        reports.append(report)
+        if report.fault is not None:
+            call = calls[report.launch, report.target]
+            tqdm.write(f"{report.target}: {report.launch} ({call}): {report.fault}")
+    if "sm_90" in args.targets:
+        print(table(report for report in reports if report.target == "sm_90"))
+    by_target = {name: [r for r in reports if r.target == name] for name in args.targets}
+    for name, found in by_target.items():
+        print(summary(name, found))
+    counts = {
+        name: {"launches": len(found), "faults": sum(r.fault is not None for r in found)}
+        for name, found in by_target.items()
+    }
+    print(json.dumps(counts))
+    return int(any(count["faults"] for count in counts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

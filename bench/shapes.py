@@ -35,7 +35,9 @@ class Shape:
         return self.num_heads // self.num_kv_heads
 
 
-def _gemma2(name: str, hidden: int, intermediate: int, layers: int, heads: int, kv: int, dim: int):
+def _gemma2(
+    name: str, hidden: int, intermediate: int, layers: int, heads: int, kv: int, dim: int
+) -> Shape:
     return Shape(
         name, 256_000, hidden, intermediate, layers, heads, kv, dim,
         activation="gelu_tanh", norm_plus_one=True, qk_norm=False,

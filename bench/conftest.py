@@ -1,0 +1,86 @@
+"""Benchmarks run under pytest: `measured` takes a `Work`, checks it, times it, reports it.
+
+The end is a table and one JSON line, of what was measured and nothing else. Tests named
+`test_target_...` measure what a target is set for, and run first.
+"""
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench.ceilings import Ceilings, measure_ceilings
+from bench.figures import Figure, Work, json_line, measure, table
+from bench.timing import ON_GPU
+from kernels.launch import INTERPRETED
+
+_figures = pytest.StashKey[list[Figure]]()
+_ceilings = pytest.StashKey[Ceilings]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to time an interpreter."""
+    if INTERPRETED:
+        raise pytest.UsageError("TRITON_INTERPRET is set: interpreted kernels are not timed")
+    config.stash[_figures] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases with a target come first: they should not be what a time budget cuts."""
+    items.sort(key=lambda item: not item.name.startswith("test_target_"))
+
+
+@pytest.fixture(scope="session")
+def ceilings(pytestconfig: pytest.Config) -> Ceilings:
+    """The device's ceilings, measured once a run."""
+    pytestconfig.stash[_ceilings] = measured = measure_ceilings()
+    return measured
+
+
+@pytest.fixture
+def measured(
+    request: pytest.FixtureRequest, benchmark: BenchmarkFixture, ceilings: Ceilings
+) -> Iterator[Callable[[Work], Figure]]:
+    """Measure and report."""
+
+    def run(work: Work) -> Figure:
+        figure = measure(work, ceilings, benchmark)
+        request.config.stash[_figures].append(figure)
+        request.node.user_properties += [
+            ("ceilings", asdict(ceilings)),
+            ("figure", figure.as_dict()),
+        ]
+        return figure
+
+    with torch.inference_mode():
+        yield run
+    if ON_GPU:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """The table, unless a log takes the figures."""
+    found = config.stash.get(_ceilings, None)
+    if found is None or config.getoption("--log", default=None) is not None:
+        return
+    terminalreporter.section("figures")
+    load = f"; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors"
+    terminalreporter.line(found.describe() + ("" if ON_GPU else load))
+    figures = config.stash[_figures]
+    terminalreporter.line(table(figures))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The JSON line, unless a log takes the figures."""
+    found = config.stash.get(_ceilings, None)
+    if found is not None and config.getoption("--log", default=None) is None:
+        figures = config.stash[_figures]
+        print(json_line(found, figures))

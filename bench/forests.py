@@ -1,0 +1,329 @@
+"""Forests to measure attention on: trees of equal branches, their plans, what they must move.
+
+A `Tree` has one number of nodes and of tokens for each level; the last level is the samples' own
+suffixes, every other a level of their prompts. Plans come from the engine's own forest, and the
+layers of its cache are the input sets: one plan, other keys and values, as in a model.
+
+Counts are of what has to happen: every key and value that some query sees is read once, queries
+are read and results written once, and a query and a key that it sees cost 2 D + 2 Dv operations.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from bench.figures import assert_close
+from bench.shapes import Shape
+from bench.timing import DEVICE, randn
+from engine.forest import Forest, Node, decode_items, prefill_items
+from engine.kv_cache import KVCache, round_up
+from kernels.forest_plan import ForestPlan, SuffixTiles
+from models.config import LayerAttention, ModelConfig, Rope
+
+
+@dataclass(frozen=True)
+class Tree:
+    """nodes[i] nodes of tokens[i] tokens on level i; each divides the next."""
+
+    nodes: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.nodes) == len(self.tokens) >= 1
+        assert all(b % a == 0 for a, b in zip(self.nodes, self.nodes[1:], strict=False))
+
+    @property
+    def samples(self) -> int:
+        """k."""
+        return self.nodes[-1]
+
+    @property
+    def suffix(self) -> int:
+        """Tokens that each sample has generated."""
+        return self.tokens[-1]
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of a sample's prompt."""
+        return sum(self.tokens[:-1])
+
+    @property
+    def num_tokens(self) -> int:
+        """Distinct tokens."""
+        return sum(n * t for n, t in zip(self.nodes, self.tokens, strict=True))
+
+    def unshared(self) -> "Tree":
+        """The same sequences, of which each has a prompt of its own."""
+        return Tree((self.samples, self.samples), (self.prefix, self.suffix))
+
+    def describe(self) -> str:
+        """A decode step, for tables."""
+        if self.nodes[0] == self.samples:
+            return f"{self.samples} alone, prefix {self.prefix}, suffix {self.suffix}"
+        if len(self.nodes) == 2:
+            return f"k={self.samples}, prefix {self.prefix}, suffix {self.suffix}"
+        sizes = "->".join(map(str, self.nodes)), "/".join(map(str, self.tokens))
+        return f"{len(self.nodes)} levels {sizes[0]}, {sizes[1]}"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What attention sees of a model."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    softcap: float | None = None
+    window: int | None = None
+
+    @staticmethod
+    def of(shape: Shape, window: int | None = None) -> "Heads":
+        """Those of a model, with its soft-cap; with a window if it is given."""
+        return Heads(
+            shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.dtype, shape.softcap, window
+        )
+
+    @property
+    def scale(self) -> float:
+        """Of the scores."""
+        return self.head_dim**-0.5
+
+    @property
+    def options(self) -> tuple[float, float | None, int | None]:
+        """Scale, soft-cap and window."""
+        return self.scale, self.softcap, self.window
+
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes of a token's key and value."""
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of a token's queries and results."""
+        return 2 * self.num_heads * self.head_dim * self.dtype.itemsize
+
+    def describe(self) -> str:
+        """For tables."""
+        extra = [
+            f"{name} {value:g}"
+            for name, value in (("soft-cap", self.softcap), ("window", self.window))
+            if value is not None
+        ]
+        dtype = [] if self.dtype == torch.bfloat16 else [str(self.dtype).removeprefix("torch.")]
+        heads = f"{self.num_heads}/{self.num_kv_heads} heads d {self.head_dim}"
+        return ", ".join([heads, *dtype, *extra])
+
+    def config(self, layers: int) -> ModelConfig:
+        """A model of nothing else."""
+        return ModelConfig(
+            architecture="qwen3", vocab_size=16, hidden_size=16, intermediate_size=16,
+            num_layers=layers, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim, v_head_dim=self.head_dim, max_position_embeddings=1 << 20,
+            rms_norm_eps=1e-6, rope=Rope(1e4, None),
+            attention=(LayerAttention(*self.options),) * layers,
+            attention_bias=False, qk_norm=True, norm_plus_one=False, sandwich_norms=False,
+            embedding_scale=None, activation="silu", final_softcap=None, tied=True,
+            eos_token_ids=frozenset(), dtype=None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive keys in consecutive cache slots, from a logical position, and the consecutive
+    queries that may see them."""
+
+    slot: int
+    keys: int
+    position: int
+    query: int
+    num_queries: int
+
+
+@dataclass
+class Workload:
+    """Queries of one step (T, Hq, D) for each layer, the layers' caches and the plan."""
+
+    heads: Heads
+    queries: list[Tensor]
+    k: list[Tensor]
+    v: list[Tensor]
+    plan: ForestPlan
+    spans: list[Span]
+
+    @cached_property
+    def sets(self) -> list[tuple[object, ...]]:
+        """Arguments of `forest_attention`, layer by layer."""
+        return [
+            (q, k, v, self.plan, *self.heads.options)
+            for q, k, v in zip(self.queries, self.k, self.v, strict=True)
+        ]
+
+    @cached_property
+    def cost(self) -> tuple[int, int]:
+        """Bytes to move and operations to do."""
+        positions = self.plan.positions.tolist()
+        # What the queries of a segment's spans see overlaps, so that the ends tell the union.
+        union: dict[int, tuple[int, int]] = {}
+        pairs = 0
+        for span in self.spans:
+            for at in positions[span.query : span.query + span.num_queries]:
+                start, stop = self._seen(span, at)
+                if stop > start:
+                    pairs += stop - start
+                    first, last = union.get(span.slot, (start, stop))
+                    union[span.slot] = min(start, first), max(stop, last)
+        read = sum(stop - start for start, stop in union.values())
+        moved = read * self.heads.cell_bytes + len(positions) * self.heads.query_bytes
+        return moved, 4 * self.heads.num_heads * self.heads.head_dim * pairs
+
+    def _seen(self, span: Span, at: int, window: int | None = None) -> tuple[int, int]:
+        """The positions [start, stop) of a span that a query at a position sees."""
+        window = self.heads.window if window is None else window
+        start = span.position if window is None else max(span.position, at - window + 1)
+        return start, max(start, min(span.position + span.keys, at + 1))
+
+    def slots_of(self, query: int, window: int | None = None) -> Tensor:
+        """Cache slots of the keys that a query sees, in the order of its sequence; through a given
+        window, if it is to be another."""
+        at = int(self.plan.positions[query])
+        runs = []
+        for span in self.spans:
+            if span.query <= query < span.query + span.num_queries:
+                start, stop = self._seen(span, at, window)
+                first = span.slot - span.position
+                runs.append(torch.arange(first + start, first + stop, device=DEVICE))
+        return torch.cat(runs)
+
+    def check(self, out: Tensor, factor: float) -> None:
+        """Hold the first, a middle and the last query's results to plain attention."""
+        rows = sorted({0, len(out) // 2, len(out) - 1})
+        slots = [self.slots_of(row) for row in rows]
+
+        def plain(dtype: torch.dtype) -> Tensor:
+            q, k, v = self.queries[0], self.k[0], self.v[0]
+            return torch.stack(
+                [
+                    attend(q[row].to(dtype), k[:, at].to(dtype), v[:, at].to(dtype), self.heads)
+                    for row, at in zip(rows, slots, strict=True)
+                ]
+            )
+
+        assert_close("attention", out[rows], plain(torch.float64), plain(self.heads.dtype), factor)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
+    """Plain attention of one query (Hq, D) over keys and values (Hkv, n, D), in their dtype."""
+    grouped = q.unflatten(0, (heads.num_kv_heads, -1))
+    scores = torch.einsum("hgd,hnd->hgn", grouped, k) * heads.scale
+    if heads.softcap is not None:
+        scores = heads.softcap * torch.tanh(scores / heads.softcap)
+    return torch.einsum("hgn,hnd->hgd", scores.softmax(-1), v).flatten(0, 1)
+
+
+def _ends(tree: Tree, heads: Heads, layers: int) -> tuple[KVCache, list[Node]]:
+    """A cache with room for the tree, and the node above each sample; nothing is written yet."""
+    # Segments of other tokens are other nodes.
+    numbers = count()
+    levels = [
+        [(next(numbers),) * tokens for _ in range(nodes)]
+        for nodes, tokens in zip(tree.nodes[:-1], tree.tokens[:-1], strict=True)
+    ]
+    prompts = [
+        [level[sample * len(level) // tree.samples] for level in levels]
+        for sample in range(tree.samples)
+    ]
+    room = sum(
+        nodes * round_up(tokens)
+        for nodes, tokens in zip(tree.nodes[:-1], tree.tokens[:-1], strict=True)
+    )
+    config = heads.config(layers)
+    cache = KVCache(config, tree.samples, round_up(tree.suffix), room, heads.dtype, DEVICE)
+    forest = Forest(cache)
+    ends, _ = forest.grow(prompts)
+    for end in ends:
+        assert forest.allocate(end) is not None
+        cache.take_slot()
+    return cache, ends
+
+
+def _node_spans(ends: Sequence[Node]) -> dict[Node, Span]:
+    """A span for each node, seen by the samples below it."""
+    spans: dict[Node, Span] = {}
+    for i, end in enumerate(ends):
+        for node in end.path():
+            assert node.slab is not None
+            first = spans.get(node)
+            if first is None:
+                spans[node] = Span(node.slab.start, len(node.token_ids), node.start, i, 1)
+            else:
+                spans[node] = replace(first, num_queries=i + 1 - first.query)
+    return spans
+
+
+def make_decode(tree: Tree, heads: Heads, layers: int, filled: bool = True) -> Workload:
+    """One decode step of the tree's samples. A suffix of 0 tokens: the prompts alone, without
+    suffixes. filled: keys, values and queries are drawn; otherwise they are whatever they are."""
+    cache, ends = _ends(tree, heads, layers)
+    k, suffix_length = tree.samples, tree.suffix
+    stops = torch.tensor([end.stop for end in ends], device=DEVICE)
+    suffix = None
+    spans = list(_node_spans(ends).values())
+    if suffix_length:
+        suffix = SuffixTiles(
+            cache.suffix_base,
+            cache.suffix_capacity,
+            torch.arange(k, device=DEVICE),
+            torch.full((k,), suffix_length, device=DEVICE),
+            stops,
+            suffix_length,
+        )
+        first = cache.suffix_base
+        spans += [
+            Span(first + i * cache.suffix_capacity, suffix_length, end.stop, i, 1)
+            for i, end in enumerate(ends)
+        ]
+    at = stops + max(suffix_length, 1) - 1
+    plan = ForestPlan(decode_items(ends), at, suffix, moving=True)
+    return _workload(heads, cache, k, plan, spans, filled)
+
+
+def make_prefill(tree: Tree, heads: Heads, layers: int, filled: bool = True) -> Workload:
+    """The prefill of all nodes of the tree, its last level included (as segments, not suffixes)."""
+    whole = Tree((*tree.nodes, tree.samples), (*tree.tokens, 0))
+    cache, ends = _ends(whole, heads, layers)
+    nodes = list(dict.fromkeys(node for end in ends for node in end.path()))
+    pieces = [(node, 0, len(node.token_ids)) for node in nodes]
+    positions = [at for node in nodes for at in range(node.start, node.stop)]
+    spans = []
+    row = 0
+    for node in nodes:
+        for above in node.path():
+            assert above.slab is not None
+            spans.append(
+                Span(above.slab.start, len(above.token_ids), above.start, row, len(node.token_ids))
+            )
+        row += len(node.token_ids)
+    plan = ForestPlan(prefill_items(pieces), torch.tensor(positions, device=DEVICE))
+    return _workload(heads, cache, row, plan, spans, filled)
+
+
+def _workload(
+    heads: Heads,
+    cache: KVCache,
+    num_queries: int,
+    plan: ForestPlan,
+    spans: list[Span],
+    filled: bool,
+) -> Workload:
+    shape = (num_queries, heads.num_heads, heads.head_dim)
+    queries = [torch.empty(shape, dtype=heads.dtype, device=DEVICE) for _ in cache.k]
+    if filled:
+        for tensor in (*queries, *cache.k, *cache.v):
+            tensor.copy_(randn(*tensor.shape, dtype=tensor.dtype))
+    return Workload(heads, queries, cache.k, cache.v, plan, spans)

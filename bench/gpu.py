@@ -1,0 +1,252 @@
+"""One command on a machine with a GPU: test the kernels, measure them, write the figures down.
+
+    python -m bench.gpu [--out runs/gpu] [--seconds 450] [--test-seconds 220]
+
+Runs the tests of tests/test_triton_*.py on the device, then all benchmarks, those with a target
+first, and writes DIR/<device>-<date>.json (machine, versions, commit, tests, ceilings, figures,
+targets) and the tables as DIR/<device>-<date>.md. Each stage has its time: what did not run is
+named. Where a test fails or a run breaks off, figures are not measured: no speed on a red test.
+Results that are to stay are committed as bench/results/<device>/<date>.json.
+
+Needs torch, triton, numpy, safetensors, tokenizers, pytest and pytest-benchmark. Exits with 1
+without a GPU, and where a test or a benchmark fails.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from bench.ceilings import Ceilings
+from bench.figures import Figure
+from bench.figures import table as figures_table
+from bench.stage import StageLog, read_log
+from bench.targets import TARGETS, compare
+from bench.targets import table as targets_table
+
+ROOT = Path(__file__).parent.parent
+GRACE = 30.0  # seconds that the test in progress has after the budget
+BENCHES = [
+    f"bench/bench_{name}.py"
+    for name in (
+        "forest_attention",
+        "sample_token",
+        "segment_attention",
+        "merge_states",
+        "rms_norm",
+        "gated_act",
+        "rope",
+        "write_kv",
+        "vote",
+    )
+]
+
+
+@dataclass
+class Stage:
+    """A run of pytest: its log, its exit status (None: it was ended), its seconds."""
+
+    log: StageLog
+    status: int | None
+    seconds: float
+
+    @property
+    def green(self) -> bool:
+        """Something passed, nothing failed, nothing broke off."""
+        return self.status == 0 and self.log.begun is None and self.log.count("passed") > 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        log = self.log
+        reasons = {t["test"]: t["reason"] for t in log.tests if t["outcome"] == "failed"}
+        return {
+            "green": self.green,
+            "passed": log.count("passed"),
+            "failed": [{"test": name, "reason": reasons[name]} for name in log.named("failed")],
+            "skipped": log.count("skipped"),
+            "not_run": log.named("not run"),
+            "broke_off_in": log.begun,
+            "exit_status": self.status,
+            "seconds": round(self.seconds, 1),
+        }
+
+    def describe(self) -> str:
+        """One line for a person."""
+        found = self.as_dict()
+        parts = [f"{found['passed']} passed", f"{len(found['failed'])} failed"]
+        if found["not_run"]:
+            parts.append(f"{len(found['not_run'])} not run, for want of time")
+        if self.status is None:
+            parts.append("ended after its time")
+        elif self.status not in (0, 1):
+            parts.append(f"exit status {self.status}")
+        if self.log.begun is not None:
+            parts.append(f"broke off in {self.log.begun}")
+        return f"{', '.join(parts)}; {self.seconds:.0f} s"
+
+
+def run_stage(name: str, arguments: Sequence[str], budget: float) -> Stage:
+    """Run pytest in a process of its own, with `budget` seconds to begin tests in."""
+    print(f"== {name}: at most {budget:.0f} s", flush=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        # The project's own options name hypothesis, which need not be there.
+        process = subprocess.Popen(
+            [
+                sys.executable, "-u", "-m", "pytest", "-o", "addopts=--strict-markers", "-p",
+                "bench.stage", "--log", log, "--budget", f"{budget:.0f}", "--tb=short", *arguments,
+            ],
+            cwd=ROOT, env=environment, start_new_session=True,
+        )  # fmt: skip
+        status: int | None
+        try:
+            status = process.wait(budget + GRACE)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        stage = Stage(read_log(log), status, time.monotonic() - started)
+    print(f"== {name}: {stage.describe()}", flush=True)
+    return stage
+
+
+def machine() -> dict[str, Any]:
+    """The device and what runs on it; None for what cannot be told."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "memory_bytes": properties.total_memory,
+        "processors": properties.multi_processor_count,
+        "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "python": sys.version.split()[0],
+        "commit": _said_by("git", "rev-parse", "HEAD"),
+        "modified": _said_by("git", "status", "--porcelain") not in (None, ""),
+    }
+
+
+def _said_by(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def summarise(host: dict[str, Any], tests: Stage, benches: Stage | None) -> dict[str, Any]:
+    """Everything that goes into the JSON file; without figures where tests are not green."""
+    found = [] if benches is None else [Figure.from_dict(x) for x in benches.log.values("figure")]
+    rates = [] if benches is None else list(benches.log.values("ceilings"))
+    outcomes = compare(found, host["device"], TARGETS)
+    return {
+        "machine": host,
+        "tests": tests.as_dict(),
+        "benchmarks": None if benches is None else benches.as_dict(),
+        "ceilings": rates[0] if rates else None,
+        "figures": [figure.as_dict() for figure in found],
+        "targets": [
+            {
+                "name": outcome.target.name,
+                "wanted": outcome.target.describe(),
+                "measured": outcome.value,
+                "note": outcome.note,
+                "met": outcome.met,
+            }
+            for outcome in outcomes
+        ],
+    }
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The summary for a person: targets, figures, and what is missing."""
+    host, tests, benches = summary["machine"], summary["tests"], summary["benchmarks"]
+    found = [Figure.from_dict(data) for data in summary["figures"]]
+    outcomes = compare(found, host["device"], TARGETS)
+    lines = [
+        f"# {host['device']}",
+        f"torch {host['torch']}, triton {host['triton']}, driver {host['driver']}, commit "
+        f"{host['commit']}{' with changes' if host['modified'] else ''}",
+        f"tests: {tests['passed']} passed, {len(tests['failed'])} failed, "
+        f"{tests['skipped']} skipped, {len(tests['not_run'])} not run",
+    ]
+    if benches is None:
+        lines.append("**Tests are red: nothing was measured.**")
+    if summary["ceilings"] is not None:
+        lines.append(Ceilings(**summary["ceilings"]).describe())
+    lines += ["", targets_table(outcomes), "", figures_table(found)]
+    for title, stage in (("tests", tests), ("benchmarks", benches)):
+        if stage is None:
+            continue
+        lines += [f"{title}, failed: {each['test']}" for each in stage["failed"]]
+        lines += [f"{title}, not run: {name}" for name in stage["not_run"]]
+        if stage["broke_off_in"] is not None:
+            lines.append(f"{title}, broke off in: {stage['broke_off_in']}")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR")
+    parser.add_argument("--seconds", type=float, default=450, metavar="S", help="for everything")
+    parser.add_argument("--test-seconds", type=float, default=220, metavar="S")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("bench.gpu needs a GPU, and torch finds none: nothing is measured", file=sys.stderr)
+        return 1
+    started = time.monotonic()
+    host = machine()
+    print(f"== {host['device']}, torch {host['torch']}, triton {host['triton']}", flush=True)
+    files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_triton_*.py"))]
+    tests = run_stage("tests", ["-q", "-m", "gpu or triton", *files], args.test_seconds)
+    benches = None
+    if tests.green:
+        chosen = ["-v", "-o", "python_files=bench_*.py", "--benchmark-columns=median,rounds"]
+        left = args.seconds - GRACE - (time.monotonic() - started)
+        benches = run_stage("benchmarks", [*chosen, *BENCHES], left)
+    summary = summarise(host, tests, benches)
+
+    slug = re.sub(r"[^a-z0-9]+", "-", host["device"].lower()).strip("-")
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H%M")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{slug}-{date}.json"
+    path.write_text(json.dumps(summary, indent=1) + "\n")
+    text = markdown(summary)
+    path.with_suffix(".md").write_text(text)
+    print(text)
+    green = tests.green and benches is not None and benches.green
+    met = [outcome["met"] for outcome in summary["targets"]]
+    line = {
+        "file": str(path),
+        "green": green,
+        "figures": len(summary["figures"]),
+        "targets_met": met.count(True),
+        "targets_missed": met.count(False),
+    }
+    print(json.dumps(line))
+    return 0 if green else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""Calls of every operation that a user's model and options can lead to, for a shape.
+
+An operation is one generator of labelled calls in `OPERATIONS`. Calls are made on tensors without
+contents while launches are intercepted (`bench/aot.py`): what matters of them is types, sizes and
+alignment. Small tensors whose contents are looked at have some.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from bench.forests import Heads, Tree, Workload, make_decode, make_prefill
+from bench.shapes import Shape
+from bench.timing import DEVICE
+from kernels.extract_scores import ScoreAutomaton
+from kernels.forest_attention import forest_attention
+from kernels.gated_act import gated_act
+from kernels.merge_states import merge_states
+from kernels.rms_norm import rms_norm
+from kernels.rope import rope
+from kernels.sample_token import SamplingOptions, sample_token, uniforms
+from kernels.segment_attention import segment_attention
+from kernels.take_token import LiveSamples, Records, take_token
+from kernels.vote import vote
+from kernels.write_kv import write_kv
+
+Calls = Iterator[tuple[str, Callable[[], object]]]
+
+DECODE_ROWS = (1, 16, 64, 128)
+PREFILL_ROWS = (2048,)
+# Live samples are padded for the model only: any number of them is drawn for.
+BATCHES = (1, 33, 64, 128)
+_MAX_SCORES = 8
+
+
+def dtypes_of(shape: Shape) -> tuple[torch.dtype, ...]:
+    """Both half types, and float32 where a model is small enough for it."""
+    halves = (torch.bfloat16, torch.float16)
+    return (*halves, torch.float32) if shape.hidden_size <= 1024 else halves
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=DEVICE)
+
+
+def _int64(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+
+
+def _each(shape: Shape) -> Iterator[tuple[str, torch.dtype, int]]:
+    """A label for every dtype and number of rows."""
+    for dtype in dtypes_of(shape):
+        for rows in DECODE_ROWS + PREFILL_ROWS:
+            yield f"{rows} rows, {dtype}", dtype, rows
+
+
+def rms_norm_calls(shape: Shape) -> Calls:
+    """Of hidden states, with residuals of their dtype or in float32, and of heads."""
+    for label, dtype, rows in _each(shape):
+        x = _empty(rows, shape.hidden_size, dtype=dtype)
+        weight = _empty(shape.hidden_size, dtype=dtype)
+        norm = partial(rms_norm, x, weight, 1e-6, shape.norm_plus_one)
+        yield label, norm
+        for wider in {dtype, torch.float32}:
+            yield f"{label} + {wider}", partial(norm, residual=x.to(wider))
+        if shape.qk_norm:
+            for part, heads in zip("qk", _slices(shape, rows, dtype), strict=False):
+                weight = _empty(shape.head_dim, dtype=dtype)
+                yield f"{label}, {part}", partial(rms_norm, heads, weight, 1e-6)
+
+
+def _slices(shape: Shape, rows: int, dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys and values as slices of one projection."""
+    sizes = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+    return list(_empty(rows, sum(sizes), shape.head_dim, dtype=dtype).split(sizes, 1))
+
+
+def rope_calls(shape: Shape) -> Calls:
+    """Queries and keys as slices, and as norms leave them; gradients are rotated likewise."""
+    for label, dtype, rows in _each(shape):
+        cos, sin = _empty(2, rows, shape.head_dim // 2, dtype=torch.float32).unbind()
+        for x in _slices(shape, rows, dtype)[:2]:
+            for interleaved in (False, True):
+                yield label, partial(rope, x, cos, sin, interleaved)
+                yield label, partial(rope, x.contiguous(), cos, sin, interleaved)
+
+
+def gated_act_calls(shape: Shape) -> Calls:
+    """The model's activation."""
+    for label, dtype, rows in _each(shape):
+        gate_up = _empty(rows, 2 * shape.intermediate_size, dtype=dtype)
+        yield label, partial(gated_act, gate_up, shape.activation)
+
+
+def write_kv_calls(shape: Shape) -> Calls:
+    """Keys as rope leaves them, values as a slice."""
+    for label, dtype, rows in _each(shape):
+        _, k, v = _slices(shape, rows, dtype)
+        to_k, to_v = _empty(2, shape.num_kv_heads, 4096, shape.head_dim, dtype=dtype).unbind()
+        slots = torch.arange(rows, device=DEVICE)
+        yield label, partial(write_kv, k.contiguous(), v, to_k, to_v, slots)
+
+
+def merge_states_calls(shape: Shape) -> Calls:
+    """Partials into float32, and into the model's dtype."""
+    for label, dtype, rows in _each(shape):
+        o = _empty(4 * rows, shape.num_heads, shape.head_dim, dtype=torch.float32)
+        merge = partial(merge_states, o, o[..., 0].contiguous(), _int64(rows, 4))
+        yield label, merge
+        yield label, partial(merge, dtype)
+
+
+def forest_attention_calls(shape: Shape) -> Calls:
+    """Decode on trees of two and three levels and without sharing, free and with one partial for
+    every split, and prefill; with the model's soft-cap, with and without its window."""
+    for dtype in dtypes_of(shape):
+        for window in {None, shape.window}:
+            heads = replace(Heads.of(shape, window), dtype=dtype)
+            for name, work in _workloads(heads):
+                for per_split in (False, True):
+                    work.plan.per_split = per_split
+                    label = f"{name}, {heads.describe()}{', per split' if per_split else ''}"
+                    yield label, partial(_attend, work, per_split)
+
+
+def _workloads(heads: Heads) -> Iterator[tuple[str, Workload]]:
+    for rows in DECODE_ROWS:
+        tree = Tree((1, rows), (2048, 512))
+        yield f"decode, {tree.describe()}", make_decode(tree, heads, 1, filled=False)
+    for tree in (Tree((1, 4, 64), (512, 300, 40)), Tree((16, 16), (700, 16))):
+        yield f"decode, {tree.describe()}", make_decode(tree, heads, 1, filled=False)
+    for rows in PREFILL_ROWS:
+        prefill = make_prefill(Tree((1,), (rows,)), heads, 1, filled=False)
+        yield f"prefill of {rows}", prefill
+    branches = make_prefill(Tree((1, 4), (512, 20)), heads, 1, filled=False)
+    yield "prefill of short branches", branches
+
+
+def _attend(work: Workload, per_split: bool) -> Tensor:
+    # What a plan was compiled to depends on the target; here targets change under it.
+    plan = replace(work.plan, per_split=per_split)
+    q, k, v, _, *options = work.sets[0]
+    return forest_attention(q, k, v, plan, *options)  # type: ignore[arg-type]
+
+
+def segment_attention_calls(shape: Shape) -> Calls:
+    """Long and short segments, over themselves and over a prefix; slices of one projection."""
+    for dtype in dtypes_of(shape):
+        for pairs, queries, keys in ((1, 2048, 2048), (4, 20, 20), (2, 100, 700), (16, 1, 300)):
+            q = _slices(shape, pairs * queries, dtype)[0]
+            _, k, v = _slices(shape, pairs * keys, dtype)
+            cu_q, cu_k = ([size * i for i in range(pairs + 1)] for size in (queries, keys))
+            for causal in (False, True):
+                yield (
+                    f"{pairs} x {queries} over {keys}, {dtype}",
+                    partial(
+                        segment_attention, q, k, v, cu_q, cu_k, shape.head_dim**-0.5, causal,
+                        shape.softcap, shape.window if causal else None,
+                    ),
+                )  # fmt: skip
+
+
+OPTIONS = (
+    SamplingOptions(temperature=0),
+    SamplingOptions(temperature=0.5),
+    SamplingOptions(temperature=1),
+    SamplingOptions(temperature=0.5, top_k=50),
+    SamplingOptions(temperature=0.5, top_p=0.95),
+    SamplingOptions(temperature=0.5, min_p=0.05),
+    SamplingOptions(temperature=0.5, top_k=50, top_p=0.95, min_p=0.05),
+)
+
+
+def sample_token_calls(shape: Shape) -> Calls:
+    """Uniforms of a step and of a block of steps; greedy, plain and with every filter."""
+    for batch in BATCHES:
+        for positions in (_int64(batch), _int64(batch, 8)):
+            yield f"{batch} rows", partial(uniforms, _int64(batch, 2), _int64(batch), positions)
+        for dtype in {*dtypes_of(shape), torch.float32}:
+            logits = _empty(batch, shape.vocab_size, dtype=dtype)
+            uniform = _empty(batch, dtype=torch.float32)
+            for options in OPTIONS:
+                label = f"{batch} rows, {dtype}, {options}"
+                yield label, partial(sample_token, logits, uniform, options, shape.final_softcap)
+
+
+@cache
+def _automaton(anchor: str | None) -> ScoreAutomaton:
+    texts = [bytes([byte]) for byte in range(256)]
+    return ScoreAutomaton(texts, [0], anchor, 1, 10, DEVICE)
+
+
+def extract_scores_calls(shape: Shape) -> Calls:
+    """One token, and whole sequences, with and without an anchor."""
+    for anchor in ("Scores:", None):
+        automaton = _automaton(anchor)
+        for batch in BATCHES:
+            n = _int64(batch)
+            for max_n in (1, _MAX_SCORES):
+                state = automaton.start(n, max_n)
+                yield f"{batch} rows", partial(automaton.advance, state, _int64(batch))
+            yield f"{batch} rows", partial(automaton.extract, _int64(batch, 100), n + 100, n + 4)
+
+
+def take_token_calls(shape: Shape) -> Calls:
+    """In decode and after prefill; with no, one and more end tokens."""
+    automaton = _automaton("Scores:")
+    for batch, ends, stop_at_box, moves in product(
+        BATCHES, (0, 1, 2), (False, True), (False, True)
+    ):
+        scores = automaton.start(_int64(batch), _MAX_SCORES)
+        live = LiveSamples.start(_int64(batch) + 9, _int64(batch), scores)
+        logprob = _empty(batch, dtype=torch.float32)
+        records = Records.empty(batch, 1024, DEVICE)
+        padded = -(-batch // 16) * 16
+        moving = (_int64(padded), _int64(padded), _int64(padded)) if moves else None
+        yield (
+            f"{batch} rows, {ends} end tokens",
+            partial(
+                take_token, live, records, _int64(batch), logprob, logprob, automaton,
+                _int64(ends), stop_at_box, moving,
+            ),
+        )  # fmt: skip
+
+
+def vote_calls(shape: Shape) -> Calls:
+    """A row and many, few and many samples and responses, with and without meta scores."""
+    for rows, samples, responses in product((1, 64), (1, 8, 32, 1000), (1, 2, 4, 32)):
+        shown = _int64(rows, samples, responses)
+        meta = _empty(rows, samples, dtype=torch.float32)
+        judge = partial(
+            vote, shown, shown, shown[..., 0].bool(), _int64(rows), _empty(rows, dtype=meta.dtype)
+        )
+        label = f"{rows} rows of {samples}, {responses} responses"
+        yield label, judge
+        yield f"{label}, meta", partial(judge, meta, 4)
+
+
+OPERATIONS: dict[str, Callable[[Shape], Calls]] = {
+    "rms_norm": rms_norm_calls,
+    "rope": rope_calls,
+    "gated_act": gated_act_calls,
+    "write_kv": write_kv_calls,
+    "forest_attention": forest_attention_calls,
+    "segment_attention": segment_attention_calls,
+    "merge_states": merge_states_calls,
+    "sample_token": sample_token_calls,
+    "extract_scores": extract_scores_calls,
+    "take_token": take_token_calls,
+    "vote": vote_calls,
+}
