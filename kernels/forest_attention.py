@@ -254,7 +254,7 @@ class _Programs:
 @dataclass
 class _Schedule:
     """Queries [start, stop) of a plan, on one device: what runs, and who merges what. Without
-    `table` every query has at most one partial, which is its result."""
+    `table` every query has at most one partial, which is its result, in the order of queries."""
 
     start: int
     stop: int
@@ -345,7 +345,7 @@ def _schedule(
     for (first, count, runs), (_, _, partial) in zip(listed, served, strict=True):
         is_narrow = groups * count <= tiles.narrow and not plan.per_split
         chosen = narrow if is_narrow else wide
-        chosen.add(first, count, runs, first if direct else partial)
+        chosen.add(first, count, runs, first - start if direct else partial)
     device = plan.positions.device
     merged = None
     if not direct:
@@ -446,7 +446,7 @@ def _run_triton(
 ) -> tuple[Tensor, Tensor]:
     """The output (T, Hq, Dv) in q's dtype and the natural log-sum-exps (T, Hq) of checked input."""
     check_triton("forest_attention", q, k_cache, v_cache)
-    (queries, heads, dim), (kv_heads, _, v_dim) = q.shape, v_cache.shape
+    (_, heads, dim), (kv_heads, _, v_dim) = q.shape, v_cache.shape
     groups = heads // kv_heads
     target = target_of(q)
     tiles = _tiles(groups, dim, v_dim, q.dtype, target)
@@ -454,8 +454,6 @@ def _run_triton(
         ("triton", window, groups, kv_heads, v_dim, tiles),
         lambda: _schedules(plan, window, groups, kv_heads, v_dim, tiles),
     )
-    out = torch.zeros(queries, heads, v_dim, dtype=q.dtype, device=q.device)
-    out_lse = torch.full((queries, heads), float("-inf"), device=q.device)
     suffix = plan.suffix
     partials = max((s.num_partials for s in schedules if s.table is not None), default=0)
     o = torch.empty(partials, heads, v_dim, dtype=torch.float32, device=q.device)
@@ -486,19 +484,26 @@ def _run_triton(
 
     if suffix is not None:
         run(tiles.narrow, suffix.num_partials, None, (o, lse))
+    results: list[tuple[Tensor, Tensor]] = []
     for schedule in schedules:
-        to = (out, out_lse) if schedule.table is None else (o, lse)
+        to = o, lse
+        if schedule.table is None:  # queries without any key are in no program
+            shape = schedule.stop - schedule.start, heads
+            to = (
+                torch.zeros(*shape, v_dim, dtype=q.dtype, device=q.device),
+                torch.full(shape, float("-inf"), device=q.device),
+            )
         for rows, programs in ((tiles.wide, schedule.wide), (tiles.narrow, schedule.narrow)):
             if programs is not None:
                 run(rows, len(programs.programs), programs, to)
         plan.executed += schedule.num_items
         if schedule.table is not None:
-            merged, merged_lse = merge_states(o, lse, schedule.table, dtype=q.dtype)
-            if len(schedules) == 1:
-                return merged, merged_lse
-            out[schedule.start : schedule.stop] = merged
-            out_lse[schedule.start : schedule.stop] = merged_lse
-    return out, out_lse
+            to = merge_states(o, lse, schedule.table, dtype=q.dtype)
+        results.append(to)
+    if len(results) == 1:
+        return results[0]
+    outs, lses = zip(*results, strict=True)
+    return torch.cat(outs), torch.cat(lses)
 
 
 def forest_attention(

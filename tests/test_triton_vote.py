@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.launch import target_of
 from kernels.vote import VoteResult, _launch, vote, vote_ref
 from tests.triton_device import DEVICE, counted, on_triton
+from tests.vote_cases import META_CASES
 
 pytestmark = on_triton
 
@@ -165,15 +166,7 @@ def test_invalid_samples_have_no_vote() -> None:
 
 @pytest.mark.parametrize(
     ("meta", "k_meta", "voted"),
-    [
-        ([math.nan, 0.0, 1.0], 1, [False, False, True]),
-        ([math.nan, math.nan, math.nan], 2, [False, False, False]),
-        ([0.5, 0.5, 0.5], 2, [True, True, False]),
-        ([0.1, 0.2, 0.3], 9, [True, True, True]),
-        ([-math.inf, math.nan, -math.inf], 3, [True, False, True]),
-        ([math.nan, -math.inf, math.inf], 2, [False, True, True]),
-        ([-0.0, 0.0, -1.0], 1, [True, False, False]),
-    ],
+    META_CASES,
 )
 def test_meta_scores_choose_the_voters(meta: list[float], k_meta: int, voted: list[bool]) -> None:
     result = one_row([[1, 2], [3, 4], [5, 6]], meta=meta, k_meta=k_meta)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.vote import VoteResult, unpermute, vote, vote_ref
+from tests.vote_cases import META_CASES
 
 Vote = Callable[..., VoteResult]
 both = pytest.mark.parametrize("op", [vote, vote_ref])
@@ -86,15 +87,7 @@ def test_invalid_sample_is_not_counted_as_zero(op: Vote) -> None:
 @both
 @pytest.mark.parametrize(
     ("meta", "k_meta", "voted"),
-    [
-        ([math.nan, 0.0, 1.0], 1, [False, False, True]),
-        ([math.nan, math.nan, math.nan], 2, [False, False, False]),
-        ([0.5, 0.5, 0.5], 2, [True, True, False]),
-        ([0.1, 0.2, 0.3], 9, [True, True, True]),
-        ([-math.inf, math.nan, -math.inf], 3, [True, False, True]),
-        ([math.nan, -math.inf, math.inf], 2, [False, True, True]),
-        ([-0.0, 0.0, -1.0], 1, [True, False, False]),
-    ],
+    META_CASES,
 )
 def test_meta_scores_choose_the_voters(
     op: Vote, meta: list[float], k_meta: int, voted: list[bool]
