@@ -1,6 +1,8 @@
 # Each target makes .venv first, with venv and pip alone. PYTHON=python3.12 picks another Python.
 PYTHON ?= python3
 PY := .venv/bin/python
+# A process for each processor, of one thread each: small models gain nothing from more.
+SUITE := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
 
 .PHONY: sample test check soak bench aot gpu pocket clean
 
@@ -8,8 +10,8 @@ sample: .venv/.stamp    ## judge the bundled rows with the pocket model and prin
 	$(PY) -m engine.sample
 
 test: .venv/.stamp      ## the suite, without the markers gpu and soak; then Triton's interpreter
-	$(PY) -m pytest -q
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -m "triton and not gpu and not soak"
+	$(SUITE)
+	TRITON_INTERPRET=1 $(SUITE) -m "triton and not gpu and not soak"
 
 check: .venv/.stamp     ## lint, formatting, types
 	$(PY) -m ruff check .
