@@ -21,6 +21,7 @@ from kernels.sample_token import (
     stream_key,
     uniforms,
 )
+from tests.sampling_oracle import python_distribution
 
 LARGEST, SMALLEST = 1 - 2**-24, 2**-24  # of the uniforms
 
@@ -180,32 +181,6 @@ def random_logits(batch: int, vocab_size: int, seed: int, scale: float = 2.0) ->
 def random_uniform(batch: int, seed: int = 0) -> Tensor:
     index = torch.arange(batch)
     return uniforms(token_keys(str(seed)).expand(batch, 2), index, torch.zeros_like(index))
-
-
-def python_distribution(logits: list[float], options: SamplingOptions) -> tuple[list[float], float]:
-    """Probabilities after all filters, token by token, and the smallest margin of a decision."""
-    highest = max(logits)
-    weights = [math.exp((logit - highest) / options.temperature) for logit in logits]
-    ranking = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
-    ranking = ranking[: options.top_k or None]
-    margin = 1.0
-    if options.top_p < 1:
-        total, kept, mass = math.fsum(weights[i] for i in ranking), [], 0.0
-        for i in ranking:
-            margin = min(margin, abs(mass / total - options.top_p))
-            if mass >= options.top_p * total:
-                break
-            kept.append(i)
-            mass += weights[i]
-        ranking = kept
-    if options.min_p:
-        margin = min([margin, *(abs(weights[i] - options.min_p) for i in ranking[1:])])
-        ranking = [i for i in ranking if weights[i] >= options.min_p]
-    total = math.fsum(weights[i] for i in ranking)
-    probabilities = [0.0] * len(logits)
-    for i in ranking:
-        probabilities[i] = weights[i] / total
-    return probabilities, margin
 
 
 OPTIONS = [

@@ -11,6 +11,7 @@ from torch import Tensor
 import kernels.sample_token as module
 from kernels.launch import INTERPRETED, TARGETS
 from kernels.sample_token import TILE, SamplingOptions, sample_token, sample_token_ref, uniforms
+from tests.sampling_oracle import python_distribution
 from tests.triton_device import DEVICE, ON_GPU, assert_like_reference, counted, on_triton
 
 pytestmark = on_triton
@@ -78,32 +79,6 @@ def draw_logits(batch: int, vocab_size: int, seed: int, scale: float = 2.0) -> T
 
 def draw_uniform(batch: int, seed: int = 0) -> Tensor:
     return torch.rand(batch, generator=torch.Generator().manual_seed(seed)).clamp(SMALLEST, LARGEST)
-
-
-def python_distribution(logits: list[float], options: SamplingOptions) -> tuple[list[float], float]:
-    """Probabilities after all filters, token by token, and the smallest margin of a decision."""
-    highest = max(logits)
-    weights = [math.exp((logit - highest) / options.temperature) for logit in logits]
-    ranking = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
-    ranking = ranking[: options.top_k or None]
-    margin = 1.0
-    if options.top_p < 1:
-        total, kept, mass = math.fsum(weights[i] for i in ranking), [], 0.0
-        for i in ranking:
-            margin = min(margin, abs(mass / total - options.top_p))
-            if mass >= options.top_p * total:
-                break
-            kept.append(i)
-            mass += weights[i]
-        ranking = kept
-    if options.min_p:
-        margin = min([margin, *(abs(weights[i] - options.min_p) for i in ranking[1:])])
-        ranking = [i for i in ranking if weights[i] >= options.min_p]
-    total = math.fsum(weights[i] for i in ranking)
-    probabilities = [0.0] * len(logits)
-    for i in ranking:
-        probabilities[i] = weights[i] / total
-    return probabilities, margin
 
 
 def on_device(
