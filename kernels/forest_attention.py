@@ -318,9 +318,7 @@ def _schedule(
         runs_of.setdefault(item[:2], []).append(item[2:])
     listed: list[tuple[int, int, list[tuple[int, int, int]]]] = []
     for (query, num_queries), runs in runs_of.items():
-        rows = groups * num_queries
-        is_narrow = rows <= tiles.narrow and not plan.per_split
-        step = num_queries if is_narrow else max(tiles.wide // groups, 1)
+        step = tiles.wide // groups
         for first in range(query, query + num_queries, step):
             listed.append((first, min(step, query + num_queries - first), runs))
     if plan.per_split:
@@ -333,9 +331,8 @@ def _schedule(
             piece = -(-keys // (wanted * MAX_SPLIT)) * MAX_SPLIT
             listed = [(first, count, p) for first, count, r in listed for p in _cut(r, piece)]
 
-    in_suffix = 0 if plan.suffix is None else plan.suffix.num_partials
     served: list[tuple[int, int, int]] = []
-    partials = in_suffix
+    partials = 0 if plan.suffix is None else plan.suffix.num_partials
     for first, count, _ in listed:
         served.append((first, count, partials))
         partials += count
@@ -385,7 +382,8 @@ def _cut(runs: list[tuple[int, int, int]], piece: int) -> list[list[tuple[int, i
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Rows of a query tile in the two instances of the kernel, on a target."""
+    """Rows of a query tile in the two instances of the kernel, on a target; both hold the heads of
+    a group at least, and wide is no less than narrow."""
 
     narrow: int
     wide: int
