@@ -31,6 +31,7 @@ from kernels.launch import runs_triton
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
 from kernels.take_token import LiveSamples, Moving, Records, take_token
 from kernels.write_kv import write_kv
+from models.native_decoder import NativeDecoder, runs_native
 from models.transformer import Attend, Transformer
 
 SYNC_STEPS = 8  # decode steps between two looks at the finished flags
@@ -169,6 +170,9 @@ class Generator:
             )
         shared = min(shared, 4 * self.config.max_position_embeddings + slots * suffix)
         self.cache = KVCache(self.config, slots, suffix, shared, weight.dtype, self.device)
+        self.native = None
+        if runs_native(model):
+            self.native = NativeDecoder(model, self.cache.k, self.cache.v)
         self.forest = Forest(self.cache)
         ends = [] if ignore_eos else sorted(self.config.eos_token_ids)
         self.end_ids = torch.tensor(ends, dtype=torch.int64, device=self.device)
@@ -278,7 +282,7 @@ class Generator:
             if last:
                 padding = -len(last) % ALIGN
                 rows = torch.tensor([*last.values(), *[0] * padding], device=self.device)
-                for node, logits in zip(last, self.model.head_logits(hidden[rows]), strict=False):
+                for node, logits in zip(last, self._head_logits(hidden[rows]), strict=False):
                     node.logits = logits.clone()  # a view would keep all rows alive
 
     def _forward_prefill(self, pieces: Sequence[tuple[Node, int, int]]) -> Tensor:
@@ -339,7 +343,7 @@ class Generator:
             for step in range(steps):
                 tokens[:batch] = live.token
                 hidden = self._forward(tokens, plan.positions, slots, plan)
-                logits = self.model.head_logits(hidden)[:batch]
+                logits = self._head_logits(hidden)[:batch]
                 self._draw(live, logits, drawn[step], moving)
             made = int((live.count.sum() - sum(counts)).item())
             self.usage.decode_tokens += made
@@ -437,7 +441,12 @@ class Generator:
     def _forward(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, plan: ForestPlan
     ) -> Tensor:
+        if self.native is not None:
+            return self.native.forward(tokens, positions, slots, plan)
         return self.model(tokens, positions, self._attend(slots, plan))
+
+    def _head_logits(self, hidden: Tensor) -> Tensor:
+        return (self.native or self.model).head_logits(hidden)
 
     def _attend(self, slots: Tensor, plan: ForestPlan) -> Attend:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

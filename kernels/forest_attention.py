@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import forest_attention_cpu
+from kernels import forest_attention_cpu, forest_attention_native
 from kernels.device_math import tanh
 from kernels.forest_plan import (
     MAX_SPLIT,
@@ -41,6 +41,7 @@ from kernels.forest_plan import (
 )
 from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
 from kernels.merge_states import merge_states
+from kernels.native import runs_native
 
 _LOG2E = 1.4426950408889634
 _MAX_PARTIAL_BYTES = 256 << 20  # of one chunk's partial outputs, with one partial per split
@@ -536,7 +537,12 @@ def forest_attention_with_lse(
     """`forest_attention`, and the natural log-sum-exp of each query's scores, (T, Hq) float32
     (float64 for float64 input), -inf for a query without any key."""
     _check(q, k_cache, v_cache, plan, scale, softcap, window)
-    run = _run_triton if runs_triton(q) else forest_attention_cpu.attend
+    if runs_triton(q):
+        run = _run_triton
+    elif runs_native(q, k_cache, v_cache):
+        run = forest_attention_native.attend
+    else:
+        run = forest_attention_cpu.attend
     return run(q, k_cache, v_cache, plan, scale, softcap, window)
 
 

@@ -23,7 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device_math import tanh
+from kernels import native
 from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
+from kernels.native import runs_native
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
@@ -85,6 +87,16 @@ def _run_triton(gate_up: Tensor, activation: str) -> Tensor:
     return out
 
 
+def _run_native(gate_up: Tensor, activation: str) -> Tensor:
+    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(tokens, size, dtype=gate_up.dtype)
+    native.call(
+        "gated_act", gate_up.dtype, gate_up, gate_up.stride(0), out, tokens, size,
+        int(activation == "gelu_tanh"),
+    )  # fmt: skip
+    return out
+
+
 def _forward(gate_up: Tensor, activation: str) -> Tensor:
     """In torch, the reference with one buffer instead of one per operation."""
     if runs_triton(gate_up):
@@ -141,4 +153,6 @@ def gated_act(gate_up: Tensor, activation: str) -> Tensor:
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"gated_act: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if runs_native(gate_up):
+        return _run_native(gate_up, activation)
     return _GatedAct.apply(gate_up, activation)

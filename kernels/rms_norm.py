@@ -20,7 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import native
 from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
+from kernels.native import runs_native
 
 
 def rms_norm_ref(
@@ -114,6 +116,22 @@ def _run_triton(
     return y, total, rstd
 
 
+def _run_native(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, plus_one: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    size = x.shape[-1]
+    if x.ndim > 3 or x.ndim < 2:
+        x = x.reshape(-1, size)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    residual = None if residual is None else residual.contiguous()
+    native.call(
+        "rms_norm", x.dtype, x, x.stride(0), x.stride(-2), residual, weight, y, total,
+        x.numel() // size, x.shape[1] if x.ndim == 3 else 1, size, eps, int(plus_one),
+    )  # fmt: skip
+    return y if total is None else (y, total)
+
+
 class _RMSNorm(torch.autograd.Function):
     """With s = x (+ residual) and n = s / rms: ds = (dy w - n mean(dy w n)) / rms, dw = sum over
     rows of dy n. Gives y, and s where there is a residual."""
@@ -178,4 +196,6 @@ def rms_norm(
         )
     if not eps > 0:
         raise ValueError(f"rms_norm: eps must be positive, got {eps}")
+    if runs_native(x, weight, *([] if residual is None else [residual])):
+        return _run_native(x, residual, weight, eps, plus_one)
     return _RMSNorm.apply(x, residual, weight, eps, plus_one)

@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import native
 from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
+from kernels.native import runs_native
 
 
 def rope_cos_sin(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,6 +135,13 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return x[..., :half], x[..., half:]
 
 
+def _run_native(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    tokens, heads, dim = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype)
+    native.call("rope", x.dtype, x, *x.stride()[:2], cos, sin, y, tokens, heads, dim // 2)
+    return y
+
+
 class _Rope(torch.autograd.Function):
     """A rotation, whose transpose is the rotation by the opposite angle."""
 
@@ -165,4 +174,6 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
             raise ValueError(
                 f"rope: {name} must be {half} float32, got {tuple(table.shape)} {table.dtype}"
             )
+    if not interleaved and runs_native(x) and cos.is_contiguous() and sin.is_contiguous():
+        return _run_native(x, cos, sin)
     return _Rope.apply(x, cos, sin, interleaved)

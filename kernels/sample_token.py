@@ -58,8 +58,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import native
 from kernels.device_math import tanh
 from kernels.launch import Target, launch, power_of_two, runs_triton, target_of
+from kernels.native import runs_native
 
 TILE = 1024
 STREAMS = ("token", "order", "tie")
@@ -642,6 +644,20 @@ def _run_triton(
     return token, logprob, sampling_logprob
 
 
+def _run_native(
+    logits: Tensor, uniform: Tensor, options: SamplingOptions, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, vocab_size = logits.shape
+    token = torch.empty(batch, dtype=torch.int64)
+    logprob, sampling_logprob = torch.empty(batch), torch.empty(batch)
+    native.call(
+        "sample_token", logits.dtype, logits, batch, vocab_size, uniform, uniform.stride(0),
+        float(options.temperature), float(options.min_p), float(softcap or 0), TILE, token,
+        logprob, sampling_logprob,
+    )  # fmt: skip
+    return token, logprob, sampling_logprob
+
+
 def sample_token(
     logits: Tensor, uniform: Tensor, options: SamplingOptions, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -669,6 +685,8 @@ def sample_token(
         raise ValueError(f"softcap must be positive and finite, got {softcap}")
     if runs_triton(logits):
         return _run_triton(logits, uniform, options, softcap)
+    if runs_native(logits) and options.top_p == 1 and not 0 < options.top_k < logits.shape[1]:
+        return _run_native(logits, uniform, options, softcap)
 
     logits = _widened(logits, softcap)
     temperature = options.temperature

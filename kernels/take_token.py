@@ -15,6 +15,7 @@ A finished sample changes nothing. Everything happens in place and the host read
 It does not draw tokens, see the cache, or take finished samples out.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -30,7 +31,9 @@ from kernels.extract_scores import (
     advance_rows,
     rows_launch,
 )
+from kernels import native
 from kernels.launch import check_triton, launch, runs_triton, target_of
+from kernels.native import runs_native
 
 # Position, suffix length and cache cell of each row's next token, (at least B,) int64 each.
 Moving = tuple[Tensor, Tensor, Tensor]
@@ -229,6 +232,47 @@ def _run_triton(
     )  # fmt: skip
 
 
+class _Automaton(ctypes.Structure):
+    """`Automaton` of kernels/native.cpp: `ScoreState.registers` and `ScoreAutomaton.tables`."""
+
+    _fields_ = [  # noqa: RUF012
+        *((name, ctypes.c_void_p) for name in ("value", "count", "items", "n", "reason", "scores")),
+        ("max_n", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("table", "transitions", "symbols", "first", "last")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_tokens", "score_min", "score_max", "saturated")
+        ),
+    ]
+
+
+def _run_native(
+    live: LiveSamples,
+    records: Records,
+    drawn: Sequence[Tensor],
+    automaton: ScoreAutomaton,
+    end_ids: Tensor,
+    stop_at_box: bool,
+    moving: Moving | None,
+) -> None:
+    vectors = (*drawn, *live.tensors().values(), live.scores.control, end_ids, *(moving or ()))
+    for x in (*vectors, records.tokens, records.logprobs):
+        if not x.is_contiguous():
+            raise ValueError(f"take_token: tensors must be contiguous, got {x.stride()}")
+    state = _Automaton(
+        *(
+            x.data_ptr() if isinstance(x, Tensor) else x
+            for x in (*live.scores.registers(), *automaton.tables())
+        )
+    )
+    native.call(
+        "take_token", torch.float32, *drawn, *live.tensors().values(), records.tokens,
+        records.logprobs, records.tokens.shape[1], records.tokens.numel(), end_ids, len(end_ids),
+        *(moving or (None, None, None)), len(live.token), live.scores.control, ctypes.byref(state),
+        int(stop_at_box),
+    )  # fmt: skip
+
+
 def take_token(
     live: LiveSamples,
     records: Records,
@@ -251,6 +295,10 @@ def take_token(
     if runs_triton(token):
         drawn = (token, logprob, sampling_logprob)
         _run_triton(live, records, drawn, automaton, end_ids, stop_at_box, moving)
+        return
+    if runs_native(logprob, sampling_logprob):
+        drawn = (token, logprob, sampling_logprob)
+        _run_native(live, records, drawn, automaton, end_ids, stop_at_box, moving)
         return
     going = ~live.finished
     at = live.count.clamp_max(records.tokens.shape[1] - 1)  # a finished sample may be full

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.gated_act import gated_act
+from kernels.packed_linear import packed_linear, packs
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_cos_sin
 from models.config import ModelConfig
@@ -46,6 +47,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     a long sum over K between them when T N is small, and so changes a row's bits with T: measured
     for K from about 380 on, never up to 256. Longer sums are cut here, always at the same places.
     """
+    if packs(x, weight):
+        return packed_linear(x, weight, bias)
     in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
     if x.device.type != "cpu" or not in_float32 or weight.shape[1] <= _SUM_BLOCK:
         return F.linear(x, weight, bias)
@@ -202,7 +205,7 @@ class Transformer(nn.Module):
         for the device).
         """
         config = self.config
-        cos, sin = rope_cos_sin(positions, self._inv_freq_on(positions.device))
+        cos, sin = rope_cos_sin(positions, self.inv_freq_on(positions.device))
         hidden = self.embed_tokens(token_ids)
         if config.embedding_scale is not None:
             # Rounded to the model's dtype first: in bfloat16 sqrt(3584) is 60, and was in training.
@@ -249,7 +252,7 @@ class Transformer(nn.Module):
         positions = torch.arange(len(ids), device=device)
         return self.head(self(ids.long(), positions, causal_attend(self.config)))
 
-    def _inv_freq_on(self, device: torch.device) -> Tensor:
+    def inv_freq_on(self, device: torch.device) -> Tensor:
         if device not in self._inv_freq:
             inv_freq = self.config.rope.inv_freq(self.config.head_dim)
             self._inv_freq[device] = inv_freq.to(device)

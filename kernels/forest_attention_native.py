@@ -1,0 +1,147 @@
+"""Forest attention on CPU, in C++: a task is an item (or a slot's split) and a key/value head.
+
+Query rows (queries x the group's heads) are the lanes of its vectors, keys and channels its scalars,
+so nothing is gathered or padded in memory, and a suffix costs what it holds. One partial for every
+item and query, merged in order, as in `forest_attention_cpu.py`, whose float32 bits these are. The
+C++ is in `kernels/native.cpp`; the operation and its reference in `kernels/forest_attention.py`.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import native
+from kernels.forest_plan import (
+    MAX_SPLIT,
+    ForestPlan,
+    WorkItem,
+    cut_between_queries,
+    partial_table,
+)
+
+_MAX_PARTIAL = 1 << 23  # elements of a chunk's partial outputs: 32 MiB
+
+
+@dataclass
+class Chunks:
+    """A plan's items as C++ reads them: chunks that serve disjoint runs of queries.
+
+    table: (chunks, 6) int64: the address of its items (n, 6) int64 (a work item and its first
+    partial), n, the address of its index (queries, J) int64 of partials, J, and the first and the
+    last query. The suffixes' partials come first. `kept` holds what the table points to.
+    """
+
+    table: Tensor
+    num_items: int
+    num_partials: int
+    kept: list[Tensor]
+
+
+def attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: ForestPlan,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The output (T, Hq, Dv) in q's dtype and the natural log-sum-exps (T, Hq) of checked input."""
+    (queries, heads, dim), (kv_heads, _, v_dim) = q.shape, v_cache.shape
+    chunks = chunks_of(plan, window, heads, v_dim)
+    o, lse = partials_of(plan, chunks.num_partials, heads, v_dim)
+    out = torch.empty(queries, heads, v_dim, dtype=q.dtype)
+    out_lse = torch.empty(queries, heads)
+    common = (
+        q, *q.stride()[:2], k_cache, *k_cache.stride()[:2], v_cache, *v_cache.stride()[:2],
+        heads, kv_heads, dim, v_dim, plan.positions, float(scale), float(softcap or 0),
+        window or 0, o, lse,
+    )  # fmt: skip
+    suffix = plan.suffix
+    if suffix is not None:
+        native.call(
+            "attend_suffixes", q.dtype, *common, suffix.row, suffix.length, suffix.position,
+            len(suffix.row), suffix.base, suffix.capacity, MAX_SPLIT, suffix.num_splits,
+        )  # fmt: skip
+    for items, num_items, index, columns, start, stop in chunks.table.tolist():
+        native.call("attend_items", q.dtype, *common, items, num_items)
+        native.call(
+            "merge", q.dtype, o, lse, index, stop - start, columns, heads, v_dim, out[start:],
+            out_lse[start:],
+        )  # fmt: skip
+    plan.executed += chunks.num_items
+    return out, out_lse
+
+
+def partials_of(plan: ForestPlan, num: int, heads: int, v_dim: int) -> tuple[Tensor, Tensor]:
+    """Room for a plan's partial outputs (num, Hq, Dv) and log-sum-exps (num, Hq), float32: the same
+    for all its layers and steps."""
+    return plan.compiled(
+        ("native partials", num, heads, v_dim),
+        lambda: (torch.empty(num, heads, v_dim), torch.empty(num, heads)),
+    )
+
+
+def chunks_of(
+    plan: ForestPlan, window: int | None, heads: int, v_dim: int, shards: tuple[int, ...] = ()
+) -> Chunks:
+    """A plan's items for a layer with this window, compiled once. shards: bounds of runs of queries
+    that no chunk may cross, and that share no partials; () for one run."""
+    bounds = shards or (0, len(plan.first_position))
+    max_partials = _MAX_PARTIAL // (heads * v_dim)
+    return plan.compiled(
+        ("native", window, max_partials, bounds),
+        lambda: _compile(plan, window, max_partials, bounds),
+    )
+
+
+def _compile(
+    plan: ForestPlan, window: int | None, max_partials: int, bounds: tuple[int, ...]
+) -> Chunks:
+    needed = plan.needed(window)
+    own = None if plan.suffix is None else plan.suffix.partials(len(plan.positions))
+    free = 0 if plan.suffix is None else plan.suffix.num_partials
+    rows: list[tuple[int, ...]] = []
+    chunks = Chunks(torch.empty(0), len(needed), free, [])
+    for low, high in pairwise(bounds):
+        mine = [_between(item, low, high) for item in needed if _meets(item, low, high)]
+        moved = [item._replace(query=item.query - low) for item in mine]
+        parts = cut_between_queries(moved, high - low, max_partials, lambda queries: queries)
+        for items, start, stop in parts:
+            items = [item._replace(query=item.query + low) for item in items]
+            table, starts, used = _placed(items, free)
+            served = [(i.query, i.num_queries, at) for i, at in zip(items, starts, strict=True)]
+            index = partial_table(served, low + start, low + stop, plan.positions.device)
+            if own is not None:
+                index = torch.cat([index, own[low + start : low + stop]], 1)
+            index = index.contiguous()
+            at = low + start, low + stop
+            rows.append((table.data_ptr(), len(items), index.data_ptr(), index.shape[1], *at))
+            chunks.kept += [table, index]
+            chunks.num_partials = max(chunks.num_partials, used)
+        if len(bounds) > 2:
+            free = chunks.num_partials
+    chunks.table = torch.tensor(rows, dtype=torch.int64)
+    return chunks
+
+
+def _meets(item: WorkItem, low: int, high: int) -> bool:
+    return item.query < high and item.query + item.num_queries > low
+
+
+def _between(item: WorkItem, low: int, high: int) -> WorkItem:
+    """The part of an item whose queries lie in [low, high)."""
+    first, last = max(item.query, low), min(item.query + item.num_queries, high)
+    return item._replace(query=first, num_queries=last - first)
+
+
+def _placed(items: list[WorkItem], first: int) -> tuple[Tensor, list[int], int]:
+    """The items (n, 6) with their first partials, those partials, and where the next is free."""
+    table = np.array(items, dtype=np.int64).reshape(-1, 5)
+    ends = first + np.cumsum(table[:, 1])
+    starts = ends - table[:, 1]
+    placed = torch.from_numpy(np.column_stack([table, starts]))
+    return placed, starts.tolist(), int(ends[-1]) if len(items) else first

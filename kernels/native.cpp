@@ -1,0 +1,1119 @@
+// The operations on CPU, each in one pass: see kernels/native.py, which builds, loads and checks this.
+//
+// Every result is bit for bit that of the torch implementation beside each operation, in float32:
+//   - a product adds its terms in order, with fused multiply-adds, as MKL does; lanes of a vector
+//     are rows, keys or channels, never terms of one sum;
+//   - a sum over a row keeps torch's order: 4 vectors of 8 lanes, then lane by lane (`row_sum`);
+//   - exp, log and tanh are MKL's, which torch calls too;
+//   - elsewhere a multiplication and an addition stay two roundings (-ffp-contract=off).
+// bfloat16 is widened on loading and rounded to nearest even on storing; all else is float32.
+//
+// Work is cut into tasks whose results do not depend on who runs them. Inputs were checked by the
+// caller; nothing here allocates but scratch that each thread keeps.
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+extern "C" {  // MKL's vector mathematics: n numbers, `mode` its accuracy
+void vmsExp(int n, const float *x, float *y, long long mode);
+void vmsLn(int n, const float *x, float *y, long long mode);
+void vmsTanh(int n, const float *x, float *y, long long mode);
+int MKL_Set_Num_Threads_Local(int threads);  // returns what it was; 0: as for all threads
+}
+
+namespace {
+
+constexpr long long HIGH_ACCURACY = 0x102;  // what torch asks for
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+constexpr int SCORE_TILE = 24;  // accumulators of the product of queries and keys
+constexpr int MAX_VECTORS = 6;  // vectors of query rows taken together
+inline __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+inline __m512 splat(float x) { return _mm512_set1_ps(x); }
+#else
+constexpr int LANES = 8;
+constexpr int SCORE_TILE = 12;
+constexpr int MAX_VECTORS = 3;
+inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+inline __m256 splat(float x) { return _mm256_set1_ps(x); }
+#endif
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
+typedef float vec8 __attribute__((vector_size(32)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class V, class T>
+inline V read(const T *p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline vec load(const float *p) { return read<vec>(p); }
+inline void store(float *p, vec v) { std::memcpy(p, &v, sizeof v); }
+inline vec load(const bf16 *p) {
+#ifdef __AVX512F__
+    const ivec bits = (ivec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+#else
+    const ivec bits = (ivec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+#endif
+    return (vec)(bits << 16);
+}
+inline void store(bf16 *p, vec v) {
+    const ivec bits = (ivec)v;
+    ivec upper = (ivec)((uvec)(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+    upper = v == v ? upper : ivec{} + 0x7FC0;
+#ifdef __AVX512F__
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)upper));
+#else
+    const __m256i packed = _mm256_packus_epi32((__m256i)upper, (__m256i)upper);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
+#endif
+}
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x.bits << 16;
+    return read<float>(&bits);
+}
+inline void narrow(float x, float *p) { *p = x; }
+inline void narrow(float x, bf16 *p) {
+    uint32_t bits = read<uint32_t>(&x);
+    p->bits = x == x ? (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 : 0x7FC0;
+}
+
+template <class T>
+inline void widen_row(const T *x, float *y, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(y + i, load(x + i));
+    for (; i < n; i++) y[i] = widen(x[i]);
+}
+// Scratch that a thread keeps: at least n elements of any content.
+template <class T>
+inline T *room(std::vector<T> &kept, int64_t n) {
+    if ((int64_t)kept.size() < n) kept.resize(n);
+    return kept.data();
+}
+
+// n numbers of a row as float32: the row itself, or a copy.
+inline const float *widened(const float *x, int64_t, std::vector<float> &) { return x; }
+inline const float *widened(const bf16 *x, int64_t n, std::vector<float> &to) {
+    widen_row(x, room(to, n), n);
+    return to.data();
+}
+template <class T>
+inline void narrow_row(const float *x, T *y, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(y + i, load(x + i));
+    for (; i < n; i++) narrow(x[i], y + i);
+}
+
+// While it lives, MKL stays in the thread that calls it: from 200 numbers on, waking others takes it
+// ten times as long as the numbers do.
+struct OneThread {
+    int before = MKL_Set_Num_Threads_Local(1);
+    ~OneThread() { MKL_Set_Num_Threads_Local(before); }
+};
+
+// Runs task(i) for i in [0, n) on `threads` threads, `grain` at a time.
+template <class F>
+void parallel(int64_t n, int64_t grain, int threads, F task) {
+    if (threads == 1 || n <= grain) {
+        OneThread here;
+        for (int64_t i = 0; i < n; i++) task(i);
+        return;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        OneThread here;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t block = 0; block < (n + grain - 1) / grain; block++)
+            for (int64_t i = block * grain; i < std::min(n, (block + 1) * grain); i++) task(i);
+    }
+}
+
+// torch's sum of a contiguous row: four columns of 8-lane vectors, each a cascade over 4 levels,
+// then the columns, the vectors left over, the elements left over, and the lanes, in this order.
+template <class F>  // at(i): the 8 lanes from element i
+float row_sum(int64_t n, const float *x, F at) {
+    const int64_t vectors = n / 8, quads = vectors / 4;
+    int power = 4;
+    if (quads > 1) power = std::max(4, (int)(64 - __builtin_clzll(quads - 1)) / 4);
+    const int64_t step = (int64_t)1 << power, mask = step - 1;
+    vec8 sums[4][4] = {};
+    int64_t i = 0;
+    while (i + step <= quads) {
+        for (int64_t j = 0; j < step; j++, i++)
+            for (int k = 0; k < 4; k++) sums[0][k] += at((4 * i + k) * 8);
+        for (int level = 1; level < 4; level++) {
+            for (int k = 0; k < 4; k++) {
+                sums[level][k] += sums[level - 1][k];
+                sums[level - 1][k] = vec8{};
+            }
+            if (i & (mask << (level * power))) break;
+        }
+    }
+    for (; i < quads; i++)
+        for (int k = 0; k < 4; k++) sums[0][k] += at((4 * i + k) * 8);
+    for (int level = 1; level < 4; level++)
+        for (int k = 0; k < 4; k++) sums[0][k] += sums[level][k];
+    for (int64_t v = quads * 4; v < vectors; v++) sums[0][0] += at(v * 8);
+    for (int k = 1; k < 4; k++) sums[0][0] += sums[0][k];
+    float total = 0;
+    for (int64_t j = vectors * 8; j < n; j++) total += x[j];
+    for (int lane = 0; lane < 8; lane++) total += sums[0][0][lane];
+    return total;
+}
+float row_sum(const float *x, int64_t n) {
+    return row_sum(n, x, [x](int64_t i) { return read<vec8>(x + i); });
+}
+
+// -- norm, rope, activation, cache -------------------------------------------------------------
+
+template <class T>
+void rms_norm(const T *x, int64_t x_t, int64_t x_a, const T *residual, const T *weight, T *y,
+              T *total, int64_t rows, int64_t inner, int64_t size, float eps, int64_t plus_one,
+              int threads) {
+    parallel(rows, std::max<int64_t>(1, 2048 / size), threads, [&](int64_t row) {
+        thread_local std::vector<float> kept, scale;
+        const T *from = x + row / inner * x_t + row % inner * x_a;
+        float *s = room(kept, 2 * size), *squares = s + size;
+        if (residual) {
+            T *sum = total + row * size;
+            int64_t i = 0;
+            for (; i + LANES <= size; i += LANES)
+                store(sum + i, load(from + i) + load(residual + row * size + i));
+            for (; i < size; i++) narrow(widen(from[i]) + widen(residual[row * size + i]), sum + i);
+            from = sum;
+        }
+        widen_row(from, s, size);
+        for (int64_t i = 0; i < size; i++) squares[i] = s[i] * s[i];
+        const float rstd = 1 / std::sqrt(row_sum(squares, size) / size + eps);
+        const float *w = widened(weight, size, scale);
+        const float one = plus_one;
+        T *to = y + row * size;
+        int64_t i = 0;
+        for (; i + LANES <= size; i += LANES) {
+            const vec factor = plus_one ? load(w + i) + splat(one) : load(w + i);
+            store(to + i, load(s + i) * splat(rstd) * factor);
+        }
+        for (; i < size; i++) narrow(s[i] * rstd * (plus_one ? w[i] + one : w[i]), to + i);
+    });
+}
+
+template <class T>
+void rope(const T *x, int64_t x_t, int64_t x_h, const float *cos, const float *sin, T *y,
+          int64_t tokens, int64_t heads, int64_t half, int threads) {
+    parallel(tokens, std::max<int64_t>(1, 4096 / (heads * half)), threads, [&](int64_t t) {
+        const float *c = cos + t * half, *s = sin + t * half;
+        for (int64_t h = 0; h < heads; h++) {
+            const T *from = x + t * x_t + h * x_h;
+            T *to = y + (t * heads + h) * 2 * half;
+            int64_t i = 0;
+            for (; i + LANES <= half; i += LANES) {
+                const vec a = load(from + i), b = load(from + half + i);
+                const vec ci = load(c + i), si = load(s + i);
+                store(to + i, a * ci - b * si);
+                store(to + half + i, b * ci + a * si);
+            }
+            for (; i < half; i++) {
+                const float a = widen(from[i]), b = widen(from[half + i]);
+                narrow(a * c[i] - b * s[i], to + i);
+                narrow(b * c[i] + a * s[i], to + half + i);
+            }
+        }
+    });
+}
+
+template <class T>
+void gated_act(const T *gate_up, int64_t stride, T *y, int64_t tokens, int64_t size, int gelu,
+               int threads) {
+    constexpr int64_t PIECE = 512;
+    const int64_t pieces = (size + PIECE - 1) / PIECE;
+    parallel(tokens * pieces, 8, threads, [&](int64_t task) {
+        const int64_t t = task / pieces, first = task % pieces * PIECE;
+        const int64_t n = std::min(PIECE, size - first);
+        float g[PIECE], up[PIECE], e[PIECE];
+        const T *gate = gate_up + t * stride + first;
+        widen_row(gate, g, n);
+        widen_row(gate + size, up, n);
+        if (gelu) {
+            const float slope = 0.79788456080286535588;  // sqrt(2 / pi)
+            for (int64_t i = 0; i < n; i++) {
+                float z = g[i] * g[i] * 0.044715f + 1;
+                e[i] = z * g[i] * slope;
+            }
+            vmsTanh(n, e, e, HIGH_ACCURACY);
+            for (int64_t i = 0; i < n; i++) e[i] = (e[i] + 1) * g[i] * 0.5f * up[i];
+        } else {
+            for (int64_t i = 0; i < n; i++) e[i] = -g[i];
+            vmsExp(n, e, e, HIGH_ACCURACY);
+            for (int64_t i = 0; i < n; i++) e[i] = g[i] / (e[i] + 1) * up[i];
+        }
+        narrow_row(e, y + t * size + first, n);
+    });
+}
+
+// Whether slots [0, tokens) are distinct and in [0, size).
+bool distinct(const int64_t *slots, int64_t tokens, int64_t size) {
+    thread_local std::vector<int64_t> sorted;
+    sorted.assign(slots, slots + tokens);
+    std::sort(sorted.begin(), sorted.end());
+    return !tokens || (sorted.front() >= 0 && sorted.back() < size &&
+                       std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end());
+}
+
+template <class T>
+void write_kv(const T *k, int64_t k_t, int64_t k_h, const T *v, int64_t v_t, int64_t v_h,
+              T *k_cache, int64_t kc_h, int64_t kc_n, T *v_cache, int64_t vc_h, int64_t vc_n,
+              const int64_t *slots, int64_t tokens, int64_t heads, int64_t dim, int64_t v_dim,
+              int threads) {
+    parallel(tokens, 64, threads, [&](int64_t t) {
+        for (int64_t h = 0; h < heads; h++) {
+            std::memcpy(k_cache + h * kc_h + slots[t] * kc_n, k + t * k_t + h * k_h, dim * sizeof(T));
+            std::memcpy(v_cache + h * vc_h + slots[t] * vc_n, v + t * v_t + h * v_h, v_dim * sizeof(T));
+        }
+    });
+}
+
+// -- attention -----------------------------------------------------------------------------------
+
+template <class T>
+struct Attention {
+    const T *q, *k, *v;  // (T, heads, dim), (kv_heads, N, dim), (kv_heads, N, v_dim)
+    int64_t q_t, q_h, k_h, k_n, v_h, v_n;
+    int64_t heads, kv_heads, dim, v_dim;
+    const int64_t *positions;
+    float scale, softcap;  // softcap 0: none
+    int64_t window;        // 0: none
+    float *o, *lse;        // partials (P, heads, v_dim), (P, heads)
+};
+
+// Scores of K keys under V vectors of query rows, (K, V * LANES), and the largest so far of each row.
+template <int V, int K>
+[[gnu::noinline]] void scores_tile(const float *q, const float *keys, int64_t stride, int64_t dim,
+                                   float *scores, float *top) {
+    vec sum[K][V] = {};
+#pragma GCC unroll 4
+    for (int64_t d = 0; d < dim; d++) {
+        vec row[V];
+        for (int v = 0; v < V; v++) row[v] = load(q + (d * V + v) * LANES);
+        for (int k = 0; k < K; k++) {
+            const vec key = splat(keys[k * stride + d]);
+            for (int v = 0; v < V; v++) sum[k][v] = fma(row[v], key, sum[k][v]);
+        }
+    }
+    for (int v = 0; v < V; v++) {
+        vec most = load(top + v * LANES);
+        for (int k = 0; k < K; k++) {
+            store(scores + (k * V + v) * LANES, sum[k][v]);
+            most = sum[k][v] > most ? sum[k][v] : most;
+        }
+        store(top + v * LANES, most);
+    }
+}
+
+template <int V>
+void scores_of(const float *q, const float *keys, int64_t stride, int64_t n, int64_t dim,
+               float *scores, float *top) {
+    constexpr int K = std::min(SCORE_TILE / V, 12);
+    int64_t j = 0;
+    for (; j + K <= n; j += K)
+        scores_tile<V, K>(q, keys + j * stride, stride, dim, scores + j * V * LANES, top);
+    for (; j < n; j++)
+        scores_tile<V, 1>(q, keys + j * stride, stride, dim, scores + j * V * LANES, top);
+}
+
+// Adds n weighted values to V vectors of channels of R rows: weights (n, rows), values (n, stride).
+template <int R, int V>
+[[gnu::noinline]] void values_tile(const float *weights, int64_t rows, const float *values,
+                                   int64_t stride, int64_t n, float *out, int64_t out_stride) {
+    vec sum[R][V];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sum[r][v] = load(out + r * out_stride + v * LANES);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < n; j++) {
+        vec value[V];
+        for (int v = 0; v < V; v++) value[v] = load(values + j * stride + v * LANES);
+        for (int r = 0; r < R; r++) {
+            const vec weight = splat(weights[j * rows + r]);
+            for (int v = 0; v < V; v++) sum[r][v] = fma(weight, value[v], sum[r][v]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) store(out + r * out_stride + v * LANES, sum[r][v]);
+}
+
+// The same for all channels of R rows.
+template <int R>
+void add_values(const float *weights, int64_t rows, const float *values, int64_t stride, int64_t n,
+                float *out, int64_t width) {
+    int64_t c = 0;
+#ifdef __AVX512F__
+    for (; c + 4 * LANES <= width; c += 4 * LANES)
+        values_tile<R, 4>(weights, rows, values + c, stride, n, out + c, width);
+#endif
+    for (; c + 2 * LANES <= width; c += 2 * LANES)
+        values_tile<R, 2>(weights, rows, values + c, stride, n, out + c, width);
+    for (; c < width; c += LANES)
+        values_tile<R, 1>(weights, rows, values + c, stride, n, out + c, width);
+}
+
+// A block of keys or values in float32 with rows of `width` (a multiple of LANES for values).
+inline const float *block_of(const float *x, int64_t &stride, int64_t n, int64_t dim, int64_t width,
+                             std::vector<float> &to) {
+    if (width == dim) return x;
+    float *block = room(to, n * width);
+    for (int64_t j = 0; j < n; j++) {
+        std::copy_n(x + j * stride, dim, block + j * width);
+        std::fill(block + j * width + dim, block + (j + 1) * width, 0.0f);
+    }
+    stride = width;
+    return block;
+}
+inline const float *block_of(const bf16 *x, int64_t &stride, int64_t n, int64_t dim, int64_t width,
+                             std::vector<float> &to) {
+    float *block = room(to, n * width);
+    for (int64_t j = 0; j < n; j++) {
+        widen_row(x + j * stride, block + j * width, dim);
+        std::fill(block + j * width + dim, block + (j + 1) * width, 0.0f);
+    }
+    stride = width;
+    return block;
+}
+
+// Soft-caps scores (n, rows), sets those of keys outside [low, high) of a row to -inf, and finds the
+// largest of each row anew.
+void cap_and_mask(float *scores, int64_t n, int64_t rows, float softcap, const int32_t *low,
+                  const int32_t *high, float *top) {
+    if (softcap > 0) {
+        for (int64_t i = 0; i < n * rows; i += LANES)
+            store(scores + i, load(scores + i) / splat(softcap));
+        vmsTanh(n * rows, scores, scores, HIGH_ACCURACY);
+        for (int64_t i = 0; i < n * rows; i += LANES)
+            store(scores + i, load(scores + i) * splat(softcap));
+    }
+    for (int64_t v = 0; v < rows; v += LANES) {
+        const ivec from = read<ivec>(low + v), to = read<ivec>(high + v);
+        vec most = splat(-INF);
+        for (int64_t j = 0; j < n; j++) {
+            const ivec here = ivec{} + (int32_t)j;
+            const vec s = (here >= from) & (here < to) ? load(scores + j * rows + v) : splat(-INF);
+            store(scores + j * rows + v, s);
+            most = s > most ? s : most;
+        }
+        store(top + v, most);
+    }
+}
+
+// Partials of queries [query, + num_queries) of one key/value head over keys [key, + num_keys),
+// the first at `position`; the partial of the first query is `partial`.
+template <class T>
+void attend(const Attention<T> &a, int64_t head, int64_t query, int64_t num_queries, int64_t key,
+            int64_t num_keys, int64_t position, int64_t partial) {
+    thread_local std::vector<float> keys_buffer, values_buffer, row_buffer, q_buffer, scores_buffer,
+        out_buffer;
+    const int64_t groups = a.heads / a.kv_heads, width = (a.v_dim + LANES - 1) / LANES * LANES;
+    int64_t k_stride = a.k_n, v_stride = a.v_n;
+    const float *keys = block_of(a.k + head * a.k_h + key * a.k_n, k_stride, num_keys, a.dim, a.dim,
+                                 keys_buffer);
+    const float *values = block_of(a.v + head * a.v_h + key * a.v_n, v_stride, num_keys, a.v_dim,
+                                   width, values_buffer);
+    const int64_t all = num_queries * groups;
+    for (int64_t first = 0; first < all; first += MAX_VECTORS * LANES) {
+        const int64_t n = std::min<int64_t>(all - first, MAX_VECTORS * LANES);
+        int64_t vectors = (n + LANES - 1) / LANES;
+        if (vectors == 5) vectors = 6;
+        const int64_t rows = vectors * LANES;
+        float *q = room(q_buffer, a.dim * rows), *scores = room(scores_buffer, num_keys * rows);
+        float *sums_of_values = room(out_buffer, rows * width);
+        std::fill_n(sums_of_values, std::min(rows, n + 6) * width, 0.0f);
+
+        int32_t low[MAX_VECTORS * LANES] = {}, high[MAX_VECTORS * LANES];
+        std::fill_n(high, rows, (int32_t)num_keys);
+        bool masked = false;
+        for (int64_t r = 0; r < n; r++) {
+            const int64_t t = query + (first + r) / groups, g = (first + r) % groups;
+            const T *from = a.q + t * a.q_t + (head * groups + g) * a.q_h;
+            const float *row = widened(from, a.dim, row_buffer);
+            for (int64_t d = 0; d < a.dim; d++) q[d * rows + r] = row[d] * a.scale;
+            const int64_t at = a.positions[t] - position;  // its own place among the keys
+            high[r] = std::clamp<int64_t>(at + 1, 0, num_keys);
+            if (a.window) low[r] = std::clamp<int64_t>(at - a.window + 1, 0, num_keys);
+            masked |= low[r] > 0 || high[r] < num_keys;
+        }
+        for (int64_t d = 0; d < a.dim; d++) std::fill(q + d * rows + n, q + (d + 1) * rows, 0.0f);
+
+        float top[MAX_VECTORS * LANES], total[MAX_VECTORS * LANES], log_total[MAX_VECTORS * LANES];
+        std::fill_n(top, rows, -INF);
+        switch (vectors) {
+            case 1: scores_of<1>(q, keys, k_stride, num_keys, a.dim, scores, top); break;
+            case 2: scores_of<2>(q, keys, k_stride, num_keys, a.dim, scores, top); break;
+            case 3: scores_of<3>(q, keys, k_stride, num_keys, a.dim, scores, top); break;
+#ifdef __AVX512F__
+            case 4: scores_of<4>(q, keys, k_stride, num_keys, a.dim, scores, top); break;
+            default: scores_of<6>(q, keys, k_stride, num_keys, a.dim, scores, top);
+#endif
+        }
+        if (a.softcap > 0 || masked)
+            cap_and_mask(scores, num_keys, rows, a.softcap, low, high, top);
+        for (int64_t r = 0; r < rows; r++) top[r] = top[r] == -INF ? 0 : top[r];
+
+        // 32 keys at a time stay in the first cache from the exponential to the values. A weight
+        // joins the sums in the order of `row_sum`; a term that is not there would add 0.
+        vec sums[MAX_VECTORS][32];
+        std::fill_n(sums[0], vectors * 32, vec{});
+        for (int64_t j = 0; j < num_keys; j += 32) {
+            const int64_t here = std::min<int64_t>(32, num_keys - j);
+            float *weights = scores + j * rows;
+            for (int64_t i = 0; i < here; i++)
+                for (int64_t v = 0; v < rows; v += LANES) {
+                    float *at = weights + i * rows + v;
+                    store(at, load(at) - load(top + v));
+                }
+            vmsExp(here * rows, weights, weights, HIGH_ACCURACY);
+            for (int64_t i = 0; i < here; i++)
+                for (int64_t v = 0; v < vectors; v++)
+                    sums[v][i] += load(weights + i * rows + v * LANES);
+            const float *from = values + j * v_stride;
+            for (int64_t r = 0; r < n;) {
+                float *to = sums_of_values + r * width;
+                if (n - r > 4 && rows - r >= 6) {
+                    add_values<6>(weights + r, rows, from, v_stride, here, to, width);
+                    r += 6;
+                } else if (n - r > 2) {
+                    add_values<4>(weights + r, rows, from, v_stride, here, to, width);
+                    r += 4;
+                } else {
+                    add_values<2>(weights + r, rows, from, v_stride, here, to, width);
+                    r += 2;
+                }
+            }
+        }
+        for (int64_t v = 0; v < vectors; v++) {
+            vec sum = {};
+            for (int lane = 0; lane < 8; lane++)
+                sum += sums[v][lane] + sums[v][lane + 8] + sums[v][lane + 16] + sums[v][lane + 24];
+            store(total + v * LANES, sum);
+        }
+        vmsLn(n, total, log_total, HIGH_ACCURACY);
+        for (int64_t r = 0; r < n; r++) {
+            const int64_t t = (first + r) / groups, g = (first + r) % groups;
+            const int64_t at = (partial + t) * a.heads + head * groups + g;
+            const float by = total[r] > 0 ? total[r] : 1;
+            const float *from = sums_of_values + r * width;
+            float *to = a.o + at * a.v_dim;
+            for (int64_t c = 0; c < a.v_dim; c++) to[c] = from[c] / by;
+            a.lse[at] = top[r] + log_total[r];
+        }
+    }
+}
+
+// items (n, 6): query, num_queries, key, num_keys, position of the first key, first partial.
+template <class T>
+void attend_items(const Attention<T> &a, const int64_t *items, int64_t n, int threads) {
+    parallel(n * a.kv_heads, 1, threads, [&](int64_t task) {
+        const int64_t *i = items + task / a.kv_heads * 6;
+        attend(a, task % a.kv_heads, i[0], i[1], i[2], i[3], i[4], i[5]);
+    });
+}
+
+// The own keys of the slots of rows [first_row, last_row), split by split; the partial of slot s and
+// split j is j * num_slots + s.
+template <class T>
+void attend_suffixes(const Attention<T> &a, const int64_t *row_of_slot, const int64_t *length,
+                     const int64_t *position, int64_t num_slots, int64_t base, int64_t capacity,
+                     int64_t max_split, int64_t num_splits, int64_t first_row, int64_t last_row,
+                     int threads) {
+    const int64_t tasks = num_splits * num_slots * a.kv_heads;
+    const auto keys_of = [&](int64_t task, int64_t &first) -> int64_t {
+        const int64_t slot = task / a.kv_heads % num_slots;
+        const int64_t start = task / a.kv_heads / num_slots * max_split, row = row_of_slot[slot];
+        first = base + slot * capacity + start;
+        const bool mine = row >= first_row && row < last_row;
+        return mine ? std::clamp<int64_t>(length[row] - start, 0, max_split) : 0;
+    };
+    parallel(tasks, 16, threads, [&](int64_t task) {
+        const int64_t head = task % a.kv_heads, partial = task / a.kv_heads;
+        const int64_t slot = partial % num_slots, groups = a.heads / a.kv_heads;
+        int64_t first, ahead;
+        const int64_t n = keys_of(task, first);
+        if (task + 1 < tasks) {
+            // A suffix is short and read once: the next one is fetched meanwhile.
+            const int64_t most = keys_of(task + 1, ahead), next = (task + 1) % a.kv_heads;
+            const T *k = a.k + next * a.k_h + ahead * a.k_n, *v = a.v + next * a.v_h + ahead * a.v_n;
+            for (int64_t i = 0; i < most * a.k_n; i += 64 / sizeof(T)) __builtin_prefetch(k + i, 0, 2);
+            for (int64_t i = 0; i < most * a.v_n; i += 64 / sizeof(T)) __builtin_prefetch(v + i, 0, 2);
+        }
+        if (n) {
+            const int64_t row = row_of_slot[slot], start = partial / num_slots * max_split;
+            attend(a, head, row, 1, first, n, position[row] + start, partial);
+        } else if (const int64_t row = row_of_slot[slot]; row >= first_row && row < last_row) {
+            std::fill_n(a.lse + partial * a.heads + head * groups, groups, -INF);
+        }
+    });
+}
+
+// Merge of each query's partials index (T, J), -1 where there is none.
+template <class T>
+void merge(const float *o, const float *lse, const int64_t *index, int64_t queries, int64_t most,
+           int64_t heads, int64_t v_dim, T *out, float *out_lse, int threads) {
+    parallel(queries, 8, threads, [&](int64_t t) {
+        thread_local std::vector<float> kept;
+        const int64_t *mine = index + t * most;
+        float *weights = room(kept, heads * (most + 3 + v_dim)), *top = weights + most * heads;
+        float *total = top + heads, *log_total = total + heads, *sums = log_total + heads;
+        std::fill_n(top, heads, -INF);
+        for (int64_t j = 0; j < most; j++)
+            for (int64_t h = 0; h < heads; h++) {
+                const float log = mine[j] < 0 ? -INF : lse[mine[j] * heads + h];
+                weights[j * heads + h] = log;
+                top[h] = log > top[h] || log != log ? log : top[h];
+            }
+        for (int64_t h = 0; h < heads; h++) top[h] = top[h] == -INF ? 0 : top[h];
+        for (int64_t j = 0; j < most; j++)
+            for (int64_t h = 0; h < heads; h++) weights[j * heads + h] -= top[h];
+        vmsExp(most * heads, weights, weights, HIGH_ACCURACY);
+        std::fill_n(sums, heads * v_dim, 0.0f);
+        std::fill_n(total, heads, 0.0f);
+        for (int64_t j = 0; j < most; j++) {
+            if (mine[j] < 0) continue;
+            for (int64_t h = 0; h < heads; h++) {
+                const float weight = weights[j * heads + h];
+                if (weight == 0) continue;
+                total[h] += weight;
+                const float *from = o + (mine[j] * heads + h) * v_dim;
+                float *to = sums + h * v_dim;
+                for (int64_t c = 0; c < v_dim; c++) to[c] += from[c] * weight;
+            }
+        }
+        vmsLn(heads, total, log_total, HIGH_ACCURACY);
+        for (int64_t h = 0; h < heads; h++) {
+            float *from = sums + h * v_dim;
+            if (total[h] != 0)
+                for (int64_t c = 0; c < v_dim; c++) from[c] /= total[h];
+            out_lse[t * heads + h] = top[h] + log_total[h];
+        }
+        narrow_row(sums, out + t * heads * v_dim, heads * v_dim);
+    });
+}
+
+// -- linear layers -------------------------------------------------------------------------------
+
+constexpr int COLUMNS = 2 * LANES;             // of a panel of packed weights
+constexpr int ROWS = LANES == 16 ? 14 : 6;     // most rows of a tile: 2 accumulators each
+constexpr int64_t SUM_BLOCK = 256;             // terms added before their sum joins the others'
+
+// A panel holds COLUMNS columns term by term. In bfloat16 a 32-bit word holds columns i and
+// i + LANES, so that one load gives both vectors.
+inline void panel(const float *w, vec &a, vec &b) {
+    a = load(w);
+    b = load(w + LANES);
+}
+inline void panel(const bf16 *w, vec &a, vec &b) {
+    const ivec both = read<ivec>(w);
+    a = (vec)(both << 16);
+    b = (vec)(both & (int32_t)0xFFFF0000);
+}
+
+template <class W>
+void pack(const W *weight, int64_t n, int64_t k, W *packed, int threads) {
+    parallel((n + COLUMNS - 1) / COLUMNS, 1, threads, [&](int64_t p) {
+        for (int64_t c = 0; c < COLUMNS; c++) {
+            const int64_t column = p * COLUMNS + c;
+            const int64_t place = sizeof(W) == 4 ? c : c % LANES * 2 + c / LANES;
+            for (int64_t i = 0; i < k; i++)
+                packed[(p * k + i) * COLUMNS + place] = column < n ? weight[column * k + i] : W{};
+        }
+    });
+}
+
+// M rows, laid term by term in x (k, M), times a panel: y (M, COLUMNS). Meanwhile `step` bytes a
+// term are fetched from `ahead` into the second cache: a panel comes from memory while the one
+// before it is in use, or its first tile would wait.
+template <int M, class W>
+[[gnu::noinline]] void linear_tile(const float *x, const W *weight, int64_t k, const float *bias,
+                                   const char *ahead, int64_t step, float *y) {
+    vec total[M][2] = {};
+    for (int64_t start = 0; start < k; start += SUM_BLOCK) {
+        vec sum[M][2] = {};
+        const int64_t stop = std::min(k, start + SUM_BLOCK);
+#pragma GCC unroll 4
+        for (int64_t i = start; i < stop; i++) {
+            vec a, b;
+            __builtin_prefetch(weight + (i + 16) * COLUMNS);
+            __builtin_prefetch(ahead + i * step, 0, 2);
+            panel(weight + i * COLUMNS, a, b);
+            for (int m = 0; m < M; m++) {
+                const vec by = splat(x[i * M + m]);
+                sum[m][0] = fma(by, a, sum[m][0]);
+                sum[m][1] = fma(by, b, sum[m][1]);
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < 2; v++)
+                total[m][v] = start ? total[m][v] + sum[m][v]
+                              : bias ? sum[m][v] + load(bias + v * LANES)
+                                     : sum[m][v];
+    }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < 2; v++) store(y + m * COLUMNS + v * LANES, total[m][v]);
+}
+
+template <int M, class W>
+void linear_rows(int64_t rows, const float *x, const W *weight, int64_t k, const float *bias,
+                 const char *ahead, int64_t step, float *y) {
+    if constexpr (M > 0) {
+        if (rows == M) return linear_tile<M>(x, weight, k, bias, ahead, step, y);
+        linear_rows<M - 1>(rows, x, weight, k, bias, ahead, step, y);
+    }
+}
+
+// y (m, n) = x (m, k) W^T + bias (n), W (n, k) packed.
+template <class T>
+void linear(const T *x, int64_t m, int64_t k, const T *weight, int64_t n, const T *bias, T *y,
+            int threads) {
+    thread_local std::vector<float> scratch;
+    float *laid = room(scratch, m * k);
+    const int64_t tiles = (m + ROWS - 1) / ROWS, tile = (m + tiles - 1) / tiles;
+    parallel(tiles, 1, threads, [&](int64_t t) {
+        thread_local std::vector<float> buffer;
+        const int64_t first = t * tile, here = std::min(tile, m - first);
+        for (int64_t r = 0; r < here; r++) {
+            const float *row = widened(x + (first + r) * k, k, buffer);
+            for (int64_t i = 0; i < k; i++) laid[first * k + i * here + r] = row[i];
+        }
+    });
+    // Rows that stay in the second cache while the panels pass by.
+    const int64_t block = std::max<int64_t>(1, (3 << 18) / (4 * k * tile)) * tile;
+    const int64_t panels = (n + COLUMNS - 1) / COLUMNS, blocks = (m + block - 1) / block;
+    // Neighbouring panels to one thread, so that it finds what it fetched ahead; several for each.
+    const int64_t grain = std::clamp<int64_t>(blocks * panels / (4 * threads), 1, 8);
+    parallel(blocks * panels, grain, threads, [&](int64_t task) {
+        const int64_t p = task % panels, first = task / panels * block;
+        const int64_t last = std::min(m, first + block);
+        const int64_t columns = std::min<int64_t>(COLUMNS, n - p * COLUMNS);
+        const T *mine = weight + p * COLUMNS * k;
+        const int64_t step = COLUMNS * sizeof(T) / ((last - first + tile - 1) / tile);
+        const char *ahead = (const char *)(mine + COLUMNS * k);
+        float out[ROWS * COLUMNS], b[COLUMNS] = {};
+        if (bias) widen_row(bias + p * COLUMNS, b, columns);
+        for (int64_t t = first; t < last; t += tile) {
+            const int64_t here = std::min(tile, m - t);
+            linear_rows<ROWS>(here, laid + t * k, mine, k, bias ? b : nullptr, ahead, step, out);
+            ahead += step * k;
+            for (int64_t r = 0; r < here; r++)
+                narrow_row(out + r * COLUMNS, y + (t + r) * n + p * COLUMNS, columns);
+        }
+    });
+}
+
+// -- the decoder -----------------------------------------------------------------------------
+
+}  // namespace
+
+// Weights of a layer: matrices packed, a null pointer for what the model does not have. `chunks`
+// (num_chunks, 6) int64: items, number of items, index, its columns, first and last query.
+struct Layer {
+    const void *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *post_attention_norm,
+        *pre_feedforward_norm, *post_feedforward_norm, *gate_up, *down;
+    void *k_cache, *v_cache;  // (kv_heads, cells, dim), (kv_heads, cells, v_dim)
+    const int64_t *chunks;
+    int64_t num_chunks, window;
+    float scale, softcap;
+};
+
+struct Decoder {
+    const void *embedding, *norm;
+    const Layer *layers;
+    int64_t num_layers, hidden, heads, kv_heads, dim, v_dim, intermediate, cells;
+    int64_t plus_one, gelu;
+    float eps, embedding_scale;  // 0: none
+};
+
+// Every slot's own keys (`SuffixTiles`); num_splits 0: there are none.
+struct Suffix {
+    const int64_t *row, *length, *position;
+    int64_t num_slots, base, capacity, max_split, num_splits;
+};
+
+namespace {
+
+// The hidden states of tokens [first, last) after the final norm, into out (all tokens, hidden):
+// `Transformer.forward`.
+template <class T>
+void decode_rows(const Decoder &d, int64_t first, int64_t last, const int64_t *tokens,
+                 const int64_t *positions, const float *cos, const float *sin,
+                 const int64_t *slots, const Suffix &suffix, float *o, float *lse, T *out,
+                 int threads) {
+    const int64_t n = last - first, q_size = d.heads * d.dim, k_size = d.kv_heads * d.dim;
+    const int64_t v_size = d.kv_heads * d.v_dim, qkv_size = q_size + k_size + v_size;
+    const int64_t half = d.dim / 2, kept = n * d.hidden;
+    tokens += first;
+    slots += first;
+    cos += first * half;
+    sin += first * half;
+    // Two residual streams, since a norm reads one while it writes the other.
+    thread_local std::vector<T> scratch;
+    thread_local std::vector<float> lse_scratch;
+    const int64_t attended_size = d.heads * d.v_dim;
+    const int64_t wide = qkv_size + q_size + k_size + attended_size + 3 * d.intermediate;
+    float *merged_lse = room(lse_scratch, n * d.heads);
+    T *hidden = room(scratch, 4 * kept + n * wide), *next = hidden + kept, *normed = next + kept;
+    T *update = normed + kept, *qkv = update + kept, *q = qkv + n * qkv_size, *k = q + n * q_size;
+    T *attended = k + n * k_size, *gate_up = attended + n * attended_size;
+    T *active = gate_up + 2 * n * d.intermediate;
+
+    const auto norm = [&](const T *x, const void *weight, T *y) {
+        rms_norm<T>(x, d.hidden, d.hidden, nullptr, (const T *)weight, y, nullptr, n, 1, d.hidden,
+                    d.eps, d.plus_one, threads);
+    };
+    // normed = norm(update + hidden), and hidden becomes that sum.
+    const auto add_and_norm = [&](const void *weight) {
+        rms_norm<T>(update, d.hidden, d.hidden, hidden, (const T *)weight, normed, next, n, 1,
+                    d.hidden, d.eps, d.plus_one, threads);
+        std::swap(hidden, next);
+    };
+    // Turns the heads of a slice of qkv, normed first where there is a norm.
+    const auto turn = [&](const T *x, int64_t heads, const void *weight, T *y) {
+        if (weight)
+            rms_norm<T>(x, qkv_size, d.dim, nullptr, (const T *)weight, y, nullptr, n * heads,
+                        heads, d.dim, d.eps, d.plus_one, threads);
+        rope<T>(weight ? y : x, weight ? heads * d.dim : qkv_size, d.dim, cos, sin, y, n, heads,
+                half, threads);
+    };
+
+    const T *table = (const T *)d.embedding;
+    parallel(n, 16, threads, [&](int64_t t) {
+        const T *from = table + tokens[t] * d.hidden;
+        T *to = hidden + t * d.hidden;
+        for (int64_t i = 0; i < d.hidden; i++)
+            if (d.embedding_scale > 0)
+                narrow(widen(from[i]) * d.embedding_scale, to + i);
+            else
+                to[i] = from[i];
+    });
+    for (int64_t i = 0; i < d.num_layers; i++) {
+        const Layer &layer = d.layers[i];
+        if (i == 0)
+            norm(hidden, layer.input_norm, normed);
+        else
+            add_and_norm(layer.input_norm);
+        linear<T>(normed, n, d.hidden, (const T *)layer.qkv, qkv_size, (const T *)layer.qkv_bias,
+                  qkv, threads);
+        turn(qkv, d.heads, layer.q_norm, q);
+        turn(qkv + q_size, d.kv_heads, layer.k_norm, k);
+        T *k_cache = (T *)layer.k_cache, *v_cache = (T *)layer.v_cache;
+        const int64_t k_h = d.cells * d.dim, v_h = d.cells * d.v_dim;
+        write_kv<T>(k, k_size, d.dim, qkv + q_size + k_size, qkv_size, d.v_dim, k_cache, k_h, d.dim,
+                    v_cache, v_h, d.v_dim, slots, n, d.kv_heads, d.dim, d.v_dim, threads);
+        const Attention<T> a{q - first * q_size, k_cache, v_cache, q_size, d.dim, k_h, d.dim, v_h,
+                             d.v_dim, d.heads, d.kv_heads, d.dim, d.v_dim, positions, layer.scale,
+                             layer.softcap, layer.window, o, lse};
+        if (suffix.num_splits)
+            attend_suffixes(a, suffix.row, suffix.length, suffix.position, suffix.num_slots,
+                            suffix.base, suffix.capacity, suffix.max_split, suffix.num_splits,
+                            first, last, threads);
+        for (int64_t c = 0; c < layer.num_chunks; c++) {
+            const int64_t *chunk = layer.chunks + c * 6, start = chunk[4] - first;
+            if (chunk[4] < first || chunk[4] >= last) continue;
+            attend_items(a, (const int64_t *)chunk[0], chunk[1], threads);
+            merge(o, lse, (const int64_t *)chunk[2], chunk[5] - chunk[4], chunk[3], d.heads,
+                  d.v_dim, attended + start * attended_size, merged_lse + start * d.heads, threads);
+        }
+        linear<T>(attended, n, attended_size, (const T *)layer.o, d.hidden, nullptr, update,
+                  threads);
+        if (layer.pre_feedforward_norm) {
+            norm(update, layer.post_attention_norm, update);
+            add_and_norm(layer.pre_feedforward_norm);
+        } else {
+            add_and_norm(layer.post_attention_norm);
+        }
+        linear<T>(normed, n, d.hidden, (const T *)layer.gate_up, 2 * d.intermediate, nullptr,
+                  gate_up, threads);
+        gated_act<T>(gate_up, 2 * d.intermediate, active, n, d.intermediate, d.gelu, threads);
+        linear<T>(active, n, d.intermediate, (const T *)layer.down, d.hidden, nullptr, update,
+                  threads);
+        if (layer.post_feedforward_norm) norm(update, layer.post_feedforward_norm, update);
+    }
+    add_and_norm(d.norm);
+    std::copy_n(normed, kept, out + first * d.hidden);
+}
+
+// All n tokens. With several shards, each of `shards` (num_shards + 1 bounds) is run by one thread
+// from the first layer to the last, and no thread ever waits for another: only for tokens that do
+// not see each other's keys, and for chunks that lie within a shard and share no partials.
+template <class T>
+void decode(const Decoder &d, const int64_t *tokens, int64_t n, const int64_t *positions,
+            const float *cos, const float *sin, const int64_t *slots, const Suffix &suffix,
+            const int64_t *shards, int64_t num_shards, float *o, float *lse, T *out,
+            int threads) {
+    if (num_shards == 1)
+        return decode_rows(d, 0, n, tokens, positions, cos, sin, slots, suffix, o, lse, out,
+                           threads);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int64_t i = 0; i < num_shards; i++)
+        decode_rows(d, shards[i], shards[i + 1], tokens, positions, cos, sin, slots, suffix, o,
+                    lse, out, 1);
+}
+
+// -- sampling ------------------------------------------------------------------------------------
+
+// The first index whose running sum exceeds the threshold, which is lowered below the last one, and
+// what of the threshold is left inside it. Only a row of NaN exceeds the last index.
+int64_t search(const float *running, int64_t n, float &threshold) {
+    threshold = std::min(threshold, std::nextafter(running[n - 1], 0.0f));
+    int64_t i = std::upper_bound(running, running + n, threshold) - running;
+    i = std::min(i, n - 1);
+    threshold -= i ? running[i - 1] : 0;
+    return i;
+}
+
+void running_sums(const float *x, int64_t n, float *running) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) running[i] = sum += x[i];
+}
+
+// Sums of tiles of `tile` weights, accumulated: (tiles,).
+void running_tile_sums(const float *weights, int64_t vocab, int64_t tile, float *running) {
+    const int64_t tiles = (vocab + tile - 1) / tile;
+    for (int64_t j = 0; j < tiles; j++)
+        running[j] = row_sum(weights + j * tile, std::min(tile, vocab - j * tile));
+    running_sums(running, tiles, running);
+}
+
+template <class T>
+void sample_token(const T *logits, int64_t batch, int64_t vocab, const float *uniform,
+                  int64_t uniform_stride, float temperature, float min_p, float softcap,
+                  int64_t tile, int64_t *token, float *logprob, float *sampling_logprob,
+                  int threads) {
+    parallel(batch, 1, threads, [&](int64_t row) {
+        thread_local std::vector<float> kept;
+        const int64_t tiles = (vocab + tile - 1) / tile;
+        float *x = room(kept, 2 * vocab + 2 * tile + tiles), *weights = x + vocab;
+        float *running = weights + vocab + tile, *inside = running + tiles;
+        const T *from = logits + row * vocab;
+        int64_t i = 0;
+        widen_row(from, x, vocab);
+        if (softcap > 0) {
+            for (i = 0; i < vocab; i++) x[i] /= softcap;
+            vmsTanh(vocab, x, x, HIGH_ACCURACY);
+            for (i = 0; i < vocab; i++) x[i] *= softcap;
+        }
+        vec most = splat(-INF);
+        float top = -INF;
+        bool nan = false;
+        for (i = 0; i + LANES <= vocab; i += LANES) {
+            const vec s = load(x + i);
+            most = s > most ? s : most;
+        }
+        for (int lane = 0; lane < LANES; lane++) top = std::max(top, most[lane]);
+        for (; i < vocab; i++) top = std::max(top, x[i]);
+        for (i = 0; i < vocab; i++) nan |= x[i] != x[i];
+        if (nan) top = std::numeric_limits<float>::quiet_NaN();
+        const bool greedy = temperature == 0;
+        int64_t chosen = 0;
+        if (greedy && !nan) chosen = std::find(x, x + vocab, top) - x;
+        for (i = 0; i < vocab; i++) x[i] -= top;
+        vmsExp(vocab, x, weights, HIGH_ACCURACY);
+        running_tile_sums(weights, vocab, tile, running);
+        float log_normalizer;
+        vmsLn(1, &running[tiles - 1], &log_normalizer, HIGH_ACCURACY);
+        if (greedy) {
+            token[row] = chosen;
+            logprob[row] = -log_normalizer;
+            sampling_logprob[row] = 0;
+            return;
+        }
+        if (temperature != 1) {
+            for (i = 0; i < vocab; i++) weights[i] = x[i] / temperature;
+            vmsExp(vocab, weights, weights, HIGH_ACCURACY);
+        }
+        if (min_p > 0)
+            for (i = 0; i < vocab; i++) weights[i] = weights[i] < min_p ? 0 : weights[i];
+        if (temperature != 1 || min_p > 0)
+            running_tile_sums(weights, vocab, tile, running);
+        float threshold = uniform[row * uniform_stride] * running[tiles - 1], log_total;
+        vmsLn(1, &running[tiles - 1], &log_total, HIGH_ACCURACY);
+        const int64_t in = search(running, tiles, threshold);
+        // One tile is searched as it is; of several, the last is filled up with zeros.
+        const int64_t n = tiles == 1 ? vocab : tile, first = in * tile;
+        std::fill_n(weights + vocab, tile, 0.0f);
+        running_sums(weights + first, n, inside);
+        chosen = std::min(first + search(inside, n, threshold), vocab - 1);
+        token[row] = chosen;
+        logprob[row] = x[chosen] - log_normalizer;
+        sampling_logprob[row] = x[chosen] / temperature - log_total;
+    });
+}
+
+// -- taking a token ------------------------------------------------------------------------------
+
+// The tables of a `ScoreAutomaton` and the registers of a `ScoreState`.
+struct Automaton {
+    int64_t *value, *count, *items, *n, *reason, *scores;  // items (B, max_n + 1), scores (B, max_n)
+    int64_t max_n;
+    const int16_t *table;  // (states, num_tokens): the next state, or BY_SYMBOL
+    const int64_t *transitions, *symbols, *first, *last;
+    int64_t num_tokens, score_min, score_max, saturated;
+};
+// As in kernels/extract_scores.py.
+constexpr int64_t BY_SYMBOL = -1, ALPHABET = 258, DECIDED = 0;
+constexpr int64_t CLOSE_BAD = 2, FORGET = 3;
+constexpr int64_t UNDECIDED = -1, VALID = 0, COUNT = 2, RANGE = 3, NOT_AN_INTEGER = 4;
+
+// Writes the outcome of a box that closes, or clears it.
+void record(const Automaton &a, int64_t row, int64_t event, int64_t count) {
+    const int64_t *items = a.items + row * (a.max_n + 1), n = a.n[row];
+    const bool outside = std::any_of(
+        items, items + n, [&](int64_t s) { return s < a.score_min || s > a.score_max; });
+    const int64_t reason = event == FORGET      ? UNDECIDED
+                           : event == CLOSE_BAD ? NOT_AN_INTEGER
+                           : count != n         ? COUNT
+                           : outside            ? RANGE
+                                                : VALID;
+    a.reason[row] = reason;
+    for (int64_t i = 0; i < a.max_n; i++)
+        a.scores[row * a.max_n + i] = i < n && reason == VALID ? items[i] : 0;
+}
+
+// The control state of a row after one more token.
+int64_t advance(const Automaton &a, int64_t row, int64_t state, int64_t token) {
+    const int64_t following = a.table[state * a.num_tokens + token];
+    if (following != BY_SYMBOL) return following;
+    int64_t value = a.value[row], count = a.count[row];
+    for (int64_t place = a.first[token]; place < a.last[token]; place++) {
+        const int64_t *edge = a.transitions + (state * ALPHABET + a.symbols[place]) * 6;
+        state = edge[0];
+        // The item's slot always holds the value so far: when it ends, it is there.
+        a.items[row * (a.max_n + 1) + std::min(count, a.max_n)] = value;
+        value = std::clamp(value * edge[1] + edge[2], -a.saturated, a.saturated);
+        count = count * edge[3] + edge[4];
+        if (edge[5]) record(a, row, edge[5], count);
+    }
+    a.value[row] = value;
+    a.count[row] = count;
+    return state;
+}
+
+}  // namespace
+
+// `take_token`, on one thread: it is a few hundred samples at most.
+extern "C" void take_token_f32(
+    const int64_t *drawn, const float *logprob, const float *sampling_logprob, int64_t *token,
+    int64_t *made, const int64_t *limit, const int64_t *slot, bool *finished, bool *ended,
+    int64_t *tokens, float *logprobs, int64_t capacity, int64_t num_recorded,
+    const int64_t *end_ids, int64_t num_ends, int64_t *position, int64_t *length, int64_t *cell,
+    int64_t num_rows, int64_t *control, const Automaton *automaton, int64_t stop_at_box, int) {
+    for (int64_t row = 0; row < num_rows; row++) {
+        if (finished[row]) continue;
+        const int64_t at = slot[row] * capacity + made[row];
+        tokens[at] = token[row] = drawn[row];
+        logprobs[at] = logprob[row];
+        logprobs[num_recorded + at] = sampling_logprob[row];
+        made[row]++;
+        // An end token has no bytes, and must not reset the automaton as other special tokens do.
+        ended[row] = std::find(end_ids, end_ids + num_ends, drawn[row]) != end_ids + num_ends;
+        if (!ended[row]) control[row] = advance(*automaton, row, control[row], drawn[row]);
+        finished[row] = ended[row] || made[row] >= limit[row] ||
+                        (stop_at_box && control[row] == DECIDED);
+        if (position) {
+            position[row]++;
+            length[row]++;
+            cell[row]++;
+        }
+    }
+}
+
+// -- what Python calls, for float and bf16 -------------------------------------------------------
+
+#define EXPORTS(T, S)                                                                              \
+    extern "C" void rms_norm_##S(const T *x, int64_t x_t, int64_t x_a, const T *residual,          \
+                                 const T *weight, T *y, T *total, int64_t rows, int64_t inner,     \
+                                 int64_t size, float eps, int64_t plus_one, int threads) {             \
+        rms_norm(x, x_t, x_a, residual, weight, y, total, rows, inner, size, eps, plus_one,        \
+                 threads);                                                                         \
+    }                                                                                              \
+    extern "C" void rope_##S(const T *x, int64_t x_t, int64_t x_h, const float *cos,               \
+                             const float *sin, T *y, int64_t tokens, int64_t heads, int64_t half,  \
+                             int threads) {                                                        \
+        rope(x, x_t, x_h, cos, sin, y, tokens, heads, half, threads);                              \
+    }                                                                                              \
+    extern "C" void gated_act_##S(const T *gate_up, int64_t stride, T *y, int64_t tokens,          \
+                                  int64_t size, int64_t gelu, int threads) {                       \
+        gated_act(gate_up, stride, y, tokens, size, gelu, threads);                                \
+    }                                                                                              \
+    extern "C" void write_kv_##S(const T *k, int64_t k_t, int64_t k_h, const T *v, int64_t v_t,    \
+                                 int64_t v_h, T *k_cache, int64_t kc_h, int64_t kc_n, T *v_cache,  \
+                                 int64_t vc_h, int64_t vc_n, const int64_t *slots, int64_t tokens, \
+                                 int64_t heads, int64_t dim, int64_t v_dim, int threads) {         \
+        write_kv(k, k_t, k_h, v, v_t, v_h, k_cache, kc_h, kc_n, v_cache, vc_h, vc_n, slots,        \
+                 tokens, heads, dim, v_dim, threads);                                              \
+    }                                                                                              \
+    extern "C" void attend_items_##S(                                                              \
+        const T *q, int64_t q_t, int64_t q_h, const T *k, int64_t k_h, int64_t k_n, const T *v,    \
+        int64_t v_h, int64_t v_n, int64_t heads, int64_t kv_heads, int64_t dim, int64_t v_dim,     \
+        const int64_t *positions, float scale, float softcap, int64_t window, float *o,            \
+        float *lse, const int64_t *items, int64_t n, int threads) {                                \
+        attend_items(Attention<T>{q, k, v, q_t, q_h, k_h, k_n, v_h, v_n, heads, kv_heads, dim,     \
+                                  v_dim, positions, scale, softcap, window, o, lse},               \
+                     items, n, threads);                                                           \
+    }                                                                                              \
+    extern "C" void attend_suffixes_##S(                                                           \
+        const T *q, int64_t q_t, int64_t q_h, const T *k, int64_t k_h, int64_t k_n, const T *v,    \
+        int64_t v_h, int64_t v_n, int64_t heads, int64_t kv_heads, int64_t dim, int64_t v_dim,     \
+        const int64_t *positions, float scale, float softcap, int64_t window, float *o,            \
+        float *lse, const int64_t *row_of_slot, const int64_t *length, const int64_t *position,    \
+        int64_t num_slots, int64_t base, int64_t capacity, int64_t max_split, int64_t num_splits,  \
+        int threads) {                                                                             \
+        attend_suffixes(Attention<T>{q, k, v, q_t, q_h, k_h, k_n, v_h, v_n, heads, kv_heads, dim,  \
+                                     v_dim, positions, scale, softcap, window, o, lse},            \
+                        row_of_slot, length, position, num_slots, base, capacity, max_split,       \
+                        num_splits, 0, INT64_MAX, threads);                                        \
+    }                                                                                              \
+    extern "C" void merge_##S(const float *o, const float *lse, const int64_t *index,              \
+                              int64_t queries, int64_t most, int64_t heads, int64_t v_dim, T *out, \
+                              float *out_lse, int threads) {                                       \
+        merge(o, lse, index, queries, most, heads, v_dim, out, out_lse, threads);                  \
+    }                                                                                              \
+    extern "C" void pack_##S(const T *weight, int64_t n, int64_t k, T *packed, int threads) {      \
+        pack(weight, n, k, packed, threads);                                                       \
+    }                                                                                              \
+    extern "C" void linear_##S(const T *x, int64_t m, int64_t k, const T *weight, int64_t n,       \
+                               const T *bias, T *y, int threads) {                                 \
+        linear(x, m, k, weight, n, bias, y, threads);                                              \
+    }                                                                                              \
+    extern "C" void decode_##S(const Decoder *d, const int64_t *tokens, int64_t n,                 \
+                               const int64_t *positions, const float *cos, const float *sin,       \
+                               const int64_t *slots, const Suffix *suffix, const int64_t *shards,  \
+                               int64_t num_shards, float *o, float *lse, T *out, int threads) {    \
+        decode(*d, tokens, n, positions, cos, sin, slots, *suffix, shards, num_shards, o, lse,     \
+               out, threads);                                                                      \
+    }                                                                                              \
+    extern "C" void sample_token_##S(const T *logits, int64_t batch, int64_t vocab,                \
+                                     const float *uniform, int64_t uniform_stride,                 \
+                                     float temperature, float min_p, float softcap, int64_t tile,  \
+                                     int64_t *token, float *logprob, float *sampling_logprob,      \
+                                     int threads) {                                                \
+        sample_token(logits, batch, vocab, uniform, uniform_stride, temperature, min_p, softcap,   \
+                     tile, token, logprob, sampling_logprob, threads);                             \
+    }
+
+EXPORTS(float, f32)
+EXPORTS(bf16, bf16)
+
+extern "C" int distinct_slots(const int64_t *slots, int64_t tokens, int64_t size) {
+    return distinct(slots, tokens, size);
+}
+extern "C" int panel_columns() { return COLUMNS; }

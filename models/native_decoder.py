@@ -1,0 +1,222 @@
+"""A whole forward of the decoder as one C++ call, for sampling on CPU.
+
+`Transformer` is the definition; this runs the same operations in the same order, over the same
+weights laid out for C++ (`kernels/packed_linear.py`), with forest attention over a cache inside. In
+float32 its results are bit for bit those of `Transformer.forward` in torch. What it saves is the
+time between operations: several hundred calls from Python and torch for every step.
+
+It keeps addresses of weights and caches, so both have to stay where they are; weights that change
+in place are packed anew. No gradients.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import native
+from kernels.forest_attention_native import chunks_of, partials_of
+from kernels.forest_plan import MAX_SPLIT, ForestPlan
+from kernels.launch import power_of_two
+from kernels.packed_linear import packed, packed_linear
+from kernels.rope import rope_cos_sin
+from models.transformer import DecoderLayer, RMSNorm, Transformer
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SHARD_ROWS = 48
+_LAYER_WEIGHTS = (
+    "input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "post_attention_norm",
+    "pre_feedforward_norm", "post_feedforward_norm", "gate_up", "down",
+)  # fmt: skip
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of kernels/native.cpp."""
+
+    _fields_ = [  # noqa: RUF012
+        *((name, _POINTER) for name in (*_LAYER_WEIGHTS, "k_cache", "v_cache", "chunks")),
+        ("num_chunks", _INT),
+        ("window", _INT),
+        ("scale", _FLOAT),
+        ("softcap", _FLOAT),
+    ]
+
+
+class _Decoder(ctypes.Structure):
+    """`Decoder` of kernels/native.cpp."""
+
+    _fields_ = [  # noqa: RUF012
+        ("embedding", _POINTER),
+        ("norm", _POINTER),
+        ("layers", ctypes.POINTER(_Layer)),
+        *(
+            (name, _INT)
+            for name in (
+                "num_layers", "hidden", "heads", "kv_heads", "dim", "v_dim", "intermediate",
+                "cells", "plus_one", "gelu",
+            )
+        ),
+        ("eps", _FLOAT),
+        ("embedding_scale", _FLOAT),
+    ]  # fmt: skip
+
+
+class _Suffix(ctypes.Structure):
+    """`Suffix` of kernels/native.cpp."""
+
+    _fields_ = [  # noqa: RUF012
+        *((name, _POINTER) for name in ("row", "length", "position")),
+        *((name, _INT) for name in ("num_slots", "base", "capacity", "max_split", "num_splits")),
+    ]
+
+
+def _shards(plan: ForestPlan) -> tuple[int, ...]:
+    """Bounds of the runs of tokens that one thread each takes through all layers: one run, or in
+    decode, where tokens do not see each other's keys, one for each thread if that is enough rows
+    for a thread to be busy with arithmetic and not with reading weights."""
+    tokens, threads = len(plan.first_position), torch.get_num_threads()
+    if not plan.moving or tokens < threads * _SHARD_ROWS:
+        return 0, tokens
+    return tuple(tokens * i // threads for i in range(threads + 1))
+
+
+def runs_native(model: Transformer) -> bool:
+    """Whether this model's forward can be had as C++: float32 or bfloat16 on CPU, no gradient."""
+    parameters = list(model.parameters())
+    return not any(p.is_inference() for p in parameters) and native.runs_native(
+        *(p.detach() for p in parameters)
+    )
+
+
+class NativeDecoder:
+    """The forward of one model over one cache."""
+
+    def __init__(
+        self, model: Transformer, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor]
+    ) -> None:
+        """k_caches (Hkv, N, D) and v_caches (Hkv, N, Dv), contiguous, one of each a layer."""
+        for cache in (*k_caches, *v_caches):
+            assert cache.is_contiguous() and cache.dtype == model.head_weight.dtype
+        self.model, self.k_caches, self.v_caches = model, list(k_caches), list(v_caches)
+        self.dtype = model.head_weight.dtype
+        self._parameters = list(model.parameters())
+        self._versions: list[tuple[int, int]] = []
+        self._kept: list[Tensor] = []
+        self._cos_sin: tuple[Tensor, Tensor] | None = None
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, slots: Tensor, plan: ForestPlan
+    ) -> Tensor:
+        """Write the keys and values of T tokens into their slots, and return their hidden states
+        after the final norm, (T, hidden_size).
+
+        token_ids, positions, slots: (T,) int64, contiguous; ids and slots are in range and slots
+        distinct (ValueError for slots that are not).
+        """
+        config = self.model.config
+        self._refresh()
+        if not native.distinct_slots(slots, self.k_caches[0].shape[1]):
+            raise ValueError(f"slots must be distinct and within the cache, got {slots.tolist()}")
+        assert token_ids.is_contiguous() and positions.is_contiguous()
+        cos, sin = self._angles(positions)
+        suffix = _Suffix()
+        if plan.suffix is not None:
+            s = plan.suffix
+            suffix = _Suffix(
+                s.row.data_ptr(), s.length.data_ptr(), s.position.data_ptr(), len(s.row), s.base,
+                s.capacity, MAX_SPLIT, s.num_splits,
+            )  # fmt: skip
+        heads, v_dim = config.num_heads, config.v_head_dim
+        o = lse = None
+        shards = _shards(plan)
+        bounds = (_INT * len(shards))(*shards)
+        for layer, spec in zip(self._layers, config.attention, strict=True):
+            chunks = chunks_of(plan, spec.window, heads, v_dim, shards)
+            layer.chunks, layer.num_chunks = chunks.table.data_ptr(), len(chunks.table)
+            plan.executed += chunks.num_items
+            if o is None or chunks.num_partials > len(o):
+                o, lse = partials_of(plan, chunks.num_partials, heads, v_dim)
+        out = torch.empty(len(token_ids), config.hidden_size, dtype=self.dtype)
+        native.call(
+            "decode", self.dtype, ctypes.byref(self._decoder), token_ids, len(token_ids),
+            positions, cos, sin, slots, ctypes.byref(suffix), ctypes.byref(bounds),
+            len(shards) - 1, o, lse, out,
+        )  # fmt: skip
+        return out
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """`Transformer.head_logits`."""
+        return packed_linear(hidden, self.model.head_weight)
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions (T,), out of tables that grow with them."""
+        last = int(positions.max()) if len(positions) else 0
+        if self._cos_sin is None or last >= len(self._cos_sin[0]):
+            known = torch.arange(power_of_two(last + 1, 1024))
+            self._cos_sin = rope_cos_sin(known, self.model.inv_freq_on(known.device))
+        cos, sin = self._cos_sin
+        return cos[positions], sin[positions]
+
+    def _refresh(self) -> None:
+        """Take the addresses of all weights, packed where they are matrices, if any has changed."""
+        versions = [(p.data_ptr(), p._version) for p in self._parameters]
+        if versions == self._versions:
+            return
+        self._versions, self._kept = versions, []
+        config = self.model.config
+        layers = [self._layer(i) for i in range(config.num_layers)]
+        self._layers = (_Layer * len(layers))(*layers)
+        scale = config.embedding_scale
+        self._decoder = _Decoder(
+            self.model.embed_tokens.weight.data_ptr(),
+            self.model.norm.weight.data_ptr(),
+            self._layers,
+            config.num_layers,
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.v_head_dim,
+            config.intermediate_size,
+            self.k_caches[0].shape[1],
+            int(config.norm_plus_one),
+            int(config.activation == "gelu_tanh"),
+            config.rms_norm_eps,
+            0.0 if scale is None else torch.tensor(scale).to(self.dtype).item(),
+        )
+
+    def _layer(self, index: int) -> _Layer:
+        layer: Any = self.model.layers[index]
+        assert isinstance(layer, DecoderLayer)
+        attention, spec = layer.self_attn, self.model.config.attention[index]
+        weights: dict[str, Tensor | None] = {
+            "input_norm": layer.input_layernorm.weight,
+            "qkv": self._packed(attention.qkv_proj.weight),
+            "qkv_bias": attention.qkv_proj.bias,
+            "o": self._packed(attention.o_proj.weight),
+            "post_attention_norm": layer.post_attention_layernorm.weight,
+            "gate_up": self._packed(layer.mlp.gate_up_proj.weight),
+            "down": self._packed(layer.mlp.down_proj.weight),
+        }
+        for name, owner, attribute in (
+            ("q_norm", attention, "q_norm"),
+            ("k_norm", attention, "k_norm"),
+            ("pre_feedforward_norm", layer, "pre_feedforward_layernorm"),
+            ("post_feedforward_norm", layer, "post_feedforward_layernorm"),
+        ):
+            norm = getattr(owner, attribute, None)
+            weights[name] = norm.weight if isinstance(norm, RMSNorm) else None
+        return _Layer(
+            **{name: None if w is None else w.data_ptr() for name, w in weights.items()},
+            k_cache=self.k_caches[index].data_ptr(),
+            v_cache=self.v_caches[index].data_ptr(),
+            window=spec.window or 0,
+            scale=spec.scale,
+            softcap=spec.softcap or 0.0,
+        )
+
+    def _packed(self, weight: Tensor) -> Tensor:
+        self._kept.append(packed(weight))
+        return self._kept[-1]
