@@ -2,8 +2,8 @@
 
     admit   rows are pulled as slots come free; segments that are not yet in the cache are prefilled
             together; each new leaf gets its first token from the last token of its prompt
-    decode  a few steps of all live leaves: one forward, one `sample_token`, one `take_token`; the
-            host looks at the finished flags after these steps only
+    decode  a few steps of all live leaves (`engine/decode.py`); the host looks at the finished
+            flags after these steps only
     retire  finished leaves leave, their segments are let go of, the rest is put in order again
 
 A sample depends on its own prompt, key and index only: the rows of a matmul are padded to a
@@ -22,16 +22,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engine.forest import Forest, Node, TokenIds, decode_items, prefill_items
+from engine.decode import Decoder, Sampled
+from engine.forest import Forest, Node, TokenIds, prefill_items
 from engine.kv_cache import ALIGN, SCRATCH_CELLS, KVCache, cell_bytes, round_up
-from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
-from kernels.forest_attention import forest_attention, keys_per_partial
-from kernels.forest_plan import ForestPlan, SuffixTiles
-from kernels.launch import runs_triton
-from kernels.sample_token import SamplingOptions, sample_token, uniforms
-from kernels.take_token import LiveSamples, Moving, Records, take_token
-from kernels.write_kv import write_kv
-from models.transformer import Attend, Transformer
+from kernels.extract_scores import Reason, ScoreAutomaton
+from kernels.forest_plan import ForestPlan
+from kernels.launch import to_device
+from kernels.sample_token import SamplingOptions, uniforms
+from kernels.take_token import LiveSamples
+from models.transformer import Transformer
 
 SYNC_STEPS = 8  # decode steps between two looks at the finished flags
 PREFILL_TOKENS = 4096  # tokens of one prefill forward
@@ -97,13 +96,20 @@ class _Pending:
 
 @dataclass(eq=False)
 class _Leaf:
-    """A live sample: its group, its index in it, where its prompt ends, its slot, its limit."""
+    """A live sample: its group, its index in it, where its prompt ends, its slot, its limit; its
+    tokens as `engine.decode` counts them, and as of the last look."""
 
     pending: _Pending
     sample: int
     end: Node
     slot: int
     limit: int
+    count: int = 1
+    kept: int = 1
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        return (*self.pending.group.key, self.sample)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -137,24 +143,12 @@ class Generator:
         self.model = model
         self.config = model.config
         self.automaton = automaton
-        self.options = options
         self.max_new_tokens = min(max_new_tokens, self.config.max_position_embeddings)
         self.max_scores = max_scores
         self.stop = stop
         self.usage = usage if usage is not None else Usage()
         weight = model.head_weight
         self.device = weight.device
-        # In torch every item is a partial result by itself, so inlining would save none.
-        self.keys_per_partial = 0
-        if runs_triton(weight):
-            config = self.config
-            self.keys_per_partial = keys_per_partial(
-                config.num_heads,
-                config.num_kv_heads,
-                config.head_dim,
-                config.v_head_dim,
-                weight.dtype,
-            )
         per_cell = cell_bytes(self.config, weight.dtype)
         suffix = round_up(self.max_new_tokens)
         cells = cache_bytes // per_cell
@@ -171,10 +165,17 @@ class Generator:
         self.cache = KVCache(self.config, slots, suffix, shared, weight.dtype, self.device)
         self.forest = Forest(self.cache)
         ends = [] if ignore_eos else sorted(self.config.eos_token_ids)
-        self.end_ids = torch.tensor(ends, dtype=torch.int64, device=self.device)
         self.leaves: list[_Leaf] = []
-        self.live: LiveSamples | None = None  # one row for each leaf, in their order
-        self.records = Records.empty(slots, self.max_new_tokens, self.device)
+        self.decoder = Decoder(
+            model,
+            automaton,
+            self.cache,
+            options=options,
+            end_ids=torch.tensor(ends, dtype=torch.int64, device=self.device),
+            stop_at_box=stop == "box",
+            max_new_tokens=self.max_new_tokens,
+            max_scores=max_scores,
+        )
 
     @torch.inference_mode()
     def run(self, groups: Iterable[Group]) -> Iterator[GroupResult]:
@@ -277,7 +278,7 @@ class Generator:
                     last[node] = row
             if last:
                 padding = -len(last) % ALIGN
-                rows = torch.tensor([*last.values(), *[0] * padding], device=self.device)
+                rows = self._tensor([*last.values(), *[0] * padding])
                 for node, logits in zip(last, self.model.head_logits(hidden[rows]), strict=False):
                     node.logits = logits.clone()  # a view would keep all rows alive
 
@@ -293,12 +294,13 @@ class Generator:
         self.usage.prefill_tokens += len(tokens)
         padding = -len(tokens) % ALIGN
         slots += range(padding)
-        at = torch.tensor(positions + [0] * padding, device=self.device)
-        return self._forward(
-            torch.tensor(tokens + [0] * padding, device=self.device),
+        positions += [0] * padding
+        at = self._tensor(positions)
+        return self.decoder.forward(
+            self._tensor(tokens + [0] * padding),
             at,
-            torch.tensor(slots, device=self.device),
-            ForestPlan(prefill_items(pieces), at),
+            self._tensor(slots),
+            ForestPlan(prefill_items(pieces), at, host_positions=positions),
         )
 
     def _join(self, joining: list[_Leaf]) -> None:
@@ -312,146 +314,69 @@ class Generator:
         logits = [leaf.end.logits for leaf in joining]
         first = torch.stack([row for row in logits if row is not None])
         assert len(first) == len(joining), "an end without logits"
-        self._draw(fresh, first, self._uniforms(joining, fresh.count, 1)[:, 0])
-        self.live = fresh if self.live is None else self.live.concat(fresh)
+        keys = torch.tensor([leaf.key for leaf in joining])
+        uniform = uniforms(keys[:, :2], keys[:, 2], torch.zeros_like(keys[:, 2]))
+        self.decoder.draw(fresh, first, to_device(uniform, self.device))
         self.leaves += joining
-        self._select(sorted(range(len(self.leaves)), key=lambda i: self.leaves[i].order))
+        order = sorted(range(len(self.leaves)), key=lambda i: self.leaves[i].order)
+        self._select(self.decoder.live.concat(fresh), order)
 
     # -- decode ----------------------------------------------------------------------------------
 
     def _decode(self) -> None:
         """SYNC_STEPS steps of all live leaves, or fewer when the longest can only do fewer."""
         started = time.perf_counter()
-        live = self.live
-        assert live is not None
-        counts = live.count.tolist()
-        steps = min(
-            SYNC_STEPS, max(leaf.limit - c for leaf, c in zip(self.leaves, counts, strict=True))
-        )
-        if steps > 0 and not bool(live.finished.all()):
-            batch = len(self.leaves)
-            rows = round_up(batch)
-            plan, slots = self._decode_plan(counts, steps, rows)
-            assert plan.suffix is not None
-            moving = plan.positions, plan.suffix.length, slots
-            drawn = self._uniforms(self.leaves, live.count, steps).T.contiguous()
-            tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
-            for step in range(steps):
-                tokens[:batch] = live.token
-                hidden = self._forward(tokens, plan.positions, slots, plan)
-                logits = self.model.head_logits(hidden)[:batch]
-                self._draw(live, logits, drawn[step], moving)
-            made = int((live.count.sum() - sum(counts)).item())
-            self.usage.decode_tokens += made
-            self.usage.idle_tokens += steps * batch - made
+        steps = min(SYNC_STEPS, max(leaf.limit - leaf.count for leaf in self.leaves))
+        if steps > 0 and not bool(self.decoder.live.finished.all()):
+            self.decoder.run(steps)
+            self.usage.idle_tokens += steps * len(self.leaves)
         self.usage.decode_seconds += time.perf_counter() - started
-
-    def _decode_plan(self, counts: list[int], steps: int, rows: int) -> tuple[ForestPlan, Tensor]:
-        """The plan of the next `steps` steps, and the cache slot that each row writes."""
-        padding = rows - len(self.leaves)
-        capacity = self.cache.suffix_capacity
-        prompts = [leaf.end.stop for leaf in self.leaves]
-        # A leaf with c tokens has c - 1 of them in the cache and now writes the last.
-        at = [stop + c - 1 for stop, c in zip(prompts, counts, strict=True)]
-        first = [self.cache.suffix_base + leaf.slot * capacity for leaf in self.leaves]
-        slots = [start + c - 1 for start, c in zip(first, counts, strict=True)]
-        row_of_slot = [-1] * self.cache.num_slots
-        for row, leaf in enumerate(self.leaves):
-            row_of_slot[leaf.slot] = row
-        used = 1 + max(leaf.slot for leaf in self.leaves)
-
-        suffix = SuffixTiles(
-            base=self.cache.suffix_base,
-            capacity=capacity,
-            row=self._tensor(row_of_slot[:used]),
-            length=self._tensor(counts + [0] * padding),
-            position=self._tensor(prompts + [0] * padding),
-            max_length=min(max(counts) + steps, capacity),
-        )
-        items = decode_items([leaf.end for leaf in self.leaves], self.keys_per_partial)
-        plan = ForestPlan(items, self._tensor(at + [0] * padding), suffix, moving=True)
-        return plan, self._tensor(slots + list(range(padding)))
-
-    def _draw(
-        self, live: LiveSamples, logits: Tensor, uniform: Tensor, moving: Moving | None = None
-    ) -> None:
-        """Draw the next token of each live sample from the model's raw logits, and take it."""
-        drawn = sample_token(logits, uniform, self.options, self.config.final_softcap)
-        stop_at_box = self.stop == "box"
-        take_token(live, self.records, *drawn, self.automaton, self.end_ids, stop_at_box, moving)
-
-    def _uniforms(self, leaves: Sequence[_Leaf], count: Tensor, steps: int) -> Tensor:
-        """(B, steps) uniforms for the next tokens of leaves that have `count` tokens."""
-        table = [(*leaf.pending.group.key, leaf.sample) for leaf in leaves]
-        keys = torch.tensor(table, dtype=torch.int64, device=self.device)
-        positions = count[:, None] + torch.arange(steps, device=self.device)
-        return uniforms(keys[:, :2], keys[:, 2], positions)
 
     # -- retirement ------------------------------------------------------------------------------
 
     def _retire(self) -> Iterator[GroupResult]:
         """Take finished leaves out; yields the groups that are complete by it."""
-        live = self.live
-        assert live is not None
-        finished = live.finished.tolist()
-        if not any(finished):
-            return
-        scores, reasons = scores_of(live.scores, live.ended)
+        counts, finished = self.decoder.look().read()
+        for leaf, count in zip(self.leaves, counts, strict=True):
+            self.usage.decode_tokens += count - leaf.kept
+            self.usage.idle_tokens -= count - leaf.kept
+            leaf.kept = count
         rows = [i for i, done in enumerate(finished) if done]
+        if not rows:
+            return
         leaving = [self.leaves[i] for i in rows]
-        self._select([i for i, done in enumerate(finished) if not done])
-        counts, ended = live.count.tolist(), live.ended.tolist()
-        decided = live.scores.decided.tolist()
+        found = self.decoder.fetch(rows, [leaf.kept for leaf in leaving])
+        self._select(self.decoder.live, [i for i, done in enumerate(finished) if not done])
         results = []
-        for i, leaf in zip(rows, leaving, strict=True):
-            slot, length = leaf.slot, counts[i]
-            logprobs, sampling_logprobs = self.records.logprobs[:, slot, :length].tolist()
-            reason = Reason(int(reasons[i]))
+        for leaf, sampled in zip(leaving, found, strict=True):
             pending = leaf.pending
-            stopped = self.stop == "box" and decided[i] and not ended[i]
-            pending.done[leaf.sample] = Generation(
-                self.records.tokens[slot, :length].tolist(),
-                logprobs,
-                sampling_logprobs,
-                "box" if stopped else "eos" if ended[i] else "length",
-                reason,
-                tuple(scores[i, : pending.group.num_scores].tolist())
-                if reason == Reason.VALID
-                else None,
-            )
-            self.cache.free_slot(slot)
+            pending.done[leaf.sample] = self._generation(leaf, sampled)
+            self.cache.free_slot(leaf.slot)
             self.forest.release(leaf.end)
             if len(pending.done) == len(pending.group.prompts):
                 generations = [pending.done[j] for j in range(len(pending.done))]
                 results.append(GroupResult(pending.group, generations, pending.tree_tokens))
         yield from results
 
-    def _select(self, rows: Sequence[int]) -> None:
-        """Keep the live leaves at `rows`, in that order."""
-        assert self.live is not None
+    def _generation(self, leaf: _Leaf, sampled: Sampled) -> Generation:
+        stopped = self.stop == "box" and sampled.decided and not sampled.ended
+        scores = sampled.scores[: leaf.pending.group.num_scores]
+        return Generation(
+            sampled.token_ids,
+            sampled.logprobs,
+            sampled.sampling_logprobs,
+            "box" if stopped else "eos" if sampled.ended else "length",
+            sampled.reason,
+            tuple(scores) if sampled.reason == Reason.VALID else None,
+        )
+
+    def _select(self, live: LiveSamples, rows: Sequence[int]) -> None:
+        """Keep of `leaves`, whose state `live` is, those at `rows`, in that order."""
         self.leaves = [self.leaves[i] for i in rows]
-        self.live = self.live.index_select(self._tensor(rows)) if rows else None
-
-    # -- the model -------------------------------------------------------------------------------
-
-    def _forward(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, plan: ForestPlan
-    ) -> Tensor:
-        return self.model(tokens, positions, self._attend(slots, plan))
-
-    def _attend(self, slots: Tensor, plan: ForestPlan) -> Attend:
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-            write_kv(k, v, k_cache, v_cache, slots)
-            spec = self.config.attention[layer]
-            return forest_attention(
-                q, k_cache, v_cache, plan, spec.scale, spec.softcap, spec.window
-            )
-
-        return attend
+        self.decoder.load(live.index_select(self._tensor(rows)), self.leaves)
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return to_device(torch.tensor(values, dtype=torch.int64), self.device)
 
 
 def _too_long(tokens: int, context: int) -> str:

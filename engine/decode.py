@@ -1,0 +1,268 @@
+"""The decode step of all live samples: a forward, a draw and a `take_token`, and nothing else.
+
+    load    the live set has changed: the state of its samples goes into buffers that stay where
+            they are, and with it where each next token stands
+    run     some steps of all rows; positions, suffix lengths and cache cells move on the device
+    look    how far the samples are, on its way to the host
+    fetch   what finished samples have come to
+
+Attention's plan is made when the live set has changed, and when a suffix comes to a split that the
+plan has none for (every MAX_SPLIT tokens). In between the host only counts steps: an unfinished
+sample has gained one token with each, so its length needs no look at the device.
+
+Letters: B live samples, R >= B rows of a step; the rows behind the samples write scratch cells.
+Which samples are live, and the prompts' own tokens, are the caller's (`engine/generate.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.forest import Node, decode_items
+from engine.kv_cache import KVCache, round_up
+from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
+from kernels.forest_attention import forest_attention, keys_per_partial
+from kernels.forest_plan import ForestPlan, SuffixTiles
+from kernels.launch import runs_triton, to_device
+from kernels.sample_token import SamplingOptions, sample_token, uniforms
+from kernels.take_token import LiveSamples, Moving, Records, take_token
+from kernels.write_kv import write_kv
+from models.transformer import Attend, Transformer
+
+# Rows of a buffer of int64, (5, R).
+_PROMPT, _CELL, _KEY, _SAMPLE = 0, 1, slice(2, 4), 4
+
+
+class Leaf(Protocol):
+    """What the host knows of a live sample: the node above it, its slot, the key of its uniforms
+    (row and index), most tokens, and its tokens so far; `count` is too high once it has finished
+    and nobody has looked."""
+
+    end: Node
+    slot: int
+    limit: int
+    count: int
+
+    @property
+    def key(self) -> tuple[int, int, int]: ...
+
+
+@dataclass
+class Sampled:
+    """What a finished sample has come to; `scores` in shown order, 0 where not valid."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    sampling_logprobs: list[float]
+    ended: bool
+    decided: bool
+    reason: Reason
+    scores: list[int]
+
+
+class Look:
+    """How many tokens each sample has, and whether it has finished, at one moment."""
+
+    def __init__(self, live: LiveSamples) -> None:
+        self._state = torch.stack([live.count, live.finished.long()])
+
+    def read(self) -> tuple[list[int], list[bool]]:
+        """Counts and finished flags."""
+        counts, finished = self._state.tolist()
+        return counts, [bool(flag) for flag in finished]
+
+
+class Decoder:
+    """Decode steps of the live samples over one cache."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        automaton: ScoreAutomaton,
+        cache: KVCache,
+        *,
+        options: SamplingOptions,
+        end_ids: Tensor,
+        stop_at_box: bool,
+        max_new_tokens: int,
+        max_scores: int,
+    ) -> None:
+        self.model = model
+        self.config = model.config
+        self.automaton = automaton
+        self.cache = cache
+        self.options = options
+        self.end_ids = end_ids
+        self.stop_at_box = stop_at_box
+        self.device = end_ids.device
+        # In torch every item is a partial result by itself, so inlining would save none.
+        self.keys_per_partial = 0
+        if runs_triton(model.head_weight):
+            config = self.config
+            self.keys_per_partial = keys_per_partial(
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                config.v_head_dim,
+                model.head_weight.dtype,
+            )
+        self.records = Records.empty(cache.num_slots, max_new_tokens, self.device)
+        self.leaves: tuple[Leaf, ...] = ()
+        rows = self._rows(cache.num_slots)
+        zeros = torch.zeros(rows, dtype=torch.int64)
+        self._live = LiveSamples.start(
+            zeros.to(self.device),
+            zeros.to(self.device, copy=True),
+            automaton.start(zeros, max_scores),
+        )
+        self._position, self._length, self._cell = (
+            torch.zeros(rows, dtype=torch.int64, device=self.device) for _ in range(3)
+        )
+        self._table = torch.zeros(5, rows, dtype=torch.int64, device=self.device)
+        self._plan: ForestPlan | None = None
+
+    @property
+    def live(self) -> LiveSamples:
+        """The live samples, in the order of `leaves`; valid until the next `load`."""
+        return self._live.first(len(self.leaves))
+
+    def load(self, live: LiveSamples, leaves: Sequence[Leaf]) -> None:
+        """Make these the live samples, in depth-first order."""
+        self.leaves = tuple(leaves)
+        self._plan = None
+        batch, rows = len(leaves), self._rows(len(leaves))
+        self._live.first(batch).copy_(live)
+        idle = slice(batch, rows)
+        self._live.token[idle] = 0
+        self._live.count[idle] = 0
+        self._live.finished[idle] = True
+        capacity = self.cache.suffix_capacity
+        table = [
+            [leaf.end.stop, self.cache.suffix_base + leaf.slot * capacity, *leaf.key]
+            for leaf in leaves
+        ]
+        # Without a token they stand one before these: at position 0, in the scratch cells.
+        table += [[1, cell + 1, 0, 0, 0] for cell in range(rows - batch)]
+        self._table[:, :rows] = self._tensor(table).view(rows, 5).T
+        # A leaf with c tokens has c - 1 of them in the cache and now writes the last.
+        count = self._live.count[:rows]
+        self._length[:rows] = count
+        self._position[:rows] = self._table[_PROMPT, :rows] + (count - 1)
+        self._cell[:rows] = self._table[_CELL, :rows] + (count - 1)
+
+    def run(self, steps: int) -> None:
+        """Some steps of all live samples; those that have finished gain nothing. Nothing waits for
+        the device. One of them at least has to be short of its limit by `steps`."""
+        longest = max(leaf.count for leaf in self.leaves)
+        reach = min(longest + steps, self.cache.suffix_capacity)
+        if self._plan is None or not self._reaches(self._plan, reach):
+            self._plan = self._make_plan(reach)
+        self._steps(self._plan, steps)
+        for leaf in self.leaves:
+            leaf.count = min(leaf.count + steps, leaf.limit)
+
+    def look(self) -> Look:
+        """How far the live samples are after all that has been run."""
+        return Look(self.live)
+
+    def fetch(self, rows: Sequence[int], counts: Sequence[int]) -> list[Sampled]:
+        """What the samples at `rows` of the live ones, which have finished with these many tokens,
+        have come to."""
+        live = self.live.index_select(self._tensor(rows))
+        scores, reasons = scores_of(live.scores, live.ended)
+        longest = max(counts)
+        tokens = self.records.tokens[live.slot, :longest].cpu()
+        logprobs = self.records.logprobs[:, live.slot, :longest].cpu()
+        flags = torch.stack([live.ended.long(), live.scores.decided.long(), reasons], 1)
+        found = []
+        for i, (flag, given) in enumerate(zip(flags.tolist(), scores.tolist(), strict=True)):
+            own, own_sampling = logprobs[:, i, : counts[i]].tolist()
+            found.append(
+                Sampled(
+                    tokens[i, : counts[i]].tolist(), own, own_sampling,
+                    bool(flag[0]), bool(flag[1]), Reason(flag[2]), given,
+                )
+            )  # fmt: skip
+        return found
+
+    # -- for prefill too ---------------------------------------------------------------------------
+
+    def forward(self, tokens: Tensor, positions: Tensor, cells: Tensor, plan: ForestPlan) -> Tensor:
+        """Hidden states of tokens, whose keys and values go into `cells` of the cache."""
+        return self.model(tokens, positions, self._attend(cells, plan))
+
+    def draw(
+        self, live: LiveSamples, logits: Tensor, uniform: Tensor, moving: Moving | None = None
+    ) -> None:
+        """Draw the next token of each sample from the model's raw logits, and take it."""
+        drawn = sample_token(logits, uniform, self.options, self.config.final_softcap)
+        take_token(
+            live, self.records, *drawn, self.automaton, self.end_ids, self.stop_at_box, moving
+        )
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def _rows(self, batch: int) -> int:
+        """Rows of a step of `batch` samples."""
+        return round_up(batch)
+
+    def _steps(self, plan: ForestPlan, steps: int) -> None:
+        batch = len(self.leaves)
+        keys = self._table[:, :batch]
+        positions = self._live.count[:batch, None] + torch.arange(steps, device=self.device)
+        drawn = uniforms(keys[_KEY].T, keys[_SAMPLE], positions).T.contiguous()
+        for uniform in drawn:
+            self._step(plan, batch, uniform)
+
+    def _step(self, plan: ForestPlan, batch: int, uniform: Tensor) -> None:
+        assert plan.suffix is not None
+        rows = len(plan.positions)
+        cells = self._cell[:rows]
+        hidden = self.forward(self._live.token[:rows], plan.positions, cells, plan)
+        logits = self.model.head_logits(hidden)[:batch]
+        moving = plan.positions, plan.suffix.length, cells
+        self.draw(self._live.first(batch), logits, uniform, moving)
+
+    def _reaches(self, plan: ForestPlan, length: int) -> bool:
+        return plan.suffix is not None and plan.suffix.reach(length)
+
+    def _make_plan(self, reach: int) -> ForestPlan:
+        """The plan of all steps until the live set changes or a suffix is longer than `reach`, and
+        than the splits that it takes."""
+        rows = self._rows(len(self.leaves))
+        at = [leaf.end.stop + leaf.count - 1 for leaf in self.leaves]
+        row_of_slot = [-1] * (1 + max(leaf.slot for leaf in self.leaves))
+        for row, leaf in enumerate(self.leaves):
+            row_of_slot[leaf.slot] = row
+        suffix = SuffixTiles(
+            base=self.cache.suffix_base,
+            capacity=self.cache.suffix_capacity,
+            row=self._tensor(row_of_slot),
+            length=self._length[:rows],
+            position=self._table[_PROMPT, :rows],
+            max_length=reach,
+        )
+        return ForestPlan(
+            decode_items([leaf.end for leaf in self.leaves], self.keys_per_partial),
+            self._position[:rows],
+            suffix,
+            moving=True,
+            host_positions=at + [0] * (rows - len(at)),
+        )
+
+    def _attend(self, cells: Tensor, plan: ForestPlan) -> Attend:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+            write_kv(k, v, k_cache, v_cache, cells)
+            spec = self.config.attention[layer]
+            return forest_attention(
+                q, k_cache, v_cache, plan, spec.scale, spec.softcap, spec.window
+            )
+
+        return attend
+
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return to_device(torch.tensor(values, dtype=torch.int64), self.device)
