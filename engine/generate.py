@@ -14,6 +14,7 @@ Works on token ids; needs nothing of templates, requests or verdicts.
 """
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,16 +26,17 @@ from torch import Tensor
 from engine.decode import Decoder, Sampled
 from engine.forest import Forest, Node, TokenIds, prefill_items
 from engine.kv_cache import ALIGN, SCRATCH_CELLS, KVCache, cell_bytes, round_up
+from engine.memory import cache_budget, is_out_of_memory
 from kernels.extract_scores import Reason, ScoreAutomaton
 from kernels.forest_plan import ForestPlan
 from kernels.launch import to_device
 from kernels.sample_token import SamplingOptions, uniforms
 from kernels.take_token import LiveSamples
+from models.config import ModelConfig
 from models.transformer import Transformer
 
 SYNC_STEPS = 8  # decode steps between two looks at the finished flags
 PREFILL_TOKENS = 4096  # tokens of one prefill forward
-CACHE_BYTES = 8 << 30  # of keys and values, unless the caller says otherwise
 
 
 @dataclass
@@ -130,13 +132,14 @@ class Generator:
         max_scores: int,
         stop: Literal["box", "eos"] = "box",
         ignore_eos: bool = False,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int | None = None,
         usage: Usage | None = None,
     ) -> None:
         """max_batch: most samples decoded together. max_scores: most scores of any group. stop:
         "box" ends a sample as soon as its scores are decided, "eos" lets it end by itself.
-        cache_bytes bounds keys and values; a batch that does not fit is made smaller. Raises
-        ValueError for limits below 1 or a cache that cannot hold one sample."""
+        cache_bytes bounds keys and values (default: what memory allows, `engine/memory.py`); a
+        batch that does not fit is made smaller. Raises ValueError for limits below 1 or a cache
+        that cannot hold one sample."""
         for name, value in (("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
             if value < 1:
                 raise ValueError(f"{name} = {value} is less than 1")
@@ -151,18 +154,21 @@ class Generator:
         self.device = weight.device
         per_cell = cell_bytes(self.config, weight.dtype)
         suffix = round_up(self.max_new_tokens)
-        cells = cache_bytes // per_cell
+        budget = cache_bytes
+        if budget is None:
+            budget = cache_budget(self.config, weight.dtype, self.device, max_batch, PREFILL_TOKENS)
+        cells = budget // per_cell // ALIGN * ALIGN
         # Room for one prompt as long as the context comes before more samples.
         prompt = min(round_up(self.config.max_position_embeddings) + ALIGN, cells // 2)
         slots = min(max_batch, (cells - prompt - SCRATCH_CELLS) // suffix)
         shared = cells - slots * suffix - SCRATCH_CELLS
         if slots < 1 or shared < ALIGN:
             raise ValueError(
-                f"{cache_bytes} bytes of cache hold {cells} tokens: not {suffix} of a sample and "
+                f"{budget} bytes of cache hold {cells} tokens: not {suffix} of a sample and "
                 "a prompt; allow fewer new tokens or more cache"
             )
         shared = min(shared, 4 * self.config.max_position_embeddings + slots * suffix)
-        self.cache = KVCache(self.config, slots, suffix, shared, weight.dtype, self.device)
+        self.cache = _allocate(self.config, slots, suffix, shared, weight.dtype, self.device)
         self.forest = Forest(self.cache)
         ends = [] if ignore_eos else sorted(self.config.eos_token_ids)
         self.leaves: list[_Leaf] = []
@@ -377,6 +383,33 @@ class Generator:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return to_device(torch.tensor(values, dtype=torch.int64), self.device)
+
+
+def _allocate(
+    config: ModelConfig,
+    slots: int,
+    suffix: int,
+    shared: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVCache:
+    """A cache; where memory runs out, one of half the slots, and so on, with a warning."""
+    while True:
+        try:
+            return KVCache(config, slots, suffix, shared, dtype, device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        size = (slots * suffix + shared) * cell_bytes(config, dtype)
+        if slots == 1:
+            raise ValueError(f"no memory for {size} bytes of cache for one sample: {reason}")
+        warnings.warn(
+            f"no memory for {size} bytes of cache for {slots} samples: trying {slots // 2}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        slots, shared = slots // 2, round_up(shared // 2)
 
 
 def _too_long(tokens: int, context: int) -> str:
