@@ -75,6 +75,14 @@ class SuffixTiles:
         """One for each slot and split: that of slot s and split j is j * S + s."""
         return len(self.row) * self.num_splits
 
+    def first_cells(self, num_queries: int) -> Tensor:
+        """(num_queries,) int64: where each query's own keys begin in the cache, -1 where it has no
+        slot."""
+        slots = torch.arange(len(self.row), device=self.row.device)
+        cell_of = torch.full((num_queries + 1,), -1, device=self.row.device)
+        cell_of[self.row] = self.base + slots * self.capacity  # idle slots write the last
+        return cell_of[:num_queries]
+
     def partials(self, num_queries: int) -> Tensor:
         """(num_queries, splits) int64: the partials of each query's own keys, -1 where it has no
         slot."""
@@ -176,10 +184,9 @@ def cut_between_queries(
     return parts
 
 
-def partial_table(
-    served: Sequence[tuple[int, int, int]], start: int, stop: int, device: torch.device
-) -> Tensor:
-    """(stop - start, J) int64: the partials of each query in order, -1 where there are no more.
+def partial_table(served: Sequence[tuple[int, int, int]], start: int, stop: int) -> Tensor:
+    """(stop - start, J) int64, on CPU: the partials of each query in order, -1 where there are no
+    more.
 
     served: (first query, number of queries, first partial) of whatever writes one partial for each
     of its queries, in the order of the queries' sequences.
@@ -193,4 +200,4 @@ def partial_table(
         rows = np.arange(query - start, query - start + num_queries)
         table[rows, count[rows]] = partial + np.arange(num_queries)
         count[rows] += 1
-    return torch.from_numpy(table).to(device)
+    return torch.from_numpy(table)
