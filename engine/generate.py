@@ -13,7 +13,6 @@ and position. So slots, batch size and neighbours change nothing, bit for bit in
 Works on token ids; needs nothing of templates, requests or verdicts.
 """
 
-import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,9 +22,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engine.decode import Decoder, Sampled
+from engine.decode import Look, Moment, Sampled, make_decoder
 from engine.forest import Forest, Node, TokenIds, prefill_items
-from engine.kv_cache import ALIGN, SCRATCH_CELLS, KVCache, cell_bytes, round_up
+from engine.kv_cache import ALIGN, KVCache, cell_bytes, round_up, scratch_cells
 from engine.memory import cache_budget, is_out_of_memory
 from kernels.extract_scores import Reason, ScoreAutomaton
 from kernels.forest_plan import ForestPlan
@@ -37,6 +36,7 @@ from models.transformer import Transformer
 
 SYNC_STEPS = 8  # decode steps between two looks at the finished flags
 PREFILL_TOKENS = 4096  # tokens of one prefill forward
+INTERLEAVED_TOKENS = 2048  # of one between two blocks of decode steps, on a GPU
 
 
 @dataclass
@@ -157,11 +157,11 @@ class Generator:
         budget = cache_bytes
         if budget is None:
             budget = cache_budget(self.config, weight.dtype, self.device, max_batch, PREFILL_TOKENS)
-        cells = budget // per_cell // ALIGN * ALIGN
+        cells = max(budget // per_cell // ALIGN * ALIGN - scratch_cells(max_batch), 0)
         # Room for one prompt as long as the context comes before more samples.
         prompt = min(round_up(self.config.max_position_embeddings) + ALIGN, cells // 2)
-        slots = min(max_batch, (cells - prompt - SCRATCH_CELLS) // suffix)
-        shared = cells - slots * suffix - SCRATCH_CELLS
+        slots = min(max_batch, (cells - prompt) // suffix)
+        shared = cells - slots * suffix
         if slots < 1 or shared < ALIGN:
             raise ValueError(
                 f"{budget} bytes of cache hold {cells} tokens: not {suffix} of a sample and "
@@ -172,7 +172,14 @@ class Generator:
         self.forest = Forest(self.cache)
         ends = [] if ignore_eos else sorted(self.config.eos_token_ids)
         self.leaves: list[_Leaf] = []
-        self.decoder = Decoder(
+        self._joining: list[_Leaf] = []  # those whose prompts are being prefilled
+        self._queue: deque[tuple[Node, int]] = deque()  # what is left of that, from which token on
+        # How many looks the host leaves unread while it prepares what the device does next. A
+        # sample that has finished unseen idles; on CPU there is nothing to gain.
+        self.ahead = 1 if self.device.type == "cuda" else 0
+        self._looks: deque[tuple[tuple[_Leaf, ...], Look]] = deque()
+        self._spans: deque[tuple[str, Moment, Moment]] = deque()
+        self.decoder = make_decoder(
             model,
             automaton,
             self.cache,
@@ -191,18 +198,21 @@ class Generator:
         waiting: deque[tuple[_Pending, int]] = deque()  # samples without a slot
         while True:
             yield from self._admit(source, waiting)
-            if not self.leaves:
+            self._prefill()
+            if not self.leaves and not self._joining:
                 assert not waiting
+                yield from self._retire(0)  # looks at leaves that have been taken out since
                 return
-            self._decode()
-            yield from self._retire()
+            yield from self._retire(self._decode())
 
     # -- admission -------------------------------------------------------------------------------
 
     def _admit(
         self, source: Iterator[Group], waiting: deque[tuple[_Pending, int]]
     ) -> Iterator[GroupResult]:
-        """Fill the free slots, prefill what is new, and draw the new leaves' first tokens."""
+        """Fill the free slots with leaves that are to join, once those before them have."""
+        if self._joining:
+            return
         joining: list[_Leaf] = []
         fresh: list[Node] = []
         while self.cache.idle_slots:
@@ -245,48 +255,59 @@ class Generator:
                 pending.held.add(end)
             limit = min(self.max_new_tokens, self.config.max_position_embeddings - end.stop)
             joining.append(_Leaf(pending, sample, end, self.cache.take_slot(), limit))
-        if joining:
-            started = time.perf_counter()
-            self._prefill(fresh, {leaf.end for leaf in joining})
-            self._join(joining)
-            self.usage.prefill_seconds += time.perf_counter() - started
+        self._joining = joining
+        self._queue.extend((node, 0) for node in fresh)
+        # An end that came into the cache as part of a longer prompt has no logits yet: its last
+        # token is run again, which writes the same keys and values.
+        old = {leaf.end for leaf in joining}.difference(fresh)
+        self._queue.extend((end, len(end.token_ids) - 1) for end in old if end.logits is None)
 
     def _let_go(self, pending: _Pending) -> None:
         for end in pending.held:
             self.forest.release(end)
         pending.held.clear()
 
-    def _prefill(self, fresh: Sequence[Node], ends: set[Node]) -> None:
-        """Run the tokens of fresh nodes, parents first, and keep the logits after each end.
+    def _prefill(self) -> None:
+        """Run what the joining leaves need, parents first, and let them join when all of it is in
+        the cache. While others decode it is one piece at a time, and on a GPU a small one: they
+        stand still meanwhile."""
+        if not self._joining:
+            return
+        start = Moment(self.device)
+        waiting = bool(self.leaves)
+        small = waiting and self.device.type == "cuda"
+        while self._queue:
+            self._prefill_piece(INTERLEAVED_TOKENS if small else PREFILL_TOKENS)
+            if waiting:
+                break
+        if not self._queue:
+            joining, self._joining = self._joining, []
+            self._join(joining)
+        self._spans.append(("prefill_seconds", start, Moment(self.device)))
 
-        An end that came into the cache as part of a longer prompt has no logits yet: its last
-        token is run again, which writes the same keys and values.
-        """
-        queue = deque((node, 0) for node in fresh)
-        old = ends.difference(fresh)
-        queue.extend((end, len(end.token_ids) - 1) for end in old if end.logits is None)
-        while queue:
-            pieces: list[tuple[Node, int, int]] = []
-            room = PREFILL_TOKENS
-            while queue and room:
-                node, first = queue.popleft()
-                stop = min(len(node.token_ids), first + room)
-                pieces.append((node, first, stop))
-                room -= stop - first
-                if stop < len(node.token_ids):
-                    queue.appendleft((node, stop))
-            hidden = self._forward_prefill(pieces)
-            row = -1
-            last: dict[Node, int] = {}
-            for node, first, stop in pieces:
-                row += stop - first
-                if node in ends and stop == len(node.token_ids):
-                    last[node] = row
-            if last:
-                padding = -len(last) % ALIGN
-                rows = self._tensor([*last.values(), *[0] * padding])
-                for node, logits in zip(last, self.model.head_logits(hidden[rows]), strict=False):
-                    node.logits = logits.clone()  # a view would keep all rows alive
+    def _prefill_piece(self, room: int) -> None:
+        """Run the next `room` tokens that are to be prefilled, and keep the logits after ends."""
+        ends = {leaf.end for leaf in self._joining}
+        pieces: list[tuple[Node, int, int]] = []
+        while self._queue and room:
+            node, first = self._queue.popleft()
+            stop = min(len(node.token_ids), first + room)
+            pieces.append((node, first, stop))
+            room -= stop - first
+            if stop < len(node.token_ids):
+                self._queue.appendleft((node, stop))
+        hidden = self._forward_prefill(pieces)
+        row = -1
+        last: dict[Node, int] = {}
+        for node, first, stop in pieces:
+            row += stop - first
+            if node in ends and stop == len(node.token_ids):
+                last[node] = row
+        if last:
+            padding = -len(last) % ALIGN
+            rows = self._tensor([*last.values(), *[0] * padding])
+            for node, logits in zip(last, self.model.head_logits(hidden[rows]), strict=False):
+                node.logits = logits.clone()  # a view would keep all rows alive
 
     def _forward_prefill(self, pieces: Sequence[tuple[Node, int, int]]) -> Tensor:
         tokens: list[int] = []
@@ -329,30 +350,51 @@ class Generator:
 
     # -- decode ----------------------------------------------------------------------------------
 
-    def _decode(self) -> None:
-        """SYNC_STEPS steps of all live leaves, or fewer when the longest can only do fewer."""
-        started = time.perf_counter()
+    def _decode(self) -> int:
+        """SYNC_STEPS steps of all live leaves, or fewer when the longest can only do fewer, and a
+        look at them. Returns how many looks may stay unread: none where there was no step to run.
+        """
+        if not self.leaves:
+            return 0
+        start = Moment(self.device)
         steps = min(SYNC_STEPS, max(leaf.limit - leaf.count for leaf in self.leaves))
-        if steps > 0 and not bool(self.decoder.live.finished.all()):
+        if not self.ahead and bool(self.decoder.live.finished.all()):
+            steps = 0
+        if steps:
             self.decoder.run(steps)
-            self.usage.idle_tokens += steps * len(self.leaves)
-        self.usage.decode_seconds += time.perf_counter() - started
+            self.usage.idle_tokens += steps * len(self.leaves)  # until it is known who was
+        look = self.decoder.look()
+        self._looks.append((tuple(self.leaves), look))
+        self._spans.append(("decode_seconds", start, look.moment))
+        return self.ahead if steps else 0
 
     # -- retirement ------------------------------------------------------------------------------
 
-    def _retire(self) -> Iterator[GroupResult]:
-        """Take finished leaves out; yields the groups that are complete by it."""
-        counts, finished = self.decoder.look().read()
-        for leaf, count in zip(self.leaves, counts, strict=True):
-            self.usage.decode_tokens += count - leaf.kept
-            self.usage.idle_tokens -= count - leaf.kept
-            leaf.kept = count
-        rows = [i for i, done in enumerate(finished) if done]
+    def _retire(self, ahead: int) -> Iterator[GroupResult]:
+        """Read all looks but the last `ahead`, and take out the leaves that had finished; yields
+        the groups that are complete by it."""
+        while len(self._looks) > ahead:
+            leaves, look = self._looks.popleft()
+            counts, finished = look.read()
+            self._take_times()
+            for leaf, count in zip(leaves, counts, strict=True):
+                self.usage.decode_tokens += count - leaf.kept
+                self.usage.idle_tokens -= count - leaf.kept
+                leaf.kept = count
+            done = {leaf for leaf, flag in zip(leaves, finished, strict=True) if flag}
+            yield from self._take_out(
+                [i for i, leaf in enumerate(self.leaves) if leaf in done], look
+            )
+
+    def _take_out(self, rows: Sequence[int], look: Look) -> list[GroupResult]:
+        """Take the leaves at `rows` out, which `look` found finished; the groups that are complete
+        by it."""
         if not rows:
-            return
+            return []
         leaving = [self.leaves[i] for i in rows]
-        found = self.decoder.fetch(rows, [leaf.kept for leaf in leaving])
-        self._select(self.decoder.live, [i for i, done in enumerate(finished) if not done])
+        found = self.decoder.fetch(rows, [leaf.kept for leaf in leaving], look)
+        staying = set(range(len(self.leaves))).difference(rows)
+        self._select(self.decoder.live, sorted(staying))
         results = []
         for leaf, sampled in zip(leaving, found, strict=True):
             pending = leaf.pending
@@ -362,7 +404,13 @@ class Generator:
             if len(pending.done) == len(pending.group.prompts):
                 generations = [pending.done[j] for j in range(len(pending.done))]
                 results.append(GroupResult(pending.group, generations, pending.tree_tokens))
-        yield from results
+        return results
+
+    def _take_times(self) -> None:
+        """Count the seconds of what is over."""
+        while self._spans and self._spans[0][2].is_over:
+            name, start, stop = self._spans.popleft()
+            setattr(self.usage, name, getattr(self.usage, name) + stop.seconds_since(start))
 
     def _generation(self, leaf: _Leaf, sampled: Sampled) -> Generation:
         stopped = self.stop == "box" and sampled.decided and not sampled.ended
