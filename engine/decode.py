@@ -10,6 +10,10 @@ Attention's plan is made when the live set has changed, and when a suffix comes 
 plan has none for (every MAX_SPLIT tokens). In between the host only counts steps: an unfinished
 sample has gained one token with each, so its length needs no look at the device.
 
+On CPU the host launches every step. On a GPU a step is captured as a CUDA graph and replayed: it
+reads nothing but tensors that stay in place, and the grids of its kernels have room to spare. Where
+a step cannot be captured, that is an error.
+
 Letters: B live samples, R >= B rows of a step; the rows behind the samples write scratch cells.
 Which samples are live, and the prompts' own tokens, are the caller's (`engine/generate.py`).
 """
@@ -182,9 +186,9 @@ class Decoder:
         batch, rows = len(leaves), self._rows(len(leaves))
         self._live.first(batch).copy_(live)
         idle = slice(batch, rows)
-        self._live.token[idle] = 0
-        self._live.count[idle] = 0
-        self._live.finished[idle] = True
+        self._live.token[idle].zero_()
+        self._live.count[idle].zero_()
+        self._live.finished[idle].fill_(True)
         capacity = self.cache.suffix_capacity
         table = [
             [leaf.end.stop, self.cache.suffix_base + leaf.slot * capacity, *leaf.key]

@@ -1,9 +1,10 @@
 """Sample the judgements of many rows: prefill what is new, decode all leaves, retire, join.
 
     admit   rows are pulled as slots come free; segments that are not yet in the cache are prefilled
-            together; each new leaf gets its first token from the last token of its prompt
+            together, in pieces between which others decode; each new leaf gets its first token from
+            the last token of its prompt
     decode  a few steps of all live leaves (`engine/decode.py`); the host looks at the finished
-            flags after these steps only
+            flags after these steps only, and on a GPU while the next ones are run
     retire  finished leaves leave, their segments are let go of, the rest is put in order again
 
 A sample depends on its own prompt, key and index only: the rows of a matmul are padded to a

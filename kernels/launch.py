@@ -80,7 +80,7 @@ def _device_target(index: int) -> Target:
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     """A tensor on `device`; one on CPU gets to a GPU without waiting for what runs there."""
-    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+    if x.device.type == "cpu" and torch.device(device).type == "cuda" and x.numel():
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
