@@ -55,12 +55,13 @@ class Node:
 
 class Forest:
     """The nodes of all live rows over one cache. `heads` holds those that are in the cache or that
-    some row still refers to; others are forgotten."""
+    some row still refers to; others are forgotten. Where room is needed, heads without a leaf go,
+    the one first whose last leaf was done first."""
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
         self.heads: WeakValueDictionary[TokenIds, Node] = WeakValueDictionary()
-        self._kept: dict[Node, None] = {}  # heads that the forest holds, oldest first
+        self._kept: dict[Node, None] = {}  # heads that the forest holds, by their last use
         self._count = 0
 
     def grow(self, prompts: Sequence[Sequence[TokenIds]]) -> tuple[list[Node], int]:
@@ -106,7 +107,10 @@ class Forest:
 
     def release(self, end: Node) -> None:
         """A leaf at `end` is done; segments that nobody holds any more are freed."""
-        for node in reversed(end.path()):
+        path = end.path()
+        if path[0] in self._kept:
+            self._kept[path[0]] = self._kept.pop(path[0])
+        for node in reversed(path):
             self._drop(node)
 
     def check(self, leaf_ends: Sequence[Node]) -> None:
@@ -128,7 +132,7 @@ class Forest:
         return Node(token_ids, parent, self._count, 0 if parent is None else parent.stop)
 
     def _find(self, length: int) -> Slab | None:
-        """A slab, after letting go of heads that no leaf uses, oldest first, if need be."""
+        """A slab, after letting go of heads that no leaf uses, if need be."""
         while (slab := self.cache.allocate(length)) is None:
             unused = (h for h in self._kept if h.slab is not None and h.slab.holders == 1)
             head = next(unused, None)

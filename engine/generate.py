@@ -1,9 +1,10 @@
 """Sample the judgements of many rows: prefill what is new, decode all leaves, retire, join.
 
     admit   rows are pulled as slots come free; segments that are not yet in the cache are prefilled
-            together; each new leaf gets its first token from the last token of its prompt
-    decode  a few steps of all live leaves: one forward, one `sample_token`, one `take_token`; the
-            host looks at the finished flags after these steps only
+            together, in pieces between which others decode; each new leaf gets its first token from
+            the last token of its prompt
+    decode  a few steps of all live leaves (`engine/decode.py`); the host looks at the finished
+            flags after these steps only, and on a GPU while the next ones are run
     retire  finished leaves leave, their segments are let go of, the rest is put in order again
 
 A sample depends on its own prompt, key and index only: the rows of a matmul are padded to a
@@ -13,7 +14,7 @@ and position. So slots, batch size and neighbours change nothing, bit for bit in
 Works on token ids; needs nothing of templates, requests or verdicts.
 """
 
-import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,21 +23,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engine.forest import Forest, Node, TokenIds, decode_items, prefill_items
-from engine.kv_cache import ALIGN, SCRATCH_CELLS, KVCache, cell_bytes, round_up
-from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
-from kernels.forest_attention import forest_attention, keys_per_partial
-from kernels.forest_plan import ForestPlan, SuffixTiles
-from kernels.launch import runs_triton
-from kernels.sample_token import SamplingOptions, sample_token, uniforms
-from kernels.take_token import LiveSamples, Moving, Records, take_token
-from kernels.write_kv import write_kv
-from models.native_decoder import NativeDecoder, runs_native
-from models.transformer import Attend, Transformer
+from engine.decode import Look, Moment, Sampled, make_decoder
+from engine.forest import Forest, Node, TokenIds, prefill_items
+from engine.kv_cache import ALIGN, KVCache, cell_bytes, round_up, scratch_cells
+from engine.memory import cache_budget, is_out_of_memory
+from kernels.extract_scores import Reason, ScoreAutomaton
+from kernels.forest_plan import ForestPlan
+from kernels.launch import to_device
+from kernels.sample_token import SamplingOptions, uniforms
+from kernels.take_token import LiveSamples
+from models.config import ModelConfig
+from models.transformer import Transformer
 
 SYNC_STEPS = 8  # decode steps between two looks at the finished flags
 PREFILL_TOKENS = 4096  # tokens of one prefill forward
-CACHE_BYTES = 8 << 30  # of keys and values, unless the caller says otherwise
+INTERLEAVED_TOKENS = 2048  # of one between two blocks of decode steps, on a GPU
 
 
 @dataclass
@@ -98,13 +99,20 @@ class _Pending:
 
 @dataclass(eq=False)
 class _Leaf:
-    """A live sample: its group, its index in it, where its prompt ends, its slot, its limit."""
+    """A live sample: its group, its index in it, where its prompt ends, its slot, its limit; its
+    tokens as `engine.decode` counts them, and as of the last look."""
 
     pending: _Pending
     sample: int
     end: Node
     slot: int
     limit: int
+    count: int = 1
+    kept: int = 1
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        return (*self.pending.group.key, self.sample)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -125,60 +133,63 @@ class Generator:
         max_scores: int,
         stop: Literal["box", "eos"] = "box",
         ignore_eos: bool = False,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int | None = None,
         usage: Usage | None = None,
     ) -> None:
         """max_batch: most samples decoded together. max_scores: most scores of any group. stop:
         "box" ends a sample as soon as its scores are decided, "eos" lets it end by itself.
-        cache_bytes bounds keys and values; a batch that does not fit is made smaller. Raises
-        ValueError for limits below 1 or a cache that cannot hold one sample."""
+        cache_bytes bounds keys and values (default: what memory allows, `engine/memory.py`); a
+        batch that does not fit is made smaller. Raises ValueError for limits below 1 or a cache
+        that cannot hold one sample."""
         for name, value in (("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
             if value < 1:
                 raise ValueError(f"{name} = {value} is less than 1")
         self.model = model
         self.config = model.config
         self.automaton = automaton
-        self.options = options
         self.max_new_tokens = min(max_new_tokens, self.config.max_position_embeddings)
         self.max_scores = max_scores
         self.stop = stop
         self.usage = usage if usage is not None else Usage()
         weight = model.head_weight
         self.device = weight.device
-        # In torch every item is a partial result by itself, so inlining would save none.
-        self.keys_per_partial = 0
-        if runs_triton(weight):
-            config = self.config
-            self.keys_per_partial = keys_per_partial(
-                config.num_heads,
-                config.num_kv_heads,
-                config.head_dim,
-                config.v_head_dim,
-                weight.dtype,
-            )
         per_cell = cell_bytes(self.config, weight.dtype)
         suffix = round_up(self.max_new_tokens)
-        cells = cache_bytes // per_cell
+        budget = cache_bytes
+        if budget is None:
+            budget = cache_budget(self.config, weight.dtype, self.device, max_batch, PREFILL_TOKENS)
+        cells = max(budget // per_cell // ALIGN * ALIGN - scratch_cells(max_batch), 0)
         # Room for one prompt as long as the context comes before more samples.
         prompt = min(round_up(self.config.max_position_embeddings) + ALIGN, cells // 2)
-        slots = min(max_batch, (cells - prompt - SCRATCH_CELLS) // suffix)
-        shared = cells - slots * suffix - SCRATCH_CELLS
+        slots = min(max_batch, (cells - prompt) // suffix)
+        shared = cells - slots * suffix
         if slots < 1 or shared < ALIGN:
             raise ValueError(
-                f"{cache_bytes} bytes of cache hold {cells} tokens: not {suffix} of a sample and "
+                f"{budget} bytes of cache hold {cells} tokens: not {suffix} of a sample and "
                 "a prompt; allow fewer new tokens or more cache"
             )
         shared = min(shared, 4 * self.config.max_position_embeddings + slots * suffix)
-        self.cache = KVCache(self.config, slots, suffix, shared, weight.dtype, self.device)
-        self.native = None
-        if runs_native(model):
-            self.native = NativeDecoder(model, self.cache.k, self.cache.v)
+        self.cache = _allocate(self.config, slots, suffix, shared, weight.dtype, self.device)
         self.forest = Forest(self.cache)
         ends = [] if ignore_eos else sorted(self.config.eos_token_ids)
-        self.end_ids = torch.tensor(ends, dtype=torch.int64, device=self.device)
         self.leaves: list[_Leaf] = []
-        self.live: LiveSamples | None = None  # one row for each leaf, in their order
-        self.records = Records.empty(slots, self.max_new_tokens, self.device)
+        self._joining: list[_Leaf] = []  # those whose prompts are being prefilled
+        self._queue: deque[tuple[Node, int]] = deque()  # what is left of that, from which token on
+        # How many looks the host leaves unread while it prepares what the device does next. A
+        # sample that has finished unseen idles; on CPU there is nothing to gain.
+        self.ahead = 1 if self.device.type == "cuda" else 0
+        self._looks: deque[tuple[tuple[_Leaf, ...], Look]] = deque()
+        self._spans: deque[tuple[str, Moment, Moment]] = deque()
+        self.decoder = make_decoder(
+            model,
+            automaton,
+            self.cache,
+            options=options,
+            end_ids=torch.tensor(ends, dtype=torch.int64, device=self.device),
+            stop_at_box=stop == "box",
+            max_new_tokens=self.max_new_tokens,
+            max_scores=max_scores,
+        )
 
     @torch.inference_mode()
     def run(self, groups: Iterable[Group]) -> Iterator[GroupResult]:
@@ -188,18 +199,21 @@ class Generator:
         waiting: deque[tuple[_Pending, int]] = deque()  # samples without a slot
         while True:
             yield from self._admit(source, waiting)
-            if not self.leaves:
+            self._prefill()
+            if not self.leaves and not self._joining:
                 assert not waiting
+                yield from self._retire(0)  # looks at leaves that have been taken out since
                 return
-            self._decode()
-            yield from self._retire()
+            yield from self._retire(self._decode())
 
     # -- admission -------------------------------------------------------------------------------
 
     def _admit(
         self, source: Iterator[Group], waiting: deque[tuple[_Pending, int]]
     ) -> Iterator[GroupResult]:
-        """Fill the free slots, prefill what is new, and draw the new leaves' first tokens."""
+        """Fill the free slots with leaves that are to join, once those before them have."""
+        if self._joining:
+            return
         joining: list[_Leaf] = []
         fresh: list[Node] = []
         while self.cache.idle_slots:
@@ -242,48 +256,59 @@ class Generator:
                 pending.held.add(end)
             limit = min(self.max_new_tokens, self.config.max_position_embeddings - end.stop)
             joining.append(_Leaf(pending, sample, end, self.cache.take_slot(), limit))
-        if joining:
-            started = time.perf_counter()
-            self._prefill(fresh, {leaf.end for leaf in joining})
-            self._join(joining)
-            self.usage.prefill_seconds += time.perf_counter() - started
+        self._joining = joining
+        self._queue.extend((node, 0) for node in fresh)
+        # An end that came into the cache as part of a longer prompt has no logits yet: its last
+        # token is run again, which writes the same keys and values.
+        old = {leaf.end for leaf in joining}.difference(fresh)
+        self._queue.extend((end, len(end.token_ids) - 1) for end in old if end.logits is None)
 
     def _let_go(self, pending: _Pending) -> None:
         for end in pending.held:
             self.forest.release(end)
         pending.held.clear()
 
-    def _prefill(self, fresh: Sequence[Node], ends: set[Node]) -> None:
-        """Run the tokens of fresh nodes, parents first, and keep the logits after each end.
+    def _prefill(self) -> None:
+        """Run what the joining leaves need, parents first, and let them join when all of it is in
+        the cache. While others decode it is one piece at a time, and on a GPU a small one: they
+        stand still meanwhile."""
+        if not self._joining:
+            return
+        start = Moment(self.device)
+        waiting = bool(self.leaves)
+        small = waiting and self.device.type == "cuda"
+        while self._queue:
+            self._prefill_piece(INTERLEAVED_TOKENS if small else PREFILL_TOKENS)
+            if waiting:
+                break
+        if not self._queue:
+            joining, self._joining = self._joining, []
+            self._join(joining)
+        self._spans.append(("prefill_seconds", start, Moment(self.device)))
 
-        An end that came into the cache as part of a longer prompt has no logits yet: its last
-        token is run again, which writes the same keys and values.
-        """
-        queue = deque((node, 0) for node in fresh)
-        old = ends.difference(fresh)
-        queue.extend((end, len(end.token_ids) - 1) for end in old if end.logits is None)
-        while queue:
-            pieces: list[tuple[Node, int, int]] = []
-            room = PREFILL_TOKENS
-            while queue and room:
-                node, first = queue.popleft()
-                stop = min(len(node.token_ids), first + room)
-                pieces.append((node, first, stop))
-                room -= stop - first
-                if stop < len(node.token_ids):
-                    queue.appendleft((node, stop))
-            hidden = self._forward_prefill(pieces)
-            row = -1
-            last: dict[Node, int] = {}
-            for node, first, stop in pieces:
-                row += stop - first
-                if node in ends and stop == len(node.token_ids):
-                    last[node] = row
-            if last:
-                padding = -len(last) % ALIGN
-                rows = torch.tensor([*last.values(), *[0] * padding], device=self.device)
-                for node, logits in zip(last, self._head_logits(hidden[rows]), strict=False):
-                    node.logits = logits.clone()  # a view would keep all rows alive
+    def _prefill_piece(self, room: int) -> None:
+        """Run the next `room` tokens that are to be prefilled, and keep the logits after ends."""
+        ends = {leaf.end for leaf in self._joining}
+        pieces: list[tuple[Node, int, int]] = []
+        while self._queue and room:
+            node, first = self._queue.popleft()
+            stop = min(len(node.token_ids), first + room)
+            pieces.append((node, first, stop))
+            room -= stop - first
+            if stop < len(node.token_ids):
+                self._queue.appendleft((node, stop))
+        hidden = self._forward_prefill(pieces)
+        row = -1
+        last: dict[Node, int] = {}
+        for node, first, stop in pieces:
+            row += stop - first
+            if node in ends and stop == len(node.token_ids):
+                last[node] = row
+        if last:
+            padding = -len(last) % ALIGN
+            rows = self._tensor([*last.values(), *[0] * padding])
+            for node, logits in zip(last, self.decoder.head_logits(hidden[rows]), strict=False):
+                node.logits = logits.clone()  # a view would keep all rows alive
 
     def _forward_prefill(self, pieces: Sequence[tuple[Node, int, int]]) -> Tensor:
         tokens: list[int] = []
@@ -297,12 +322,13 @@ class Generator:
         self.usage.prefill_tokens += len(tokens)
         padding = -len(tokens) % ALIGN
         slots += range(padding)
-        at = torch.tensor(positions + [0] * padding, device=self.device)
-        return self._forward(
-            torch.tensor(tokens + [0] * padding, device=self.device),
+        positions += [0] * padding
+        at = self._tensor(positions)
+        return self.decoder.forward(
+            self._tensor(tokens + [0] * padding),
             at,
-            torch.tensor(slots, device=self.device),
-            ForestPlan(prefill_items(pieces), at),
+            self._tensor(slots),
+            ForestPlan(prefill_items(pieces), at, host_positions=positions),
         )
 
     def _join(self, joining: list[_Leaf]) -> None:
@@ -316,151 +342,123 @@ class Generator:
         logits = [leaf.end.logits for leaf in joining]
         first = torch.stack([row for row in logits if row is not None])
         assert len(first) == len(joining), "an end without logits"
-        self._draw(fresh, first, self._uniforms(joining, fresh.count, 1)[:, 0])
-        self.live = fresh if self.live is None else self.live.concat(fresh)
+        keys = torch.tensor([leaf.key for leaf in joining])
+        uniform = uniforms(keys[:, :2], keys[:, 2], torch.zeros_like(keys[:, 2]))
+        self.decoder.draw(fresh, first, to_device(uniform, self.device))
         self.leaves += joining
-        self._select(sorted(range(len(self.leaves)), key=lambda i: self.leaves[i].order))
+        order = sorted(range(len(self.leaves)), key=lambda i: self.leaves[i].order)
+        self._select(self.decoder.live.concat(fresh), order)
 
     # -- decode ----------------------------------------------------------------------------------
 
-    def _decode(self) -> None:
-        """SYNC_STEPS steps of all live leaves, or fewer when the longest can only do fewer."""
-        started = time.perf_counter()
-        live = self.live
-        assert live is not None
-        counts = live.count.tolist()
-        steps = min(
-            SYNC_STEPS, max(leaf.limit - c for leaf, c in zip(self.leaves, counts, strict=True))
-        )
-        if steps > 0 and not bool(live.finished.all()):
-            batch = len(self.leaves)
-            rows = round_up(batch)
-            plan, slots = self._decode_plan(counts, steps, rows)
-            assert plan.suffix is not None
-            moving = plan.positions, plan.suffix.length, slots
-            drawn = self._uniforms(self.leaves, live.count, steps).T.contiguous()
-            tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
-            for step in range(steps):
-                tokens[:batch] = live.token
-                hidden = self._forward(tokens, plan.positions, slots, plan)
-                logits = self._head_logits(hidden)[:batch]
-                self._draw(live, logits, drawn[step], moving)
-            made = int((live.count.sum() - sum(counts)).item())
-            self.usage.decode_tokens += made
-            self.usage.idle_tokens += steps * batch - made
-        self.usage.decode_seconds += time.perf_counter() - started
-
-    def _decode_plan(self, counts: list[int], steps: int, rows: int) -> tuple[ForestPlan, Tensor]:
-        """The plan of the next `steps` steps, and the cache slot that each row writes."""
-        padding = rows - len(self.leaves)
-        capacity = self.cache.suffix_capacity
-        prompts = [leaf.end.stop for leaf in self.leaves]
-        # A leaf with c tokens has c - 1 of them in the cache and now writes the last.
-        at = [stop + c - 1 for stop, c in zip(prompts, counts, strict=True)]
-        first = [self.cache.suffix_base + leaf.slot * capacity for leaf in self.leaves]
-        slots = [start + c - 1 for start, c in zip(first, counts, strict=True)]
-        row_of_slot = [-1] * self.cache.num_slots
-        for row, leaf in enumerate(self.leaves):
-            row_of_slot[leaf.slot] = row
-        used = 1 + max(leaf.slot for leaf in self.leaves)
-
-        suffix = SuffixTiles(
-            base=self.cache.suffix_base,
-            capacity=capacity,
-            row=self._tensor(row_of_slot[:used]),
-            length=self._tensor(counts + [0] * padding),
-            position=self._tensor(prompts + [0] * padding),
-            max_length=min(max(counts) + steps, capacity),
-        )
-        items = decode_items([leaf.end for leaf in self.leaves], self.keys_per_partial)
-        plan = ForestPlan(items, self._tensor(at + [0] * padding), suffix, moving=True)
-        return plan, self._tensor(slots + list(range(padding)))
-
-    def _draw(
-        self, live: LiveSamples, logits: Tensor, uniform: Tensor, moving: Moving | None = None
-    ) -> None:
-        """Draw the next token of each live sample from the model's raw logits, and take it."""
-        drawn = sample_token(logits, uniform, self.options, self.config.final_softcap)
-        stop_at_box = self.stop == "box"
-        take_token(live, self.records, *drawn, self.automaton, self.end_ids, stop_at_box, moving)
-
-    def _uniforms(self, leaves: Sequence[_Leaf], count: Tensor, steps: int) -> Tensor:
-        """(B, steps) uniforms for the next tokens of leaves that have `count` tokens."""
-        table = [(*leaf.pending.group.key, leaf.sample) for leaf in leaves]
-        keys = torch.tensor(table, dtype=torch.int64, device=self.device)
-        positions = count[:, None] + torch.arange(steps, device=self.device)
-        return uniforms(keys[:, :2], keys[:, 2], positions)
+    def _decode(self) -> int:
+        """SYNC_STEPS steps of all live leaves, or fewer when the longest can only do fewer, and a
+        look at them. Returns how many looks may stay unread: none where there was no step to run.
+        """
+        if not self.leaves:
+            return 0
+        start = Moment(self.device)
+        steps = min(SYNC_STEPS, max(leaf.limit - leaf.count for leaf in self.leaves))
+        if not self.ahead and bool(self.decoder.live.finished.all()):
+            steps = 0
+        if steps:
+            self.decoder.run(steps)
+            self.usage.idle_tokens += steps * len(self.leaves)  # until it is known who was
+        look = self.decoder.look()
+        self._looks.append((tuple(self.leaves), look))
+        self._spans.append(("decode_seconds", start, look.moment))
+        return self.ahead if steps else 0
 
     # -- retirement ------------------------------------------------------------------------------
 
-    def _retire(self) -> Iterator[GroupResult]:
-        """Take finished leaves out; yields the groups that are complete by it."""
-        live = self.live
-        assert live is not None
-        finished = live.finished.tolist()
-        if not any(finished):
-            return
-        scores, reasons = scores_of(live.scores, live.ended)
-        rows = [i for i, done in enumerate(finished) if done]
-        leaving = [self.leaves[i] for i in rows]
-        self._select([i for i, done in enumerate(finished) if not done])
-        counts, ended = live.count.tolist(), live.ended.tolist()
-        decided = live.scores.decided.tolist()
-        results = []
-        for i, leaf in zip(rows, leaving, strict=True):
-            slot, length = leaf.slot, counts[i]
-            logprobs, sampling_logprobs = self.records.logprobs[:, slot, :length].tolist()
-            reason = Reason(int(reasons[i]))
-            pending = leaf.pending
-            stopped = self.stop == "box" and decided[i] and not ended[i]
-            pending.done[leaf.sample] = Generation(
-                self.records.tokens[slot, :length].tolist(),
-                logprobs,
-                sampling_logprobs,
-                "box" if stopped else "eos" if ended[i] else "length",
-                reason,
-                tuple(scores[i, : pending.group.num_scores].tolist())
-                if reason == Reason.VALID
-                else None,
+    def _retire(self, ahead: int) -> Iterator[GroupResult]:
+        """Read all looks but the last `ahead`, and take out the leaves that had finished; yields
+        the groups that are complete by it."""
+        while len(self._looks) > ahead:
+            leaves, look = self._looks.popleft()
+            counts, finished = look.read()
+            self._take_times()
+            for leaf, count in zip(leaves, counts, strict=True):
+                self.usage.decode_tokens += count - leaf.kept
+                self.usage.idle_tokens -= count - leaf.kept
+                leaf.kept = count
+            done = {leaf for leaf, flag in zip(leaves, finished, strict=True) if flag}
+            yield from self._take_out(
+                [i for i, leaf in enumerate(self.leaves) if leaf in done], look
             )
-            self.cache.free_slot(slot)
+
+    def _take_out(self, rows: Sequence[int], look: Look) -> list[GroupResult]:
+        """Take the leaves at `rows` out, which `look` found finished; the groups that are complete
+        by it."""
+        if not rows:
+            return []
+        leaving = [self.leaves[i] for i in rows]
+        found = self.decoder.fetch(rows, [leaf.kept for leaf in leaving], look)
+        staying = set(range(len(self.leaves))).difference(rows)
+        self._select(self.decoder.live, sorted(staying))
+        results = []
+        for leaf, sampled in zip(leaving, found, strict=True):
+            pending = leaf.pending
+            pending.done[leaf.sample] = self._generation(leaf, sampled)
+            self.cache.free_slot(leaf.slot)
             self.forest.release(leaf.end)
             if len(pending.done) == len(pending.group.prompts):
                 generations = [pending.done[j] for j in range(len(pending.done))]
                 results.append(GroupResult(pending.group, generations, pending.tree_tokens))
-        yield from results
+        return results
 
-    def _select(self, rows: Sequence[int]) -> None:
-        """Keep the live leaves at `rows`, in that order."""
-        assert self.live is not None
+    def _take_times(self) -> None:
+        """Count the seconds of what is over."""
+        while self._spans and self._spans[0][2].is_over:
+            name, start, stop = self._spans.popleft()
+            setattr(self.usage, name, getattr(self.usage, name) + stop.seconds_since(start))
+
+    def _generation(self, leaf: _Leaf, sampled: Sampled) -> Generation:
+        stopped = self.stop == "box" and sampled.decided and not sampled.ended
+        scores = sampled.scores[: leaf.pending.group.num_scores]
+        return Generation(
+            sampled.token_ids,
+            sampled.logprobs,
+            sampled.sampling_logprobs,
+            "box" if stopped else "eos" if sampled.ended else "length",
+            sampled.reason,
+            tuple(scores) if sampled.reason == Reason.VALID else None,
+        )
+
+    def _select(self, live: LiveSamples, rows: Sequence[int]) -> None:
+        """Keep of `leaves`, whose state `live` is, those at `rows`, in that order."""
         self.leaves = [self.leaves[i] for i in rows]
-        self.live = self.live.index_select(self._tensor(rows)) if rows else None
-
-    # -- the model -------------------------------------------------------------------------------
-
-    def _forward(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, plan: ForestPlan
-    ) -> Tensor:
-        if self.native is not None:
-            return self.native.forward(tokens, positions, slots, plan)
-        return self.model(tokens, positions, self._attend(slots, plan))
-
-    def _head_logits(self, hidden: Tensor) -> Tensor:
-        return (self.native or self.model).head_logits(hidden)
-
-    def _attend(self, slots: Tensor, plan: ForestPlan) -> Attend:
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-            write_kv(k, v, k_cache, v_cache, slots)
-            spec = self.config.attention[layer]
-            return forest_attention(
-                q, k_cache, v_cache, plan, spec.scale, spec.softcap, spec.window
-            )
-
-        return attend
+        self.decoder.load(live.index_select(self._tensor(rows)), self.leaves)
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return to_device(torch.tensor(values, dtype=torch.int64), self.device)
+
+
+def _allocate(
+    config: ModelConfig,
+    slots: int,
+    suffix: int,
+    shared: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVCache:
+    """A cache; where memory runs out, one of half the slots, and so on, with a warning."""
+    while True:
+        try:
+            return KVCache(config, slots, suffix, shared, dtype, device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        size = (slots * suffix + shared) * cell_bytes(config, dtype)
+        if slots == 1:
+            raise ValueError(f"no memory for {size} bytes of cache for one sample: {reason}")
+        warnings.warn(
+            f"no memory for {size} bytes of cache for {slots} samples: trying {slots // 2}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        slots, shared = slots // 2, round_up(shared // 2)
 
 
 def _too_long(tokens: int, context: int) -> str:

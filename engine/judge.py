@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from engine.generate import CACHE_BYTES, Generation, Generator, Group, GroupResult, Usage
+from engine.generate import Generation, Generator, Group, GroupResult, Usage
 from engine.options import JudgeOptions
 from engine.prompt import DEFAULT_TEMPLATE, JudgeSettings, PromptBuilder, read_judge_settings
 from engine.request import MAX_RESPONSES, BadRow, Message, Row, make_row
@@ -44,10 +44,10 @@ class Judge:
         settings: JudgeSettings | None = None,
         fingerprint: str = "",
         max_batch: int | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int | None = None,
     ) -> None:
         """`fingerprint` identifies the model in keys. max_batch: most samples decoded together
-        (default 256). cache_bytes bounds keys and values."""
+        (default 256). cache_bytes bounds keys and values; by default free memory does."""
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings or JudgeSettings()
@@ -77,7 +77,7 @@ class Judge:
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
         max_batch: int | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int | None = None,
     ) -> "Judge":
         """Load a model directory in Hugging Face layout.
 

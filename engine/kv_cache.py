@@ -2,7 +2,7 @@
 
 One pair of tensors per layer, head-major (Hkv, N, D) and (Hkv, N, Dv), in three regions:
 
-    [ scratch: 16 cells | suffixes: one slot of `suffix_capacity` cells a sample | shared slabs ]
+    [ scratch | suffixes: one slot of `suffix_capacity` cells a sample | shared slabs ]
 
 A shared segment is one contiguous slab, counted by its holders and freed by the last of them.
 Nothing moves. Slabs are placed first-fit. It does not know trees, tokens or positions.
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.launch import power_of_two, runs_triton
 from models.config import ModelConfig
 
-SCRATCH_CELLS = 16  # where padding rows write
 ALIGN = 16
 
 
@@ -40,6 +40,12 @@ def round_up(length: int) -> int:
     return -(-length // ALIGN) * ALIGN
 
 
+def scratch_cells(num_slots: int) -> int:
+    """Cells that the padding rows of a step write: as many as a multiple of 16, or a power of two,
+    may lie above a number of samples."""
+    return max(ALIGN, power_of_two(num_slots) // 2)
+
+
 class KVCache:
     """Cells for `num_slots` samples of at most `suffix_capacity` generated tokens each, and
     `shared_cells` cells for shared segments."""
@@ -54,7 +60,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.num_slots = num_slots
-        self.suffix_base = SCRATCH_CELLS
+        self.suffix_base = scratch_cells(num_slots)
         self.suffix_capacity = round_up(suffix_capacity)
         self.shared_base = self.suffix_base + num_slots * self.suffix_capacity
         self.size = self.shared_base + round_up(shared_cells)
@@ -70,7 +76,7 @@ class KVCache:
         self.k = cells(config.head_dim)
         self.v = cells(config.v_head_dim)
         for cache in (*self.k, *self.v):
-            cache[:, :SCRATCH_CELLS] = 0
+            cache[:, : self.suffix_base] = 0
         # Gaps [start, stop) in ascending order, none empty, no two adjacent.
         self._free = [(self.shared_base, self.size)] if self.size > self.shared_base else []
         self._slabs: set[Slab] = set()
@@ -117,12 +123,12 @@ class KVCache:
         return True
 
     def take_slot(self) -> int:
-        """An idle sample slot. Its values are cleared, since attention multiplies what lies behind
-        a sample's last key with weight 0, and 0 * NaN is NaN."""
+        """An idle sample slot. In torch attention multiplies what lies behind a sample's last key
+        with weight 0, and 0 * NaN is NaN: there its values are cleared."""
         assert self._idle_slots, "no idle slot"
         slot = self._idle_slots.pop()
         first = self.suffix_base + slot * self.suffix_capacity
-        for cache in self.v:
+        for cache in () if runs_triton(self.v[0]) else self.v:
             cache[:, first : first + self.suffix_capacity] = 0
         return slot
 

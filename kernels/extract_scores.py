@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Target, check_triton, launch, runs_triton, target_of
+from kernels.launch import Target, check_triton, launch, runs_triton, target_of, to_device
 
 _BOX = rb"\boxed{"
 _INTEGER = re.compile(rb"[+-]?[0-9]+")
@@ -307,6 +307,15 @@ class ScoreState:
         """The rows `index` (int64), copied."""
         return ScoreState(*(getattr(self, f.name).index_select(0, index) for f in fields(self)))
 
+    def first(self, count: int) -> "ScoreState":
+        """The first `count` rows, as views."""
+        return ScoreState(*(getattr(self, f.name)[:count] for f in fields(self)))
+
+    def copy_(self, other: "ScoreState") -> None:
+        """Take the values of as many other rows."""
+        for f in fields(self):
+            getattr(self, f.name).copy_(getattr(other, f.name))
+
     @staticmethod
     def concat(states: Sequence["ScoreState"]) -> "ScoreState":
         """The rows of several states with the same max_n, one after the other."""
@@ -377,7 +386,8 @@ class ScoreAutomaton:
         self._table = table.to(device)  # (C, V + 1) int16
 
     def start(self, n: Tensor, max_n: int) -> ScoreState:
-        """The state of rows without text that expect n (B,) int64 scores, 0 <= n <= max_n."""
+        """The state of rows without text that expect n (B,) int64 scores, 0 <= n <= max_n. With n
+        on CPU nothing waits for the device."""
         if n.dim() != 1 or n.dtype != torch.int64 or ((n < 0) | (n > max_n)).any():
             raise ValueError(f"n must be (B,) int64 in [0, {max_n}], got {n}")
         device = self._table.device
@@ -387,7 +397,7 @@ class ScoreAutomaton:
             value=zero,
             count=zero.clone(),
             items=zero[:, None].repeat(1, max_n + 1),
-            n=n.to(device, copy=True),
+            n=to_device(n, device).clone(),
             reason=zero + int(Reason.UNDECIDED),
             scores=zero[:, None].repeat(1, max_n),
         )

@@ -14,17 +14,14 @@ along a list of runs of keys and writes one partial for each of its queries; `me
 them in the order of the sequence. Where every query has one partial, that is the result, and there
 is no merge. One kernel in two instances: *wide* (M 64 or 128) for nodes that many queries share and
 for prefill, *narrow* (M 16) for few queries and for the leaves' suffixes, which need no list: one
-program for each slot and split, whose length is read on the device. Runs are joined where they
-touch and cut to fill the device, unless the plan asks for one partial per split.
+program for each query and split, whose length is read on the device. Programs, runs and partials
+are laid out in `kernels/forest_schedule.py`.
 The weights are exp2(x c - m c) with c = scale log2(e) folded into the subtraction: that is one
 multiply-add, and q keeps its bits (a bfloat16 q would lose some if it were scaled beforehand).
 
 It does not write the cache, choose what is shared, or compute gradients.
 """
 
-from dataclasses import dataclass, field
-
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -32,19 +29,13 @@ from torch import Tensor
 
 from kernels import forest_attention_cpu, forest_attention_native
 from kernels.device_math import tanh
-from kernels.forest_plan import (
-    MAX_SPLIT,
-    ForestPlan,
-    WorkItem,
-    cut_between_queries,
-    partial_table,
-)
+from kernels.forest_plan import MAX_SPLIT, ForestPlan
+from kernels.forest_schedule import CELLS, HeadShape, Programs, schedule_key, schedules_of
 from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
 from kernels.merge_states import merge_states
 from kernels.native import runs_native
 
 _LOG2E = 1.4426950408889634
-_MAX_PARTIAL_BYTES = 256 << 20  # of one chunk's partial outputs, with one partial per split
 
 
 def forest_attention_ref(
@@ -134,12 +125,10 @@ def _forest_attention_kernel(
     positions_ptr,  # (T,)
     programs_ptr,  # (programs, 5): first query, queries, first run, last run, first partial
     runs_ptr,  # (runs, 3): first key, keys, position of the first
-    row_ptr,  # (S,) suffixes: the query of each slot
-    length_ptr,  # (T,) suffixes: keys of each query
+    cell_ptr,  # (T,) suffixes: where each query's keys begin in the cache
+    length_ptr,  # (T,) suffixes: keys of each query; 0 or less where there is no suffix
     start_ptr,  # (T,) suffixes: position of the first key
-    base,
-    capacity,
-    num_slots,
+    num_rows,  # T
     q_t,
     q_h,
     k_h,
@@ -165,15 +154,19 @@ def _forest_attention_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     num_heads = tl.num_programs(1) * G
     if SUFFIX:
-        slot, split = program % num_slots, program // num_slots
-        owner = tl.load(row_ptr + slot)
-        query = tl.maximum(owner, 0)
+        query, split = program % num_rows, program // num_rows
         num_queries, first_run, last_run = 1, 0, 1
         partial = program.to(tl.int64)
+        own_key = tl.load(cell_ptr + query)
         own_keys = tl.minimum(tl.load(length_ptr + query) - split * SPLIT, SPLIT)
-        own_keys = tl.where(owner >= 0, own_keys, 0).to(tl.int32)
+        own_keys = tl.where(own_key >= 0, own_keys, 0).to(tl.int32)
         own_position = (tl.load(start_ptr + query) + split * SPLIT).to(tl.int32)
-        own_key = base + slot.to(tl.int64) * capacity + split * SPLIT
+        own_key += split * SPLIT
+        if own_keys <= 0:  # most of the grid may lie behind the suffixes' ends
+            own_head = tl.arange(0, M)
+            own_lse = lse_ptr + partial * num_heads + kv_head * G + own_head
+            tl.store(own_lse, tl.full((M,), float("-inf"), tl.float32), mask=own_head < G)
+            return
     else:
         programs_ptr += program.to(tl.int64) * 5
         query = tl.load(programs_ptr).to(tl.int64)
@@ -181,6 +174,8 @@ def _forest_attention_kernel(
         first_run = tl.load(programs_ptr + 2)
         last_run = tl.load(programs_ptr + 3)
         partial = tl.load(programs_ptr + 4).to(tl.int64)
+        if num_queries == 0:
+            return
 
     m = tl.arange(0, M)
     row, head = m // G, kv_head * G + m % G
@@ -239,162 +234,7 @@ def _forest_attention_kernel(
     tl.store(lse_ptr + out, lse, mask=there)
     o = (acc / total[:, None]).to(o_ptr.dtype.element_ty)
     o_at = o_ptr + out[:, None] * DV + dv[None, :]
-    if SUFFIX:
-        there = there & seen  # most of the grid may lie behind the suffixes' ends
     tl.store(o_at, o, mask=there[:, None] & (dv < DV)[None, :])
-
-
-@dataclass
-class _Programs:
-    """Programs of one instance of the kernel, longest first, and the runs they walk along."""
-
-    programs: Tensor  # (programs, 5) int32: see the kernel
-    runs: Tensor  # (runs, 3) int32
-
-
-@dataclass
-class _Schedule:
-    """Queries [start, stop) of a plan, on one device: what runs, and who merges what. Without
-    `table` every query has at most one partial, which is its result, in the order of queries."""
-
-    start: int
-    stop: int
-    wide: _Programs | None
-    narrow: _Programs | None
-    num_partials: int  # the suffixes' own come first
-    num_items: int
-    table: Tensor | None  # (stop - start, J) int64
-
-
-@dataclass
-class _ProgramList:
-    """Programs under construction."""
-
-    programs: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    runs: list[tuple[int, int, int]] = field(default_factory=list)
-    num_keys: list[int] = field(default_factory=list)
-
-    def add(self, query: int, queries: int, runs: list[tuple[int, int, int]], partial: int) -> None:
-        first = len(self.runs)
-        self.runs += runs
-        self.programs.append((query, queries, first, len(self.runs), partial))
-        self.num_keys.append(sum(keys for _, keys, _ in runs))
-
-    def finish(self, device: torch.device) -> _Programs | None:
-        if not self.programs:
-            return None
-        longest_first = np.argsort(-np.array(self.num_keys), kind="stable")
-        programs = np.array(self.programs, dtype=np.int32)[longest_first]
-        runs = np.array(self.runs, dtype=np.int32)
-        return _Programs(torch.from_numpy(programs).to(device), torch.from_numpy(runs).to(device))
-
-
-def _schedules(
-    plan: ForestPlan, window: int | None, groups: int, kv_heads: int, v_dim: int, tiles: "_Tiles"
-) -> list[_Schedule]:
-    """Compile a plan for the device."""
-    items = plan.needed(window)
-    queries = len(plan.first_position)
-    if not plan.per_split:
-        return [_schedule(plan, items, 0, queries, groups, kv_heads, tiles)]
-    largest = _MAX_PARTIAL_BYTES // (4 * groups * kv_heads * v_dim)
-    return [
-        _schedule(plan, part, start, stop, groups, kv_heads, tiles)
-        for part, start, stop in cut_between_queries(items, queries, largest, lambda n: n)
-    ]
-
-
-def _schedule(
-    plan: ForestPlan,
-    items: list[WorkItem],
-    start: int,
-    stop: int,
-    groups: int,
-    kv_heads: int,
-    tiles: "_Tiles",
-) -> _Schedule:
-    """Programs for items that serve queries [start, stop) alone."""
-    runs_of: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    for item in items:
-        runs_of.setdefault(item[:2], []).append(item[2:])
-    listed: list[tuple[int, int, list[tuple[int, int, int]]]] = []
-    for (query, num_queries), runs in runs_of.items():
-        step = tiles.wide // groups
-        for first in range(query, query + num_queries, step):
-            listed.append((first, min(step, query + num_queries - first), runs))
-    if plan.per_split:
-        listed = [(first, count, [run]) for first, count, runs in listed for run in runs]
-    else:
-        listed = [(first, count, _joined(runs)) for first, count, runs in listed]
-        if len(listed) * kv_heads < tiles.target.num_processors:
-            keys = sum(run[1] for _, _, runs in listed for run in runs)
-            wanted = -(-2 * tiles.target.num_processors // kv_heads)
-            piece = -(-keys // (wanted * MAX_SPLIT)) * MAX_SPLIT
-            listed = [(first, count, p) for first, count, r in listed for p in _cut(r, piece)]
-
-    served: list[tuple[int, int, int]] = []
-    partials = 0 if plan.suffix is None else plan.suffix.num_partials
-    for first, count, _ in listed:
-        served.append((first, count, partials))
-        partials += count
-    table = partial_table(served, start, stop, torch.device("cpu"))
-    direct = plan.suffix is None and table.shape[1] <= 1
-    wide, narrow = _ProgramList(), _ProgramList()
-    for (first, count, runs), (_, _, partial) in zip(listed, served, strict=True):
-        is_narrow = groups * count <= tiles.narrow and not plan.per_split
-        chosen = narrow if is_narrow else wide
-        chosen.add(first, count, runs, first - start if direct else partial)
-    device = plan.positions.device
-    merged = None
-    if not direct:
-        own = [] if plan.suffix is None else [plan.suffix.partials(len(plan.positions))[start:stop]]
-        merged = torch.cat([table.to(device), *own], 1)
-    return _Schedule(
-        start, stop, wide.finish(device), narrow.finish(device), partials, len(items), merged
-    )
-
-
-def _joined(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Runs with those put together that touch, in the cache and in position."""
-    joined = runs[:1]
-    for key, keys, position in runs[1:]:
-        last_key, last_keys, last_position = joined[-1]
-        if key == last_key + last_keys and position == last_position + last_keys:
-            joined[-1] = (last_key, last_keys + keys, last_position)
-        else:
-            joined.append((key, keys, position))
-    return joined
-
-
-def _cut(runs: list[tuple[int, int, int]], piece: int) -> list[list[tuple[int, int, int]]]:
-    """Runs in lists of about `piece` keys; a long run is cut every `piece` keys."""
-    lists: list[list[tuple[int, int, int]]] = [[]]
-    room = piece
-    for key, keys, position in runs:
-        for offset in range(0, keys, piece):
-            part = min(piece, keys - offset)
-            if part > room and lists[-1]:
-                lists.append([])
-                room = piece
-            lists[-1].append((key + offset, part, position + offset))
-            room -= part
-    return lists
-
-
-@dataclass(frozen=True)
-class _Tiles:
-    """Rows of a query tile in the two instances of the kernel, on a target; both hold the heads of
-    a group at least, and wide is no less than narrow."""
-
-    narrow: int
-    wide: int
-    target: Target
-
-
-def _tiles(groups: int, dim: int, v_dim: int, dtype: torch.dtype, target: Target) -> _Tiles:
-    """Rows of a tile: 128 where its accumulator fits the registers of 8 warps."""
-    fits = dtype != torch.float32 and max(dim, v_dim) <= 128
-    return _Tiles(power_of_two(groups, 16), power_of_two(groups, 128 if fits else 64), target)
 
 
 def _launch(rows: int, dim: int, v_dim: int, dtype: torch.dtype, target: Target) -> dict[str, int]:
@@ -448,10 +288,11 @@ def _run_triton(
     (_, heads, dim), (kv_heads, _, v_dim) = q.shape, v_cache.shape
     groups = heads // kv_heads
     target = target_of(q)
-    tiles = _tiles(groups, dim, v_dim, q.dtype, target)
+    shape = HeadShape.of(heads, kv_heads, dim, v_dim, q.dtype, target)
+    tiles = shape.tiles
     schedules = plan.compiled(
-        ("triton", window, groups, kv_heads, v_dim, tiles),
-        lambda: _schedules(plan, window, groups, kv_heads, v_dim, tiles),
+        schedule_key(window, shape),
+        lambda: [each.to(q.device) for each in schedules_of(plan, window, shape)],
     )
     suffix = plan.suffix
     partials = max((s.num_partials for s in schedules if s.table is not None), default=0)
@@ -459,20 +300,19 @@ def _run_triton(
     lse = torch.empty(partials, heads, dtype=torch.float32, device=q.device)
 
     def run(
-        rows: int, num_programs: int, programs: _Programs | None, to: tuple[Tensor, Tensor]
+        rows: int, num_programs: int, programs: Programs | None, to: tuple[Tensor, Tensor]
     ) -> None:
         tensors: list[Tensor | None] = [None] * 5
         if programs is not None:
             tensors[:2] = programs.programs, programs.runs
         elif suffix is not None:
-            tensors[2:] = suffix.row, suffix.length, suffix.position
+            cells = plan.compiled(CELLS, lambda: suffix.first_cells(len(q)))
+            tensors[2:] = cells, suffix.length, suffix.position
         launch(
             _forest_attention_kernel,
             (num_programs, kv_heads),
             q, k_cache, v_cache, *to, plan.positions, *tensors,
-            suffix.base if suffix else 0, suffix.capacity if suffix else 0,
-            len(suffix.row) if suffix else 0,
-            q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1),
+            len(q), q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1),
             v_cache.stride(0), v_cache.stride(1),
             (scale if softcap is None else softcap) * _LOG2E,
             0.0 if softcap is None else scale / softcap, window or 0,
@@ -482,19 +322,18 @@ def _run_triton(
         )  # fmt: skip
 
     if suffix is not None:
-        run(tiles.narrow, suffix.num_partials, None, (o, lse))
+        run(tiles.narrow, len(q) * suffix.num_splits, None, (o, lse))
     results: list[tuple[Tensor, Tensor]] = []
     for schedule in schedules:
         to = o, lse
         if schedule.table is None:  # queries without any key are in no program
-            shape = schedule.stop - schedule.start, heads
+            size = schedule.stop - schedule.start, heads
             to = (
-                torch.zeros(*shape, v_dim, dtype=q.dtype, device=q.device),
-                torch.full(shape, float("-inf"), device=q.device),
+                torch.zeros(*size, v_dim, dtype=q.dtype, device=q.device),
+                torch.full(size, float("-inf"), device=q.device),
             )
         for rows, programs in ((tiles.wide, schedule.wide), (tiles.narrow, schedule.narrow)):
-            if programs is not None:
-                run(rows, len(programs.programs), programs, to)
+            run(rows, len(programs.programs), programs, to)
         plan.executed += schedule.num_items
         if schedule.table is not None:
             to = merge_states(o, lse, schedule.table, dtype=q.dtype)

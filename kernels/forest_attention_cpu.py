@@ -148,7 +148,7 @@ def _compile(plan: ForestPlan, items: list[WorkItem], start: int, stop: int) -> 
         (item.query, item.num_queries, int(first))
         for item, first in zip(items, first_partial, strict=True)
     ]
-    merged = partial_table(served, start, stop, device)
+    merged = partial_table(served, start, stop).to(device)
     if plan.suffix is not None:
         own = plan.suffix.partials(len(plan.positions))
         merged = torch.cat([merged, own[start:stop]], 1)

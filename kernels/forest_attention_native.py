@@ -114,7 +114,7 @@ def _compile(
             items = [item._replace(query=item.query + low) for item in items]
             table, starts, used = _placed(items, free)
             served = [(i.query, i.num_queries, at) for i, at in zip(items, starts, strict=True)]
-            index = partial_table(served, low + start, low + stop, plan.positions.device)
+            index = partial_table(served, low + start, low + stop)
             if own is not None:
                 index = torch.cat([index, own[low + start : low + stop]], 1)
             index = index.contiguous()

@@ -12,7 +12,7 @@ it runs, once per window, and keeps that in the plan. Nothing is computed here.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -41,7 +41,8 @@ class SuffixTiles:
     """Every leaf's own keys: slot s owns cache slots [base + s * capacity, + capacity).
 
     row: (S,) int64, the query of each slot, -1 for an idle slot. length: (T,) int64, keys of each
-    query's suffix, its own token included; it may grow up to `max_length` while the plan lives.
+    query's suffix, its own token included; it may grow up to `max_length` while the plan lives, and
+    `reach` may raise that.
     position: (T,) int64, the logical position of the first. capacity is a multiple of 16.
     """
 
@@ -61,10 +62,26 @@ class SuffixTiles:
         """Splits that the longest suffix may reach."""
         return -(-self.max_length // MAX_SPLIT)
 
+    def reach(self, max_length: int) -> bool:
+        """Let lengths grow up to `max_length`, unless that takes more splits: then nothing changes,
+        and the answer is False."""
+        if max_length > self.num_splits * MAX_SPLIT:
+            return False
+        self.max_length = max(self.max_length, max_length)
+        return True
+
     @property
     def num_partials(self) -> int:
         """One for each slot and split: that of slot s and split j is j * S + s."""
         return len(self.row) * self.num_splits
+
+    def first_cells(self, num_queries: int) -> Tensor:
+        """(num_queries,) int64: where each query's own keys begin in the cache, -1 where it has no
+        slot."""
+        slots = torch.arange(len(self.row), device=self.row.device)
+        cell_of = torch.full((num_queries + 1,), -1, device=self.row.device)
+        cell_of[self.row] = self.base + slots * self.capacity  # idle slots write the last
+        return cell_of[:num_queries]
 
     def partials(self, num_queries: int) -> Tensor:
         """(num_queries, splits) int64: the partials of each query's own keys, -1 where it has no
@@ -86,7 +103,9 @@ class ForestPlan:
     before its queries from the start. suffix: the leaves' own keys, if any. per_split: keep one
     partial for every item on a GPU too, so that a query's result does not depend on who shares its
     keys or how many there are; without it the Triton kernel joins and cuts runs of keys to fill the
-    device. (On CPU there is one partial for every item anyway.)
+    device. (On CPU there is one partial for every item anyway.) host_positions: `positions`, from a
+    caller that has them and does not want to wait for the device; on a GPU nothing there is read
+    then, nor checked.
     `executed` counts the items run so far; every call adds `num_items(window)`.
     """
 
@@ -96,12 +115,16 @@ class ForestPlan:
     moving: bool = False
     per_split: bool = False
     executed: int = 0
+    host_positions: InitVar[Sequence[int] | None] = None
     first_position: list[int] = field(default_factory=list, init=False)
     _compiled: dict[Hashable, Any] = field(default_factory=dict, init=False)
 
-    def __post_init__(self) -> None:
-        self.first_position = self.positions.tolist()
+    def __post_init__(self, host_positions: Sequence[int] | None) -> None:
+        self.first_position = (
+            self.positions.tolist() if host_positions is None else list(host_positions)
+        )
         queries = len(self.first_position)
+        assert queries == len(self.positions), (queries, len(self.positions))
         for item in self.items:
             assert 0 < item.num_queries <= MAX_TILE and 0 < item.num_keys <= MAX_SPLIT, item
             assert item.query >= 0 and item.query + item.num_queries <= queries, item
@@ -109,6 +132,7 @@ class ForestPlan:
                 assert item.position + item.num_keys <= 1 + self.earliest(item), item
         if self.suffix is not None:
             assert len(self.suffix.length) == len(self.suffix.position) == queries
+        if self.suffix is not None and (host_positions is None or not self.positions.is_cuda):
             rows = [row for row in self.suffix.row.tolist() if row != -1]
             assert len(set(rows)) == len(rows) and set(rows) <= set(range(queries)), rows
             longest = max(self.suffix.length.tolist(), default=0)
@@ -160,10 +184,9 @@ def cut_between_queries(
     return parts
 
 
-def partial_table(
-    served: Sequence[tuple[int, int, int]], start: int, stop: int, device: torch.device
-) -> Tensor:
-    """(stop - start, J) int64: the partials of each query in order, -1 where there are no more.
+def partial_table(served: Sequence[tuple[int, int, int]], start: int, stop: int) -> Tensor:
+    """(stop - start, J) int64, on CPU: the partials of each query in order, -1 where there are no
+    more.
 
     served: (first query, number of queries, first partial) of whatever writes one partial for each
     of its queries, in the order of the queries' sequences.
@@ -177,4 +200,4 @@ def partial_table(
         rows = np.arange(query - start, query - start + num_queries)
         table[rows, count[rows]] = partial + np.arange(num_queries)
         count[rows] += 1
-    return torch.from_numpy(table).to(device)
+    return torch.from_numpy(table)

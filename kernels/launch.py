@@ -78,6 +78,13 @@ def _device_target(index: int) -> Target:
     return Target(name, properties["max_shared_mem"], properties["multiprocessor_count"])
 
 
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on `device`; one on CPU gets to a GPU without waiting for what runs there."""
+    if x.device.type == "cpu" and torch.device(device).type == "cuda" and x.numel():
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Run `kernel` over `grid` on the device of its first tensor; an empty grid runs nothing."""
     if 0 in grid:

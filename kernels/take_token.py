@@ -62,6 +62,17 @@ class LiveSamples:
         rows = {name: value[index] for name, value in self.tensors().items()}
         return LiveSamples(**rows, scores=self.scores.index_select(index))
 
+    def first(self, count: int) -> "LiveSamples":
+        """The first `count` samples, as views."""
+        rows = {name: value[:count] for name, value in self.tensors().items()}
+        return LiveSamples(**rows, scores=self.scores.first(count))
+
+    def copy_(self, other: "LiveSamples") -> None:
+        """Take the values of as many others."""
+        for name, value in other.tensors().items():
+            getattr(self, name).copy_(value)
+        self.scores.copy_(other.scores)
+
     def concat(self, other: "LiveSamples") -> "LiveSamples":
         """These samples, then the other's."""
         theirs = other.tensors()

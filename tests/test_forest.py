@@ -110,6 +110,22 @@ def test_heads_stay_until_room_is_needed_and_go_oldest_first() -> None:
     forest.check([second])
 
 
+def test_the_head_unused_for_longest_goes_first() -> None:
+    """Not the oldest one, nor the one that was last given out first."""
+    forest = make_forest(6 * ALIGN)
+    prompts: list[Prompt] = [((i,), (0,)) for i in range(3)]
+    ends, _ = forest.grow(prompts)
+    heads = [end.path()[0] for end in ends]
+    for end in ends:
+        assert forest.allocate(end)
+    for i in (1, 0, 2):
+        forest.release(ends[i])
+    (large,), _ = forest.grow([((9,) * 3 * ALIGN,)])
+    assert forest.allocate(large)  # room for it came from one of the three
+    assert [head.slab is not None for head in heads] == [True, False, True]
+    forest.check([large])
+
+
 def test_logits_go_with_the_slab() -> None:
     forest = make_forest(2 * ALIGN)
     (end,), _ = forest.grow([((1,), (2,))])

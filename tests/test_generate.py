@@ -139,7 +139,7 @@ def test_samples_of_unequal_length_retire_one_by_one(tiny: Transformer) -> None:
     full = run(make_generator(tiny, max_new_tokens=300), groups)
     generator = make_generator(tiny, max_new_tokens=300, max_batch=5)
     ends = set(range(0, VOCAB_SIZE, 64))
-    generator.end_ids = torch.tensor(sorted(ends))
+    generator.decoder.end_ids = torch.tensor(sorted(ends))
     ended = run(generator, groups)
     lengths = set()
     for longer, shorter in zip(full, ended, strict=True):

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from engine.kv_cache import ALIGN, SCRATCH_CELLS, KVCache, Slab, cell_bytes, round_up
+from engine.kv_cache import ALIGN, KVCache, Slab, cell_bytes, round_up, scratch_cells
 from tests.forests import make_cache, make_config
 
 CELLS = 20 * ALIGN
@@ -104,15 +104,18 @@ TestCache.settings = settings(max_examples=40, stateful_step_count=40)
 def test_layout() -> None:
     """Scratch, slots and the shared region follow each other, aligned, in every layer."""
     cache = KVCache(make_config(2, 4, 6, layers=3), 5, 33, 100, torch.float16, torch.device("cpu"))
-    assert (cache.suffix_base, cache.suffix_capacity) == (SCRATCH_CELLS, 48)
-    assert cache.shared_base == SCRATCH_CELLS + 5 * 48
+    assert (cache.suffix_base, cache.suffix_capacity) == (16, 48)
+    assert cache.shared_base == 16 + 5 * 48
     assert cache.size == cache.shared_base + 112
     assert [tuple(k.shape) for k in cache.k] == [(2, cache.size, 4)] * 3
     assert [tuple(v.shape) for v in cache.v] == [(2, cache.size, 6)] * 3
-    assert all(cells[:, :SCRATCH_CELLS].eq(0).all() for cells in (*cache.k, *cache.v))
+    assert all(cells[:, :16].eq(0).all() for cells in (*cache.k, *cache.v))
     bytes_of_all = sum(cells.nbytes for cells in (*cache.k, *cache.v))
     assert bytes_of_all == cache.size * cell_bytes(make_config(2, 4, 6, layers=3), torch.float16)
     assert [round_up(n) for n in (1, 16, 17)] == [16, 16, 32]
+    for slots in range(1, 300):
+        rows = [max(round_up(n), 1 << (n - 1).bit_length(), 16) - n for n in range(1, slots + 1)]
+        assert scratch_cells(slots) >= max(rows)
 
 
 def test_first_fit_uses_the_lowest_gap_and_gaps_grow_together() -> None:

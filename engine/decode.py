@@ -1,0 +1,448 @@
+"""The decode step of all live samples: a forward, a draw and a `take_token`, and nothing else.
+
+    load    the live set has changed: the state of its samples goes into buffers that stay where
+            they are, and with it where each next token stands
+    run     some steps of all rows; positions, suffix lengths and cache cells move on the device
+    look    how far the samples are, on its way to the host
+    fetch   what finished samples have come to
+
+Attention's plan is made when the live set has changed, and when a suffix comes to a split that the
+plan has none for (every MAX_SPLIT tokens). In between the host only counts steps: an unfinished
+sample has gained one token with each, so its length needs no look at the device.
+
+On CPU the host launches every step. On a GPU a step is captured as a CUDA graph and replayed: it
+reads nothing but tensors that stay in place, and the grids of its kernels have room to spare. Where
+a step cannot be captured, that is an error.
+
+Letters: B live samples, R >= B rows of a step; the rows behind the samples write scratch cells.
+Which samples are live, and the prompts' own tokens, are the caller's (`engine/generate.py`).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.forest import Node, decode_items
+from engine.kv_cache import ALIGN, KVCache, round_up
+from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
+from kernels.forest_attention import forest_attention, keys_per_partial
+from kernels.forest_plan import MAX_SPLIT, ForestPlan, SuffixTiles
+from kernels.forest_schedule import HeadShape, StaticPlan
+from kernels.launch import power_of_two, runs_triton, target_of, to_device
+from kernels.sample_token import SamplingOptions, sample_token, uniforms
+from kernels.take_token import LiveSamples, Moving, Records, take_token
+from kernels.write_kv import write_kv
+from models.native_decoder import NativeDecoder, runs_native
+from models.transformer import Attend, Transformer
+
+# Rows of a buffer of int64, (5, R).
+_PROMPT, _CELL, _KEY, _SAMPLE = 0, 1, slice(2, 4), 4
+
+
+class Leaf(Protocol):
+    """What the host knows of a live sample: the node above it, its slot, the key of its uniforms
+    (row and index), most tokens, and its tokens so far; `count` is too high once it has finished
+    and nobody has looked."""
+
+    end: Node
+    slot: int
+    limit: int
+    count: int
+
+    @property
+    def key(self) -> tuple[int, int, int]: ...
+
+
+@dataclass
+class Sampled:
+    """What a finished sample has come to; `scores` in shown order, 0 where not valid."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    sampling_logprobs: list[float]
+    ended: bool
+    decided: bool
+    reason: Reason
+    scores: list[int]
+
+
+class Moment:
+    """A point in what a device does; on CPU, in time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._time = time.perf_counter()
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the device is past it."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> None:
+        """Let the host wait for it."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def precedes(self, stream: torch.cuda.Stream) -> None:
+        """Let what comes next on a stream wait for it."""
+        if self._event is not None:
+            stream.wait_event(self._event)
+
+    def seconds_since(self, earlier: "Moment") -> float:
+        """Seconds between two moments that are over."""
+        if self._event is not None and earlier._event is not None:
+            return earlier._event.elapsed_time(self._event) / 1000
+        return self._time - earlier._time
+
+
+class Look:
+    """How many tokens each sample has, and whether it has finished, at one moment; on its way to
+    the host, which need not wait for it."""
+
+    def __init__(self, live: LiveSamples) -> None:
+        state = torch.stack([live.count, live.finished.long()])
+        if state.is_cuda:
+            self._state = torch.empty(state.shape, dtype=state.dtype, pin_memory=True)
+            self._state.copy_(state, non_blocking=True)
+        else:
+            self._state = state
+        self.moment = Moment(state.device)
+
+    def read(self) -> tuple[list[int], list[bool]]:
+        """Counts and finished flags, when they have arrived."""
+        self.moment.wait()
+        counts, finished = self._state.tolist()
+        return counts, [bool(flag) for flag in finished]
+
+
+class Decoder:
+    """Decode steps of the live samples over one cache, each launched by the host."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        automaton: ScoreAutomaton,
+        cache: KVCache,
+        *,
+        options: SamplingOptions,
+        end_ids: Tensor,
+        stop_at_box: bool,
+        max_new_tokens: int,
+        max_scores: int,
+    ) -> None:
+        self.model = model
+        self.config = model.config
+        self.automaton = automaton
+        self.cache = cache
+        self.options = options
+        self.end_ids = end_ids
+        self.stop_at_box = stop_at_box
+        self.device = end_ids.device
+        # In torch every item is a partial result by itself, so inlining would save none.
+        self.keys_per_partial = 0
+        if runs_triton(model.head_weight):
+            config = self.config
+            self.keys_per_partial = keys_per_partial(
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                config.v_head_dim,
+                model.head_weight.dtype,
+            )
+        self._native = NativeDecoder(model, cache.k, cache.v) if runs_native(model) else None
+        self.records = Records.empty(cache.num_slots, max_new_tokens, self.device)
+        self.leaves: tuple[Leaf, ...] = ()
+        rows = self._rows(cache.num_slots)
+        zeros = torch.zeros(rows, dtype=torch.int64)
+        self._live = LiveSamples.start(
+            zeros.to(self.device),
+            zeros.to(self.device, copy=True),
+            automaton.start(zeros, max_scores),
+        )
+        self._position, self._length, self._cell = (
+            torch.zeros(rows, dtype=torch.int64, device=self.device) for _ in range(3)
+        )
+        self._table = torch.zeros(5, rows, dtype=torch.int64, device=self.device)
+        self._plan: ForestPlan | None = None
+        self._reader = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._loaded_at = Moment(self.device)
+
+    @property
+    def live(self) -> LiveSamples:
+        """The live samples, in the order of `leaves`; valid until the next `load`."""
+        return self._live.first(len(self.leaves))
+
+    def load(self, live: LiveSamples, leaves: Sequence[Leaf]) -> None:
+        """Make these the live samples, in depth-first order."""
+        self.leaves = tuple(leaves)
+        self._plan = None
+        batch, rows = len(leaves), self._rows(len(leaves))
+        self._live.first(batch).copy_(live)
+        idle = slice(batch, rows)
+        self._live.token[idle].zero_()
+        self._live.count[idle].zero_()
+        self._live.finished[idle].fill_(True)
+        capacity = self.cache.suffix_capacity
+        table = [
+            [leaf.end.stop, self.cache.suffix_base + leaf.slot * capacity, *leaf.key]
+            for leaf in leaves
+        ]
+        # Without a token they stand one before these: at position 0, in the scratch cells.
+        table += [[1, cell + 1, 0, 0, 0] for cell in range(rows - batch)]
+        self._table[:, :rows] = self._tensor(table).view(rows, 5).T
+        # A leaf with c tokens has c - 1 of them in the cache and now writes the last.
+        count = self._live.count[:rows]
+        self._length[:rows] = count
+        self._position[:rows] = self._table[_PROMPT, :rows] + (count - 1)
+        self._cell[:rows] = self._table[_CELL, :rows] + (count - 1)
+        self._loaded_at = Moment(self.device)
+
+    def run(self, steps: int) -> None:
+        """Some steps of all live samples; those that have finished gain nothing. Nothing waits for
+        the device. One of them at least has to be short of its limit by `steps`."""
+        longest = max(leaf.count for leaf in self.leaves)
+        reach = min(longest + steps, self.cache.suffix_capacity)
+        plan = self._plan
+        if plan is None or plan.suffix is None or not plan.suffix.reach(reach):
+            plan = self._plan = self._make_plan(reach)
+        self._steps(plan, steps)
+        for leaf in self.leaves:
+            leaf.count = min(leaf.count + steps, leaf.limit)
+
+    def look(self) -> Look:
+        """How far the live samples are after all that has been run."""
+        return Look(self.live)
+
+    def fetch(self, rows: Sequence[int], counts: Sequence[int], look: Look) -> list[Sampled]:
+        """What the samples at `rows` of the live ones have come to, which `look` found finished
+        with these many tokens. Steps that have been launched since need not be over: nothing that
+        belongs to a finished sample changes any more."""
+        with self._beside(look):
+            live = self.live.index_select(self._tensor(rows))
+            scores, reasons = scores_of(live.scores, live.ended)
+            longest = max(counts)
+            tokens = self.records.tokens[live.slot, :longest].cpu()
+            logprobs = self.records.logprobs[:, live.slot, :longest].cpu()
+            flags = torch.stack([live.ended.long(), live.scores.decided.long(), reasons], 1)
+            all_flags, all_scores = flags.tolist(), scores.tolist()
+        found = []
+        for i, ((ended, decided, reason), given) in enumerate(
+            zip(all_flags, all_scores, strict=True)
+        ):
+            own, own_sampling = logprobs[:, i, : counts[i]].tolist()
+            token_ids = tokens[i, : counts[i]].tolist()
+            found.append(
+                Sampled(
+                    token_ids, own, own_sampling, bool(ended), bool(decided), Reason(reason), given
+                )
+            )
+        return found
+
+    @contextmanager
+    def _beside(self, look: Look) -> Iterator[None]:
+        """On a GPU a stream of its own, which waits for a look and for the last `load` alone."""
+        if self._reader is None:
+            yield
+            return
+        with torch.cuda.stream(self._reader):
+            look.moment.precedes(self._reader)
+            self._loaded_at.precedes(self._reader)
+            yield
+
+    # -- for prefill too ---------------------------------------------------------------------------
+
+    def forward(self, tokens: Tensor, positions: Tensor, cells: Tensor, plan: ForestPlan) -> Tensor:
+        """Hidden states of tokens, whose keys and values go into `cells` of the cache."""
+        if self._native is not None:
+            return self._native.forward(tokens, positions, cells, plan)
+        return self.model(tokens, positions, self._attend(cells, plan))
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """The model's raw logits of hidden states."""
+        return (self.model if self._native is None else self._native).head_logits(hidden)
+
+    def draw(
+        self, live: LiveSamples, logits: Tensor, uniform: Tensor, moving: Moving | None = None
+    ) -> None:
+        """Draw the next token of each sample from the model's raw logits, and take it."""
+        drawn = sample_token(logits, uniform, self.options, self.config.final_softcap)
+        take_token(
+            live, self.records, *drawn, self.automaton, self.end_ids, self.stop_at_box, moving
+        )
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def _rows(self, batch: int) -> int:
+        """Rows of a step of `batch` samples."""
+        return round_up(batch)
+
+    def _steps(self, plan: ForestPlan, steps: int) -> None:
+        batch = len(self.leaves)
+        keys = self._table[:, :batch]
+        positions = self._live.count[:batch, None] + torch.arange(steps, device=self.device)
+        drawn = uniforms(keys[_KEY].T, keys[_SAMPLE], positions).T.contiguous()
+        for uniform in drawn:
+            self._step(plan, batch, uniform)
+
+    def _step(self, plan: ForestPlan, batch: int, uniform: Tensor) -> None:
+        """One step of the first `batch` rows, of as many as the plan has. Everything that differs
+        from one step to the next is on the device."""
+        assert plan.suffix is not None
+        rows = len(plan.positions)
+        cells = self._cell[:rows]
+        hidden = self.forward(self._live.token[:rows], plan.positions, cells, plan)
+        logits = self.head_logits(hidden)[:batch]
+        moving = plan.positions, plan.suffix.length, cells
+        self.draw(self._live.first(batch), logits, uniform, moving)
+
+    def _make_plan(self, reach: int) -> ForestPlan:
+        """The plan of all steps until the live set changes or a suffix is longer than `reach`, and
+        than the splits that it takes."""
+        rows = self._rows(len(self.leaves))
+        at = [leaf.end.stop + leaf.count - 1 for leaf in self.leaves]
+        row_of_slot = [-1] * (1 + max(leaf.slot for leaf in self.leaves))
+        for row, leaf in enumerate(self.leaves):
+            row_of_slot[leaf.slot] = row
+        return ForestPlan(
+            decode_items([leaf.end for leaf in self.leaves], self.keys_per_partial),
+            self._position[:rows],
+            self._suffix(self._tensor(row_of_slot), rows, reach),
+            moving=True,
+            host_positions=at + [0] * (rows - len(at)),
+        )
+
+    def _suffix(self, row_of_slot: Tensor, rows: int, reach: int) -> SuffixTiles:
+        return SuffixTiles(
+            base=self.cache.suffix_base,
+            capacity=self.cache.suffix_capacity,
+            row=row_of_slot,
+            length=self._length[:rows],
+            position=self._table[_PROMPT, :rows],
+            max_length=reach,
+        )
+
+    def _attend(self, cells: Tensor, plan: ForestPlan) -> Attend:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+            write_kv(k, v, k_cache, v_cache, cells)
+            spec = self.config.attention[layer]
+            return forest_attention(
+                q, k_cache, v_cache, plan, spec.scale, spec.softcap, spec.window
+            )
+
+        return attend
+
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return to_device(torch.tensor(values, dtype=torch.int64), self.device)
+
+
+# capture(step) gives what runs the same step again, on the same tensors, without the host's work.
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+class CudaGraphs:
+    """Captures steps as CUDA graphs, which share their memory since one runs after the other."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        """A step that has run before, so that its kernels are compiled. Raises RuntimeError for
+        what cannot be captured."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+                step()
+        except RuntimeError as error:
+            raise RuntimeError("the decode step cannot be captured as a CUDA graph") from error
+        return graph.replay
+
+
+@dataclass
+class _Bucket:
+    """All live sets of up to so many rows and splits: their plan, and the captured step."""
+
+    static: StaticPlan
+    replay: Callable[[], None] | None = None
+
+
+class GraphDecoder(Decoder):
+    """Decode steps that the device replays. Rows are rounded up to a power of two, and so is what
+    attention's plans take (`StaticPlan`): the captured step of such a bucket serves all live sets
+    that fit. Its first step is run by the host, which compiles the kernels; it is captured again
+    where a plan outgrows the room of those before."""
+
+    def __init__(
+        self, model: Transformer, automaton: ScoreAutomaton, cache: KVCache, *,
+        capture: Capture, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(model, automaton, cache, **options)
+        config, weight = self.config, model.head_weight
+        self._capture = capture
+        self._windows = {spec.window for spec in config.attention}
+        self._shape = HeadShape.of(
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.v_head_dim,
+            weight.dtype,
+            target_of(weight),
+        )
+        self._no_slot = torch.full((1,), -1, dtype=torch.int64, device=self.device)
+        self._buckets: dict[tuple[int, int], _Bucket] = {}
+        self._loaded: ForestPlan | None = None  # the plan that its bucket holds
+
+    def _rows(self, batch: int) -> int:
+        return power_of_two(batch, ALIGN)
+
+    def _make_plan(self, reach: int) -> ForestPlan:
+        """With room for a power of two of splits."""
+        splits = power_of_two(-(-reach // MAX_SPLIT))
+        return super()._make_plan(min(splits * MAX_SPLIT, self.cache.suffix_capacity))
+
+    def _steps(self, plan: ForestPlan, steps: int) -> None:
+        assert plan.suffix is not None
+        rows = len(plan.positions)
+        key = rows, plan.suffix.max_length
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            suffix = self._suffix(self._no_slot, *key)
+            bucket = self._buckets[key] = _Bucket(
+                StaticPlan(plan.positions, suffix, self._windows, self._shape, plan.per_split)
+            )
+        grown = False
+        if self._loaded is not plan:
+            grown = bucket.static.load(plan)
+            self._loaded = plan
+        if bucket.replay is None or grown:
+            step = partial(self._drawing_step, bucket.static.plan)
+            step()
+            bucket.replay = self._capture(step)  # waits for replays of the one that goes
+            steps -= 1
+        for _ in range(steps):
+            bucket.replay()
+
+    def _drawing_step(self, plan: ForestPlan) -> None:
+        """A step of all rows, live or not, with its uniforms."""
+        rows = len(plan.positions)
+        keys = self._table[:, :rows]
+        uniform = uniforms(keys[_KEY].T, keys[_SAMPLE], self._live.count[:rows])
+        self._step(plan, rows, uniform)
+
+
+def make_decoder(
+    model: Transformer, automaton: ScoreAutomaton, cache: KVCache, **options: Any
+) -> Decoder:
+    """The decoder of a device: on a GPU the one that replays, never another."""
+    if cache.k[0].is_cuda:
+        return GraphDecoder(model, automaton, cache, capture=CudaGraphs(), **options)
+    return Decoder(model, automaton, cache, **options)

@@ -1,0 +1,60 @@
+"""How much memory keys and values may take: what is free, less what the forwards need beside them.
+
+It allocates nothing, and nothing that it says changes a sample.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from models.config import ModelConfig
+
+_DECODE_PARTIALS = 64  # partial attention results of a decode row: a prompt of 16,384 in splits
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that nobody uses: on a GPU also what torch keeps for later; on CPU as the
+    system estimates it, within the limit of the process's container."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if _MEMINFO.exists():
+        lines = _MEMINFO.read_text().splitlines()
+        entries = dict(line.split(":", 1) for line in lines)
+        free = int(entries["MemAvailable"].split()[0]) << 10
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return max(free, 0)
+
+
+def working_bytes(config: ModelConfig, dtype: torch.dtype, rows: int, tokens: int) -> int:
+    """Memory that a decode step of `rows` samples and a prefill of `tokens` tokens need beside
+    weights and cache, the larger of them, and the logits that wait at the ends of prompts."""
+    attention = config.num_heads * config.head_dim + config.num_heads * config.v_head_dim
+    attention += config.num_kv_heads * (config.head_dim + config.v_head_dim)
+    # Projections and what rope makes of them; gate, up and their product; the residual stream.
+    width = 4 * config.hidden_size + 2 * attention + 3 * config.intermediate_size
+    partials = rows * _DECODE_PARTIALS * config.num_heads * config.v_head_dim * 4
+    logits = 3 * rows * config.vocab_size * dtype.itemsize
+    return max(rows, tokens) * width * dtype.itemsize + partials + logits
+
+
+def cache_budget(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, rows: int, tokens: int
+) -> int:
+    """Bytes for keys and values where the caller names none: on a GPU all that is free but
+    `working_bytes` and a twentieth for kernels and gaps; on CPU half of what is free, since a cache
+    takes memory there only as it fills."""
+    free = free_bytes(device)
+    share = free * 19 // 20 if device.type == "cuda" else free // 2
+    return max(share - working_bytes(config, dtype, rows, tokens), 0)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation of torch failed for want of memory, on any device."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

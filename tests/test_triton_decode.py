@@ -1,0 +1,222 @@
+"""Decode steps that are replayed: the same tokens as steps that the host launches one by one.
+
+Under the interpreter a stand-in takes the place of the CUDA graph and runs the captured step again;
+so all but the capture itself is tested without a GPU: buffers that stay, idle rows, padded plans.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+import engine.decode as decode
+import engine.forest as forest
+import engine.generate as generate
+from engine.decode import Decoder, GraphDecoder
+from engine.generate import Generator, Group, GroupResult
+from kernels import forest_attention, forest_plan, forest_schedule
+from kernels.extract_scores import ScoreAutomaton
+from kernels.sample_token import SamplingOptions
+from models.config import LayerAttention
+from models.transformer import Transformer
+from tests.forests import make_config
+from tests.triton_device import DEVICE, on_triton
+
+pytestmark = on_triton
+
+Step = Callable[[], None]
+ENDS = (3, 9, 14, 21, 28, 33)
+
+
+def make_model(windows: tuple[int | None, ...] = (None, 20)) -> Transformer:
+    config = replace(
+        make_config(1, 16, 16, 2, layers=len(windows)),
+        attention=tuple(LayerAttention(0.25, None, window) for window in windows),
+        vocab_size=40,
+    )
+    model = Transformer(config)
+    model.init_weights(torch.Generator().manual_seed(1), std=0.3)
+    return model.to(DEVICE).eval()
+
+
+def make_groups(count: int, k: int, longest: int = 12) -> list[Group]:
+    rng = random.Random(0)
+
+    def segment() -> tuple[int, ...]:
+        return tuple(rng.randrange(40) for _ in range(rng.randrange(1, longest)))
+
+    head = segment()
+    return [
+        Group([[head, conversation, tail] for tail in [segment() for _ in range(k)]], (i, 7), 2, i)
+        for i, conversation in enumerate([segment() for _ in range(count)])
+    ]
+
+
+def make_generator(model: Transformer, **options: object) -> Generator:
+    defaults: dict[str, object] = {
+        "options": SamplingOptions(1.0), "max_new_tokens": 7, "max_batch": 4, "max_scores": 2,
+        "ignore_eos": True,
+    }  # fmt: skip
+    automaton = ScoreAutomaton([b"x"] * 40, [], "Scores:", 1, 10, DEVICE)
+    return Generator(model, automaton, **(defaults | options))  # type: ignore[arg-type]
+
+
+def sampled(generator: Generator, groups: list[Group], ends: tuple[int, ...] = ENDS) -> list:
+    generator.decoder.end_ids = torch.tensor(ends, dtype=torch.int64, device=DEVICE)
+    results: list[GroupResult] = sorted(generator.run(groups), key=lambda r: r.group.tag)
+    return [
+        [(g.token_ids, g.logprobs, g.sampling_logprobs, g.finish) for g in result.generations]
+        for result in results
+    ]
+
+
+class Recorder:
+    """A stand-in for a CUDA graph: what it captures is run again. It counts."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, step: Step) -> Step:
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            step()
+
+        return replay
+
+
+def replaying(monkeypatch: pytest.MonkeyPatch, capture: Recorder) -> None:
+    def make_decoder(*arguments: object, **options: object) -> GraphDecoder:
+        return GraphDecoder(*arguments, capture=capture, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generate, "make_decoder", make_decoder)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_replayed_steps_give_the_same_samples(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over live sets of several sizes, with samples that end one by one. Both look equally late:
+    where Triton merges partials may depend on the live set, and with it the last bit."""
+    monkeypatch.setattr(generate, "SYNC_STEPS", 2)
+    model, groups = make_model(), make_groups(3, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "make_decoder", Decoder)
+        generator = make_generator(model)
+        generator.ahead = ahead
+        expected = sampled(generator, groups)
+    lengths = [len(tokens) for row in expected for tokens, *_ in row]
+    assert min(lengths) < 4 and max(lengths) == 7
+    recorder = Recorder()
+    replaying(monkeypatch, recorder)
+    generator = make_generator(model)
+    generator.ahead = ahead
+    assert sampled(generator, groups) == expected
+    assert isinstance(generator.decoder, GraphDecoder)
+    # One bucket; captured again only where a plan needed more room.
+    assert len(generator.decoder._buckets) == 1 and recorder.captured <= 3
+    assert recorder.replayed > 2 * recorder.captured
+
+
+def test_suffixes_that_come_to_new_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With splits of 8 tokens: buckets of 1, 2 and 4 splits, and a plan made at each."""
+    for module in (forest_plan, forest_schedule, forest_attention, decode, forest):
+        monkeypatch.setattr(module, "MAX_SPLIT", 8)
+    model, groups = make_model((None,)), make_groups(1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "make_decoder", Decoder)
+        expected = sampled(make_generator(model, max_new_tokens=18), groups, ())
+    recorder = Recorder()
+    replaying(monkeypatch, recorder)
+    generator = make_generator(model, max_new_tokens=18)
+    assert sampled(generator, groups, ()) == expected
+    assert isinstance(generator.decoder, GraphDecoder)
+    assert sorted(generator.decoder._buckets) == [(16, 16), (16, 32)]
+    assert recorder.captured == 2 and recorder.replayed == 17 - 2
+
+
+def test_many_rows_take_a_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """17 samples in 32 rows: idle rows have scratch cells of their own."""
+    model, groups = make_model((None,)), make_groups(1, 17, longest=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "make_decoder", Decoder)
+        options = {"max_new_tokens": 3, "max_batch": 17}
+        expected = sampled(make_generator(model, **options), groups, ())
+    replaying(monkeypatch, Recorder())
+    generator = make_generator(model, **options)
+    assert sampled(generator, groups, ()) == expected
+    assert isinstance(generator.decoder, GraphDecoder)
+    assert [rows for rows, _ in generator.decoder._buckets] == [32]
+
+
+# -- on a GPU alone --------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("max_batch", [3, 40])
+def test_captured_steps_give_the_same_samples(
+    max_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real CUDA graphs, over several buckets and suffixes of several splits."""
+    model, groups = make_model(), make_groups(12, 4, longest=300)
+    options = {"max_new_tokens": 600, "max_batch": max_batch}
+    with monkeypatch.context() as patch:
+        replaying(patch, Recorder())
+        expected = sampled(make_generator(model, **options), groups, (3,))
+    generator = make_generator(model, **options)
+    assert isinstance(generator.decoder, GraphDecoder) and generator.ahead == 1
+    assert sampled(generator, groups, (3,)) == expected
+    buckets = generator.decoder._buckets
+    assert len({rows for rows, _ in buckets}) == (1 if max_batch == 3 else 3)
+    assert all(bucket.replay is not None for bucket in buckets.values())
+    # Device time of everything has been counted.
+    assert generator.usage.decode_seconds > 0 and not generator._spans
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a plan, a live set or a block of steps either, once kernels are compiled."""
+    model, groups = make_model(), make_groups(6, 4)
+    generator = make_generator(model, max_batch=8)
+    decoder = generator.decoder
+    assert isinstance(decoder, GraphDecoder)
+    sampled(generator, groups)  # captures
+    guarded = []
+
+    def guard(name: str) -> None:
+        inner = getattr(decoder, name)
+
+        def call(*arguments: object) -> object:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return inner(*arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                guarded.append(name)
+
+        monkeypatch.setattr(decoder, name, call)
+
+    for name in ("load", "run", "look", "forward", "draw"):
+        guard(name)
+    captured = {key: bucket.replay for key, bucket in decoder._buckets.items()}
+    again = sampled(generator, groups)
+    assert {key: bucket.replay for key, bucket in decoder._buckets.items()} == captured
+    assert set(guarded) == {"load", "run", "look", "forward", "draw"}
+    assert len(again) == 6
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            torch.ones(1, device=DEVICE).item()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_is_an_error() -> None:
+    def step() -> None:
+        torch.ones(1, device=DEVICE).item()
+
+    with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph"):
+        decode.CudaGraphs()(step)
+    torch.cuda.synchronize()
