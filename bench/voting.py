@@ -47,20 +47,23 @@ class Args:
     plot: Path | None = None
 
 
-def read_labelled(args: Args) -> list[Row]:
-    """The rows to judge. Raises ValueError for a bad line or a row without a label."""
-    if args.data is None:
-        stream = islice(cases(args.seed, args.split), args.rows)
+def read_labelled(data: Path | None, split: Split, count: int, seed: int) -> list[Row]:
+    """The first `count` rows of a file or, without one, of the world's split.
+
+    Raises ValueError for a bad line or a row without a label.
+    """
+    if data is None:
+        stream = islice(cases(seed, split), count)
         return [
-            make_row(row["prompt"], row["responses"], id=f"{args.split}-{i}", label=row["label"])
+            make_row(row["prompt"], row["responses"], id=f"{split}-{i}", label=row["label"])
             for i, row in enumerate(case.row() for case in stream)
         ]
     rows = []
-    with args.data.open("rb") as file:
-        for row in islice(read_rows(file, 1 << 20), args.rows):
+    with data.open("rb") as file:
+        for row in islice(read_rows(file, 1 << 20), count):
             if isinstance(row, BadRow) or row.label is None:
                 reason = row.error if isinstance(row, BadRow) else "no label"
-                raise ValueError(f"{args.data}, line {row.line}: {reason}")
+                raise ValueError(f"{data}, line {row.line}: {reason}")
             rows.append(row)
     return rows
 
@@ -169,7 +172,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """The command line."""
     args = tyro.cli(Args, description=Args.__doc__)
-    rows = read_labelled(args)
+    rows = read_labelled(args.data, args.split, args.rows, args.seed)
     judge = Judge.load(args.model)
     runs = []
     for temperature in args.temperatures:

@@ -79,8 +79,7 @@ class Forest:
                     own[parent, segment] = self._node(segment, parent)
                 node = own[parent, segment]
             ends.append(node)
-        tree = {node for end in ends for node in end.path()}
-        return ends, sum(len(node.token_ids) for node in tree)
+        return ends, tree_tokens(ends)
 
     def allocate(self, end: Node) -> list[Node] | None:
         """Hold the path to `end` for one more leaf. Returns the nodes that got their slab now and
@@ -146,6 +145,12 @@ class Forest:
         if self.cache.release(node.slab):
             node.slab = node.logits = None
             self._kept.pop(node, None)
+
+
+def tree_tokens(ends: Sequence[Node]) -> int:
+    """The distinct tokens of the prompts that end at `ends`."""
+    tree = {node for end in ends for node in end.path()}
+    return sum(len(node.token_ids) for node in tree)
 
 
 def prefill_items(pieces: Sequence[tuple[Node, int, int]]) -> list[WorkItem]:

@@ -16,7 +16,7 @@ Works on token ids; needs nothing of templates, requests or verdicts.
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from engine.decode import Look, Moment, Sampled, make_decoder
-from engine.forest import Forest, Node, TokenIds, prefill_items
+from engine.forest import Forest, Node, TokenIds, prefill_items, tree_tokens
 from engine.kv_cache import ALIGN, KVCache, cell_bytes, round_up, scratch_cells
 from engine.memory import cache_budget, is_out_of_memory
 from kernels.extract_scores import Reason, ScoreAutomaton
@@ -43,12 +43,17 @@ INTERLEAVED_TOKENS = 2048  # of one between two blocks of decode steps, on a GPU
 @dataclass
 class Group:
     """One row's samples. `prompts[j]` is sample j's prompt as non-empty segments; `key` the row's
-    token stream; `num_scores` the scores a judgement must hold; `tag` is the caller's."""
+    token stream; `num_scores` the scores a judgement must hold; `tag` is the caller's.
+
+    `next_round`, where there is one, is given all samples so far, in order, when every one of them
+    is done (at first none), and says how many to draw next: 0 ends the group. It must depend on
+    nothing else. Without it all samples are drawn at once."""
 
     prompts: Sequence[Sequence[TokenIds]]
     key: tuple[int, int]
     num_scores: int
     tag: Any = None
+    next_round: Callable[[Sequence["Generation"]], int] | None = None
 
 
 @dataclass
@@ -66,7 +71,8 @@ class Generation:
 
 @dataclass
 class GroupResult:
-    """All samples of a group, in order. `error` instead of samples when it could not be run."""
+    """The samples of a group that were drawn, in order, and the distinct tokens of their prompts.
+    `error` instead of samples when it could not be run."""
 
     group: Group
     generations: list[Generation]
@@ -87,14 +93,23 @@ class Usage:
 
 @dataclass
 class _Pending:
-    """A group under way: its ends in the forest, those that it holds itself until all its samples
-    have a slot (so that no prompt is computed twice), and the samples that are done."""
+    """A group under way: its ends in the forest, those that it holds itself until its last sample
+    has a slot (so that no prompt is computed twice), how many samples it has asked for, and those
+    that are done."""
 
     group: Group
     ends: list[Node]
-    tree_tokens: int
     held: set[Node] = field(default_factory=set)
+    asked: int = 0
     done: dict[int, Generation] = field(default_factory=dict)
+
+    def next_round(self) -> list[tuple["_Pending", int]]:
+        """Ask for the samples to draw next, when all that were asked for are done."""
+        first, left = self.asked, len(self.group.prompts) - self.asked
+        if left and self.group.next_round is not None:
+            left = min(left, self.group.next_round([self.done[j] for j in range(first)]))
+        self.asked += left
+        return [(self, sample) for sample in range(first, self.asked)]
 
 
 @dataclass(eq=False)
@@ -202,9 +217,11 @@ class Generator:
             self._prefill()
             if not self.leaves and not self._joining:
                 assert not waiting
-                yield from self._retire(0)  # looks at leaves that have been taken out since
+                yield from self._retire(
+                    0, waiting
+                )  # looks at leaves that have been taken out since
                 return
-            yield from self._retire(self._decode())
+            yield from self._retire(self._decode(), waiting)
 
     # -- admission -------------------------------------------------------------------------------
 
@@ -230,26 +247,27 @@ class Generator:
                         group, [], 0, _too_long(longest, self.config.max_position_embeddings)
                     )
                     continue
-                pending = _Pending(group, *self.forest.grow(group.prompts))
-                waiting.extend((pending, sample) for sample in range(len(group.prompts)))
+                waiting.extend(_Pending(group, self.forest.grow(group.prompts)[0]).next_round())
+                assert waiting, "a group that wants none of its samples"
             pending, sample = waiting[0]
             end = pending.ends[sample]
             nodes = self.forest.allocate(end)
             if nodes is None:
                 if self.leaves or joining:
                     break  # room comes when others retire
-                if pending.held:
-                    self._let_go(pending)
+                holder = next((other for other, _ in reversed(waiting) if other.held), None)
+                if holder is not None:  # nothing is live: whoever holds room, waits here
+                    self._let_go(holder)
                     continue
                 while waiting and waiting[0][0] is pending:
                     waiting.popleft()
                 size = self.cache.size - self.cache.shared_base
                 error = f"the prompt needs {end.stop} tokens of cache, there are {size}"
-                yield GroupResult(pending.group, [], pending.tree_tokens, error)
+                yield GroupResult(pending.group, [], 0, error)
                 continue
             waiting.popleft()
             fresh += nodes
-            if not waiting or waiting[0][0] is not pending:
+            if sample == len(pending.ends) - 1:
                 self._let_go(pending)
             elif end not in pending.held:
                 self.forest.allocate(end)
@@ -371,9 +389,10 @@ class Generator:
 
     # -- retirement ------------------------------------------------------------------------------
 
-    def _retire(self, ahead: int) -> Iterator[GroupResult]:
-        """Read all looks but the last `ahead`, and take out the leaves that had finished; yields
-        the groups that are complete by it."""
+    def _retire(self, ahead: int, waiting: deque[tuple[_Pending, int]]) -> Iterator[GroupResult]:
+        """Read all looks but the last `ahead`, and take out the leaves that had finished. A group
+        whose round is complete by it asks for its next one, ahead of new groups; yields those that
+        ask for no more."""
         while len(self._looks) > ahead:
             leaves, look = self._looks.popleft()
             counts, finished = look.read()
@@ -384,10 +403,12 @@ class Generator:
                 leaf.kept = count
             done = {leaf for leaf, flag in zip(leaves, finished, strict=True) if flag}
             yield from self._take_out(
-                [i for i, leaf in enumerate(self.leaves) if leaf in done], look
+                [i for i, leaf in enumerate(self.leaves) if leaf in done], look, waiting
             )
 
-    def _take_out(self, rows: Sequence[int], look: Look) -> list[GroupResult]:
+    def _take_out(
+        self, rows: Sequence[int], look: Look, waiting: deque[tuple[_Pending, int]]
+    ) -> list[GroupResult]:
         """Take the leaves at `rows` out, which `look` found finished; the groups that are complete
         by it."""
         if not rows:
@@ -402,9 +423,15 @@ class Generator:
             pending.done[leaf.sample] = self._generation(leaf, sampled)
             self.cache.free_slot(leaf.slot)
             self.forest.release(leaf.end)
-            if len(pending.done) == len(pending.group.prompts):
-                generations = [pending.done[j] for j in range(len(pending.done))]
-                results.append(GroupResult(pending.group, generations, pending.tree_tokens))
+            if len(pending.done) < pending.asked:
+                continue
+            if further := pending.next_round():
+                waiting.extendleft(reversed(further))  # what is held needs no room
+                continue
+            self._let_go(pending)
+            generations = [pending.done[j] for j in range(pending.asked)]
+            tokens = tree_tokens(pending.ends[: pending.asked])
+            results.append(GroupResult(pending.group, generations, tokens))
         return results
 
     def _take_times(self) -> None:

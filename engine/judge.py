@@ -10,13 +10,14 @@ samples vote. Which order a sample sees, and how a tie falls, is drawn from stre
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from engine.decided import samples_to_draw
 from engine.generate import Generation, Generator, Group, GroupResult, Usage
 from engine.options import JudgeOptions
 from engine.prompt import DEFAULT_TEMPLATE, JudgeSettings, PromptBuilder, read_judge_settings
@@ -24,7 +25,7 @@ from engine.request import MAX_RESPONSES, BadRow, Message, Row, make_row
 from engine.verdict import RowFailure, Sample, Verdict, is_correct, output_key
 from kernels.extract_scores import Reason, ScoreAutomaton
 from kernels.sample_token import SamplingOptions, stream_key, uniforms
-from kernels.vote import unpermute, vote
+from kernels.vote import vote
 from models import load
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
@@ -148,6 +149,8 @@ class Judge:
             "dtype": str(weight.dtype),
             "device": weight.device.type,
         }
+        if options.until_decided is None:  # lines from before there was this option keep their key
+            del everything["until_decided"]
         return output_key(row, everything, self.fingerprint)
 
     def rows(self, rows: Iterable[Row], **options: Any) -> Iterator[Verdict | RowFailure]:
@@ -158,8 +161,10 @@ class Judge:
         mod n, r drawn per row, m = max_orders (default min(n, k)); "random" is a free shuffle,
         "fixed" the given order. stop: "box" ends a sample when its scores are decided, "eos" when
         it ends itself. deterministic changes nothing on CPU, where float32 results are reproducible
-        as they are. A row that cannot be judged comes out as a RowFailure in its place. Raises
-        ValueError for options out of range.
+        as they are. until_decided, a probability: a row draws its samples in rounds and stops when
+        it is this sure that the vote of all k would fall as it falls now (engine/decided.py); those
+        that it draws are the same. A row that cannot be judged comes out as a RowFailure in its
+        place. Raises ValueError for options out of range.
         """
         chosen = JudgeOptions(**options)
         sampling = SamplingOptions(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
@@ -194,7 +199,8 @@ class Judge:
                 except ValueError as error:
                     flight.outcome = RowFailure(row.id, row.line, None, str(error))
                 key = stream_key(options.seed, row.id, "token")
-                yield Group(prompts, key, len(row.responses), flight)
+                further = self._rounds(flight, options)
+                yield Group(prompts, key, len(row.responses), flight, further)
 
         for result in generator.run(groups()):
             flight = result.group.tag
@@ -216,15 +222,31 @@ class Judge:
                 by_order[order] = [segment.token_ids for segment in segments]
         return [by_order[order] for order in flight.orders]
 
+    def _rounds(
+        self, flight: "_Flight", options: JudgeOptions
+    ) -> Callable[[Sequence[Generation]], int] | None:
+        """How many samples a row draws next, given those that it has; None: all of them."""
+        sure = options.until_decided
+        if sure is None:
+            return None
+        cycle = len(set(flight.orders)) if options.orders == "rotate" else 1
+
+        def further(drawn: Sequence[Generation]) -> int:
+            scores = list(map(_in_row_order, drawn, flight.orders))
+            return samples_to_draw(scores, options.k, cycle, sure, self.settings)
+
+        return further
+
     def _verdict(
         self, flight: "_Flight", result: GroupResult, options: JudgeOptions
     ) -> Verdict | RowFailure:
         row = flight.row
         if result.error is not None:
             return RowFailure(row.id, row.line, None, result.error)
+        orders = flight.orders[: len(result.generations)]
         samples = [
             self._sample(order, generation)
-            for order, generation in zip(flight.orders, result.generations, strict=True)
+            for order, generation in zip(orders, result.generations, strict=True)
         ]
         n = len(row.responses)
         blank = (0,) * n
@@ -232,7 +254,7 @@ class Judge:
         zero = torch.zeros(1, dtype=torch.int64)
         votes = vote(
             torch.tensor([[g.scores or blank for g in result.generations]]),
-            torch.tensor([flight.orders]),
+            torch.tensor([orders]),
             torch.tensor([[g.scores is not None for g in result.generations]]),
             torch.tensor([n]),
             uniforms(tie_key, zero, zero),
@@ -247,27 +269,26 @@ class Judge:
             scores=votes.total[0].tolist() if voted else None,
             mean_scores=means,
             tie=bool(votes.tie[0]),
-            k=len(samples),
+            k=options.k,
             valid=sum(sample.scores is not None for sample in samples),
             votes=voted,
             samples=samples,
-            prompt_tokens=sum(sum(map(len, prompt)) for prompt in result.group.prompts),
+            prompt_tokens=sum(
+                sum(map(len, prompt)) for prompt in result.group.prompts[: len(samples)]
+            ),
             tree_tokens=result.tree_tokens,
             decode_tokens=sum(sample.tokens for sample in samples),
+            k_used=None if options.until_decided is None else len(samples),
             label=row.label,
             correct=is_correct(best, means, row.label, self.settings.threshold),
             row_meta=row.meta,
         )
 
     def _sample(self, order: tuple[int, ...], generation: Generation) -> Sample:
-        scores = None
-        if generation.scores is not None:
-            shown = torch.tensor(generation.scores)
-            scores = tuple(unpermute(shown, torch.tensor(order)).tolist())
         return Sample(
             order=order,
             text=self.tokenizer.decode(t for t in generation.token_ids if t < self.tokenizer.size),
-            scores=scores,
+            scores=_in_row_order(generation, order),
             invalid=None if generation.reason == Reason.VALID else generation.reason.label,
             meta=None,
             tokens=len(generation.token_ids),
@@ -302,6 +323,14 @@ def draw_orders(row: Row, options: JudgeOptions) -> list[tuple[int, ...]]:
     places = torch.arange(n).expand(k, n)
     draws = uniforms(key.expand(k, 2), torch.arange(k), places)
     return [tuple(order) for order in draws.argsort(dim=1, stable=True).tolist()]
+
+
+def _in_row_order(generation: Generation, order: tuple[int, ...]) -> tuple[int, ...] | None:
+    """A sample's scores in the responses' own order; None where they are invalid."""
+    if generation.scores is None:
+        return None
+    shown = dict(zip(order, generation.scores, strict=True))
+    return tuple(shown[response] for response in range(len(order)))
 
 
 def _fingerprint(directory: Path) -> str:

@@ -37,6 +37,8 @@ class JudgeOptions:
     """Bit-equal results also on a GPU (refused there for now; on CPU float32 always is)."""
     stop: Literal["box", "eos"] = "box"
     """End a sample when its scores are decided (box) or when it ends itself (eos)."""
+    until_decided: float | None = None
+    """Draw samples in rounds, until the vote of all k is known with this probability."""
 
     def __post_init__(self) -> None:
         for name in ("k", "max_new_tokens", "max_orders"):
@@ -51,3 +53,6 @@ class JudgeOptions:
             raise ValueError(f"max_orders has no meaning with orders = {self.orders!r}")
         if self.stop not in ("box", "eos"):
             raise ValueError(f"stop = {self.stop!r} is not box or eos")
+        sure = self.until_decided
+        if sure is not None and not (isinstance(sure, float) and 0 < sure < 1):
+            raise ValueError(f"until_decided = {sure!r} is not a number between 0 and 1")

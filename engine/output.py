@@ -107,6 +107,7 @@ class LineFacts(msgspec.Struct):
     valid: int = 0
     votes: int = 0
     correct: bool | None = None
+    k_used: int | None = None
 
 
 def read_line(line: bytes) -> LineFacts:
@@ -135,7 +136,7 @@ class Tally:
         if facts.error is not None:
             self.errors += 1
             return
-        self.samples += facts.k
+        self.samples += facts.k if facts.k_used is None else facts.k_used
         self.valid += facts.valid
         self.undecided += facts.votes == 0
         self.labelled += facts.correct is not None

@@ -41,14 +41,15 @@ class Sample:
 
 @dataclass
 class Verdict:
-    """The vote of a row's k samples.
+    """The vote of a row's samples, k of them or, where it was decided early, fewer.
 
     `best` is a response's index; `scores` are the votes' sums and `mean_scores` their means, one
     per response; all three are None where no sample voted. `tie` says that `best` was drawn among
-    equals. `valid` counts samples with valid scores, `votes` those that were counted.
-    `prompt_tokens` counts k full prompts, `tree_tokens` the distinct tokens of the row's tree,
-    `decode_tokens` the generated ones. `label`, `correct` and `row_meta` are None without a label
-    or meta.
+    equals. `valid` counts samples with valid scores, `votes` those that were counted. `k_used`
+    counts the samples drawn where a row may be decided before it has k, and is None elsewhere.
+    `prompt_tokens` counts the full prompts of all samples, `tree_tokens` the distinct tokens of
+    their tree, `decode_tokens` the generated ones. `label`, `correct` and `row_meta` are None
+    without a label or meta.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Verdict:
     prompt_tokens: int
     tree_tokens: int
     decode_tokens: int
+    k_used: int | None = None
     label: int | tuple[float, ...] | None = None
     correct: bool | None = None
     row_meta: Any = None
@@ -82,8 +84,9 @@ class RowFailure:
 def to_line(outcome: Verdict | RowFailure) -> bytes:
     """The JSON line of a verdict or a failure, newline included.
 
-    Fields that are optional in a line (a failure's id, line and key; label, correct, row_meta) are
-    left out where they are None. A meta score of NaN, which JSON cannot say, is written as null.
+    Fields that are optional in a line (a failure's id, line and key; k_used, label, correct,
+    row_meta) are left out where they are None. A meta score of NaN, which JSON cannot say, is
+    written as null.
     """
     fields: dict[str, Any]
     if isinstance(outcome, RowFailure):
@@ -111,7 +114,7 @@ def to_line(outcome: Verdict | RowFailure) -> bytes:
                 "decode_tokens": outcome.decode_tokens,
             },
         }
-        for name in ("label", "correct", "row_meta"):
+        for name in ("k_used", "label", "correct", "row_meta"):
             if (value := getattr(outcome, name)) is not None:
                 fields[name] = value
     return (_dumps(fields) + "\n").encode("utf-8")

@@ -54,7 +54,7 @@ def render_verdict(row: Row, verdict: Verdict | RowFailure, width: int, color: b
     number = _sample_to_show(verdict)
     sample = verdict.samples[number]
     shown = " ".join(f"[{index}]" for index in sample.order)
-    title = f"Judgement {number + 1} of {verdict.k}, which saw {shown}"
+    title = f"Judgement {number + 1} of {len(verdict.samples)}, which saw {shown}"
     lines += _block(title, sample.text.strip(), SAMPLE_LINES, width, paint)
     if sample.invalid is not None:
         lines.append(paint("red", _cut(f"  No valid scores: {escape(sample.invalid)}", width)))
@@ -167,9 +167,11 @@ def _bars(verdict: Verdict, width: int, paint: _Paint) -> list[str]:
 
 
 def _outcome(row: Row, verdict: Verdict, width: int, paint: _Paint) -> list[str]:
-    votes = f"{verdict.valid} of {verdict.k} samples valid"
+    votes = f"{verdict.valid} of {len(verdict.samples)} samples valid"
     if verdict.votes != verdict.valid:
         votes += f", {verdict.votes} of them voted"
+    if len(verdict.samples) < verdict.k:
+        votes += f", decided before the other {verdict.k - len(verdict.samples)}"
     if verdict.best is None or verdict.mean_scores is None:
         text = "No verdict: no sample voted"
     elif len(row.responses) == 1:

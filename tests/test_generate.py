@@ -1,7 +1,7 @@
 """`Generator` on token ids: prefill and decode against transformers, joining and retiring."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import engine.generate as generate
-from engine.generate import Generator, Group, GroupResult
+from engine.generate import Generation, Generator, Group, GroupResult
 from kernels.extract_scores import ScoreAutomaton
 from kernels.sample_token import SamplingOptions
 from models import load
@@ -252,6 +252,75 @@ def test_nan_in_one_row_does_not_reach_another(tiny: Transformer) -> None:
     for cache in (*generator.cache.k, *generator.cache.v):
         cache[:, generator.cache.suffix_base :] = float("nan")
     assert [drawn(r) for r in run(generator, groups)] == expected
+
+
+def in_rounds(group: Group, sizes: Sequence[int]) -> Group:
+    """The group with rounds of these sizes, then no more."""
+
+    def next_round(drawn: Sequence[Generation]) -> int:
+        starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        assert len(drawn) in starts, "a round was not complete"
+        return [*sizes, 0][starts.index(len(drawn))]
+
+    return Group(group.prompts, group.key, group.num_scores, group.tag, next_round)
+
+
+# Ending early or with all 6 samples; the last two ask for more than there are.
+ROUNDS = [[2], [1, 1, 2], [1] * 6, [6], [2, 4], [3, 2], [4, 4], [9]]
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 5, 32])
+def test_rounds_draw_the_first_samples_of_all(tiny: Transformer, max_batch: int) -> None:
+    """Bit for bit, however few the slots; every prompt is computed once, between rounds too."""
+    groups = make_groups(len(ROUNDS), k=6)
+    full = [drawn(result) for result in run(make_generator(tiny, max_new_tokens=6), groups)]
+    generator = make_generator(tiny, max_new_tokens=6, max_batch=max_batch)
+    results = run(generator, list(map(in_rounds, groups, ROUNDS)))
+    for result, everything, sizes in zip(results, full, ROUNDS, strict=True):
+        assert len(result.generations) == min(sum(sizes), 6)
+        assert drawn(result) == everything[: sum(sizes)]
+    head = len(groups[0].prompts[0][0])
+    trees = sum(result.tree_tokens for result in results)
+    assert generator.usage.prefill_tokens == trees - (len(groups) - 1) * head
+    assert generator.usage.decode_tokens == sum(len(r.generations) for r in results) * 5
+
+
+def test_only_the_prompts_that_were_drawn_count(tiny: Transformer) -> None:
+    prompts: list[Prompt] = [[(9,), (10, 11)], [(9,), (12,)], [(9,), (13, 14, 15)]]
+    generator = make_generator(tiny)
+    (result,) = run(generator, [in_rounds(Group(prompts, (1, 1), 2, tag=0), [2])])
+    assert result.tree_tokens == generator.usage.prefill_tokens == 4
+
+
+def test_other_groups_take_the_free_slots_between_rounds(tiny: Transformer) -> None:
+    """A group of one sample at a time leaves a slot free: the next ones come in, but none of them
+    before its own next sample."""
+    groups = make_groups(4, k=4)
+    groups[0] = in_rounds(groups[0], [1] * 4)
+    generator = make_generator(tiny, max_new_tokens=6, max_batch=3)
+    assert [r.group.tag for r in generator.run(iter(groups))] == [1, 0, 2, 3]
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 4])
+@pytest.mark.parametrize("cells", [190, 1000])
+def test_held_prompts_that_fill_the_cache_are_let_go(
+    tiny: Transformer, max_batch: int, cells: int
+) -> None:
+    """Each group holds three prompts for its next rounds; the small cache has no room for them."""
+    groups = []
+    for i in range(4):
+        tails = [tuple(range(5 + i + j, 45 + i + 11 * j)) for j in range(3)]
+        groups.append(Group([[(9, 8), tails[j % 3]] for j in range(6)], (i, 3), 2, tag=i))
+    sizes = [[3, 3], [4, 1], [1, 1, 1, 1], [2, 1, 3]]
+    full = [drawn(result) for result in run(make_generator(tiny, max_new_tokens=6), groups)]
+    generator = make_generator(
+        tiny, max_new_tokens=6, max_batch=max_batch, cache_bytes=3 * 2 * 48 * 4 * cells
+    )
+    results = run(generator, list(map(in_rounds, groups, sizes)))
+    for result, everything, size in zip(results, full, sizes, strict=True):
+        assert result.error is None and drawn(result) == everything[: sum(size)]
+    trees = sum(result.tree_tokens for result in results)
+    assert (generator.usage.prefill_tokens > trees) == (cells == 190)
 
 
 def test_rows_are_pulled_only_as_there_is_room(tiny: Transformer) -> None:

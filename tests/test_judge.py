@@ -1,5 +1,6 @@
 """`Judge` on the shipped pocket model: what a user relies on, from a row to a verdict."""
 
+import json
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from engine.options import JudgeOptions
 from engine.prompt import PromptBuilder
 from engine.request import Row, make_row
 from engine.sample import POCKET
-from engine.verdict import RowFailure, Verdict
+from engine.verdict import RowFailure, Verdict, output_key, to_line
 from kernels.extract_scores import Reason, parse_scores
 from train.world import cases
 
@@ -340,6 +341,10 @@ def test_options_out_of_range_are_refused(judge: Judge) -> None:
         ({"stop": "bax"}, "stop"),
         ({"k": 2.0}, "k = 2.0"),
         ({"orders": "fixed", "max_orders": 2}, "max_orders"),
+        ({"until_decided": 0.0}, "until_decided = 0.0"),
+        ({"until_decided": 1.0}, "until_decided"),
+        ({"until_decided": float("nan")}, "until_decided"),
+        ({"until_decided": True}, "until_decided"),
     ):
         with pytest.raises(ValueError, match=name):
             judge.rows([row], **options)
@@ -361,6 +366,92 @@ def test_the_key_changes_with_whatever_changes_the_output(judge: Judge) -> None:
     assert judge.key(row, k=4, seed=0) in keys
     assert judge.key(row, k=4) == judge(row.messages, row.responses, id=row.id, label=row.label,
                                         k=4, max_new_tokens=1024).key  # fmt: skip
+
+
+def test_an_option_that_is_off_is_not_in_the_key(judge: Judge) -> None:
+    """Lines written before there was adaptive k have the keys of lines without it."""
+    row = make_row("p", ["a", "b"])
+    plain = Judge(judge.model, judge.tokenizer, judge_template="t", fingerprint="f")
+    written: dict[str, str | int | float | bool | None] = {
+        "k": 8, "temperature": 0.5, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "max_new_tokens": 1024,
+        "orders": "rotate", "max_orders": None, "seed": 0, "deterministic": False, "stop": "box",
+        "score_min": 1, "score_max": 10, "threshold": 5.5, "anchor": "Scores:",
+        "judge_template": "t", "dtype": "torch.float32", "device": "cpu",
+    }  # fmt: skip
+    assert plain.key(row) == output_key(row, written, "f")
+    keys = {plain.key(row, until_decided=sure) for sure in (None, 0.9, 0.99)}
+    assert len(keys) == 3
+
+
+# Adaptive k
+
+
+@pytest.fixture(scope="module")
+def full(judge: Judge) -> tuple[list[Row], list[Verdict]]:
+    """Rows with 12 whole judgements each: one that is soon decided, one that is not."""
+    rows = [make_row(r.messages, r.responses, id=r.id) for r in world_rows(2)]
+    return rows, run(judge, rows, k=12, temperature=0.5, max_new_tokens=300)
+
+
+@pytest.mark.parametrize(("max_batch", "first"), [(256, 0), (3, 1)])
+def test_a_decided_row_draws_the_first_of_its_samples(
+    judge: Judge, full: tuple[list[Row], list[Verdict]], max_batch: int, first: int
+) -> None:
+    """Fewer slots than a round has samples, or no other row, change nothing either."""
+    rows, whole = full[0][first:], full[1][first:]
+    early = run(
+        judge, rows, max_batch, k=12, temperature=0.5, max_new_tokens=300, until_decided=0.99
+    )
+    assert [verdict.k_used for verdict in early] == [12, 4][first:]
+    for verdict, reference in zip(early, whole, strict=True):
+        used = verdict.k_used
+        assert drawn(verdict) == drawn(reference, used) and verdict.best == reference.best
+        assert verdict.k == 12 and verdict.votes == used == len(verdict.samples)
+        scores = [sample.scores for sample in reference.samples[:used] if sample.scores]
+        assert verdict.scores == [sum(column) for column in zip(*scores, strict=True)]
+        assert verdict.prompt_tokens * 12 == reference.prompt_tokens * len(verdict.samples)
+        assert verdict.tree_tokens == reference.tree_tokens
+        assert b'"k":12' in to_line(verdict) and b'"k_used":%d' % used in to_line(verdict)
+        assert reference.k_used is None and b"k_used" not in to_line(reference)
+
+
+def test_rounds_compute_no_prompt_twice(judge: Judge) -> None:
+    """Samples cut short have no vote, so that no row is ever decided."""
+    fresh = Judge(
+        judge.model, judge.tokenizer, judge_template=judge.prompts.judge_template, max_batch=3
+    )
+    rows = world_rows(5)
+    verdicts = list(fresh.rows(rows, k=10, max_new_tokens=4, until_decided=0.9))
+    head = len(fresh.prompts.segments(rows[0], range(len(rows[0].responses)))[0].token_ids)
+    trees = 0
+    for verdict in verdicts:
+        assert isinstance(verdict, Verdict)
+        assert (verdict.k, verdict.k_used, verdict.votes, verdict.best) == (10, 10, 0, None)
+        trees += verdict.tree_tokens
+    assert fresh.usage.prefill_tokens == trees - (len(rows) - 1) * head
+
+
+@pytest.mark.parametrize("orders", ["rotate", "random", "fixed"])
+def test_one_sample_and_any_orders(judge: Judge, orders: str) -> None:
+    row = world_rows(1)[0]
+    for k in (1, 5):
+        plain = run(judge, [row], k=k, orders=orders)[0]
+        early = run(judge, [row], k=k, orders=orders, until_decided=0.99)[0]
+        assert drawn(early) == drawn(plain) and early.k_used == k
+
+
+def test_resuming_adaptive_rows(tmp_path: Path) -> None:
+    """The command line: the same bytes after a cut, and k_used in each line."""
+    out = tmp_path / "out.jsonl"
+    options = ["--k", "6", "--max-new-tokens", "150", "--until-decided", "0.9", "--out", str(out)]
+    assert command_line.main(options) == 0
+    whole = out.read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert min(line["k_used"] for line in lines) < 6
+    assert all(line["k_used"] == len(line["samples"]) for line in lines)
+    out.write_bytes(whole[: len(whole) // 2])
+    assert command_line.main([*options, "--resume", "--max-batch", "5"]) == 0
+    assert out.read_bytes() == whole
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda"])

@@ -212,6 +212,7 @@ def test_facts_of_a_line() -> None:
         b'{"id":"a","key":"b","best":null,"k":8,"valid":7,"votes":6,"samples":[{}],"correct":true}'
     )
     assert read_line(line) == LineFacts("a", None, "b", None, 8, 7, 6, True)
+    assert read_line(b'{"k":8,"k_used":4}') == LineFacts(k=8, k_used=4)
     for bad in (b"", b"[]", b'{"k":"8"}', b'{"k":8', b"\xff"):
         with pytest.raises(ValueError, match="not an output line"):
             read_line(bad)
@@ -227,6 +228,8 @@ def test_tally() -> None:
     assert (tally.rows, tally.errors, tally.samples, tally.valid) == (12, 1, 44, 30)
     assert (tally.undecided, tally.labelled, tally.correct) == (1, 10, 8)
     assert tally.valid_share == 30 / 44 and tally.accuracy == 0.8
+    tally.add(LineFacts(k=32, k_used=6, valid=6, votes=6))
+    assert (tally.samples, tally.valid) == (50, 36)
     # Wilson's interval for 8 of 10, as published tables have it.
     assert tally.accuracy_95 == pytest.approx((0.4902, 0.9433), abs=5e-5)
     for correct, interval in ((True, (0.7225, 1.0)), (False, (0.0, 0.2775))):

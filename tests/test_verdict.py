@@ -68,6 +68,9 @@ def test_optional_fields_of_a_verdict() -> None:
     assert (fields["label"], fields["correct"]) == ([0.5, 1.0], False)
     assert list(fields["row_meta"]) == ["b", "a"]
     assert json.loads(to_line(replace(VERDICT, row_meta=0)))["row_meta"] == 0
+    early = json.loads(to_line(replace(VERDICT, k=32, k_used=2, label=1)))
+    assert list(early)[-3:] == ["usage", "k_used", "label"]
+    assert (early["k"], early["k_used"], len(early["samples"])) == (32, 2, 2)
 
 
 def test_no_vote_is_null_and_never_zero() -> None:

@@ -102,6 +102,12 @@ def test_ties_wrong_labels_and_meta_votes() -> None:
     assert "Best: [0], but the label says [1]; 2 of 2 samples valid, 1 of them voted." in text
 
 
+def test_a_row_decided_early() -> None:
+    text = render_verdict(ROW, replace(VERDICT, k=32, k_used=4), 100, color=False)
+    assert "Judgement 3 of 4, which saw [0] [1]" in text
+    assert "3 of 4 samples valid, decided before the other 28." in text
+
+
 @pytest.mark.parametrize(("label", "words"), [(0, "but the label says wrong"), (1, "as labelled")])
 def test_one_response(label: int, words: str) -> None:
     row = make_row("p", ["r"], label=label)

@@ -62,7 +62,7 @@ def test_a_row_without_a_label_is_refused(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
     with pytest.raises(ValueError, match="line 1: no label"):
-        voting.read_labelled(voting.Args(data=data))
+        voting.read_labelled(data, "final", 10, 0)
 
 
 def test_the_command_ends_in_one_json_line(tmp_path: Path) -> None:
