@@ -8,7 +8,8 @@
 
 A sample depends on its own prompt, key and index only: the rows of a matmul are padded to a
 multiple of 16, keys are partitioned by the sample's own segments, uniforms are keyed by row, sample
-and position. So slots, batch size and neighbours change nothing, bit for bit in float32 on CPU.
+and position. So slots, batch size and neighbours change nothing, bit for bit in float32 on CPU, and
+on a GPU with `deterministic`: matrix products in fixed tiles, one partial result for every split.
 
 Works on token ids; needs nothing of templates, requests or verdicts.
 """
@@ -28,10 +29,11 @@ from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
 from kernels.forest_attention import forest_attention, keys_per_partial
 from kernels.forest_plan import ForestPlan, SuffixTiles
 from kernels.launch import runs_triton
+from kernels.matmul import matmul
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
 from kernels.take_token import LiveSamples, Moving, Records, take_token
 from kernels.write_kv import write_kv
-from models.transformer import Attend, Transformer
+from models.transformer import Attend, Transformer, linear
 
 SYNC_STEPS = 8  # decode steps between two looks at the finished flags
 PREFILL_TOKENS = 4096  # tokens of one prefill forward
@@ -124,13 +126,15 @@ class Generator:
         max_scores: int,
         stop: Literal["box", "eos"] = "box",
         ignore_eos: bool = False,
+        deterministic: bool = False,
         cache_bytes: int = CACHE_BYTES,
         usage: Usage | None = None,
     ) -> None:
         """max_batch: most samples decoded together. max_scores: most scores of any group. stop:
         "box" ends a sample as soon as its scores are decided, "eos" lets it end by itself.
-        cache_bytes bounds keys and values; a batch that does not fit is made smaller. Raises
-        ValueError for limits below 1 or a cache that cannot hold one sample."""
+        deterministic: results on a GPU have the same bits in any company; on CPU it changes
+        nothing. cache_bytes bounds keys and values; a batch that does not fit is made smaller.
+        Raises ValueError for limits below 1 or a cache that cannot hold one sample."""
         for name, value in (("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
             if value < 1:
                 raise ValueError(f"{name} = {value} is less than 1")
@@ -144,9 +148,11 @@ class Generator:
         self.usage = usage if usage is not None else Usage()
         weight = model.head_weight
         self.device = weight.device
-        # In torch every item is a partial result by itself, so inlining would save none.
+        self.deterministic = deterministic
+        self.product = matmul if deterministic and runs_triton(weight) else linear
+        # Where every item is a partial result by itself, as in torch, inlining would save none.
         self.keys_per_partial = 0
-        if runs_triton(weight):
+        if runs_triton(weight) and not deterministic:
             config = self.config
             self.keys_per_partial = keys_per_partial(
                 config.num_heads,
@@ -278,7 +284,7 @@ class Generator:
             if last:
                 padding = -len(last) % ALIGN
                 rows = torch.tensor([*last.values(), *[0] * padding], device=self.device)
-                for node, logits in zip(last, self.model.head_logits(hidden[rows]), strict=False):
+                for node, logits in zip(last, self._head_logits(hidden[rows]), strict=False):
                     node.logits = logits.clone()  # a view would keep all rows alive
 
     def _forward_prefill(self, pieces: Sequence[tuple[Node, int, int]]) -> Tensor:
@@ -298,7 +304,7 @@ class Generator:
             torch.tensor(tokens + [0] * padding, device=self.device),
             at,
             torch.tensor(slots, device=self.device),
-            ForestPlan(prefill_items(pieces), at),
+            ForestPlan(prefill_items(pieces), at, per_split=self.deterministic),
         )
 
     def _join(self, joining: list[_Leaf]) -> None:
@@ -339,7 +345,7 @@ class Generator:
             for step in range(steps):
                 tokens[:batch] = live.token
                 hidden = self._forward(tokens, plan.positions, slots, plan)
-                logits = self.model.head_logits(hidden)[:batch]
+                logits = self._head_logits(hidden)[:batch]
                 self._draw(live, logits, drawn[step], moving)
             made = int((live.count.sum() - sum(counts)).item())
             self.usage.decode_tokens += made
@@ -369,7 +375,13 @@ class Generator:
             max_length=min(max(counts) + steps, capacity),
         )
         items = decode_items([leaf.end for leaf in self.leaves], self.keys_per_partial)
-        plan = ForestPlan(items, self._tensor(at + [0] * padding), suffix, moving=True)
+        plan = ForestPlan(
+            items,
+            self._tensor(at + [0] * padding),
+            suffix,
+            moving=True,
+            per_split=self.deterministic,
+        )
         return plan, self._tensor(slots + list(range(padding)))
 
     def _draw(
@@ -437,7 +449,10 @@ class Generator:
     def _forward(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, plan: ForestPlan
     ) -> Tensor:
-        return self.model(tokens, positions, self._attend(slots, plan))
+        return self.model(tokens, positions, self._attend(slots, plan), self.product)
+
+    def _head_logits(self, hidden: Tensor) -> Tensor:
+        return self.model.head_logits(hidden, self.product)
 
     def _attend(self, slots: Tensor, plan: ForestPlan) -> Attend:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
