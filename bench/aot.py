@@ -142,8 +142,8 @@ def all_launches(
     return {(launch, arch): call for launch, arch, call in found.values()}
 
 
-def compile_launch(launch: Launch, target: Target) -> Report:
-    """Compile one launch for one target."""
+def compiled(launch: Launch, target: Target) -> Any:
+    """What Triton makes of one launch for one target."""
     source = ASTSource(
         launch.kernel,
         signature=dict(launch.signature),
@@ -154,14 +154,19 @@ def compile_launch(launch: Launch, target: Target) -> Report:
         gpu = GPUTarget("hip", target.arch, 64)
     else:
         gpu = GPUTarget("cuda", int(target.arch.removeprefix("sm_")), 32)
+    return triton.compile(source, target=gpu, options=dict(launch.options))
+
+
+def compile_launch(launch: Launch, target: Target) -> Report:
+    """Compile one launch for one target, and ask what it needs."""
     try:
-        compiled = triton.compile(source, target=gpu, options=dict(launch.options))
+        kernel = compiled(launch, target)
     except Exception as error:  # whatever a compiler throws is the finding
         return Report(launch.name, target.arch, 0, error=f"{type(error).__name__}: {error}")
-    shared = compiled.metadata.shared
+    shared = kernel.metadata.shared
     if target.is_hip:
         return Report(launch.name, target.arch, shared)
-    registers, spills = _resources(compiled.asm["cubin"])
+    registers, spills = _resources(kernel.asm["cubin"])
     return Report(launch.name, target.arch, shared, registers, spills)
 
 

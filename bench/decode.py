@@ -88,9 +88,7 @@ class Workload:
         if not self.sharing:
             return [(self.k, 0, self.prefix)]
         edges = [self.prefix * i // self.levels for i in range(self.levels + 1)]
-        return [
-            (self.num_nodes(i), edges[i], edges[i + 1] - edges[i]) for i in range(self.levels)
-        ]
+        return [(self.num_nodes(i), edges[i], edges[i + 1] - edges[i]) for i in range(self.levels)]
 
     @property
     def distinct_tokens(self) -> int:
@@ -260,7 +258,9 @@ def measure(
             if seed:
                 rounds[each.name].append(taken)
     ours = rounds["quorum"]
-    prefill, decode = (statistics.median(getattr(r, x) for r in ours) for x in ("prefill", "decode"))
+    prefill, decode = (
+        statistics.median(getattr(r, x) for r in ours) for x in ("prefill", "decode")
+    )
     total = statistics.median(r.total for r in ours)
     tokens, decode_tokens = load.k * load.new_tokens, ours[0].decode_tokens
     floors = floor_seconds(model.config, weight.dtype.itemsize, load, ceilings)
@@ -330,7 +330,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64, metavar="T")
     parser.add_argument("--levels", type=int, default=1, metavar="L")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the shape's or the file's")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), help="default: the shape's or the file's"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-sharing", action="store_true")

@@ -46,6 +46,7 @@ BENCHES = [
         "forest_attention",
         "sample_token",
         "segment_attention",
+        "matmul",
         "merge_states",
         "rms_norm",
         "gated_act",

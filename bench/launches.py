@@ -19,6 +19,7 @@ from bench.timing import DEVICE
 from kernels.extract_scores import ScoreAutomaton
 from kernels.forest_attention import forest_attention
 from kernels.gated_act import gated_act
+from kernels.matmul import matmul
 from kernels.merge_states import merge_states
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope
@@ -94,6 +95,17 @@ def gated_act_calls(shape: Shape) -> Calls:
     for label, dtype, rows in _each(shape):
         gate_up = _empty(rows, 2 * shape.intermediate_size, dtype=dtype)
         yield label, partial(gated_act, gate_up, shape.activation)
+
+
+def matmul_calls(shape: Shape) -> Calls:
+    """Every product of the decoder, of queries, keys and values with a bias too."""
+    for label, dtype, rows in _each(shape):
+        for name, (size, summed) in shape.products.items():
+            x, weight = _empty(rows, summed, dtype=dtype), _empty(size, summed, dtype=dtype)
+            yield f"{label}, {name}", partial(matmul, x, weight)
+            if name == "qkv_proj":
+                bias = _empty(size, dtype=dtype)
+                yield f"{label}, {name} + bias", partial(matmul, x, weight, bias)
 
 
 def write_kv_calls(shape: Shape) -> Calls:
@@ -244,6 +256,7 @@ OPERATIONS: dict[str, Callable[[Shape], Calls]] = {
     "rms_norm": rms_norm_calls,
     "rope": rope_calls,
     "gated_act": gated_act_calls,
+    "matmul": matmul_calls,
     "write_kv": write_kv_calls,
     "forest_attention": forest_attention_calls,
     "segment_attention": segment_attention_calls,

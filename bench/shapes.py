@@ -34,6 +34,18 @@ class Shape:
         """Query heads of a key/value head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def products(self) -> dict[str, tuple[int, int]]:
+        """Outputs and summed inputs of every matrix product of a decoder, by its layer."""
+        heads = self.num_heads * self.head_dim
+        return {
+            "qkv_proj": (heads + 2 * self.num_kv_heads * self.head_dim, self.hidden_size),
+            "o_proj": (self.hidden_size, heads),
+            "gate_up_proj": (2 * self.intermediate_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.intermediate_size),
+            "lm_head": (self.vocab_size, self.hidden_size),
+        }
+
 
 def _gemma2(
     name: str, hidden: int, intermediate: int, layers: int, heads: int, kv: int, dim: int

@@ -35,11 +35,12 @@ from kernels.forest_attention import forest_attention, keys_per_partial
 from kernels.forest_plan import MAX_SPLIT, ForestPlan, SuffixTiles
 from kernels.forest_schedule import HeadShape, StaticPlan
 from kernels.launch import power_of_two, runs_triton, target_of, to_device
+from kernels.matmul import matmul
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
 from kernels.take_token import LiveSamples, Moving, Records, take_token
 from kernels.write_kv import write_kv
 from models.native_decoder import NativeDecoder, runs_native
-from models.transformer import Attend, Transformer
+from models.transformer import Attend, Transformer, linear
 
 # Rows of a buffer of int64, (5, R).
 _PROMPT, _CELL, _KEY, _SAMPLE = 0, 1, slice(2, 4), 4
@@ -138,7 +139,10 @@ class Decoder:
         stop_at_box: bool,
         max_new_tokens: int,
         max_scores: int,
+        deterministic: bool = False,
     ) -> None:
+        """deterministic: fixed tiles in matrix products and one partial for every split of keys, so
+        that a sample has the same bits in any company on a GPU too."""
         self.model = model
         self.config = model.config
         self.automaton = automaton
@@ -147,9 +151,12 @@ class Decoder:
         self.end_ids = end_ids
         self.stop_at_box = stop_at_box
         self.device = end_ids.device
-        # In torch every item is a partial result by itself, so inlining would save none.
+        self.deterministic = deterministic
+        on_triton = runs_triton(model.head_weight)
+        self.product = matmul if deterministic and on_triton else linear
+        # Where every item is a partial result by itself, inlining would save none.
         self.keys_per_partial = 0
-        if runs_triton(model.head_weight):
+        if on_triton and not deterministic:
             config = self.config
             self.keys_per_partial = keys_per_partial(
                 config.num_heads,
@@ -264,11 +271,13 @@ class Decoder:
         """Hidden states of tokens, whose keys and values go into `cells` of the cache."""
         if self._native is not None:
             return self._native.forward(tokens, positions, cells, plan)
-        return self.model(tokens, positions, self._attend(cells, plan))
+        return self.model(tokens, positions, self._attend(cells, plan), self.product)
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """The model's raw logits of hidden states."""
-        return (self.model if self._native is None else self._native).head_logits(hidden)
+        if self._native is not None:
+            return self._native.head_logits(hidden)
+        return self.model.head_logits(hidden, self.product)
 
     def draw(
         self, live: LiveSamples, logits: Tensor, uniform: Tensor, moving: Moving | None = None
@@ -317,6 +326,7 @@ class Decoder:
             self._position[:rows],
             self._suffix(self._tensor(row_of_slot), rows, reach),
             moving=True,
+            per_split=self.deterministic,
             host_positions=at + [0] * (rows - len(at)),
         )
 

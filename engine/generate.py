@@ -148,11 +148,13 @@ class Generator:
         max_scores: int,
         stop: Literal["box", "eos"] = "box",
         ignore_eos: bool = False,
+        deterministic: bool = False,
         cache_bytes: int | None = None,
         usage: Usage | None = None,
     ) -> None:
         """max_batch: most samples decoded together. max_scores: most scores of any group. stop:
         "box" ends a sample as soon as its scores are decided, "eos" lets it end by itself.
+        deterministic: results on a GPU have the same bits in any company; on CPU it changes nothing.
         cache_bytes bounds keys and values (default: what memory allows, `engine/memory.py`); a
         batch that does not fit is made smaller. Raises ValueError for limits below 1 or a cache
         that cannot hold one sample."""
@@ -168,6 +170,7 @@ class Generator:
         self.usage = usage if usage is not None else Usage()
         weight = model.head_weight
         self.device = weight.device
+        self.deterministic = deterministic
         per_cell = cell_bytes(self.config, weight.dtype)
         suffix = round_up(self.max_new_tokens)
         budget = cache_bytes
@@ -204,6 +207,7 @@ class Generator:
             stop_at_box=stop == "box",
             max_new_tokens=self.max_new_tokens,
             max_scores=max_scores,
+            deterministic=deterministic,
         )
 
     @torch.inference_mode()
@@ -346,7 +350,9 @@ class Generator:
             self._tensor(tokens + [0] * padding),
             at,
             self._tensor(slots),
-            ForestPlan(prefill_items(pieces), at, host_positions=positions),
+            ForestPlan(
+                prefill_items(pieces), at, per_split=self.deterministic, host_positions=positions
+            ),
         )
 
     def _join(self, joining: list[_Leaf]) -> None:

@@ -160,8 +160,8 @@ class Judge:
         greedy), top-k, top-p and min-p. orders: "rotate" shows sample j rotation (r + j mod m)
         mod n, r drawn per row, m = max_orders (default min(n, k)); "random" is a free shuffle,
         "fixed" the given order. stop: "box" ends a sample when its scores are decided, "eos" when
-        it ends itself. deterministic changes nothing on CPU, where float32 results are reproducible
-        as they are. until_decided, a probability: a row draws its samples in rounds and stops when
+        it ends itself. deterministic: on a GPU a sample has the same bits whatever else is judged
+        with it; on CPU, where float32 results are reproducible as they are, it changes nothing. until_decided, a probability: a row draws its samples in rounds and stops when
         it is this sure that the vote of all k would fall as it falls now (engine/decided.py); those
         that it draws are the same. A row that cannot be judged comes out as a RowFailure in its
         place. Raises ValueError for options out of range.
@@ -169,8 +169,6 @@ class Judge:
         chosen = JudgeOptions(**options)
         sampling = SamplingOptions(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
         stream_key(chosen.seed, "", "token")  # refuses a seed out of range now, not at a row
-        if chosen.deterministic and self.model.head_weight.device.type != "cpu":
-            raise ValueError("deterministic is not available on a GPU yet")
         generator = Generator(
             self.model,
             self._automaton,
@@ -179,6 +177,7 @@ class Judge:
             max_batch=self.max_batch,
             max_scores=MAX_RESPONSES,
             stop=chosen.stop,
+            deterministic=chosen.deterministic,
             cache_bytes=self.cache_bytes,
             usage=self.usage,
         )

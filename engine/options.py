@@ -34,7 +34,7 @@ class JudgeOptions:
     seed: int = 0
     """Seed of all draws."""
     deterministic: bool = False
-    """Bit-equal results also on a GPU (refused there for now; on CPU float32 always is)."""
+    """Bit-equal results in any company on a GPU too (slower; on CPU float32 always is)."""
     stop: Literal["box", "eos"] = "box"
     """End a sample when its scores are decided (box) or when it ends itself (eos)."""
     until_decided: float | None = None

@@ -250,10 +250,7 @@ class _Automaton(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("value", "count", "items", "n", "reason", "scores")),
         ("max_n", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("table", "transitions", "symbols", "first", "last")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("num_tokens", "score_min", "score_max", "saturated")
-        ),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "score_min", "score_max", "saturated")),
     ]
 
 

@@ -9,13 +9,15 @@
 
 T tokens of any number of sequences lie flat, side by side; positions say where each stands. The
 attention itself is passed in: prefill, decode and training share this forward and differ in
-`attend` alone. q, k, v and gate, up are stored as fused weights, the only layout there is.
+`attend` alone. A run may pass in its own matrix product, in place of `linear`, too. q, k, v and
+gate, up are stored as fused weights, the only layout there is.
 
 Row results: in float32 on CPU a row of the output has the same bits whatever other rows T holds,
 at any number of threads, as long as T is a multiple of 16 (the caller pads) and `attend` keeps to
 it too. What that took: matrix products need the multiple of 16 and blocks of 256 along the summed
 dimension (see `linear`); the activation needs the composed form that `kernels/gated_act.py`
-explains; embedding, norm, rope, addition and tanh need nothing.
+explains; embedding, norm, rope, addition and tanh need nothing. On a GPU it holds for every T and
+dtype with `kernels.matmul` as the product, and does not with `linear`.
 
 It does not hold a cache, scale scores, mask, or know what a prompt is.
 """
@@ -35,6 +37,8 @@ from models.config import ModelConfig
 # attend(layer, q (T, Hq, D), k (T, Hkv, D), v (T, Hkv, Dv)) -> (T, Hq, Dv), after rope. Scale,
 # soft-cap and window are the caller's to apply: they are in config.attention[layer].
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# product(x (T, K), weight (N, K), bias (N,) or None) -> x W^T + b, (T, N)
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 _MAX_SCORES = 1 << 24  # elements of one block of scores in `causal_attend`: 64 MiB of float32
 _SUM_BLOCK = 256
@@ -62,10 +66,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer through `linear`."""
+    """A linear layer through the matrix product that it is called with."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, product: Product = linear) -> Tensor:
+        return product(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -108,16 +112,18 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_plus_one)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_plus_one)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, product: Product
+    ) -> Tensor:
         config = self.config
-        q, k, v = self.qkv_proj(x).split(self.sizes, -1)
+        q, k, v = self.qkv_proj(x, product).split(self.sizes, -1)
         q = q.unflatten(-1, (config.num_heads, config.head_dim))
         k = k.unflatten(-1, (config.num_kv_heads, config.head_dim))
         v = v.unflatten(-1, (config.num_kv_heads, config.v_head_dim))
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         out = attend(self.layer, rope(q, cos, sin), rope(k, cos, sin), v)
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(out.flatten(1), product)
 
 
 class MLP(nn.Module):
@@ -129,8 +135,8 @@ class MLP(nn.Module):
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated_act(self.gate_up_proj(x), self.activation))
+    def forward(self, x: Tensor, product: Product) -> Tensor:
+        return self.down_proj(gated_act(self.gate_up_proj(x, product), self.activation), product)
 
 
 class DecoderLayer(nn.Module):
@@ -152,20 +158,26 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_layernorm = norm()
 
     def forward(
-        self, update: Tensor | None, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+        self,
+        update: Tensor | None,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attend,
+        product: Product,
     ) -> tuple[Tensor, Tensor]:
         """Returns this layer's last update, not yet added, and the residual stream before it."""
         if update is None:
             normed = self.input_layernorm(hidden)
         else:
             normed, hidden = self.input_layernorm.add(update, hidden)
-        update = self.self_attn(normed, cos, sin, attend)
+        update = self.self_attn(normed, cos, sin, attend, product)
         if self.sandwich:
             update = self.post_attention_layernorm(update)
             normed, hidden = self.pre_feedforward_layernorm.add(update, hidden)
-            return self.post_feedforward_layernorm(self.mlp(normed)), hidden
+            return self.post_feedforward_layernorm(self.mlp(normed, product)), hidden
         normed, hidden = self.post_attention_layernorm.add(update, hidden)
-        return self.mlp(normed), hidden
+        return self.mlp(normed, product), hidden
 
 
 class Transformer(nn.Module):
@@ -197,12 +209,14 @@ class Transformer(nn.Module):
             else:
                 parameter.fill_(1.0)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attend: Attend, product: Product = linear
+    ) -> Tensor:
         """Hidden states after the final norm, (T, hidden_size).
 
         token_ids, positions: (T,) int64 on the model's device. attend: see `Attend`; it is called
-        once per layer, in order. Neither ids nor positions are range-checked here (that would wait
-        for the device).
+        once per layer, in order. product: what all linear layers multiply with. Neither ids nor
+        positions are range-checked here (that would wait for the device).
         """
         config = self.config
         cos, sin = rope_cos_sin(positions, self.inv_freq_on(positions.device))
@@ -212,14 +226,14 @@ class Transformer(nn.Module):
             hidden = hidden * torch.tensor(config.embedding_scale).to(hidden.dtype).item()
         update: Tensor | None = None
         for layer in self.layers:
-            update, hidden = layer(update, hidden, cos, sin, attend)
+            update, hidden = layer(update, hidden, cos, sin, attend, product)
         assert update is not None, "a decoder has at least one layer"
         return self.norm.add(update, hidden)[0]
 
-    def head_logits(self, hidden: Tensor) -> Tensor:
+    def head_logits(self, hidden: Tensor, product: Product = linear) -> Tensor:
         """Logits of hidden states (R, hidden_size) before the soft-cap: (R, vocab), in the dtype of
         the model."""
-        return linear(hidden, self.head_weight)
+        return product(hidden, self.head_weight, None)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states (R, hidden_size): (R, vocab) float32 (float64 from float64)."""

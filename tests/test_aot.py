@@ -5,16 +5,27 @@ One launch of each kernel as an 8B model makes it, and every instance of attenti
 """
 
 import ast
+import re
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench.aot import Launch, Report, all_launches, compile_all, compile_launch, launches_of
+from bench.aot import (
+    Launch,
+    Report,
+    all_launches,
+    compile_all,
+    compile_launch,
+    compiled,
+    launches_of,
+)
 from bench.launches import OPERATIONS
 from bench.shapes import SHAPES
 from kernels.launch import INTERPRETED, TARGETS
+from kernels.matmul import matmul
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 
@@ -61,7 +72,7 @@ def representatives() -> list[tuple[Launch, str]]:
 def test_every_kernel_is_covered() -> None:
     covered = {(launch.kernel.__name__, target) for launch, target in representatives()}
     assert covered == {(kernel, target) for kernel in launched_kernels() for target in TARGETS}
-    assert len(representatives()) <= 60
+    assert len(representatives()) <= 70
 
 
 def test_every_kernel_compiles() -> None:
@@ -70,6 +81,25 @@ def test_every_kernel_compiles() -> None:
     assert [(r.target, r.launch, r.fault) for r in found if r.fault is not None] == []
     on_nvidia = [report for report in found if report.target.startswith("sm_")]
     assert all(report.registers for report in on_nvidia)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_a_product_is_made_of_one_instruction_for_any_number_of_rows(arch: str) -> None:
+    """So that a row's sum does not depend on how many rows there are: see kernels/matmul.py."""
+    target = TARGETS[arch]
+    x = weight = torch.empty(4096, 4096, dtype=torch.bfloat16)
+    found: dict[tuple[object, ...], set[str]] = {}
+    for rows in (16, 64, 65, 4096):
+        launch = launches_of(target, partial(matmul, x[:rows], weight))[0]
+        constants = dict(launch.constants)
+        assembly = compiled(launch, target).asm["amdgcn" if target.is_hip else "ptx"]
+        found[constants["BLOCK_M"], constants["IN_PIECES"]] = set(
+            re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma\.|v_mfma)[\w.:]+", assembly)
+        )
+    assert len(found) == (2 if arch == "sm_100" else 3)
+    (instructions,) = {frozenset(names) for names in found.values()}
+    shape = {"sm_80": "m16n8k16", "sm_90": "m64n128k16", "sm_100": "cta_group", "gfx942": "32x32x8"}
+    assert [shape[arch] in name for name in instructions] == [True]
 
 
 def a_launch(operation: str) -> Launch:

@@ -23,6 +23,7 @@ from bench.bench_forest_attention import (
 )
 from bench.bench_forest_attention import make_work as attention_work
 from bench.bench_gated_act import make_work as gated_act_work
+from bench.bench_matmul import make_work as matmul_work
 from bench.bench_merge_states import make_work as merge_states_work
 from bench.bench_rms_norm import make_work as rms_norm_work
 from bench.bench_rope import make_work as rope_work
@@ -163,6 +164,7 @@ WORKS: dict[str, Callable[[], Work]] = {
     "rms_norm + residual": lambda: rms_norm_work(POCKET, 16, True),
     "rope": lambda: rope_work(POCKET, 16),
     "gated_act": lambda: gated_act_work(POCKET, 16),
+    "matmul": lambda: matmul_work(POCKET, "qkv_proj", 16),
     "merge_states": lambda: merge_states_work(POCKET, 8, 3),
     "sample_token": lambda: sample_token_work(POCKET, 9, "greedy"),
     "attention": lambda: attention_work("decode", "small", make_decode(DECODED[0], HEADS, 1)),
