@@ -10,7 +10,7 @@ makes work items for prefill and decode; it runs nothing and holds no keys.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from weakref import WeakValueDictionary
 
@@ -34,6 +34,10 @@ class Node:
     start: int
     slab: Slab | None = None
     logits: Tensor | None = None
+    above: "tuple[Node, ...]" = field(init=False)  # from the root to the parent
+
+    def __post_init__(self) -> None:
+        self.above = () if self.parent is None else (*self.parent.above, self.parent)
 
     @property
     def stop(self) -> int:
@@ -42,8 +46,7 @@ class Node:
 
     def path(self) -> list["Node"]:
         """The nodes from the root to this one."""
-        above = [] if self.parent is None else self.parent.path()
-        return [*above, self]
+        return [*self.above, self]
 
     def key_runs(self, tokens: int | None = None) -> Iterator[tuple[int, int, int]]:
         """The splits of the segment, or of its first `tokens`, as (cache slot, keys, position)."""

@@ -7,7 +7,6 @@ C++ is in `kernels/native.cpp`; the operation and its reference in `kernels/fore
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -85,61 +84,39 @@ def partials_of(plan: ForestPlan, num: int, heads: int, v_dim: int) -> tuple[Ten
     )
 
 
-def chunks_of(
-    plan: ForestPlan, window: int | None, heads: int, v_dim: int, shards: tuple[int, ...] = ()
-) -> Chunks:
-    """A plan's items for a layer with this window, compiled once. shards: bounds of runs of queries
-    that no chunk may cross, and that share no partials; () for one run."""
-    bounds = shards or (0, len(plan.first_position))
+def chunks_of(plan: ForestPlan, window: int | None, heads: int, v_dim: int) -> Chunks:
+    """A plan's items for a layer with this window, compiled once."""
     max_partials = _MAX_PARTIAL // (heads * v_dim)
     return plan.compiled(
-        ("native", window, max_partials, bounds),
-        lambda: _compile(plan, window, max_partials, bounds),
+        ("native", window, max_partials), lambda: _compile(plan, window, max_partials)
     )
 
 
-def _compile(
-    plan: ForestPlan, window: int | None, max_partials: int, bounds: tuple[int, ...]
-) -> Chunks:
-    needed = plan.needed(window)
+def _compile(plan: ForestPlan, window: int | None, max_partials: int) -> Chunks:
+    parts = cut_between_queries(
+        plan.needed(window), len(plan.first_position), max_partials, lambda queries: queries
+    )
     own = None if plan.suffix is None else plan.suffix.partials(len(plan.positions))
-    free = 0 if plan.suffix is None else plan.suffix.num_partials
+    first = 0 if plan.suffix is None else plan.suffix.num_partials
     rows: list[tuple[int, ...]] = []
-    chunks = Chunks(torch.empty(0), len(needed), free, [])
-    for low, high in pairwise(bounds):
-        mine = [_between(item, low, high) for item in needed if _meets(item, low, high)]
-        moved = [item._replace(query=item.query - low) for item in mine]
-        parts = cut_between_queries(moved, high - low, max_partials, lambda queries: queries)
-        for items, start, stop in parts:
-            items = [item._replace(query=item.query + low) for item in items]
-            table, starts, used = _placed(items, free)
-            served = [(i.query, i.num_queries, at) for i, at in zip(items, starts, strict=True)]
-            index = partial_table(served, low + start, low + stop)
-            if own is not None:
-                index = torch.cat([index, own[low + start : low + stop]], 1)
-            index = index.contiguous()
-            at = low + start, low + stop
-            rows.append((table.data_ptr(), len(items), index.data_ptr(), index.shape[1], *at))
-            chunks.kept += [table, index]
-            chunks.num_partials = max(chunks.num_partials, used)
-        if len(bounds) > 2:
-            free = chunks.num_partials
+    chunks = Chunks(torch.empty(0), 0, first, [])
+    for items, start, stop in parts:
+        table, starts, num_partials = _placed(items, first)
+        served = [(i.query, i.num_queries, at) for i, at in zip(items, starts, strict=True)]
+        index = partial_table(served, start, stop)
+        if own is not None:
+            index = torch.cat([index, own[start:stop]], 1)
+        index = index.contiguous()
+        rows.append((table.data_ptr(), len(items), index.data_ptr(), index.shape[1], start, stop))
+        chunks.kept += [table, index]
+        chunks.num_items += len(items)
+        chunks.num_partials = max(chunks.num_partials, num_partials)
     chunks.table = torch.tensor(rows, dtype=torch.int64)
     return chunks
 
 
-def _meets(item: WorkItem, low: int, high: int) -> bool:
-    return item.query < high and item.query + item.num_queries > low
-
-
-def _between(item: WorkItem, low: int, high: int) -> WorkItem:
-    """The part of an item whose queries lie in [low, high)."""
-    first, last = max(item.query, low), min(item.query + item.num_queries, high)
-    return item._replace(query=first, num_queries=last - first)
-
-
 def _placed(items: list[WorkItem], first: int) -> tuple[Tensor, list[int], int]:
-    """The items (n, 6) with their first partials, those partials, and where the next is free."""
+    """The items (n, 6) with their first partials, those partials, and the number of partials."""
     table = np.array(items, dtype=np.int64).reshape(-1, 5)
     ends = first + np.cumsum(table[:, 1])
     starts = ends - table[:, 1]

@@ -212,11 +212,14 @@ void rms_norm(const T *x, int64_t x_t, int64_t x_a, const T *residual, const T *
     });
 }
 
+// Row positions[t], or t, of cos and sin is the token's.
 template <class T>
-void rope(const T *x, int64_t x_t, int64_t x_h, const float *cos, const float *sin, T *y,
-          int64_t tokens, int64_t heads, int64_t half, int threads) {
+void rope(const T *x, int64_t x_t, int64_t x_h, const float *cos, const float *sin,
+          const int64_t *positions, T *y, int64_t tokens, int64_t heads, int64_t half,
+          int threads) {
     parallel(tokens, std::max<int64_t>(1, 4096 / (heads * half)), threads, [&](int64_t t) {
-        const float *c = cos + t * half, *s = sin + t * half;
+        const int64_t row = positions ? positions[t] : t;
+        const float *c = cos + row * half, *s = sin + row * half;
         for (int64_t h = 0; h < heads; h++) {
             const T *from = x + t * x_t + h * x_h;
             T *to = y + (t * heads + h) * 2 * half;
@@ -236,6 +239,23 @@ void rope(const T *x, int64_t x_t, int64_t x_h, const float *cos, const float *s
     });
 }
 
+// gate := act(gate) * up, for n numbers; `room` holds as many.
+inline void activate(float *gate, const float *up, float *room, int64_t n, bool gelu) {
+    if (gelu) {
+        const float slope = 0.79788456080286535588;  // sqrt(2 / pi)
+        for (int64_t i = 0; i < n; i++) {
+            const float z = gate[i] * gate[i] * 0.044715f + 1;
+            room[i] = z * gate[i] * slope;
+        }
+        vmsTanh(n, room, room, HIGH_ACCURACY);
+        for (int64_t i = 0; i < n; i++) gate[i] = (room[i] + 1) * gate[i] * 0.5f * up[i];
+    } else {
+        for (int64_t i = 0; i < n; i++) room[i] = -gate[i];
+        vmsExp(n, room, room, HIGH_ACCURACY);
+        for (int64_t i = 0; i < n; i++) gate[i] = gate[i] / (room[i] + 1) * up[i];
+    }
+}
+
 template <class T>
 void gated_act(const T *gate_up, int64_t stride, T *y, int64_t tokens, int64_t size, int gelu,
                int threads) {
@@ -244,24 +264,11 @@ void gated_act(const T *gate_up, int64_t stride, T *y, int64_t tokens, int64_t s
     parallel(tokens * pieces, 8, threads, [&](int64_t task) {
         const int64_t t = task / pieces, first = task % pieces * PIECE;
         const int64_t n = std::min(PIECE, size - first);
-        float g[PIECE], up[PIECE], e[PIECE];
-        const T *gate = gate_up + t * stride + first;
-        widen_row(gate, g, n);
-        widen_row(gate + size, up, n);
-        if (gelu) {
-            const float slope = 0.79788456080286535588;  // sqrt(2 / pi)
-            for (int64_t i = 0; i < n; i++) {
-                float z = g[i] * g[i] * 0.044715f + 1;
-                e[i] = z * g[i] * slope;
-            }
-            vmsTanh(n, e, e, HIGH_ACCURACY);
-            for (int64_t i = 0; i < n; i++) e[i] = (e[i] + 1) * g[i] * 0.5f * up[i];
-        } else {
-            for (int64_t i = 0; i < n; i++) e[i] = -g[i];
-            vmsExp(n, e, e, HIGH_ACCURACY);
-            for (int64_t i = 0; i < n; i++) e[i] = g[i] / (e[i] + 1) * up[i];
-        }
-        narrow_row(e, y + t * size + first, n);
+        float gate[PIECE], up[PIECE], room[PIECE];
+        widen_row(gate_up + t * stride + first, gate, n);
+        widen_row(gate_up + t * stride + size + first, up, n);
+        activate(gate, up, room, n, gelu);
+        narrow_row(gate, y + t * size + first, n);
     });
 }
 
@@ -440,8 +447,10 @@ void attend(const Attention<T> &a, int64_t head, int64_t query, int64_t num_quer
         float *sums_of_values = room(out_buffer, rows * width);
         std::fill_n(sums_of_values, std::min(rows, n + 6) * width, 0.0f);
 
-        int32_t low[MAX_VECTORS * LANES] = {}, high[MAX_VECTORS * LANES];
+        int32_t low[MAX_VECTORS * LANES], high[MAX_VECTORS * LANES];
+        std::fill_n(low, rows, 0);
         std::fill_n(high, rows, (int32_t)num_keys);
+        if (n < rows) std::fill_n(q, a.dim * rows, 0.0f);
         bool masked = false;
         for (int64_t r = 0; r < n; r++) {
             const int64_t t = query + (first + r) / groups, g = (first + r) % groups;
@@ -453,7 +462,6 @@ void attend(const Attention<T> &a, int64_t head, int64_t query, int64_t num_quer
             if (a.window) low[r] = std::clamp<int64_t>(at - a.window + 1, 0, num_keys);
             masked |= low[r] > 0 || high[r] < num_keys;
         }
-        for (int64_t d = 0; d < a.dim; d++) std::fill(q + d * rows + n, q + (d + 1) * rows, 0.0f);
 
         float top[MAX_VECTORS * LANES], total[MAX_VECTORS * LANES], log_total[MAX_VECTORS * LANES];
         std::fill_n(top, rows, -INF);
@@ -514,7 +522,9 @@ void attend(const Attention<T> &a, int64_t head, int64_t query, int64_t num_quer
             const float by = total[r] > 0 ? total[r] : 1;
             const float *from = sums_of_values + r * width;
             float *to = a.o + at * a.v_dim;
-            for (int64_t c = 0; c < a.v_dim; c++) to[c] = from[c] / by;
+            int64_t c = 0;
+            for (; c + LANES <= a.v_dim; c += LANES) store(to + c, load(from + c) / splat(by));
+            for (; c < a.v_dim; c++) to[c] = from[c] / by;
             a.lse[at] = top[r] + log_total[r];
         }
     }
@@ -529,20 +539,17 @@ void attend_items(const Attention<T> &a, const int64_t *items, int64_t n, int th
     });
 }
 
-// The own keys of the slots of rows [first_row, last_row), split by split; the partial of slot s and
-// split j is j * num_slots + s.
+// Every slot's own keys, split by split; the partial of slot s and split j is j * num_slots + s.
 template <class T>
 void attend_suffixes(const Attention<T> &a, const int64_t *row_of_slot, const int64_t *length,
                      const int64_t *position, int64_t num_slots, int64_t base, int64_t capacity,
-                     int64_t max_split, int64_t num_splits, int64_t first_row, int64_t last_row,
-                     int threads) {
+                     int64_t max_split, int64_t num_splits, int threads) {
     const int64_t tasks = num_splits * num_slots * a.kv_heads;
     const auto keys_of = [&](int64_t task, int64_t &first) -> int64_t {
         const int64_t slot = task / a.kv_heads % num_slots;
         const int64_t start = task / a.kv_heads / num_slots * max_split, row = row_of_slot[slot];
         first = base + slot * capacity + start;
-        const bool mine = row >= first_row && row < last_row;
-        return mine ? std::clamp<int64_t>(length[row] - start, 0, max_split) : 0;
+        return row < 0 ? 0 : std::clamp<int64_t>(length[row] - start, 0, max_split);
     };
     parallel(tasks, 16, threads, [&](int64_t task) {
         const int64_t head = task % a.kv_heads, partial = task / a.kv_heads;
@@ -559,7 +566,7 @@ void attend_suffixes(const Attention<T> &a, const int64_t *row_of_slot, const in
         if (n) {
             const int64_t row = row_of_slot[slot], start = partial / num_slots * max_split;
             attend(a, head, row, 1, first, n, position[row] + start, partial);
-        } else if (const int64_t row = row_of_slot[slot]; row >= first_row && row < last_row) {
+        } else {
             std::fill_n(a.lse + partial * a.heads + head * groups, groups, -INF);
         }
     });
@@ -627,25 +634,34 @@ inline void panel(const bf16 *w, vec &a, vec &b) {
     b = (vec)(both & (int32_t)0xFFFF0000);
 }
 
+// With `paired`, W holds two matrices, and a panel LANES columns of each: gate and up.
 template <class W>
-void pack(const W *weight, int64_t n, int64_t k, W *packed, int threads) {
-    parallel((n + COLUMNS - 1) / COLUMNS, 1, threads, [&](int64_t p) {
+void pack(const W *weight, int64_t n, int64_t k, int64_t paired, W *packed, int threads) {
+    const int64_t apart = paired ? n / 2 : LANES, across = paired ? LANES : COLUMNS;
+    const int64_t end = paired ? n / 2 : n;
+    parallel((end + across - 1) / across, 1, threads, [&](int64_t p) {
         for (int64_t c = 0; c < COLUMNS; c++) {
-            const int64_t column = p * COLUMNS + c;
+            const int64_t of_first = p * across + c % LANES;
+            const int64_t column = of_first + c / LANES * apart;
+            const bool there = paired ? of_first < end : column < end;
             const int64_t place = sizeof(W) == 4 ? c : c % LANES * 2 + c / LANES;
             for (int64_t i = 0; i < k; i++)
-                packed[(p * k + i) * COLUMNS + place] = column < n ? weight[column * k + i] : W{};
+                packed[(p * k + i) * COLUMNS + place] = there ? weight[column * k + i] : W{};
         }
     });
 }
 
-// M rows, laid term by term in x (k, M), times a panel: y (M, COLUMNS). Meanwhile `step` bytes a
-// term are fetched from `ahead` into the second cache: a panel comes from memory while the one
-// before it is in use, or its first tile would wait.
-template <int M, class W>
-[[gnu::noinline]] void linear_tile(const float *x, const W *weight, int64_t k, const float *bias,
-                                   const char *ahead, int64_t step, float *y) {
-    vec total[M][2] = {};
+enum Activation { NONE, SILU, GELU };
+
+// M rows, laid term by term in x (k, M), times a panel, into y (M, COLUMNS) of rows `y_stride` apart,
+// or into y (M, LANES) if the panel is paired and activated. Meanwhile `step` bytes a term are
+// fetched from `ahead` into the second cache: a panel comes from memory while the one before it is
+// in use, or its first tile would wait.
+template <int M, class T>
+[[gnu::noinline]] void linear_tile(const float *x, const T *weight, int64_t k, const float *bias,
+                                   Activation activation, const char *ahead, int64_t step, T *y,
+                                   int64_t y_stride) {
+    float total[2][M][LANES];
     for (int64_t start = 0; start < k; start += SUM_BLOCK) {
         vec sum[M][2] = {};
         const int64_t stop = std::min(k, start + SUM_BLOCK);
@@ -662,28 +678,40 @@ template <int M, class W>
             }
         }
         for (int m = 0; m < M; m++)
-            for (int v = 0; v < 2; v++)
-                total[m][v] = start ? total[m][v] + sum[m][v]
-                              : bias ? sum[m][v] + load(bias + v * LANES)
-                                     : sum[m][v];
+            for (int v = 0; v < 2; v++) {
+                vec all = sum[m][v];
+                if (start)
+                    all = load(total[v][m]) + all;
+                else if (bias)
+                    all += load(bias + v * LANES);
+                if (stop < k || activation)
+                    store(total[v][m], all);
+                else
+                    store(y + m * y_stride + v * LANES, all);
+            }
     }
-    for (int m = 0; m < M; m++)
-        for (int v = 0; v < 2; v++) store(y + m * COLUMNS + v * LANES, total[m][v]);
+    if (activation) {
+        float room[M * LANES];
+        activate(total[0][0], total[1][0], room, M * LANES, activation == GELU);
+        for (int m = 0; m < M; m++) store(y + m * y_stride, load(total[0][m]));
+    }
 }
 
-template <int M, class W>
-void linear_rows(int64_t rows, const float *x, const W *weight, int64_t k, const float *bias,
-                 const char *ahead, int64_t step, float *y) {
+template <int M, class T>
+void linear_rows(int64_t rows, const float *x, const T *weight, int64_t k, const float *bias,
+                 Activation activation, const char *ahead, int64_t step, T *y, int64_t y_stride) {
     if constexpr (M > 0) {
-        if (rows == M) return linear_tile<M>(x, weight, k, bias, ahead, step, y);
-        linear_rows<M - 1>(rows, x, weight, k, bias, ahead, step, y);
+        if (rows == M)
+            return linear_tile<M>(x, weight, k, bias, activation, ahead, step, y, y_stride);
+        linear_rows<M - 1>(rows, x, weight, k, bias, activation, ahead, step, y, y_stride);
     }
 }
 
-// y (m, n) = x (m, k) W^T + bias (n), W (n, k) packed.
+// y (m, n) = x (m, k) W^T + bias (n), W (n, k) packed; or, activated, y = act(x W0^T) * (x W1^T), W0
+// and W1 (n, k) packed as a pair.
 template <class T>
 void linear(const T *x, int64_t m, int64_t k, const T *weight, int64_t n, const T *bias, T *y,
-            int threads) {
+            int threads, Activation activation = NONE) {
     thread_local std::vector<float> scratch;
     float *laid = room(scratch, m * k);
     const int64_t tiles = (m + ROWS - 1) / ROWS, tile = (m + tiles - 1) / tiles;
@@ -697,24 +725,31 @@ void linear(const T *x, int64_t m, int64_t k, const T *weight, int64_t n, const 
     });
     // Rows that stay in the second cache while the panels pass by.
     const int64_t block = std::max<int64_t>(1, (3 << 18) / (4 * k * tile)) * tile;
-    const int64_t panels = (n + COLUMNS - 1) / COLUMNS, blocks = (m + block - 1) / block;
+    const int64_t across = activation ? LANES : COLUMNS;  // columns that a panel gives
+    const int64_t panels = (n + across - 1) / across, blocks = (m + block - 1) / block;
     // Neighbouring panels to one thread, so that it finds what it fetched ahead; several for each.
     const int64_t grain = std::clamp<int64_t>(blocks * panels / (4 * threads), 1, 8);
     parallel(blocks * panels, grain, threads, [&](int64_t task) {
         const int64_t p = task % panels, first = task / panels * block;
         const int64_t last = std::min(m, first + block);
-        const int64_t columns = std::min<int64_t>(COLUMNS, n - p * COLUMNS);
+        const int64_t columns = std::min<int64_t>(across, n - p * across);
         const T *mine = weight + p * COLUMNS * k;
         const int64_t step = COLUMNS * sizeof(T) / ((last - first + tile - 1) / tile);
         const char *ahead = (const char *)(mine + COLUMNS * k);
-        float out[ROWS * COLUMNS], b[COLUMNS] = {};
-        if (bias) widen_row(bias + p * COLUMNS, b, columns);
+        float b[COLUMNS];
+        if (bias) {
+            std::fill_n(b, COLUMNS, 0.0f);
+            widen_row(bias + p * COLUMNS, b, columns);
+        }
         for (int64_t t = first; t < last; t += tile) {
             const int64_t here = std::min(tile, m - t);
-            linear_rows<ROWS>(here, laid + t * k, mine, k, bias ? b : nullptr, ahead, step, out);
+            T *to = y + t * n + p * across, out[ROWS * COLUMNS];
+            const bool whole = columns == across;
+            linear_rows<ROWS>(here, laid + t * k, mine, k, bias ? b : nullptr, activation, ahead,
+                              step, whole ? to : out, whole ? n : across);
             ahead += step * k;
-            for (int64_t r = 0; r < here; r++)
-                narrow_row(out + r * COLUMNS, y + (t + r) * n + p * COLUMNS, columns);
+            if (!whole)
+                for (int64_t r = 0; r < here; r++) std::copy_n(out + r * across, columns, to + r * n);
         }
     });
 }
@@ -750,30 +785,23 @@ struct Suffix {
 
 namespace {
 
-// The hidden states of tokens [first, last) after the final norm, into out (all tokens, hidden):
-// `Transformer.forward`.
+// The hidden states (n, hidden) of n tokens after the final norm: `Transformer.forward`.
 template <class T>
-void decode_rows(const Decoder &d, int64_t first, int64_t last, const int64_t *tokens,
-                 const int64_t *positions, const float *cos, const float *sin,
-                 const int64_t *slots, const Suffix &suffix, float *o, float *lse, T *out,
-                 int threads) {
-    const int64_t n = last - first, q_size = d.heads * d.dim, k_size = d.kv_heads * d.dim;
+void decode(const Decoder &d, const int64_t *tokens, int64_t n, const int64_t *positions,
+            const float *cos, const float *sin, const int64_t *slots, const Suffix &suffix,
+            float *o, float *lse, T *out, int threads) {
+    const int64_t q_size = d.heads * d.dim, k_size = d.kv_heads * d.dim;
     const int64_t v_size = d.kv_heads * d.v_dim, qkv_size = q_size + k_size + v_size;
     const int64_t half = d.dim / 2, kept = n * d.hidden;
-    tokens += first;
-    slots += first;
-    cos += first * half;
-    sin += first * half;
     // Two residual streams, since a norm reads one while it writes the other.
     thread_local std::vector<T> scratch;
     thread_local std::vector<float> lse_scratch;
     const int64_t attended_size = d.heads * d.v_dim;
-    const int64_t wide = qkv_size + q_size + k_size + attended_size + 3 * d.intermediate;
+    const int64_t wide = qkv_size + q_size + k_size + attended_size + d.intermediate;
     float *merged_lse = room(lse_scratch, n * d.heads);
     T *hidden = room(scratch, 4 * kept + n * wide), *next = hidden + kept, *normed = next + kept;
     T *update = normed + kept, *qkv = update + kept, *q = qkv + n * qkv_size, *k = q + n * q_size;
-    T *attended = k + n * k_size, *gate_up = attended + n * attended_size;
-    T *active = gate_up + 2 * n * d.intermediate;
+    T *attended = k + n * k_size, *active = attended + n * attended_size;
 
     const auto norm = [&](const T *x, const void *weight, T *y) {
         rms_norm<T>(x, d.hidden, d.hidden, nullptr, (const T *)weight, y, nullptr, n, 1, d.hidden,
@@ -790,8 +818,8 @@ void decode_rows(const Decoder &d, int64_t first, int64_t last, const int64_t *t
         if (weight)
             rms_norm<T>(x, qkv_size, d.dim, nullptr, (const T *)weight, y, nullptr, n * heads,
                         heads, d.dim, d.eps, d.plus_one, threads);
-        rope<T>(weight ? y : x, weight ? heads * d.dim : qkv_size, d.dim, cos, sin, y, n, heads,
-                half, threads);
+        rope<T>(weight ? y : x, weight ? heads * d.dim : qkv_size, d.dim, cos, sin, positions, y,
+                n, heads, half, threads);
     };
 
     const T *table = (const T *)d.embedding;
@@ -818,16 +846,15 @@ void decode_rows(const Decoder &d, int64_t first, int64_t last, const int64_t *t
         const int64_t k_h = d.cells * d.dim, v_h = d.cells * d.v_dim;
         write_kv<T>(k, k_size, d.dim, qkv + q_size + k_size, qkv_size, d.v_dim, k_cache, k_h, d.dim,
                     v_cache, v_h, d.v_dim, slots, n, d.kv_heads, d.dim, d.v_dim, threads);
-        const Attention<T> a{q - first * q_size, k_cache, v_cache, q_size, d.dim, k_h, d.dim, v_h,
+        const Attention<T> a{q, k_cache, v_cache, q_size, d.dim, k_h, d.dim, v_h,
                              d.v_dim, d.heads, d.kv_heads, d.dim, d.v_dim, positions, layer.scale,
                              layer.softcap, layer.window, o, lse};
         if (suffix.num_splits)
             attend_suffixes(a, suffix.row, suffix.length, suffix.position, suffix.num_slots,
                             suffix.base, suffix.capacity, suffix.max_split, suffix.num_splits,
-                            first, last, threads);
+                            threads);
         for (int64_t c = 0; c < layer.num_chunks; c++) {
-            const int64_t *chunk = layer.chunks + c * 6, start = chunk[4] - first;
-            if (chunk[4] < first || chunk[4] >= last) continue;
+            const int64_t *chunk = layer.chunks + c * 6, start = chunk[4];
             attend_items(a, (const int64_t *)chunk[0], chunk[1], threads);
             merge(o, lse, (const int64_t *)chunk[2], chunk[5] - chunk[4], chunk[3], d.heads,
                   d.v_dim, attended + start * attended_size, merged_lse + start * d.heads, threads);
@@ -840,32 +867,14 @@ void decode_rows(const Decoder &d, int64_t first, int64_t last, const int64_t *t
         } else {
             add_and_norm(layer.post_attention_norm);
         }
-        linear<T>(normed, n, d.hidden, (const T *)layer.gate_up, 2 * d.intermediate, nullptr,
-                  gate_up, threads);
-        gated_act<T>(gate_up, 2 * d.intermediate, active, n, d.intermediate, d.gelu, threads);
+        linear<T>(normed, n, d.hidden, (const T *)layer.gate_up, d.intermediate, nullptr, active,
+                  threads, d.gelu ? GELU : SILU);
         linear<T>(active, n, d.intermediate, (const T *)layer.down, d.hidden, nullptr, update,
                   threads);
         if (layer.post_feedforward_norm) norm(update, layer.post_feedforward_norm, update);
     }
     add_and_norm(d.norm);
-    std::copy_n(normed, kept, out + first * d.hidden);
-}
-
-// All n tokens. With several shards, each of `shards` (num_shards + 1 bounds) is run by one thread
-// from the first layer to the last, and no thread ever waits for another: only for tokens that do
-// not see each other's keys, and for chunks that lie within a shard and share no partials.
-template <class T>
-void decode(const Decoder &d, const int64_t *tokens, int64_t n, const int64_t *positions,
-            const float *cos, const float *sin, const int64_t *slots, const Suffix &suffix,
-            const int64_t *shards, int64_t num_shards, float *o, float *lse, T *out,
-            int threads) {
-    if (num_shards == 1)
-        return decode_rows(d, 0, n, tokens, positions, cos, sin, slots, suffix, o, lse, out,
-                           threads);
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int64_t i = 0; i < num_shards; i++)
-        decode_rows(d, shards[i], shards[i + 1], tokens, positions, cos, sin, slots, suffix, o,
-                    lse, out, 1);
+    std::copy_n(normed, kept, out);
 }
 
 // -- sampling ------------------------------------------------------------------------------------
@@ -958,6 +967,27 @@ void sample_token(const T *logits, int64_t batch, int64_t vocab, const float *un
     });
 }
 
+// Philox4x32-10: the first word of each (key, counter), as a uniform: see `uniforms`.
+void uniforms(const int64_t *keys, const int64_t *index, const int64_t *positions, int64_t rows,
+              int64_t columns, float *uniform) {
+    for (int64_t i = 0; i < rows * columns; i++) {
+        const int64_t row = i / columns;
+        const uint64_t sample = index[row], position = positions[i];
+        uint32_t k0 = keys[2 * row], k1 = keys[2 * row + 1];
+        uint32_t c0 = sample, c1 = sample >> 32, c2 = position, c3 = position >> 32;
+        for (int round = 0; round < 10; round++) {
+            const uint64_t a = (uint64_t)c0 * 0xD2511F53, b = (uint64_t)c2 * 0xCD9E8D57;
+            c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
+            c1 = b;
+            c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
+            c3 = a;
+            k0 += 0x9E3779B9;
+            k1 += 0xBB67AE85;
+        }
+        uniform[i] = ((float)(c0 >> 9) + 0.5f) * 0x1p-23f;
+    }
+}
+
 // -- taking a token ------------------------------------------------------------------------------
 
 // The tables of a `ScoreAutomaton` and the registers of a `ScoreState`.
@@ -1048,7 +1078,7 @@ extern "C" void take_token_f32(
     extern "C" void rope_##S(const T *x, int64_t x_t, int64_t x_h, const float *cos,               \
                              const float *sin, T *y, int64_t tokens, int64_t heads, int64_t half,  \
                              int threads) {                                                        \
-        rope(x, x_t, x_h, cos, sin, y, tokens, heads, half, threads);                              \
+        rope(x, x_t, x_h, cos, sin, nullptr, y, tokens, heads, half, threads);                     \
     }                                                                                              \
     extern "C" void gated_act_##S(const T *gate_up, int64_t stride, T *y, int64_t tokens,          \
                                   int64_t size, int64_t gelu, int threads) {                       \
@@ -1080,15 +1110,16 @@ extern "C" void take_token_f32(
         attend_suffixes(Attention<T>{q, k, v, q_t, q_h, k_h, k_n, v_h, v_n, heads, kv_heads, dim,  \
                                      v_dim, positions, scale, softcap, window, o, lse},            \
                         row_of_slot, length, position, num_slots, base, capacity, max_split,       \
-                        num_splits, 0, INT64_MAX, threads);                                        \
+                        num_splits, threads);                                                      \
     }                                                                                              \
     extern "C" void merge_##S(const float *o, const float *lse, const int64_t *index,              \
                               int64_t queries, int64_t most, int64_t heads, int64_t v_dim, T *out, \
                               float *out_lse, int threads) {                                       \
         merge(o, lse, index, queries, most, heads, v_dim, out, out_lse, threads);                  \
     }                                                                                              \
-    extern "C" void pack_##S(const T *weight, int64_t n, int64_t k, T *packed, int threads) {      \
-        pack(weight, n, k, packed, threads);                                                       \
+    extern "C" void pack_##S(const T *weight, int64_t n, int64_t k, int64_t paired, T *packed,     \
+                             int threads) {                                                        \
+        pack(weight, n, k, paired, packed, threads);                                               \
     }                                                                                              \
     extern "C" void linear_##S(const T *x, int64_t m, int64_t k, const T *weight, int64_t n,       \
                                const T *bias, T *y, int threads) {                                 \
@@ -1096,10 +1127,9 @@ extern "C" void take_token_f32(
     }                                                                                              \
     extern "C" void decode_##S(const Decoder *d, const int64_t *tokens, int64_t n,                 \
                                const int64_t *positions, const float *cos, const float *sin,       \
-                               const int64_t *slots, const Suffix *suffix, const int64_t *shards,  \
-                               int64_t num_shards, float *o, float *lse, T *out, int threads) {    \
-        decode(*d, tokens, n, positions, cos, sin, slots, *suffix, shards, num_shards, o, lse,     \
-               out, threads);                                                                      \
+                               const int64_t *slots, const Suffix *suffix, float *o, float *lse,   \
+                               T *out, int threads) {                                              \
+        decode(*d, tokens, n, positions, cos, sin, slots, *suffix, o, lse, out, threads);          \
     }                                                                                              \
     extern "C" void sample_token_##S(const T *logits, int64_t batch, int64_t vocab,                \
                                      const float *uniform, int64_t uniform_stride,                 \
@@ -1113,6 +1143,10 @@ extern "C" void take_token_f32(
 EXPORTS(float, f32)
 EXPORTS(bf16, bf16)
 
+extern "C" void uniforms_f32(const int64_t *keys, const int64_t *index, const int64_t *positions,
+                             int64_t rows, int64_t columns, float *uniform, int) {
+    uniforms(keys, index, positions, rows, columns, uniform);
+}
 extern "C" int distinct_slots(const int64_t *slots, int64_t tokens, int64_t size) {
     return distinct(slots, tokens, size);
 }

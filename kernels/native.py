@@ -35,6 +35,7 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float}
 _ATTENTION = "pll" * 3 + "llll" + "pffl" + "pp"
 _SIGNATURES = {
+    "uniforms": "ppp" + "ll" + "p",
     "take_token": "ppp" + "pppppp" + "ppll" + "pl" + "ppp" + "l" + "ppl",
     "rms_norm": "pll" + "pppp" + "lllfl",
     "rope": "pll" + "ppp" + "lll",
@@ -43,8 +44,8 @@ _SIGNATURES = {
     "attend_items": _ATTENTION + "pl",
     "attend_suffixes": _ATTENTION + "ppp" + "lllll",
     "merge": "ppp" + "llll" + "pp",
-    "decode": "ppl" + "pppp" + "p" + "pl" + "ppp",
-    "pack": "pllp",
+    "decode": "ppl" + "pppp" + "p" + "ppp",
+    "pack": "plllp",
     "linear": "pllplpp",
     "sample_token": "pllpl" + "fff" + "l" + "ppp",
 }
@@ -109,7 +110,7 @@ def _functions() -> dict[tuple[str, torch.dtype], Any]:
     for name, signature in _SIGNATURES.items():
         for dtype, suffix in _SUFFIX.items():
             function = getattr(native, f"{name}_{suffix}", None)
-            if function is None:  # `take_token` sees no tensor of the model's dtype
+            if function is None:  # of `uniforms` and `take_token` there is one
                 continue
             function.argtypes = [_TYPES[letter] for letter in signature] + [ctypes.c_int]
             function.restype = None

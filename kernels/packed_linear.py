@@ -27,7 +27,7 @@ class _Packed:
     """Panels of columns, each term by term, and the state of the weight that they are of."""
 
     panels: Tensor
-    version: tuple[int, int]
+    version: tuple[int, int, bool]
 
 
 _packed = WeakTensorKeyDictionary()
@@ -68,14 +68,17 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return y
 
 
-def packed(weight: Tensor) -> Tensor:
-    """A weight (N, K), float32 or bfloat16, laid out for C++, from now on kept beside it."""
-    version = (weight.data_ptr(), weight._version)
+def packed(weight: Tensor, paired: bool = False) -> Tensor:
+    """A weight (N, K), float32 or bfloat16, laid out for C++ and from now on kept beside it.
+    paired: it holds two matrices, gate and up, and a panel columns of both."""
+    version = (weight.data_ptr(), weight._version, paired)
     kept: _Packed | None = _packed.get(weight)
     if kept is None or kept.version != version:
         columns, terms = weight.shape
         width = native.panel_columns()
-        panels = torch.empty(-(-columns // width) * width * terms, dtype=weight.dtype)
-        native.call("pack", weight.dtype, weight, columns, terms, panels)
-        kept = _packed[weight] = _Packed(panels, version)
+        across = columns // 2 if paired else columns
+        panels = -(-across // (width // 2 if paired else width))
+        laid = torch.empty(panels * width * terms, dtype=weight.dtype)
+        native.call("pack", weight.dtype, weight, columns, terms, int(paired), laid)
+        kept = _packed[weight] = _Packed(laid, version)
     return kept.panels

@@ -214,8 +214,15 @@ def uniforms(keys: Tensor, sample_index: Tensor, positions: Tensor) -> Tensor:
     for name, tensor in (("keys", keys), ("sample_index", sample_index), ("positions", positions)):
         if tensor.dtype != torch.int64:
             raise ValueError(f"{name} must be int64, got {tensor.dtype}")
-    run = _run_triton_uniforms if runs_triton(keys) else _torch_uniforms
-    return run(keys, sample_index, positions)
+    if runs_triton(keys):
+        return _run_triton_uniforms(keys, sample_index, positions)
+    uniform = torch.empty(positions.shape)
+    if keys.is_cpu and runs_native(uniform):
+        rows, columns = batch, positions.numel() // max(batch, 1)
+        contiguous = (x.contiguous() for x in (keys, sample_index, positions))
+        native.call("uniforms", torch.float32, *contiguous, rows, columns, uniform)
+        return uniform
+    return _torch_uniforms(keys, sample_index, positions)
 
 
 def check_logits(logits: Tensor) -> None:

@@ -25,7 +25,6 @@ from kernels.rope import rope_cos_sin
 from models.transformer import DecoderLayer, RMSNorm, Transformer
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_SHARD_ROWS = 48
 _LAYER_WEIGHTS = (
     "input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "post_attention_norm",
     "pre_feedforward_norm", "post_feedforward_norm", "gate_up", "down",
@@ -72,16 +71,6 @@ class _Suffix(ctypes.Structure):
     ]
 
 
-def _shards(plan: ForestPlan) -> tuple[int, ...]:
-    """Bounds of the runs of tokens that one thread each takes through all layers: one run, or in
-    decode, where tokens do not see each other's keys, one for each thread if that is enough rows
-    for a thread to be busy with arithmetic and not with reading weights."""
-    tokens, threads = len(plan.first_position), torch.get_num_threads()
-    if not plan.moving or tokens < threads * _SHARD_ROWS:
-        return 0, tokens
-    return tuple(tokens * i // threads for i in range(threads + 1))
-
-
 def runs_native(model: Transformer) -> bool:
     """Whether this model's forward can be had as C++: float32 or bfloat16 on CPU, no gradient."""
     parameters = list(model.parameters())
@@ -120,7 +109,7 @@ class NativeDecoder:
         if not native.distinct_slots(slots, self.k_caches[0].shape[1]):
             raise ValueError(f"slots must be distinct and within the cache, got {slots.tolist()}")
         assert token_ids.is_contiguous() and positions.is_contiguous()
-        cos, sin = self._angles(positions)
+        cos, sin = self._angles(plan)
         suffix = _Suffix()
         if plan.suffix is not None:
             s = plan.suffix
@@ -130,10 +119,8 @@ class NativeDecoder:
             )  # fmt: skip
         heads, v_dim = config.num_heads, config.v_head_dim
         o = lse = None
-        shards = _shards(plan)
-        bounds = (_INT * len(shards))(*shards)
         for layer, spec in zip(self._layers, config.attention, strict=True):
-            chunks = chunks_of(plan, spec.window, heads, v_dim, shards)
+            chunks = chunks_of(plan, spec.window, heads, v_dim)
             layer.chunks, layer.num_chunks = chunks.table.data_ptr(), len(chunks.table)
             plan.executed += chunks.num_items
             if o is None or chunks.num_partials > len(o):
@@ -141,8 +128,7 @@ class NativeDecoder:
         out = torch.empty(len(token_ids), config.hidden_size, dtype=self.dtype)
         native.call(
             "decode", self.dtype, ctypes.byref(self._decoder), token_ids, len(token_ids),
-            positions, cos, sin, slots, ctypes.byref(suffix), ctypes.byref(bounds),
-            len(shards) - 1, o, lse, out,
+            positions, cos, sin, slots, ctypes.byref(suffix), o, lse, out,
         )  # fmt: skip
         return out
 
@@ -150,14 +136,18 @@ class NativeDecoder:
         """`Transformer.head_logits`."""
         return packed_linear(hidden, self.model.head_weight)
 
-    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions (T,), out of tables that grow with them."""
-        last = int(positions.max()) if len(positions) else 0
+    def _angles(self, plan: ForestPlan) -> tuple[Tensor, Tensor]:
+        """Tables of cosines and sines, (positions, D / 2), that reach as far as a plan's tokens."""
+
+        def furthest() -> int:
+            grows = plan.suffix.capacity if plan.moving and plan.suffix is not None else 0
+            return max(plan.first_position, default=0) + grows
+
+        last = plan.compiled("native positions", furthest)
         if self._cos_sin is None or last >= len(self._cos_sin[0]):
             known = torch.arange(power_of_two(last + 1, 1024))
             self._cos_sin = rope_cos_sin(known, self.model.inv_freq_on(known.device))
-        cos, sin = self._cos_sin
-        return cos[positions], sin[positions]
+        return self._cos_sin
 
     def _refresh(self) -> None:
         """Take the addresses of all weights, packed where they are matrices, if any has changed."""
@@ -197,7 +187,7 @@ class NativeDecoder:
             "qkv_bias": attention.qkv_proj.bias,
             "o": self._packed(attention.o_proj.weight),
             "post_attention_norm": layer.post_attention_layernorm.weight,
-            "gate_up": self._packed(layer.mlp.gate_up_proj.weight),
+            "gate_up": self._packed(layer.mlp.gate_up_proj.weight, paired=True),
             "down": self._packed(layer.mlp.down_proj.weight),
         }
         for name, owner, attribute in (
@@ -217,6 +207,6 @@ class NativeDecoder:
             softcap=spec.softcap or 0.0,
         )
 
-    def _packed(self, weight: Tensor) -> Tensor:
-        self._kept.append(packed(weight))
+    def _packed(self, weight: Tensor, paired: bool = False) -> Tensor:
+        self._kept.append(packed(weight, paired))
         return self._kept[-1]
