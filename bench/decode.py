@@ -98,7 +98,7 @@ class Workload:
     def _tokens(self, vocab_size: int, seed: int, rows: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
         table = torch.randint(vocab_size, (rows, self.prefix), generator=generator)
-        return table.tolist()  # type: ignore[no-any-return]
+        return table.tolist()
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,8 @@ def write_gguf(model: Transformer, path: Path) -> None:
     add("output_norm.weight", model.norm.weight)
     if not config.tied:
         add("output.weight", model.head_weight)
-    for i, layer in enumerate(model.layers):
+    layers: Any = model.layers
+    for i, layer in enumerate(layers):
         attention, mlp = layer.self_attn, layer.mlp
         q, k, v = attention.qkv_proj.weight.split(attention.sizes)
         gate, up = mlp.gate_up_proj.weight.chunk(2)

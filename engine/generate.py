@@ -154,10 +154,10 @@ class Generator:
     ) -> None:
         """max_batch: most samples decoded together. max_scores: most scores of any group. stop:
         "box" ends a sample as soon as its scores are decided, "eos" lets it end by itself.
-        deterministic: results on a GPU have the same bits in any company; on CPU it changes nothing.
-        cache_bytes bounds keys and values (default: what memory allows, `engine/memory.py`); a
-        batch that does not fit is made smaller. Raises ValueError for limits below 1 or a cache
-        that cannot hold one sample."""
+        deterministic: results on a GPU have the same bits in any company; on CPU it changes
+        nothing. cache_bytes bounds keys and values (default: what memory allows,
+        `engine/memory.py`); a batch that does not fit is made smaller. Raises ValueError for limits
+        below 1 or a cache that cannot hold one sample."""
         for name, value in (("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
             if value < 1:
                 raise ValueError(f"{name} = {value} is less than 1")

@@ -161,9 +161,10 @@ class Judge:
         mod n, r drawn per row, m = max_orders (default min(n, k)); "random" is a free shuffle,
         "fixed" the given order. stop: "box" ends a sample when its scores are decided, "eos" when
         it ends itself. deterministic: on a GPU a sample has the same bits whatever else is judged
-        with it; on CPU, where float32 results are reproducible as they are, it changes nothing. until_decided, a probability: a row draws its samples in rounds and stops when
-        it is this sure that the vote of all k would fall as it falls now (engine/decided.py); those
-        that it draws are the same. A row that cannot be judged comes out as a RowFailure in its
+        with it; on CPU, where float32 results are reproducible as they are, it changes nothing.
+        until_decided, a probability: a row draws its samples in rounds and stops when it is this
+        sure that the vote of all k would fall as it falls now (engine/decided.py); those that it
+        draws are the same. A row that cannot be judged comes out as a RowFailure in its
         place. Raises ValueError for options out of range.
         """
         chosen = JudgeOptions(**options)

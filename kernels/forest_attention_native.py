@@ -1,9 +1,10 @@
 """Forest attention on CPU, in C++: a task is an item (or a slot's split) and a key/value head.
 
-Query rows (queries x the group's heads) are the lanes of its vectors, keys and channels its scalars,
-so nothing is gathered or padded in memory, and a suffix costs what it holds. One partial for every
-item and query, merged in order, as in `forest_attention_cpu.py`, whose float32 bits these are. The
-C++ is in `kernels/native.cpp`; the operation and its reference in `kernels/forest_attention.py`.
+Query rows (queries x the group's heads) are the lanes of its vectors, keys and channels its
+scalars, so nothing is gathered or padded in memory, and a suffix costs what it holds. One partial
+for every item and query, merged in order, as in `forest_attention_cpu.py`, whose float32 bits these
+are. The C++ is in `kernels/native.cpp`; the operation and its reference in
+`kernels/forest_attention.py`.
 """
 
 from dataclasses import dataclass

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device_math import tanh
 from kernels import native
+from kernels.device_math import tanh
 from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
 from kernels.native import runs_native
 

@@ -2,12 +2,12 @@
 
 `kernels/native.cpp` does each operation in one pass, with results that are bit for bit those of the
 torch implementations in float32. It needs a C++ compiler, an x86 processor with AVX2 and a torch
-that was built with MKL. Where one of them is missing, or where a product, a sum or an attention on
-this machine comes out one bit different from torch's, operations run in torch, several times
-slower, and a warning says why. So the same samples come out either way.
+that was built with MKL. Where one of them is missing, or where a product, a sum or an exponential
+comes out one bit different from torch's on this machine (`_same_bits`), operations run in torch,
+several times slower, and a warning says why. So the same samples come out either way.
 
-The library is kept under $XDG_CACHE_HOME/quorum (~/.cache/quorum), named after a hash of all that it
-was made from. QUORUM_NATIVE=0 in the environment turns it off. Triton, where it runs, goes first.
+The library is kept under $XDG_CACHE_HOME/quorum (~/.cache/quorum), named after a hash of all that
+it was made from. QUORUM_NATIVE=0 in the environment turns it off. Where Triton runs, it goes first.
 """
 
 import ctypes
@@ -106,6 +106,10 @@ def distinct_slots(slots: Tensor, size: int) -> bool:
 def _functions() -> dict[tuple[str, torch.dtype], Any]:
     native = library()
     assert native is not None
+    return _typed(native)
+
+
+def _typed(native: ctypes.CDLL) -> dict[tuple[str, torch.dtype], Any]:
     found = {}
     for name, signature in _SIGNATURES.items():
         for dtype, suffix in _SUFFIX.items():
@@ -123,11 +127,49 @@ def library() -> ctypes.CDLL | None:
     """The loaded library, or None (and a warning) where it cannot be had or is not exact."""
     try:
         native = ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        warnings.warn(f"operations run in torch, slowly: no C++ library: {reason}", stacklevel=2)
-        return None
-    return native
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        reason = f"no C++ library: {getattr(error, 'stderr', None) or error}"
+    else:
+        if _same_bits(native):
+            return native
+        reason = "C++ and torch differ in the last bits on this processor"
+    warnings.warn(f"operations run in torch, slowly: {reason}", RuntimeWarning, stacklevel=2)
+    return None
+
+
+def _same_bits(native: ctypes.CDLL) -> bool:
+    """Whether products, sums over a row and exponentials have torch's bits: all that is not one
+    rounded operation. In a second or so where the library is good, and never where it is not."""
+    functions, dtype = _typed(native), torch.float32
+    generator = torch.Generator().manual_seed(0)
+
+    def run(name: str, *arguments: Any) -> None:
+        addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+        functions[name, dtype](*addresses, torch.get_num_threads())
+
+    rows, columns, terms = 48, 80, 300
+    x = torch.randn(rows, terms, generator=generator)
+    weight = torch.randn(columns, terms, generator=generator)
+    width = int(native.panel_columns())
+    panels = torch.empty(-(-columns // width) * width * terms)
+    y = torch.empty(rows, columns)
+    run("pack", weight, columns, terms, 0, panels)
+    run("linear", x, rows, terms, panels, columns, None, y)
+    ones, total = torch.ones(terms), torch.empty(rows, terms)
+    run("rms_norm", x, terms, terms, None, ones, total, None, rows, 1, terms, 1e-6, 0)
+    token = torch.empty(rows, dtype=torch.int64)
+    logprob, sampling_logprob = torch.empty(rows), torch.empty(rows)
+    uniform = torch.rand(rows, generator=generator)
+    run(
+        "sample_token", x, rows, terms, uniform, 1, 0.7, 0.0, 0.0, 1024, token, logprob,
+        sampling_logprob,
+    )  # fmt: skip
+
+    product = x[:, :256] @ weight[:, :256].T + x[:, 256:] @ weight[:, 256:].T
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    chosen = (x - x.amax(-1, keepdim=True)).gather(1, token[:, None])[:, 0]
+    normalizer = (x - x.amax(-1, keepdim=True)).exp().sum(-1)
+    return y.equal(product) and total.equal(normed) and logprob.equal(chosen - normalizer.log())
 
 
 def _built() -> Path:

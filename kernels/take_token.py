@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import native
 from kernels.extract_scores import (
     DECIDED,
     ScoreAutomaton,
@@ -31,7 +32,6 @@ from kernels.extract_scores import (
     advance_rows,
     rows_launch,
 )
-from kernels import native
 from kernels.launch import check_triton, launch, runs_triton, target_of
 from kernels.native import runs_native
 
@@ -246,7 +246,7 @@ def _run_triton(
 class _Automaton(ctypes.Structure):
     """`Automaton` of kernels/native.cpp: `ScoreState.registers` and `ScoreAutomaton.tables`."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("value", "count", "items", "n", "reason", "scores")),
         ("max_n", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("table", "transitions", "symbols", "first", "last")),

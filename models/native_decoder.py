@@ -34,7 +34,7 @@ _LAYER_WEIGHTS = (
 class _Layer(ctypes.Structure):
     """`Layer` of kernels/native.cpp."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, _POINTER) for name in (*_LAYER_WEIGHTS, "k_cache", "v_cache", "chunks")),
         ("num_chunks", _INT),
         ("window", _INT),
@@ -46,7 +46,7 @@ class _Layer(ctypes.Structure):
 class _Decoder(ctypes.Structure):
     """`Decoder` of kernels/native.cpp."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("embedding", _POINTER),
         ("norm", _POINTER),
         ("layers", ctypes.POINTER(_Layer)),
@@ -65,7 +65,7 @@ class _Decoder(ctypes.Structure):
 class _Suffix(ctypes.Structure):
     """`Suffix` of kernels/native.cpp."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, _POINTER) for name in ("row", "length", "position")),
         *((name, _INT) for name in ("num_slots", "base", "capacity", "max_split", "num_splits")),
     ]

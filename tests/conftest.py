@@ -1,9 +1,12 @@
-"""Uninitialised memory is NaN in tests of Triton kernels, so that what no program wrote shows."""
+"""Uninitialised memory is NaN in tests of Triton kernels, so that what no program wrote shows; and
+fixtures for all."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from kernels import native
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +18,10 @@ def _poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def in_torch() -> Iterator[None]:
+    """Operations on CPU run in torch, as where there is no C++ compiler."""
+    with native.torch_only():
+        yield

@@ -339,6 +339,7 @@ def expected_decode_items(grove: Grove, window: int | None) -> int:
     return count
 
 
+@pytest.mark.usefixtures("in_torch")
 @pytest.mark.parametrize("window", [None, 1, 90, 400, 10_000])
 def test_items_executed_are_the_plans(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
@@ -355,6 +356,7 @@ def test_items_executed_are_the_plans(window: int | None, monkeypatch: pytest.Mo
     assert (skipped > 0) == (window in (1, 90, 400))
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_prefill_skips_what_lies_ahead_or_beyond_the_window(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -372,6 +374,7 @@ def test_prefill_skips_what_lies_ahead_or_beyond_the_window(
         assert recorder.items - before == plan.num_items(window) == expected
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_every_tile_and_width_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
     lengths = (1, 16, 17, 32, 33, 64, 65, 128, 129, 256)
@@ -394,6 +397,7 @@ def test_every_tile_and_width_is_reached(monkeypatch: pytest.MonkeyPatch) -> Non
     tolerance.check()
 
 
+@pytest.mark.usefixtures("in_torch")
 @pytest.mark.parametrize("options", VARIANTS)
 def test_small_batches_and_chunks_change_no_bit(
     options: Options, monkeypatch: pytest.MonkeyPatch

@@ -79,6 +79,7 @@ def test_uniform_is_the_first_philox_word(key: tuple[int, int], index: int, plac
     assert drawn.item() == expected  # exact: the value has 24 significant bits
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_uniforms_are_in_the_open_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     words = torch.tensor([0, 2**32 - 1])
     monkeypatch.setattr(module, "philox4x32", lambda *arguments: (words,) * 4)
