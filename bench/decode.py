@@ -69,14 +69,21 @@ class Workload:
             table = self._tokens(vocab_size, seed, self.k)
             return [[tuple(row)] for row in table]
         samples: list[list[tuple[int, ...]]] = [[] for _ in range(self.k)]
+        # The node of each sample at every level, from the last one up: a node has one parent.
+        at, below = list(range(self.k)), self.k
+        above: list[list[int]] = []
+        for level in reversed(range(self.levels)):
+            nodes = self.num_nodes(level)
+            at, below = [node * nodes // below for node in at], nodes
+            above.insert(0, at)
         for level in range(self.levels):
             first = self.prefix * level // self.levels
             last = self.prefix * (level + 1) // self.levels
             nodes = self.num_nodes(level)
             table = self._tokens(vocab_size, seed * self.levels + level, nodes)
             segments = [tuple(row[first:last]) for row in table]
-            for i, sample in enumerate(samples):
-                sample.append(segments[i * nodes // self.k])
+            for sample, node in zip(samples, above[level], strict=True):
+                sample.append(segments[node])
         return samples
 
     def num_nodes(self, level: int) -> int:
@@ -106,8 +113,8 @@ class Round:
     """What one round took, in seconds; decode_tokens are those after each sample's first."""
 
     total: float
-    prefill: float
-    decode: float
+    prefill: float | None  # None: not told apart
+    decode: float | None
     decode_tokens: int
 
 
@@ -244,23 +251,21 @@ def measure(
     """The figures of one workload, ours and the peers' measured in turn."""
     contenders: list[Any] = [Ours(model, load)]
     weight = model.head_weight
-    with_ours = peak_bytes()
+    contenders[0].round(0)
+    with_ours = peak_bytes()  # before any peer takes its own
     if compare:
         from bench.decode_peers import peer
 
         contenders += [peer(name, model, load) for name in compare]
+    for each in contenders[1:]:
+        each.round(0)
     rounds: dict[str, list[Round]] = {each.name: [] for each in contenders}
-    for seed in range(repeats + 1):
+    for seed in range(1, repeats + 1):
         for each in contenders:
-            taken = each.round(seed)
-            if each is contenders[0] and not compare:
-                with_ours = peak_bytes()
-            if seed:
-                rounds[each.name].append(taken)
+            rounds[each.name].append(each.round(seed))
     ours = rounds["quorum"]
-    prefill, decode = (
-        statistics.median(getattr(r, x) for r in ours) for x in ("prefill", "decode")
-    )
+    prefill, decode = _median([r.prefill for r in ours]), _median([r.decode for r in ours])
+    assert prefill is not None and decode is not None
     total = statistics.median(r.total for r in ours)
     tokens, decode_tokens = load.k * load.new_tokens, ours[0].decode_tokens
     floors = floor_seconds(model.config, weight.dtype.itemsize, load, ceilings)
@@ -288,11 +293,16 @@ def measure(
             theirs = [r.total for r in taken]
             figures[name] = {
                 "total_tokens_per_s": tokens / statistics.median(theirs),
-                "prefill_s": statistics.median(r.prefill for r in taken),
-                "decode_s": statistics.median(r.decode for r in taken),
+                "prefill_s": _median([r.prefill for r in taken]),
+                "decode_s": _median([r.decode for r in taken]),
                 "ratio": statistics.median(t / r.total for t, r in zip(theirs, ours, strict=True)),
             }
     return figures
+
+
+def _median(seconds: Sequence[float | None]) -> float | None:
+    known = [x for x in seconds if x is not None]
+    return statistics.median(known) if known else None
 
 
 def describe(figures: dict[str, Any]) -> str:

@@ -82,7 +82,7 @@ class Transformers:
         )
         total = time.perf_counter() - started
         assert out.shape == (load.k, load.prefix + load.new_tokens), out.shape
-        return Round(total, float("nan"), float("nan"), load.k * (load.new_tokens - 1))
+        return Round(total, None, None, load.k * (load.new_tokens - 1))
 
 
 class LlamaCpp:

@@ -1,12 +1,13 @@
 """One command on a machine with a GPU: test the kernels, measure them, write the figures down.
 
-    python -m bench.gpu [--out runs/gpu] [--seconds 450] [--test-seconds 220]
+    python -m bench.gpu [--out runs/gpu] [--seconds 450] [--test-seconds 220] [--decode-seconds 120]
 
 Runs the tests of tests/test_triton_*.py on the device, then all benchmarks, those with a target
-first, and writes DIR/<device>-<date>.json (machine, versions, commit, tests, ceilings, figures,
-targets) and the tables as DIR/<device>-<date>.md. Each stage has its time: what did not run is
-named. Where a test fails or a run breaks off, figures are not measured: no speed on a red test.
-Results that are to stay are committed as bench/results/<device>/<date>.json.
+first, then `bench.decode` end to end (DECODES), and writes DIR/<device>-<date>.json (machine,
+versions, commit, tests, ceilings, figures, targets) and the tables as DIR/<device>-<date>.md. Each
+stage has its time: what did not run is named. Where a test fails or a run breaks off, figures are
+not measured: no speed on a red test. Results that are to stay are committed as
+bench/results/<device>/<date>.json.
 
 Needs torch, triton, numpy, safetensors, tokenizers, pytest and pytest-benchmark. Exits with 1
 without a GPU, and where a test or a benchmark fails.
@@ -54,6 +55,17 @@ BENCHES = [
         "write_kv",
         "vote",
     )
+]
+
+
+# Arguments of bench.decode, and tokens per second to reach on an H200 (None: no target).
+DECODES: list[tuple[str, float | None]] = [
+    ("--shape qwen3-8b --k 32 --prefix 4096 --new-tokens 1024", 5680),
+    ("--shape qwen3-8b --k 32 --prefix 4096 --new-tokens 1024 --no-sharing", None),
+    ("--shape qwen3-8b --k 64 --prefix 8192 --new-tokens 1024", 9530),
+    ("--shape qwen3-8b --k 128 --prefix 8192 --new-tokens 1024", 14650),
+    ("--shape qwen3-8b --k 64 --prefix 8192 --new-tokens 1024 --no-sharing", None),
+    ("--shape gemma2-27b --k 32 --prefix 4096 --new-tokens 1024", None),
 ]
 
 
@@ -129,6 +141,47 @@ def run_stage(name: str, arguments: Sequence[str], budget: float) -> Stage:
     return stage
 
 
+def run_decodes(budget: float) -> list[dict[str, Any]]:
+    """`bench.decode` for every entry of DECODES that can begin within `budget` seconds: figures, or
+    the error."""
+    found = []
+    ends = time.monotonic() + budget
+    for arguments, wanted in DECODES:
+        entry: dict[str, Any] = {"arguments": arguments, "wanted_tokens_per_s": wanted}
+        left = ends - time.monotonic()
+        if left <= 0:
+            found.append(entry | {"error": "not run, for want of time"})
+            continue
+        command = [sys.executable, "-m", "bench.decode", "--json", "--repeats", "2"]
+        try:
+            done = subprocess.run(
+                [*command, *arguments.split()],
+                cwd=ROOT, capture_output=True, text=True, timeout=left + GRACE,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            found.append(entry | {"error": "ended after its time"})
+            continue
+        if done.returncode:
+            found.append(entry | {"error": done.stderr.strip()[-2000:]})
+        else:
+            found.append(entry | json.loads(done.stdout.splitlines()[-1]))
+        print(f"== decode: {describe_decode(found[-1])}", flush=True)
+    return found
+
+
+def describe_decode(entry: dict[str, Any]) -> str:
+    """One line for a person."""
+    if "error" in entry:
+        return f"{entry['arguments']}: {entry['error'].splitlines()[-1]}"
+    wanted = entry["wanted_tokens_per_s"]
+    return (
+        f"{entry['arguments']}: {entry['decode_tokens_per_s']:,.0f} tokens/s in decode"
+        + ("" if wanted is None else f" (on an H200 at least {wanted:,.0f})")
+        + f", {100 * entry['decode_fraction_of_floor']:.0f} % of the floor's speed, prefill "
+        f"{entry['prefill_s']:.2f} s"
+    )
+
+
 def machine() -> dict[str, Any]:
     """The device and what runs on it; None for what cannot be told."""
     properties = torch.cuda.get_device_properties(0)
@@ -154,7 +207,12 @@ def _said_by(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def summarise(host: dict[str, Any], tests: Stage, benches: Stage | None) -> dict[str, Any]:
+def summarise(
+    host: dict[str, Any],
+    tests: Stage,
+    benches: Stage | None,
+    decodes: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
     """Everything that goes into the JSON file; without figures where tests are not green."""
     found = [] if benches is None else [Figure.from_dict(x) for x in benches.log.values("figure")]
     rates = [] if benches is None else list(benches.log.values("ceilings"))
@@ -165,6 +223,7 @@ def summarise(host: dict[str, Any], tests: Stage, benches: Stage | None) -> dict
         "benchmarks": None if benches is None else benches.as_dict(),
         "ceilings": rates[0] if rates else None,
         "figures": [figure.as_dict() for figure in found],
+        "decode": list(decodes),
         "targets": [
             {
                 "name": outcome.target.name,
@@ -195,6 +254,7 @@ def markdown(summary: dict[str, Any]) -> str:
     if summary["ceilings"] is not None:
         lines.append(Ceilings(**summary["ceilings"]).describe())
     lines += ["", targets_table(outcomes), "", figures_table(found)]
+    lines += ["", *(f"- {describe_decode(entry)}" for entry in summary["decode"]), ""]
     for title, stage in (("tests", tests), ("benchmarks", benches)):
         if stage is None:
             continue
@@ -212,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR")
     parser.add_argument("--seconds", type=float, default=450, metavar="S", help="for everything")
     parser.add_argument("--test-seconds", type=float, default=220, metavar="S")
+    parser.add_argument("--decode-seconds", type=float, default=120, metavar="S")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench.gpu needs a GPU, and torch finds none: nothing is measured", file=sys.stderr)
@@ -221,12 +282,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"== {host['device']}, torch {host['torch']}, triton {host['triton']}", flush=True)
     files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_triton_*.py"))]
     tests = run_stage("tests", ["-q", "-m", "gpu or triton", *files], args.test_seconds)
-    benches = None
+    benches, decodes = None, []
     if tests.green:
         chosen = ["-v", "-o", "python_files=bench_*.py", "--benchmark-columns=median,rounds"]
-        left = args.seconds - GRACE - (time.monotonic() - started)
+        left = args.seconds - GRACE - args.decode_seconds - (time.monotonic() - started)
         benches = run_stage("benchmarks", [*chosen, *BENCHES], left)
-    summary = summarise(host, tests, benches)
+        decodes = run_decodes(args.decode_seconds)
+    summary = summarise(host, tests, benches, decodes)
 
     slug = re.sub(r"[^a-z0-9]+", "-", host["device"].lower()).strip("-")
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H%M")

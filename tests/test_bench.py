@@ -479,6 +479,8 @@ def test_a_gpu_run_writes_down_what_it_saw(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "machine", lambda: HOST)
     monkeypatch.setattr(gpu, "run_stage", run_stage)
+    small = "--shape pocket --prefix 20 --k 3 --new-tokens 4"
+    monkeypatch.setattr(gpu, "DECODES", [(small, 5.0), ("--shape pocket --k 0", None)])
     assert gpu.main(["--out", str(tmp_path / "green")]) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert ran == ["tests", "benchmarks"] and line["green"] and line["targets_met"] == 1
@@ -486,7 +488,11 @@ def test_a_gpu_run_writes_down_what_it_saw(
     assert Path(line["file"]).name.startswith("nvidia-h100-2")
     assert [Figure.from_dict(x) for x in written["figures"]] == [figure]
     assert written["ceilings"] == vars(CEILINGS)
-    assert "90.9 %" in Path(line["file"]).with_suffix(".md").read_text()
+    text = Path(line["file"]).with_suffix(".md").read_text()
+    assert "90.9 %" in text
+    good, bad = written["decode"]
+    assert good["k"] == 3 and good["decode_tokens_per_s"] > 0 and "k = 0" in bad["error"]
+    assert small in text and "k = 0 is less than 1" in text
 
     ran.clear()
     stages["tests"] = a_stage("passed", "failed", status=1)
@@ -494,6 +500,7 @@ def test_a_gpu_run_writes_down_what_it_saw(
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     written = json.loads(Path(line["file"]).read_text())
     assert ran == ["tests"] and not line["green"] and written["figures"] == []
+    assert written["decode"] == []
     assert written["tests"]["failed"] == [{"test": "t1", "reason": "r"}]
 
 

@@ -3,6 +3,7 @@
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def test_forest_attention(samples: list, shape: Shape, options: Options, num_thr
 
             def attend(grove: Grove = grove, written: bool = written) -> Any:
                 q, plan = grove.decode() if written else grove.prefill(grove.whole())
-                return forest_attention_with_lse(q, *grove.caches, plan, *options)
+                (k, v), (scale, softcap, window) = grove.caches, options
+                return forest_attention_with_lse(q, k, v, plan, scale, softcap, window)
 
             same(attend)
     finally:
@@ -122,16 +124,16 @@ def test_elementwise_operations(dtype: torch.dtype, threads: int, calls: Counter
     """bfloat16 as well: it is computed in float32 by both."""
     for size in (1, 20, 64, 192, 768, 2304, 5000):
         x, residual, weight = (randn(n, size).to(dtype) for n in (50, 50, 1))
-        same(lambda x=x, w=weight[0]: rms_norm(x, w, 1e-6))
-        same(lambda x=x, w=weight[0], r=residual: rms_norm(x, w, 1e-5, True, r))
+        same(partial(rms_norm, x, weight[0], 1e-6))
+        same(partial(rms_norm, x, weight[0], 1e-5, True, residual))
     wide = randn(41, 12, 40).to(dtype)
     same(lambda: rms_norm(wide[:, 2:7], wide[0, 0], 1e-6))
     cos, sin = rope_cos_sin(torch.arange(41) * 91, torch.rand(20))
     same(lambda: rope(wide[:, 3:9], cos, sin))
     for size in (1, 37, 512, 1500):
         gate_up = 3 * randn(30, 2 * size).to(dtype)
-        same(lambda g=gate_up: gated_act(g, "silu"))
-        same(lambda g=gate_up: gated_act(g, "gelu_tanh"))
+        same(partial(gated_act, gate_up, "silu"))
+        same(partial(gated_act, gate_up, "gelu_tanh"))
     assert calls == {"rms_norm": 15, "rope": 1, "gated_act": 8}
 
 
@@ -166,7 +168,7 @@ def test_sample_token(vocab: int, threads: int, calls: Counter[str]) -> None:
         for temperature in (0.0, 0.5, 0.7, 1.0):
             for min_p, softcap in ((0.0, None), (0.05, None), (0.0, 30.0)):
                 options = SamplingOptions(temperature, min_p=min_p)
-                same(lambda x=rows, o=options, c=softcap: sample_token(x, uniform, o, c))
+                same(partial(sample_token, rows, uniform, options, softcap))
     assert calls == {"sample_token": 24}
 
 
@@ -330,7 +332,8 @@ def test_without_the_library_torch_runs(
     assert len(warned) == 1 and not calls
     native.library.cache_clear()
     monkeypatch.undo()
-    assert isinstance(out, Tensor) and rms_norm(x, weight, 1e-6).equal(out)
+    again = rms_norm(x, weight, 1e-6)
+    assert isinstance(out, Tensor) and isinstance(again, Tensor) and again.equal(out)
 
 
 @pytest.mark.usefixtures("without_library")
