@@ -139,7 +139,7 @@ def library() -> ctypes.CDLL | None:
 
 def _same_bits(native: ctypes.CDLL) -> bool:
     """Whether products, sums over a row and exponentials have torch's bits: all that is not one
-    rounded operation. In a second or so where the library is good, and never where it is not."""
+    rounded operation."""
     functions, dtype = _typed(native), torch.float32
     generator = torch.Generator().manual_seed(0)
 

@@ -66,9 +66,19 @@ def test_the_output_shown_is_the_output_seen() -> None:
     assert "\n".join(lines).find(shown) >= 0
 
 
-def test_every_option_of_the_table_exists() -> None:
+def options_in(text: str) -> set[str]:
+    return set(re.findall(r"--([a-z][a-z-]+)", text))
+
+
+def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of `engine.sample`, but in the one command that is another's."""
+    from bench import decode
     from engine.sample import Options
 
-    named = {name for name in re.findall(r"--([a-z][a-z-]+)", README)}
+    (other,) = re.findall(r"python -m bench\.decode --[^`]*", README)
+    named = options_in(README.replace(other, ""))
     known = {name.replace("_", "-") for name in vars(Options())}
     assert named <= known, named - known
+    with pytest.raises(SystemExit):
+        decode.main(["--help"])
+    assert options_in(other) <= options_in(capsys.readouterr().out)
