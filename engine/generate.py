@@ -221,9 +221,8 @@ class Generator:
             self._prefill()
             if not self.leaves and not self._joining:
                 assert not waiting
-                yield from self._retire(
-                    0, waiting
-                )  # looks at leaves that have been taken out since
+                # What is left are looks at leaves that have been taken out since.
+                yield from self._retire(0, waiting)
                 return
             yield from self._retire(self._decode(), waiting)
 

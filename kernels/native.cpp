@@ -145,8 +145,8 @@ void parallel(int64_t n, int64_t grain, int threads, F task) {
 
 // torch's sum of a contiguous row: four columns of 8-lane vectors, each a cascade over 4 levels,
 // then the columns, the vectors left over, the elements left over, and the lanes, in this order.
-template <class F>  // at(i): the 8 lanes from element i
-float row_sum(int64_t n, const float *x, F at) {
+float row_sum(const float *x, int64_t n) {
+    const auto at = [x](int64_t i) { return read<vec8>(x + i); };
     const int64_t vectors = n / 8, quads = vectors / 4;
     int power = 4;
     if (quads > 1) power = std::max(4, (int)(64 - __builtin_clzll(quads - 1)) / 4);
@@ -174,9 +174,6 @@ float row_sum(int64_t n, const float *x, F at) {
     for (int64_t j = vectors * 8; j < n; j++) total += x[j];
     for (int lane = 0; lane < 8; lane++) total += sums[0][0][lane];
     return total;
-}
-float row_sum(const float *x, int64_t n) {
-    return row_sum(n, x, [x](int64_t i) { return read<vec8>(x + i); });
 }
 
 // -- norm, rope, activation, cache -------------------------------------------------------------
@@ -270,15 +267,6 @@ void gated_act(const T *gate_up, int64_t stride, T *y, int64_t tokens, int64_t s
         activate(gate, up, room, n, gelu);
         narrow_row(gate, y + t * size + first, n);
     });
-}
-
-// Whether slots [0, tokens) are distinct and in [0, size).
-bool distinct(const int64_t *slots, int64_t tokens, int64_t size) {
-    thread_local std::vector<int64_t> sorted;
-    sorted.assign(slots, slots + tokens);
-    std::sort(sorted.begin(), sorted.end());
-    return !tokens || (sorted.front() >= 0 && sorted.back() < size &&
-                       std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end());
 }
 
 template <class T>
@@ -618,9 +606,10 @@ void merge(const float *o, const float *lse, const int64_t *index, int64_t queri
 
 // -- linear layers -------------------------------------------------------------------------------
 
-constexpr int COLUMNS = 2 * LANES;             // of a panel of packed weights
-constexpr int ROWS = LANES == 16 ? 14 : 6;     // most rows of a tile: 2 accumulators each
-constexpr int64_t SUM_BLOCK = 256;             // terms added before their sum joins the others'
+constexpr int COLUMNS = 2 * LANES;          // of a panel of packed weights
+constexpr int ROWS = LANES == 16 ? 14 : 6;  // most rows of a tile: 2 accumulators each
+// Terms added before their sum joins the others': as in models/transformer.py, or bits differ.
+constexpr int64_t SUM_BLOCK = 256;
 
 // A panel holds COLUMNS columns term by term. In bfloat16 a 32-bit word holds columns i and
 // i + LANES, so that one load gives both vectors.
@@ -712,6 +701,7 @@ void linear_rows(int64_t rows, const float *x, const T *weight, int64_t k, const
 template <class T>
 void linear(const T *x, int64_t m, int64_t k, const T *weight, int64_t n, const T *bias, T *y,
             int threads, Activation activation = NONE) {
+    if (!m) return;
     thread_local std::vector<float> scratch;
     float *laid = room(scratch, m * k);
     const int64_t tiles = (m + ROWS - 1) / ROWS, tile = (m + tiles - 1) / tiles;
@@ -967,9 +957,12 @@ void sample_token(const T *logits, int64_t batch, int64_t vocab, const float *un
     });
 }
 
-// Philox4x32-10: the first word of each (key, counter), as a uniform: see `uniforms`.
-void uniforms(const int64_t *keys, const int64_t *index, const int64_t *positions, int64_t rows,
-              int64_t columns, float *uniform) {
+}  // namespace
+
+// Philox4x32-10: the first word of each (key, counter), as a uniform: see `uniforms` in
+// kernels/sample_token.py.
+extern "C" void uniforms_f32(const int64_t *keys, const int64_t *index, const int64_t *positions,
+                             int64_t rows, int64_t columns, float *uniform, int) {
     for (int64_t i = 0; i < rows * columns; i++) {
         const int64_t row = i / columns;
         const uint64_t sample = index[row], position = positions[i];
@@ -989,6 +982,8 @@ void uniforms(const int64_t *keys, const int64_t *index, const int64_t *position
 }
 
 // -- taking a token ------------------------------------------------------------------------------
+
+namespace {
 
 // The tables of a `ScoreAutomaton` and the registers of a `ScoreState`.
 struct Automaton {
@@ -1071,7 +1066,7 @@ extern "C" void take_token_f32(
 #define EXPORTS(T, S)                                                                              \
     extern "C" void rms_norm_##S(const T *x, int64_t x_t, int64_t x_a, const T *residual,          \
                                  const T *weight, T *y, T *total, int64_t rows, int64_t inner,     \
-                                 int64_t size, float eps, int64_t plus_one, int threads) {             \
+                                 int64_t size, float eps, int64_t plus_one, int threads) {         \
         rms_norm(x, x_t, x_a, residual, weight, y, total, rows, inner, size, eps, plus_one,        \
                  threads);                                                                         \
     }                                                                                              \
@@ -1143,11 +1138,12 @@ extern "C" void take_token_f32(
 EXPORTS(float, f32)
 EXPORTS(bf16, bf16)
 
-extern "C" void uniforms_f32(const int64_t *keys, const int64_t *index, const int64_t *positions,
-                             int64_t rows, int64_t columns, float *uniform, int) {
-    uniforms(keys, index, positions, rows, columns, uniform);
-}
+// Whether slots [0, tokens) are distinct and in [0, size).
 extern "C" int distinct_slots(const int64_t *slots, int64_t tokens, int64_t size) {
-    return distinct(slots, tokens, size);
+    thread_local std::vector<int64_t> sorted;
+    sorted.assign(slots, slots + tokens);
+    std::sort(sorted.begin(), sorted.end());
+    return !tokens || (sorted.front() >= 0 && sorted.back() < size &&
+                       std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end());
 }
 extern "C" int panel_columns() { return COLUMNS; }

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -50,19 +50,22 @@ _SIGNATURES = {
     "sample_token": "pllpl" + "fff" + "l" + "ppp",
 }
 
+_Functions = dict[tuple[str, torch.dtype], Any]
+
 _enabled = os.environ.get("QUORUM_NATIVE", "1") != "0"
 
 
 def runs_native(*tensors: Tensor) -> bool:
     """Whether operations on these tensors, all of one dtype, run in C++: float32 or bfloat16 on
-    CPU, contiguous in their last dimension, where nothing asks for Triton or a gradient."""
+    CPU, contiguous in their last dimension, none of them empty, where nothing asks for Triton or a
+    gradient."""
     first = tensors[0]
     if not _enabled or first.dtype not in _SUFFIX or launch.runs_triton(first):
         return False
     for x in tensors:
         if x.dtype != first.dtype or not x.is_cpu or (x.stride(-1) != 1 and x.shape[-1] > 1):
             return False
-        if x.requires_grad and torch.is_grad_enabled():
+        if not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
             return False
     return library() is not None
 
@@ -81,10 +84,12 @@ def torch_only() -> Iterator[None]:
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     """Call a C++ function for tensors of `dtype` on torch's number of threads. Tensors go by their
     address, None as a null pointer."""
-    _functions()[name, dtype](
-        *[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments],
-        torch.get_num_threads(),
-    )
+    _call(_functions(), name, dtype, arguments)
+
+
+def _call(functions: _Functions, name: str, dtype: torch.dtype, arguments: Sequence[Any]) -> None:
+    addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    functions[name, dtype](*addresses, torch.get_num_threads())
 
 
 def panel_columns() -> int:
@@ -103,13 +108,13 @@ def distinct_slots(slots: Tensor, size: int) -> bool:
 
 
 @cache
-def _functions() -> dict[tuple[str, torch.dtype], Any]:
+def _functions() -> _Functions:
     native = library()
     assert native is not None
     return _typed(native)
 
 
-def _typed(native: ctypes.CDLL) -> dict[tuple[str, torch.dtype], Any]:
+def _typed(native: ctypes.CDLL) -> _Functions:
     found = {}
     for name, signature in _SIGNATURES.items():
         for dtype, suffix in _SUFFIX.items():
@@ -140,12 +145,11 @@ def library() -> ctypes.CDLL | None:
 def _same_bits(native: ctypes.CDLL) -> bool:
     """Whether products, sums over a row and exponentials have torch's bits: all that is not one
     rounded operation."""
-    functions, dtype = _typed(native), torch.float32
+    functions = _typed(native)
     generator = torch.Generator().manual_seed(0)
 
     def run(name: str, *arguments: Any) -> None:
-        addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-        functions[name, dtype](*addresses, torch.get_num_threads())
+        _call(functions, name, torch.float32, arguments)
 
     rows, columns, terms = 48, 80, 300
     x = torch.randn(rows, terms, generator=generator)

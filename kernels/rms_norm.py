@@ -119,11 +119,11 @@ def _run_triton(
 def _run_native(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, plus_one: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    size = x.shape[-1]
-    if x.ndim > 3 or x.ndim < 2:
-        x = x.reshape(-1, size)
     y = torch.empty(x.shape, dtype=x.dtype)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    size = x.shape[-1]
+    if x.ndim not in (2, 3):
+        x = x.reshape(-1, size)
     residual = None if residual is None else residual.contiguous()
     native.call(
         "rms_norm", x.dtype, x, x.stride(0), x.stride(-2), residual, weight, y, total,

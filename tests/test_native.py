@@ -138,6 +138,26 @@ def test_elementwise_operations(dtype: torch.dtype, threads: int, calls: Counter
     assert calls == {"rms_norm": 15, "rope": 1, "gated_act": 8}
 
 
+@pytest.mark.parametrize("shape", [(64,), (7, 64), (2, 3, 64), (2, 3, 4, 64), (0, 64), (3, 0)])
+def test_norms_of_any_shape(shape: tuple[int, ...]) -> None:
+    """Their results have the shape of what came in; nothing is done for nothing."""
+    x, residual, weight = randn(*shape), randn(*shape, seed=1), randn(shape[-1])
+    same(partial(rms_norm, x, weight, 1e-6))
+    same(partial(rms_norm, x, weight, 1e-6, False, residual))
+
+
+def test_nothing_is_done_for_nothing() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = randn(8, 64).to(dtype)
+        assert packed_linear(weight[:0], weight).shape == (0, 8)
+        assert linear(weight[:0], weight).shape == (0, 8)
+        assert gated_act(weight[:0], "silu").shape == (0, 32)
+        cos, sin = rope_cos_sin(torch.arange(8), torch.rand(32))
+        assert rope(weight[:, None][:, :0], cos, sin).shape == (8, 0, 64)
+        logits, uniform = weight[:0].contiguous(), torch.empty(0)
+        assert sample_token(logits, uniform, SamplingOptions())[0].shape == (0,)
+
+
 def test_write_kv(calls: Counter[str]) -> None:
     k, v = randn(9, 2, 24), randn(9, 5, 20)[:, 1:3]
     slots = torch.tensor([3, 11, 0, 7, 29, 4, 5, 6, 1])
@@ -373,5 +393,5 @@ def test_other_sums_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_transformer_is_the_definition() -> None:
-    """What the decoder in C++ is held against has no path of its own into C++."""
+    """It names no C++: what runs there is each operation's to choose, and none is without it."""
     assert "native" not in Transformer.forward.__code__.co_names
