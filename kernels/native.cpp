@@ -51,6 +51,27 @@ typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
 typedef float vec8 __attribute__((vector_size(32)));
 
+// a0 b0 a1 b1 ...: the first and the second half of it.
+inline void interleave(vec a, vec b, vec &low, vec &high) {
+#ifdef __AVX512F__
+    const ivec first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    low = _mm512_permutex2var_ps(a, (__m512i)first, b);
+    high = _mm512_permutex2var_ps(a, (__m512i)(first + 8), b);
+#else
+    const vec even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
+    low = _mm256_permute2f128_ps(even, odd, 0x20);
+    high = _mm256_permute2f128_ps(even, odd, 0x31);
+#endif
+}
+// Row i of x becomes its column i.
+inline void transpose(vec (&x)[LANES]) {
+    for (int round = 1; round < LANES; round *= 2) {
+        vec y[LANES];
+        for (int i = 0; i < LANES / 2; i++) interleave(x[i], x[i + LANES / 2], y[2 * i], y[2 * i + 1]);
+        for (int i = 0; i < LANES; i++) x[i] = y[i];
+    }
+}
+
 struct bf16 {
     uint16_t bits;
 };
@@ -63,6 +84,14 @@ inline V read(const T *p) {
 }
 inline vec load(const float *p) { return read<vec>(p); }
 inline void store(float *p, vec v) { std::memcpy(p, &v, sizeof v); }
+inline void store_first(float *p, vec v, int n) {
+#ifdef __AVX512F__
+    _mm512_mask_storeu_ps(p, (1 << n) - 1, v);
+#else
+    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    _mm256_maskstore_ps(p, (__m256i)(lane < n), v);
+#endif
+}
 inline vec load(const bf16 *p) {
 #ifdef __AVX512F__
     const ivec bits = (ivec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
@@ -111,6 +140,19 @@ inline const float *widened(const float *x, int64_t, std::vector<float> &) { ret
 inline const float *widened(const bf16 *x, int64_t n, std::vector<float> &to) {
     widen_row(x, room(to, n), n);
     return to.data();
+}
+// to[i * stride + r] = row(r)[i], for n <= LANES rows of k numbers.
+template <class F>
+void lay(F row, int64_t n, int64_t k, float *to, int64_t stride) {
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES) {
+        vec block[LANES];
+        for (int r = 0; r < LANES; r++) block[r] = r < n ? load(row(r) + i) : vec{};
+        transpose(block);
+        for (int j = 0; j < LANES; j++) store_first(to + (i + j) * stride, block[j], n);
+    }
+    for (; i < k; i++)
+        for (int64_t r = 0; r < n; r++) to[i * stride + r] = widen(row(r)[i]);
 }
 template <class T>
 inline void narrow_row(const float *x, T *y, int64_t n) {
@@ -299,7 +341,9 @@ struct Attention {
 template <int V, int K>
 [[gnu::noinline]] void scores_tile(const float *q, const float *keys, int64_t stride, int64_t dim,
                                    float *scores, float *top) {
-    vec sum[K][V] = {};
+    vec sum[K][V];
+    for (int k = 0; k < K; k++)
+        for (int v = 0; v < V; v++) sum[k][v] = vec{};
 #pragma GCC unroll 4
     for (int64_t d = 0; d < dim; d++) {
         vec row[V];
@@ -330,8 +374,9 @@ void scores_of(const float *q, const float *keys, int64_t stride, int64_t n, int
         scores_tile<V, 1>(q, keys + j * stride, stride, dim, scores + j * V * LANES, top);
 }
 
-// Adds n weighted values to V vectors of channels of R rows: weights (n, rows), values (n, stride).
-template <int R, int V>
+// Adds n weighted values to V vectors of channels of R rows: weights (n, rows) or, `by_row`,
+// (R, rows), values (n, stride).
+template <int R, int V, bool by_row>
 [[gnu::noinline]] void values_tile(const float *weights, int64_t rows, const float *values,
                                    int64_t stride, int64_t n, float *out, int64_t out_stride) {
     vec sum[R][V];
@@ -342,7 +387,7 @@ template <int R, int V>
         vec value[V];
         for (int v = 0; v < V; v++) value[v] = load(values + j * stride + v * LANES);
         for (int r = 0; r < R; r++) {
-            const vec weight = splat(weights[j * rows + r]);
+            const vec weight = splat(by_row ? weights[r * rows + j] : weights[j * rows + r]);
             for (int v = 0; v < V; v++) sum[r][v] = fma(weight, value[v], sum[r][v]);
         }
     }
@@ -351,18 +396,18 @@ template <int R, int V>
 }
 
 // The same for all channels of R rows.
-template <int R>
+template <int R, bool by_row = false>
 void add_values(const float *weights, int64_t rows, const float *values, int64_t stride, int64_t n,
                 float *out, int64_t width) {
     int64_t c = 0;
 #ifdef __AVX512F__
     for (; c + 4 * LANES <= width; c += 4 * LANES)
-        values_tile<R, 4>(weights, rows, values + c, stride, n, out + c, width);
+        values_tile<R, 4, by_row>(weights, rows, values + c, stride, n, out + c, width);
 #endif
     for (; c + 2 * LANES <= width; c += 2 * LANES)
-        values_tile<R, 2>(weights, rows, values + c, stride, n, out + c, width);
+        values_tile<R, 2, by_row>(weights, rows, values + c, stride, n, out + c, width);
     for (; c < width; c += LANES)
-        values_tile<R, 1>(weights, rows, values + c, stride, n, out + c, width);
+        values_tile<R, 1, by_row>(weights, rows, values + c, stride, n, out + c, width);
 }
 
 // A block of keys or values in float32 with rows of `width` (a multiple of LANES for values).
@@ -412,12 +457,138 @@ void cap_and_mask(float *scores, int64_t n, int64_t rows, float softcap, const i
     }
 }
 
+// Keys and values that are attended to next: they come from memory while others are in use.
+struct Ahead {
+    const char *k = nullptr, *v = nullptr;
+    int64_t k_bytes = 0, v_bytes = 0;
+};
+// Fetches a part of `bytes` bytes, the whole of them in `parts` parts.
+inline void fetch(const char *from, int64_t bytes, int64_t part, int64_t parts) {
+    const int64_t step = (bytes / parts + 64) / 64 * 64;
+    for (int64_t i = part * step; i < std::min(bytes, (part + 1) * step); i += 64)
+        __builtin_prefetch(from + i);
+}
+
+// Scores (R, stride) of n keys, filled up with -inf to a multiple of 32, under R query rows (R, dim).
+template <int R, class T>
+[[gnu::noinline]] void few_scores(const float *q, const T *keys, int64_t k_stride, int64_t n,
+                                  int64_t dim, float *scores, int64_t stride, const Ahead &ahead) {
+    const int64_t blocks = (n + LANES - 1) / LANES;
+    for (int64_t j = 0; j < n; j += LANES) {
+        fetch(ahead.k, ahead.k_bytes, j / LANES, blocks);
+        vec sum[R];
+        for (int r = 0; r < R; r++) sum[r] = vec{};
+        for (int64_t d = 0; d < dim; d += LANES) {
+            vec key[LANES];
+            for (int i = 0; i < LANES; i++)
+                key[i] = load(keys + std::min(j + i, n - 1) * k_stride + d);
+            transpose(key);
+            for (int i = 0; i < LANES; i++)
+                for (int r = 0; r < R; r++) sum[r] = fma(splat(q[r * dim + d + i]), key[i], sum[r]);
+        }
+        for (int r = 0; r < R; r++) store(scores + r * stride + j, sum[r]);
+    }
+    for (int r = 0; r < R; r++)
+        std::fill(scores + r * stride + n, scores + r * stride + (n + 31) / 32 * 32, -INF);
+}
+
+// The weights of the values, in place of scores (stride), and the largest score and the weights' sum.
+inline void few_weights(float *scores, int64_t stride, float softcap, int64_t low, int64_t high,
+                        float &top, float &total) {
+    if (softcap > 0) {
+        for (int64_t j = 0; j < stride; j++) scores[j] /= softcap;
+        vmsTanh(stride, scores, scores, HIGH_ACCURACY);
+        for (int64_t j = 0; j < stride; j++) scores[j] *= softcap;
+    }
+    std::fill(scores, scores + low, -INF);
+    std::fill(scores + high, scores + stride, -INF);
+    vec most = splat(-INF);
+    for (int64_t j = 0; j < stride; j += LANES) {
+        const vec s = load(scores + j);
+        most = s > most ? s : most;
+    }
+    top = -INF;
+    for (int lane = 0; lane < LANES; lane++) top = std::max(top, most[lane]);
+    top = top == -INF ? 0 : top;
+    for (int64_t j = 0; j < stride; j += LANES) store(scores + j, load(scores + j) - splat(top));
+    if (low < high) vmsExp(high - low, scores + low, scores + low, HIGH_ACCURACY);
+    std::fill(scores, scores + low, 0.0f);
+    std::fill(scores + high, scores + stride, 0.0f);
+    total = row_sum(scores, stride);
+}
+
+// As `attend`, of R query rows in all: a vector holds keys, not rows.
+template <int R, class T>
+void attend_few(const Attention<T> &a, int64_t head, int64_t query, int64_t key, int64_t num_keys,
+                int64_t position, int64_t partial, const Ahead &ahead) {
+    thread_local struct {
+        std::vector<float> values, scores, rest;
+    } kept;
+    const int64_t groups = a.heads / a.kv_heads, width = (a.v_dim + LANES - 1) / LANES * LANES;
+    const int64_t stride = (num_keys + 31) / 32 * 32;
+    float *scores = room(kept.scores, R * stride), *q = room(kept.rest, R * (a.dim + width));
+    float *sums = q + R * a.dim;
+    for (int64_t r = 0; r < R; r++) {
+        const T *from = a.q + (query + r / groups) * a.q_t + (head * groups + r % groups) * a.q_h;
+        for (int64_t d = 0; d < a.dim; d += LANES)
+            store(q + r * a.dim + d, load(from + d) * splat(a.scale));
+    }
+    few_scores<R>(q, a.k + head * a.k_h + key * a.k_n, a.k_n, num_keys, a.dim, scores, stride,
+                  ahead);
+    float top[R], total[R], log_total[R];
+    for (int64_t r = 0; r < R; r++) {
+        const int64_t at = a.positions[query + r / groups] - position;
+        const int64_t high = std::clamp<int64_t>(at + 1, 0, num_keys);
+        const int64_t low = a.window ? std::clamp<int64_t>(at - a.window + 1, 0, num_keys) : 0;
+        few_weights(scores + r * stride, stride, a.softcap, low, high, top[r], total[r]);
+    }
+    vmsLn(R, total, log_total, HIGH_ACCURACY);
+    int64_t v_stride = a.v_n;
+    const float *values = block_of(a.v + head * a.v_h + key * a.v_n, v_stride, num_keys, a.v_dim,
+                                   width, kept.values);
+    std::fill_n(sums, R * width, 0.0f);
+    constexpr int FIRST = std::min(R, 4);
+    for (int64_t j = 0; j < num_keys; j += 32) {
+        const int64_t here = std::min<int64_t>(32, num_keys - j);
+        const float *weights = scores + j, *from = values + j * v_stride;
+        fetch(ahead.v, ahead.v_bytes, j / 32, stride / 32);
+        add_values<FIRST, true>(weights, stride, from, v_stride, here, sums, width);
+        if constexpr (R > FIRST)
+            add_values<R - FIRST, true>(weights + FIRST * stride, stride, from, v_stride, here,
+                                        sums + FIRST * width, width);
+    }
+    for (int64_t r = 0; r < R; r++) {
+        const int64_t at = (partial + r / groups) * a.heads + head * groups + r % groups;
+        const vec by = splat(total[r] > 0 ? total[r] : 1);
+        for (int64_t c = 0; c < width; c += LANES)
+            store(sums + r * width + c, load(sums + r * width + c) / by);
+        std::copy_n(sums + r * width, a.v_dim, a.o + at * a.v_dim);
+        a.lse[at] = top[r] + log_total[r];
+    }
+}
+
 // Partials of queries [query, + num_queries) of one key/value head over keys [key, + num_keys),
 // the first at `position`; the partial of the first query is `partial`.
 template <class T>
 void attend(const Attention<T> &a, int64_t head, int64_t query, int64_t num_queries, int64_t key,
-            int64_t num_keys, int64_t position, int64_t partial) {
-    thread_local std::vector<float> keys_buffer, values_buffer, row_buffer, q_buffer, scores_buffer,
+            int64_t num_keys, int64_t position, int64_t partial, const Ahead &ahead = {}) {
+    const int64_t rows_in_all = num_queries * (a.heads / a.kv_heads);
+    if (rows_in_all <= 8 && a.dim % LANES == 0) {
+        const auto few = [&](auto run) { run(a, head, query, key, num_keys, position, partial, ahead); };
+        switch (rows_in_all) {
+            case 1: return few(attend_few<1, T>);
+            case 2: return few(attend_few<2, T>);
+            case 3: return few(attend_few<3, T>);
+            case 4: return few(attend_few<4, T>);
+            case 5: return few(attend_few<5, T>);
+            case 6: return few(attend_few<6, T>);
+            case 7: return few(attend_few<7, T>);
+            default: return few(attend_few<8, T>);
+        }
+    }
+    fetch(ahead.k, ahead.k_bytes, 0, 1);
+    fetch(ahead.v, ahead.v_bytes, 0, 1);
+    thread_local std::vector<float> keys_buffer, values_buffer, q_buffer, scores_buffer,
         out_buffer;
     const int64_t groups = a.heads / a.kv_heads, width = (a.v_dim + LANES - 1) / LANES * LANES;
     int64_t k_stride = a.k_n, v_stride = a.v_n;
@@ -438,18 +609,22 @@ void attend(const Attention<T> &a, int64_t head, int64_t query, int64_t num_quer
         int32_t low[MAX_VECTORS * LANES], high[MAX_VECTORS * LANES];
         std::fill_n(low, rows, 0);
         std::fill_n(high, rows, (int32_t)num_keys);
-        if (n < rows) std::fill_n(q, a.dim * rows, 0.0f);
+        const T *q_rows[MAX_VECTORS * LANES];
         bool masked = false;
         for (int64_t r = 0; r < n; r++) {
             const int64_t t = query + (first + r) / groups, g = (first + r) % groups;
-            const T *from = a.q + t * a.q_t + (head * groups + g) * a.q_h;
-            const float *row = widened(from, a.dim, row_buffer);
-            for (int64_t d = 0; d < a.dim; d++) q[d * rows + r] = row[d] * a.scale;
+            q_rows[r] = a.q + t * a.q_t + (head * groups + g) * a.q_h;
             const int64_t at = a.positions[t] - position;  // its own place among the keys
             high[r] = std::clamp<int64_t>(at + 1, 0, num_keys);
             if (a.window) low[r] = std::clamp<int64_t>(at - a.window + 1, 0, num_keys);
             masked |= low[r] > 0 || high[r] < num_keys;
         }
+        if (n < rows) std::fill_n(q, a.dim * rows, 0.0f);
+        for (int64_t v = 0; v < n; v += LANES)
+            lay([&](int64_t r) { return q_rows[v + r]; }, std::min<int64_t>(n - v, LANES), a.dim,
+                q + v, rows);
+        for (int64_t i = 0; i < a.dim * rows; i += LANES)
+            store(q + i, load(q + i) * splat(a.scale));
 
         float top[MAX_VECTORS * LANES], total[MAX_VECTORS * LANES], log_total[MAX_VECTORS * LANES];
         std::fill_n(top, rows, -INF);
@@ -542,18 +717,19 @@ void attend_suffixes(const Attention<T> &a, const int64_t *row_of_slot, const in
     parallel(tasks, 16, threads, [&](int64_t task) {
         const int64_t head = task % a.kv_heads, partial = task / a.kv_heads;
         const int64_t slot = partial % num_slots, groups = a.heads / a.kv_heads;
-        int64_t first, ahead;
+        int64_t first, following;
         const int64_t n = keys_of(task, first);
+        Ahead ahead;
         if (task + 1 < tasks) {
-            // A suffix is short and read once: the next one is fetched meanwhile.
-            const int64_t most = keys_of(task + 1, ahead), next = (task + 1) % a.kv_heads;
-            const T *k = a.k + next * a.k_h + ahead * a.k_n, *v = a.v + next * a.v_h + ahead * a.v_n;
-            for (int64_t i = 0; i < most * a.k_n; i += 64 / sizeof(T)) __builtin_prefetch(k + i, 0, 2);
-            for (int64_t i = 0; i < most * a.v_n; i += 64 / sizeof(T)) __builtin_prefetch(v + i, 0, 2);
+            const int64_t size = sizeof(T), next = (task + 1) % a.kv_heads;
+            const int64_t keys = keys_of(task + 1, following);
+            ahead = {(const char *)(a.k + next * a.k_h + following * a.k_n),
+                     (const char *)(a.v + next * a.v_h + following * a.v_n), keys * a.k_n * size,
+                     keys * a.v_n * size};
         }
         if (n) {
             const int64_t row = row_of_slot[slot], start = partial / num_slots * max_split;
-            attend(a, head, row, 1, first, n, position[row] + start, partial);
+            attend(a, head, row, 1, first, n, position[row] + start, partial, ahead);
         } else {
             std::fill_n(a.lse + partial * a.heads + head * groups, groups, -INF);
         }
@@ -652,7 +828,8 @@ template <int M, class T>
                                    int64_t y_stride) {
     float total[2][M][LANES];
     for (int64_t start = 0; start < k; start += SUM_BLOCK) {
-        vec sum[M][2] = {};
+        vec sum[M][2];  // "= {}" would clear it in memory
+        for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = vec{};
         const int64_t stop = std::min(k, start + SUM_BLOCK);
 #pragma GCC unroll 4
         for (int64_t i = start; i < stop; i++) {
@@ -706,12 +883,8 @@ void linear(const T *x, int64_t m, int64_t k, const T *weight, int64_t n, const 
     float *laid = room(scratch, m * k);
     const int64_t tiles = (m + ROWS - 1) / ROWS, tile = (m + tiles - 1) / tiles;
     parallel(tiles, 1, threads, [&](int64_t t) {
-        thread_local std::vector<float> buffer;
         const int64_t first = t * tile, here = std::min(tile, m - first);
-        for (int64_t r = 0; r < here; r++) {
-            const float *row = widened(x + (first + r) * k, k, buffer);
-            for (int64_t i = 0; i < k; i++) laid[first * k + i * here + r] = row[i];
-        }
+        lay([&](int64_t r) { return x + (first + r) * k; }, here, k, laid + first * k, here);
     });
     // Rows that stay in the second cache while the panels pass by.
     const int64_t block = std::max<int64_t>(1, (3 << 18) / (4 * k * tile)) * tile;
