@@ -10,7 +10,8 @@ Attention's plan is made when the live set has changed, and when a suffix comes 
 plan has none for (every MAX_SPLIT tokens). In between the host only counts steps: an unfinished
 sample has gained one token with each, so its length needs no look at the device.
 
-On CPU the host launches every step. On a GPU a step is captured as a CUDA graph and replayed: it
+On CPU the host launches every step; in C++ the steps between two looks are one list of calls, made
+once and repeated. On a GPU a step is captured as a CUDA graph and replayed: it
 reads nothing but tensors that stay in place, and the grids of its kernels have room to spare. Where
 a step cannot be captured, that is an error.
 
@@ -30,13 +31,14 @@ from torch import Tensor
 
 from engine.forest import Node, decode_items
 from engine.kv_cache import ALIGN, KVCache, round_up
+from kernels import native
 from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
 from kernels.forest_attention import forest_attention, keys_per_partial
 from kernels.forest_plan import MAX_SPLIT, ForestPlan, SuffixTiles
 from kernels.forest_schedule import HeadShape, StaticPlan
 from kernels.launch import power_of_two, runs_triton, target_of, to_device
 from kernels.matmul import matmul
-from kernels.sample_token import SamplingOptions, sample_token, uniforms
+from kernels.sample_token import SamplingOptions, sample_token, samples_native, uniforms
 from kernels.take_token import LiveSamples, Moving, Records, take_token
 from kernels.write_kv import write_kv
 from models.native_decoder import NativeDecoder, runs_native
@@ -299,8 +301,14 @@ class Decoder:
         keys = self._table[:, :batch]
         positions = self._live.count[:batch, None] + torch.arange(steps, device=self.device)
         drawn = uniforms(keys[_KEY].T, keys[_SAMPLE], positions).T.contiguous()
-        for uniform in drawn:
-            self._step(plan, batch, uniform)
+        if self._native is None or not samples_native(self.options, self.config.vocab_size):
+            for uniform in drawn:
+                self._step(plan, batch, uniform)
+            return
+        uniform = torch.empty_like(drawn[0])
+        step = partial(self._step, plan, batch, uniform)
+        for i, _ in enumerate(native.replayed(step, steps)):
+            uniform.copy_(drawn[i])
 
     def _step(self, plan: ForestPlan, batch: int, uniform: Tensor) -> None:
         """One step of the first `batch` rows, of as many as the plan has. Everything that differs

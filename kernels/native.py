@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -51,8 +51,10 @@ _SIGNATURES = {
 }
 
 _Functions = dict[tuple[str, torch.dtype], Any]
+_Call = tuple[Any, list[Any], Sequence[Any]]  # a function, its arguments, and what they point to
 
 _enabled = os.environ.get("QUORUM_NATIVE", "1") != "0"
+_recording: list[_Call] | None = None
 
 
 def runs_native(*tensors: Tensor) -> bool:
@@ -84,12 +86,35 @@ def torch_only() -> Iterator[None]:
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     """Call a C++ function for tensors of `dtype` on torch's number of threads. Tensors go by their
     address, None as a null pointer."""
-    _call(_functions(), name, dtype, arguments)
+    called = _call(_functions(), name, dtype, arguments)
+    if _recording is not None:
+        _recording.append(called)
 
 
-def _call(functions: _Functions, name: str, dtype: torch.dtype, arguments: Sequence[Any]) -> None:
+def _call(
+    functions: _Functions, name: str, dtype: torch.dtype, arguments: Sequence[Any]
+) -> _Call:
     addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    functions[name, dtype](*addresses, torch.get_num_threads())
+    function, passed = functions[name, dtype], [*addresses, torch.get_num_threads()]
+    function(*passed)
+    return function, passed, arguments
+
+
+def replayed(step: Callable[[], None], times: int) -> Iterator[None]:
+    """Run a step `times` times, yielding before each: first as it is, then only the C++ calls that
+    it made, on the same tensors. So it has to do all its work in `call`s, on tensors whose contents
+    alone differ from one time to the next, and with nothing else run in C++ in between."""
+    global _recording
+    yield
+    _recording = calls = []
+    try:
+        step()
+    finally:
+        _recording = None
+    for _ in range(times - 1):
+        yield
+        for function, passed, _kept in calls:
+            function(*passed)
 
 
 def panel_columns() -> int:

@@ -651,6 +651,11 @@ def _run_triton(
     return token, logprob, sampling_logprob
 
 
+def samples_native(options: SamplingOptions, vocab_size: int) -> bool:
+    """Whether these options are there in C++, where that runs at all: no top-k and no top-p."""
+    return options.top_p == 1 and not 0 < options.top_k < vocab_size
+
+
 def _run_native(
     logits: Tensor, uniform: Tensor, options: SamplingOptions, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -692,7 +697,7 @@ def sample_token(
         raise ValueError(f"softcap must be positive and finite, got {softcap}")
     if runs_triton(logits):
         return _run_triton(logits, uniform, options, softcap)
-    if runs_native(logits) and options.top_p == 1 and not 0 < options.top_k < logits.shape[1]:
+    if runs_native(logits) and samples_native(options, logits.shape[1]):
         return _run_native(logits, uniform, options, softcap)
 
     logits = _widened(logits, softcap)
