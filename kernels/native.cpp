@@ -187,8 +187,13 @@ void parallel(int64_t n, int64_t grain, int threads, F task) {
 
 // torch's sum of a contiguous row: four columns of 8-lane vectors, each a cascade over 4 levels,
 // then the columns, the vectors left over, the elements left over, and the lanes, in this order.
+// `squared`: of their squares.
+template <bool squared = false>
 float row_sum(const float *x, int64_t n) {
-    const auto at = [x](int64_t i) { return read<vec8>(x + i); };
+    const auto at = [x](int64_t i) {
+        const vec8 v = read<vec8>(x + i);
+        return squared ? v * v : v;
+    };
     const int64_t vectors = n / 8, quads = vectors / 4;
     int power = 4;
     if (quads > 1) power = std::max(4, (int)(64 - __builtin_clzll(quads - 1)) / 4);
@@ -213,68 +218,70 @@ float row_sum(const float *x, int64_t n) {
     for (int64_t v = quads * 4; v < vectors; v++) sums[0][0] += at(v * 8);
     for (int k = 1; k < 4; k++) sums[0][0] += sums[0][k];
     float total = 0;
-    for (int64_t j = vectors * 8; j < n; j++) total += x[j];
+    for (int64_t j = vectors * 8; j < n; j++) total += squared ? x[j] * x[j] : x[j];
     for (int lane = 0; lane < 8; lane++) total += sums[0][0][lane];
     return total;
 }
 
 // -- norm, rope, activation, cache -------------------------------------------------------------
 
+// y = norm(x), or with a residual `total` = x + residual and y = norm(total). w: the weights as
+// float32.
+template <class T>
+void rms_norm_row(const T *x, const T *residual, const float *w, T *y, T *total, int64_t size,
+                  float eps, bool plus_one) {
+    thread_local std::vector<float> kept;
+    int64_t i = 0;
+    if (residual) {
+        for (; i + LANES <= size; i += LANES) store(total + i, load(x + i) + load(residual + i));
+        for (; i < size; i++) narrow(widen(x[i]) + widen(residual[i]), total + i);
+        x = total;
+    }
+    const float *s = widened(x, size, kept), one = plus_one;
+    const float rstd = 1 / std::sqrt(row_sum<true>(s, size) / size + eps);
+    for (i = 0; i + LANES <= size; i += LANES) {
+        const vec factor = plus_one ? load(w + i) + splat(one) : load(w + i);
+        store(y + i, load(s + i) * splat(rstd) * factor);
+    }
+    for (; i < size; i++) narrow(s[i] * rstd * (plus_one ? w[i] + one : w[i]), y + i);
+}
+
 template <class T>
 void rms_norm(const T *x, int64_t x_t, int64_t x_a, const T *residual, const T *weight, T *y,
               T *total, int64_t rows, int64_t inner, int64_t size, float eps, int64_t plus_one,
               int threads) {
+    std::vector<float> wide;
+    const float *w = widened(weight, size, wide);
     parallel(rows, std::max<int64_t>(1, 2048 / size), threads, [&](int64_t row) {
-        thread_local std::vector<float> kept, scale;
-        const T *from = x + row / inner * x_t + row % inner * x_a;
-        float *s = room(kept, 2 * size), *squares = s + size;
-        if (residual) {
-            T *sum = total + row * size;
-            int64_t i = 0;
-            for (; i + LANES <= size; i += LANES)
-                store(sum + i, load(from + i) + load(residual + row * size + i));
-            for (; i < size; i++) narrow(widen(from[i]) + widen(residual[row * size + i]), sum + i);
-            from = sum;
-        }
-        widen_row(from, s, size);
-        for (int64_t i = 0; i < size; i++) squares[i] = s[i] * s[i];
-        const float rstd = 1 / std::sqrt(row_sum(squares, size) / size + eps);
-        const float *w = widened(weight, size, scale);
-        const float one = plus_one;
-        T *to = y + row * size;
-        int64_t i = 0;
-        for (; i + LANES <= size; i += LANES) {
-            const vec factor = plus_one ? load(w + i) + splat(one) : load(w + i);
-            store(to + i, load(s + i) * splat(rstd) * factor);
-        }
-        for (; i < size; i++) narrow(s[i] * rstd * (plus_one ? w[i] + one : w[i]), to + i);
+        const int64_t at = row * size;
+        rms_norm_row(x + row / inner * x_t + row % inner * x_a, residual ? residual + at : nullptr,
+                     w, y + at, total + at, size, eps, plus_one);
     });
 }
 
-// Row positions[t], or t, of cos and sin is the token's.
+// Turns a head of 2 * half channels; x and y may be the same.
 template <class T>
-void rope(const T *x, int64_t x_t, int64_t x_h, const float *cos, const float *sin,
-          const int64_t *positions, T *y, int64_t tokens, int64_t heads, int64_t half,
-          int threads) {
+void rope_head(const T *x, const float *cos, const float *sin, T *y, int64_t half) {
+    int64_t i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        const vec a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+        store(y + i, a * c - b * s);
+        store(y + half + i, b * c + a * s);
+    }
+    for (; i < half; i++) {
+        const float a = widen(x[i]), b = widen(x[half + i]);
+        narrow(a * cos[i] - b * sin[i], y + i);
+        narrow(b * cos[i] + a * sin[i], y + half + i);
+    }
+}
+
+template <class T>
+void rope(const T *x, int64_t x_t, int64_t x_h, const float *cos, const float *sin, T *y,
+          int64_t tokens, int64_t heads, int64_t half, int threads) {
     parallel(tokens, std::max<int64_t>(1, 4096 / (heads * half)), threads, [&](int64_t t) {
-        const int64_t row = positions ? positions[t] : t;
-        const float *c = cos + row * half, *s = sin + row * half;
-        for (int64_t h = 0; h < heads; h++) {
-            const T *from = x + t * x_t + h * x_h;
-            T *to = y + (t * heads + h) * 2 * half;
-            int64_t i = 0;
-            for (; i + LANES <= half; i += LANES) {
-                const vec a = load(from + i), b = load(from + half + i);
-                const vec ci = load(c + i), si = load(s + i);
-                store(to + i, a * ci - b * si);
-                store(to + half + i, b * ci + a * si);
-            }
-            for (; i < half; i++) {
-                const float a = widen(from[i]), b = widen(from[half + i]);
-                narrow(a * c[i] - b * s[i], to + i);
-                narrow(b * c[i] + a * s[i], to + half + i);
-            }
-        }
+        for (int64_t h = 0; h < heads; h++)
+            rope_head(x + t * x_t + h * x_h, cos + t * half, sin + t * half,
+                      y + (t * heads + h) * 2 * half, half);
     });
 }
 
@@ -457,6 +464,18 @@ void cap_and_mask(float *scores, int64_t n, int64_t rows, float softcap, const i
     }
 }
 
+// Writes sums / by and the log-sum-exp of a partial and head.
+template <class T>
+inline void write_partial(const Attention<T> &a, int64_t at, const float *sums, float by,
+                          float lse) {
+    const int64_t size = a.v_dim;
+    float *to = a.o + at * size;
+    int64_t c = 0;
+    for (; c + LANES <= size; c += LANES) store(to + c, load(sums + c) / splat(by));
+    for (; c < size; c++) to[c] = sums[c] / by;
+    a.lse[at] = lse;
+}
+
 // Keys and values that are attended to next: they come from memory while others are in use.
 struct Ahead {
     const char *k = nullptr, *v = nullptr;
@@ -559,11 +578,8 @@ void attend_few(const Attention<T> &a, int64_t head, int64_t query, int64_t key,
     }
     for (int64_t r = 0; r < R; r++) {
         const int64_t at = (partial + r / groups) * a.heads + head * groups + r % groups;
-        const vec by = splat(total[r] > 0 ? total[r] : 1);
-        for (int64_t c = 0; c < width; c += LANES)
-            store(sums + r * width + c, load(sums + r * width + c) / by);
-        std::copy_n(sums + r * width, a.v_dim, a.o + at * a.v_dim);
-        a.lse[at] = top[r] + log_total[r];
+        const float by = total[r] > 0 ? total[r] : 1;
+        write_partial(a, at, sums + r * width, by, top[r] + log_total[r]);
     }
 }
 
@@ -679,16 +695,11 @@ void attend(const Attention<T> &a, int64_t head, int64_t query, int64_t num_quer
             store(total + v * LANES, sum);
         }
         vmsLn(n, total, log_total, HIGH_ACCURACY);
+        int64_t at = (partial + first / groups) * a.heads + head * groups, g = first % groups;
         for (int64_t r = 0; r < n; r++) {
-            const int64_t t = (first + r) / groups, g = (first + r) % groups;
-            const int64_t at = (partial + t) * a.heads + head * groups + g;
             const float by = total[r] > 0 ? total[r] : 1;
-            const float *from = sums_of_values + r * width;
-            float *to = a.o + at * a.v_dim;
-            int64_t c = 0;
-            for (; c + LANES <= a.v_dim; c += LANES) store(to + c, load(from + c) / splat(by));
-            for (; c < a.v_dim; c++) to[c] = from[c] / by;
-            a.lse[at] = top[r] + log_total[r];
+            write_partial(a, at + g, sums_of_values + r * width, by, top[r] + log_total[r]);
+            if (++g == groups) at += a.heads, g = 0;
         }
     }
 }
@@ -873,19 +884,38 @@ void linear_rows(int64_t rows, const float *x, const T *weight, int64_t k, const
     }
 }
 
+// Rows of a linear layer's input, laid for its tiles: tile by tile, term by term.
+struct Laid {
+    int64_t m, k, tile;
+    std::vector<float> data;
+
+    // Makes room for m rows of k numbers.
+    void resize(int64_t rows, int64_t terms) {
+        m = rows, k = terms;
+        const int64_t tiles = (m + ROWS - 1) / ROWS;
+        tile = tiles ? (m + tiles - 1) / tiles : 1;
+        room(data, m * k);
+    }
+    // Fills it: row_of(t) gives row t, which stays until the tile's last is there.
+    template <class F>
+    void fill(F row_of, int threads) {
+        parallel((m + tile - 1) / tile, 1, threads, [&](int64_t task) {
+            const int64_t first = task * tile, here = std::min(tile, m - first);
+            decltype(row_of(0)) rows[ROWS];
+            for (int64_t r = 0; r < here; r++) rows[r] = row_of(first + r);
+            lay([&](int64_t r) { return rows[r]; }, here, k, data.data() + first * k, here);
+        });
+    }
+};
+
 // y (m, n) = x (m, k) W^T + bias (n), W (n, k) packed; or, activated, y = act(x W0^T) * (x W1^T), W0
 // and W1 (n, k) packed as a pair.
 template <class T>
-void linear(const T *x, int64_t m, int64_t k, const T *weight, int64_t n, const T *bias, T *y,
-            int threads, Activation activation = NONE) {
+void linear(const Laid &x, const T *weight, int64_t n, const T *bias, T *y, int threads,
+            Activation activation = NONE) {
+    const int64_t m = x.m, k = x.k, tile = x.tile;
     if (!m) return;
-    thread_local std::vector<float> scratch;
-    float *laid = room(scratch, m * k);
-    const int64_t tiles = (m + ROWS - 1) / ROWS, tile = (m + tiles - 1) / tiles;
-    parallel(tiles, 1, threads, [&](int64_t t) {
-        const int64_t first = t * tile, here = std::min(tile, m - first);
-        lay([&](int64_t r) { return x + (first + r) * k; }, here, k, laid + first * k, here);
-    });
+    const float *laid = x.data.data();
     // Rows that stay in the second cache while the panels pass by.
     const int64_t block = std::max<int64_t>(1, (3 << 18) / (4 * k * tile)) * tile;
     const int64_t across = activation ? LANES : COLUMNS;  // columns that a panel gives
@@ -915,6 +945,14 @@ void linear(const T *x, int64_t m, int64_t k, const T *weight, int64_t n, const 
                 for (int64_t r = 0; r < here; r++) std::copy_n(out + r * across, columns, to + r * n);
         }
     });
+}
+template <class T>
+void linear(const T *x, int64_t m, int64_t k, const T *weight, int64_t n, const T *bias, T *y,
+            int threads) {
+    thread_local Laid laid;
+    laid.resize(m, k);
+    laid.fill([&](int64_t t) { return x + t * k; }, threads);
+    linear(laid, weight, n, bias, y, threads);
 }
 
 // -- the decoder -----------------------------------------------------------------------------
@@ -958,31 +996,66 @@ void decode(const Decoder &d, const int64_t *tokens, int64_t n, const int64_t *p
     const int64_t half = d.dim / 2, kept = n * d.hidden;
     // Two residual streams, since a norm reads one while it writes the other.
     thread_local std::vector<T> scratch;
-    thread_local std::vector<float> lse_scratch;
+    thread_local std::vector<float> lse_scratch, wide_scratch;
+    thread_local Laid laid;
     const int64_t attended_size = d.heads * d.v_dim;
-    const int64_t wide = qkv_size + q_size + k_size + attended_size + d.intermediate;
+    const int64_t wide = qkv_size + q_size + attended_size + d.intermediate;
     float *merged_lse = room(lse_scratch, n * d.heads);
-    T *hidden = room(scratch, 4 * kept + n * wide), *next = hidden + kept, *normed = next + kept;
-    T *update = normed + kept, *qkv = update + kept, *q = qkv + n * qkv_size, *k = q + n * q_size;
-    T *attended = k + n * k_size, *active = attended + n * attended_size;
+    T *hidden = room(scratch, 3 * kept + n * wide), *next = hidden + kept, *update = next + kept;
+    T *qkv = update + kept, *q = qkv + n * qkv_size, *attended = q + n * q_size;
+    T *active = attended + n * attended_size;
 
-    const auto norm = [&](const T *x, const void *weight, T *y) {
-        rms_norm<T>(x, d.hidden, d.hidden, nullptr, (const T *)weight, y, nullptr, n, 1, d.hidden,
-                    d.eps, d.plus_one, threads);
-    };
-    // normed = norm(update + hidden), and hidden becomes that sum.
-    const auto add_and_norm = [&](const void *weight) {
-        rms_norm<T>(update, d.hidden, d.hidden, hidden, (const T *)weight, normed, next, n, 1,
+    const auto norm_update = [&](const void *weight) {
+        rms_norm<T>(update, d.hidden, d.hidden, nullptr, (const T *)weight, update, nullptr, n, 1,
                     d.hidden, d.eps, d.plus_one, threads);
-        std::swap(hidden, next);
     };
-    // Turns the heads of a slice of qkv, normed first where there is a norm.
-    const auto turn = [&](const T *x, int64_t heads, const void *weight, T *y) {
-        if (weight)
-            rms_norm<T>(x, qkv_size, d.dim, nullptr, (const T *)weight, y, nullptr, n * heads,
-                        heads, d.dim, d.eps, d.plus_one, threads);
-        rope<T>(weight ? y : x, weight ? heads * d.dim : qkv_size, d.dim, cos, sin, positions, y,
-                n, heads, half, threads);
+    // hidden = hidden + update, and its norm is given row by row to `to`.
+    const auto add_and_norm = [&](const void *weight, bool first, auto to) {
+        const float *w = widened((const T *)weight, d.hidden, wide_scratch);
+        to([&, w](int64_t t, T *y) {
+            const T *old = hidden + t * d.hidden;
+            rms_norm_row(first ? old : update + t * d.hidden, first ? nullptr : old, w, y,
+                         next + t * d.hidden, d.hidden, d.eps, d.plus_one);
+        });
+        if (!first) std::swap(hidden, next);
+    };
+    const auto lay_norm = [&](const void *weight, bool first = false) {
+        laid.resize(n, d.hidden);
+        const int64_t tile = laid.tile;
+        add_and_norm(weight, first, [&](auto norm_row) {
+            laid.fill([&](int64_t t) {
+                thread_local std::vector<T> rows;
+                T *y = room(rows, ROWS * d.hidden) + t % tile * d.hidden;
+                norm_row(t, y);
+                return (const T *)y;
+            }, threads);
+        });
+    };
+    const auto lay_rows = [&](const T *x, int64_t k) {
+        laid.resize(n, k);
+        laid.fill([&](int64_t t) { return x + t * k; }, threads);
+    };
+    // Norms and turns the heads of queries and keys; keys and values go into the cache.
+    const auto turn_and_write = [&](const Layer &layer) {
+        std::vector<float> q_wide, k_wide;
+        const T *q_norm = (const T *)layer.q_norm, *k_norm = (const T *)layer.k_norm;
+        const float *q_weight = q_norm ? widened(q_norm, d.dim, q_wide) : nullptr;
+        const float *k_weight = k_norm ? widened(k_norm, d.dim, k_wide) : nullptr;
+        parallel(n, std::max<int64_t>(1, 4096 / qkv_size), threads, [&](int64_t t) {
+            const float *c = cos + positions[t] * half, *s = sin + positions[t] * half;
+            const T *x = qkv + t * qkv_size;
+            const auto turn = [&](const float *weight, T *y) {
+                if (weight)
+                    rms_norm_row<T>(x, nullptr, weight, y, nullptr, d.dim, d.eps, d.plus_one);
+                rope_head<T>(weight ? y : x, c, s, y, half);
+                x += d.dim;
+            };
+            for (int64_t h = 0; h < d.heads; h++) turn(q_weight, q + t * q_size + h * d.dim);
+            for (int64_t h = 0; h < d.kv_heads; h++)
+                turn(k_weight, (T *)layer.k_cache + (h * d.cells + slots[t]) * d.dim);
+            for (int64_t h = 0; h < d.kv_heads; h++, x += d.v_dim)
+                std::copy_n(x, d.v_dim, (T *)layer.v_cache + (h * d.cells + slots[t]) * d.v_dim);
+        });
     };
 
     const T *table = (const T *)d.embedding;
@@ -997,18 +1070,11 @@ void decode(const Decoder &d, const int64_t *tokens, int64_t n, const int64_t *p
     });
     for (int64_t i = 0; i < d.num_layers; i++) {
         const Layer &layer = d.layers[i];
-        if (i == 0)
-            norm(hidden, layer.input_norm, normed);
-        else
-            add_and_norm(layer.input_norm);
-        linear<T>(normed, n, d.hidden, (const T *)layer.qkv, qkv_size, (const T *)layer.qkv_bias,
-                  qkv, threads);
-        turn(qkv, d.heads, layer.q_norm, q);
-        turn(qkv + q_size, d.kv_heads, layer.k_norm, k);
-        T *k_cache = (T *)layer.k_cache, *v_cache = (T *)layer.v_cache;
+        lay_norm(layer.input_norm, i == 0);
+        linear(laid, (const T *)layer.qkv, qkv_size, (const T *)layer.qkv_bias, qkv, threads);
+        turn_and_write(layer);
+        const T *k_cache = (const T *)layer.k_cache, *v_cache = (const T *)layer.v_cache;
         const int64_t k_h = d.cells * d.dim, v_h = d.cells * d.v_dim;
-        write_kv<T>(k, k_size, d.dim, qkv + q_size + k_size, qkv_size, d.v_dim, k_cache, k_h, d.dim,
-                    v_cache, v_h, d.v_dim, slots, n, d.kv_heads, d.dim, d.v_dim, threads);
         const Attention<T> a{q, k_cache, v_cache, q_size, d.dim, k_h, d.dim, v_h,
                              d.v_dim, d.heads, d.kv_heads, d.dim, d.v_dim, positions, layer.scale,
                              layer.softcap, layer.window, o, lse};
@@ -1022,22 +1088,23 @@ void decode(const Decoder &d, const int64_t *tokens, int64_t n, const int64_t *p
             merge(o, lse, (const int64_t *)chunk[2], chunk[5] - chunk[4], chunk[3], d.heads,
                   d.v_dim, attended + start * attended_size, merged_lse + start * d.heads, threads);
         }
-        linear<T>(attended, n, attended_size, (const T *)layer.o, d.hidden, nullptr, update,
-                  threads);
+        lay_rows(attended, attended_size);
+        linear<T>(laid, (const T *)layer.o, d.hidden, nullptr, update, threads);
         if (layer.pre_feedforward_norm) {
-            norm(update, layer.post_attention_norm, update);
-            add_and_norm(layer.pre_feedforward_norm);
+            norm_update(layer.post_attention_norm);
+            lay_norm(layer.pre_feedforward_norm);
         } else {
-            add_and_norm(layer.post_attention_norm);
+            lay_norm(layer.post_attention_norm);
         }
-        linear<T>(normed, n, d.hidden, (const T *)layer.gate_up, d.intermediate, nullptr, active,
-                  threads, d.gelu ? GELU : SILU);
-        linear<T>(active, n, d.intermediate, (const T *)layer.down, d.hidden, nullptr, update,
-                  threads);
-        if (layer.post_feedforward_norm) norm(update, layer.post_feedforward_norm, update);
+        linear<T>(laid, (const T *)layer.gate_up, d.intermediate, nullptr, active, threads,
+                  d.gelu ? GELU : SILU);
+        lay_rows(active, d.intermediate);
+        linear<T>(laid, (const T *)layer.down, d.hidden, nullptr, update, threads);
+        if (layer.post_feedforward_norm) norm_update(layer.post_feedforward_norm);
     }
-    add_and_norm(d.norm);
-    std::copy_n(normed, kept, out);
+    add_and_norm(d.norm, false, [&](auto norm_row) {
+        parallel(n, 16, threads, [&](int64_t t) { norm_row(t, out + t * d.hidden); });
+    });
 }
 
 // -- sampling ------------------------------------------------------------------------------------
@@ -1246,7 +1313,7 @@ extern "C" void take_token_f32(
     extern "C" void rope_##S(const T *x, int64_t x_t, int64_t x_h, const float *cos,               \
                              const float *sin, T *y, int64_t tokens, int64_t heads, int64_t half,  \
                              int threads) {                                                        \
-        rope(x, x_t, x_h, cos, sin, nullptr, y, tokens, heads, half, threads);                     \
+        rope(x, x_t, x_h, cos, sin, y, tokens, heads, half, threads);                              \
     }                                                                                              \
     extern "C" void gated_act_##S(const T *gate_up, int64_t stride, T *y, int64_t tokens,          \
                                   int64_t size, int64_t gelu, int threads) {                       \
@@ -1291,7 +1358,7 @@ extern "C" void take_token_f32(
     }                                                                                              \
     extern "C" void linear_##S(const T *x, int64_t m, int64_t k, const T *weight, int64_t n,       \
                                const T *bias, T *y, int threads) {                                 \
-        linear(x, m, k, weight, n, bias, y, threads);                                              \
+        linear<T>(x, m, k, weight, n, bias, y, threads);                                           \
     }                                                                                              \
     extern "C" void decode_##S(const Decoder *d, const int64_t *tokens, int64_t n,                 \
                                const int64_t *positions, const float *cos, const float *sin,       \
