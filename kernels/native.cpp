@@ -50,6 +50,11 @@ typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
 typedef float vec8 __attribute__((vector_size(32)));
+#ifdef __AVX512F__
+constexpr ivec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+constexpr ivec LANE = {0, 1, 2, 3, 4, 5, 6, 7};
+#endif
 
 // a0 b0 a1 b1 ...: the first and the second half of it.
 inline void interleave(vec a, vec b, vec &low, vec &high) {
@@ -88,8 +93,7 @@ inline void store_first(float *p, vec v, int n) {
 #ifdef __AVX512F__
     _mm512_mask_storeu_ps(p, (1 << n) - 1, v);
 #else
-    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    _mm256_maskstore_ps(p, (__m256i)(lane < n), v);
+    _mm256_maskstore_ps(p, (__m256i)(LANE < n), v);
 #endif
 }
 inline vec load(const bf16 *p) {
@@ -122,24 +126,37 @@ inline void narrow(float x, bf16 *p) {
     p->bits = x == x ? (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 : 0x7FC0;
 }
 
+inline float largest(vec v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps(v);
+#else
+    float most = v[0];
+    for (int lane = 1; lane < LANES; lane++) most = std::max(most, v[lane]);
+    return most;
+#endif
+}
+
 template <class T>
 inline void widen_row(const T *x, float *y, int64_t n) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) store(y + i, load(x + i));
     for (; i < n; i++) y[i] = widen(x[i]);
 }
-// Scratch that a thread keeps: at least n elements of any content.
+// Scratch that a thread keeps: at least n elements of any content, from the start of a cache line on,
+// or every vector would lie in two of them.
 template <class T>
 inline T *room(std::vector<T> &kept, int64_t n) {
-    if ((int64_t)kept.size() < n) kept.resize(n);
-    return kept.data();
+    constexpr int64_t LINE = 64;
+    if ((int64_t)kept.size() < n + LINE) kept.resize(n + LINE);
+    return (T *)(((uintptr_t)kept.data() + LINE - 1) / LINE * LINE);
 }
 
 // n numbers of a row as float32: the row itself, or a copy.
 inline const float *widened(const float *x, int64_t, std::vector<float> &) { return x; }
 inline const float *widened(const bf16 *x, int64_t n, std::vector<float> &to) {
-    widen_row(x, room(to, n), n);
-    return to.data();
+    float *wide = room(to, n);
+    widen_row(x, wide, n);
+    return wide;
 }
 // to[i * stride + r] = row(r)[i], for n <= LANES rows of k numbers.
 template <class F>
@@ -168,21 +185,29 @@ struct OneThread {
     ~OneThread() { MKL_Set_Num_Threads_Local(before); }
 };
 
-// Runs task(i) for i in [0, n) on `threads` threads, `grain` at a time.
+// Runs block(first, last) for all blocks of `grain` numbers of [0, n), on `threads` threads.
 template <class F>
-void parallel(int64_t n, int64_t grain, int threads, F task) {
-    if (threads == 1 || n <= grain) {
+void parallel_blocks(int64_t n, int64_t grain, int threads, F block) {
+    const auto run = [&](int64_t i) { block(i * grain, std::min(n, (i + 1) * grain)); };
+    const int64_t blocks = (n + grain - 1) / grain;
+    if (threads == 1 || blocks <= 1) {
         OneThread here;
-        for (int64_t i = 0; i < n; i++) task(i);
+        for (int64_t i = 0; i < blocks; i++) run(i);
         return;
     }
 #pragma omp parallel num_threads(threads)
     {
         OneThread here;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t block = 0; block < (n + grain - 1) / grain; block++)
-            for (int64_t i = block * grain; i < std::min(n, (block + 1) * grain); i++) task(i);
+        for (int64_t i = 0; i < blocks; i++) run(i);
     }
+}
+// Runs task(i) for i in [0, n) on `threads` threads, `grain` at a time.
+template <class F>
+void parallel(int64_t n, int64_t grain, int threads, F task) {
+    parallel_blocks(n, grain, threads, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) task(i);
+    });
 }
 
 // torch's sum of a contiguous row: four columns of 8-lane vectors, each a cascade over 4 levels,
@@ -480,6 +505,13 @@ inline void write_partial(const Attention<T> &a, int64_t at, const float *sums, 
 struct Ahead {
     const char *k = nullptr, *v = nullptr;
     int64_t k_bytes = 0, v_bytes = 0;
+
+    template <class T>
+    static Ahead of(const Attention<T> &a, int64_t head, int64_t key, int64_t num_keys) {
+        return {(const char *)(a.k + head * a.k_h + key * a.k_n),
+                (const char *)(a.v + head * a.v_h + key * a.v_n),
+                num_keys * a.k_n * (int64_t)sizeof(T), num_keys * a.v_n * (int64_t)sizeof(T)};
+    }
 };
 // Fetches a part of `bytes` bytes, the whole of them in `parts` parts.
 inline void fetch(const char *from, int64_t bytes, int64_t part, int64_t parts) {
@@ -488,84 +520,121 @@ inline void fetch(const char *from, int64_t bytes, int64_t part, int64_t parts) 
         __builtin_prefetch(from + i);
 }
 
-// Scores (R, stride) of n keys, filled up with -inf to a multiple of 32, under R query rows (R, dim).
+// Log-sum-exps that lack the logarithm of their sum: taken together, since a call to MKL takes as long
+// for one number as for sixty.
+struct Logs {
+    static constexpr int MOST = 64;
+    int n = 0;
+    int64_t at[MOST];
+    float total[MOST];
+
+    template <class T>
+    void add(const Attention<T> &a, int64_t place, float sum) {
+        if (n == MOST) write(a);
+        at[n] = place;
+        total[n++] = sum;
+    }
+    template <class T>
+    void write(const Attention<T> &a) {
+        vmsLn(n, total, total, HIGH_ACCURACY);
+        for (int i = 0; i < n; i++) a.lse[at[i]] += total[i];
+        n = 0;
+    }
+};
+
+// Scores (R, stride) of n keys under R query rows (R, dim); behind them anything.
 template <int R, class T>
 [[gnu::noinline]] void few_scores(const float *q, const T *keys, int64_t k_stride, int64_t n,
                                   int64_t dim, float *scores, int64_t stride, const Ahead &ahead) {
-    const int64_t blocks = (n + LANES - 1) / LANES;
+    thread_local std::vector<T> tail;
+    const int64_t parts = (n + LANES - 1) / LANES;
     for (int64_t j = 0; j < n; j += LANES) {
-        fetch(ahead.k, ahead.k_bytes, j / LANES, blocks);
+        fetch(ahead.k, ahead.k_bytes, j / LANES, parts);
+        const T *block = keys + j * k_stride;
+        if (j + LANES > n) {  // nothing is read behind the last key
+            T *rows = room(tail, LANES * k_stride);
+            std::copy_n(block, (n - j - 1) * k_stride + dim, rows);
+            block = rows;
+        }
         vec sum[R];
         for (int r = 0; r < R; r++) sum[r] = vec{};
         for (int64_t d = 0; d < dim; d += LANES) {
             vec key[LANES];
-            for (int i = 0; i < LANES; i++)
-                key[i] = load(keys + std::min(j + i, n - 1) * k_stride + d);
+            for (int i = 0; i < LANES; i++) key[i] = load(block + i * k_stride + d);
             transpose(key);
             for (int i = 0; i < LANES; i++)
                 for (int r = 0; r < R; r++) sum[r] = fma(splat(q[r * dim + d + i]), key[i], sum[r]);
         }
         for (int r = 0; r < R; r++) store(scores + r * stride + j, sum[r]);
     }
-    for (int r = 0; r < R; r++)
-        std::fill(scores + r * stride + n, scores + r * stride + (n + 31) / 32 * 32, -INF);
 }
 
-// The weights of the values, in place of scores (stride), and the largest score and the weights' sum.
-inline void few_weights(float *scores, int64_t stride, float softcap, int64_t low, int64_t high,
-                        float &top, float &total) {
+// Weights of the values, in place of the scores (R, stride): 0 outside keys [low, high) of a row.
+// Also the largest score and the sum of the weights of each row.
+template <int R>
+void few_weights(float *scores, int64_t stride, float softcap, const int32_t *low,
+                 const int32_t *high, float *top, float *total) {
     if (softcap > 0) {
-        for (int64_t j = 0; j < stride; j++) scores[j] /= softcap;
-        vmsTanh(stride, scores, scores, HIGH_ACCURACY);
-        for (int64_t j = 0; j < stride; j++) scores[j] *= softcap;
+        for (int64_t j = 0; j < R * stride; j++) scores[j] /= softcap;
+        vmsTanh(R * stride, scores, scores, HIGH_ACCURACY);
+        for (int64_t j = 0; j < R * stride; j++) scores[j] *= softcap;
     }
-    std::fill(scores, scores + low, -INF);
-    std::fill(scores + high, scores + stride, -INF);
-    vec most = splat(-INF);
-    for (int64_t j = 0; j < stride; j += LANES) {
-        const vec s = load(scores + j);
-        most = s > most ? s : most;
+    const auto inside = [&](int r, int64_t j, vec yes, float no) {
+        const ivec at = LANE + (int32_t)j;
+        return (at >= low[r]) & (at < high[r]) ? yes : splat(no);
+    };
+    for (int r = 0; r < R; r++) {
+        float *row = scores + r * stride;
+        vec most = splat(-INF);
+        for (int64_t j = 0; j < stride; j += LANES) {
+            const vec s = inside(r, j, load(row + j), -INF);
+            most = s > most ? s : most;
+        }
+        top[r] = largest(most);
+        top[r] = top[r] == -INF ? 0 : top[r];
+        // The exponential of -inf would take ten times as long.
+        for (int64_t j = 0; j < stride; j += LANES)
+            store(row + j, inside(r, j, load(row + j) - splat(top[r]), 0));
     }
-    top = -INF;
-    for (int lane = 0; lane < LANES; lane++) top = std::max(top, most[lane]);
-    top = top == -INF ? 0 : top;
-    for (int64_t j = 0; j < stride; j += LANES) store(scores + j, load(scores + j) - splat(top));
-    if (low < high) vmsExp(high - low, scores + low, scores + low, HIGH_ACCURACY);
-    std::fill(scores, scores + low, 0.0f);
-    std::fill(scores + high, scores + stride, 0.0f);
-    total = row_sum(scores, stride);
+    vmsExp(R * stride, scores, scores, HIGH_ACCURACY);
+    for (int r = 0; r < R; r++) {
+        float *row = scores + r * stride;
+        for (int64_t j = 0; j < stride; j += LANES) store(row + j, inside(r, j, load(row + j), 0));
+        total[r] = row_sum(row, stride);
+    }
 }
 
 // As `attend`, of R query rows in all: a vector holds keys, not rows.
 template <int R, class T>
 void attend_few(const Attention<T> &a, int64_t head, int64_t query, int64_t key, int64_t num_keys,
-                int64_t position, int64_t partial, const Ahead &ahead) {
+                int64_t position, int64_t partial, const Ahead &ahead, Logs &logs) {
     thread_local struct {
-        std::vector<float> values, scores, rest;
+        std::vector<float> values, rest;
     } kept;
     const int64_t groups = a.heads / a.kv_heads, width = (a.v_dim + LANES - 1) / LANES * LANES;
     const int64_t stride = (num_keys + 31) / 32 * 32;
-    float *scores = room(kept.scores, R * stride), *q = room(kept.rest, R * (a.dim + width));
-    float *sums = q + R * a.dim;
-    for (int64_t r = 0; r < R; r++) {
-        const T *from = a.q + (query + r / groups) * a.q_t + (head * groups + r % groups) * a.q_h;
+    float *scores = room(kept.rest, R * (stride + a.dim + width));
+    float *q = scores + R * stride, *sums = q + R * a.dim;
+    int32_t low[R], high[R];
+    int64_t at[R];
+    for (int64_t r = 0, t = query, g = 0; r < R; r++) {
+        const T *from = a.q + t * a.q_t + (head * groups + g) * a.q_h;
         for (int64_t d = 0; d < a.dim; d += LANES)
             store(q + r * a.dim + d, load(from + d) * splat(a.scale));
+        const int64_t own = a.positions[t] - position;  // its own place among the keys
+        high[r] = std::clamp<int64_t>(own + 1, 0, num_keys);
+        low[r] = a.window ? std::clamp<int64_t>(own - a.window + 1, 0, num_keys) : 0;
+        at[r] = (partial + t - query) * a.heads + head * groups + g;
+        if (++g == groups) t++, g = 0;
     }
     few_scores<R>(q, a.k + head * a.k_h + key * a.k_n, a.k_n, num_keys, a.dim, scores, stride,
                   ahead);
-    float top[R], total[R], log_total[R];
-    for (int64_t r = 0; r < R; r++) {
-        const int64_t at = a.positions[query + r / groups] - position;
-        const int64_t high = std::clamp<int64_t>(at + 1, 0, num_keys);
-        const int64_t low = a.window ? std::clamp<int64_t>(at - a.window + 1, 0, num_keys) : 0;
-        few_weights(scores + r * stride, stride, a.softcap, low, high, top[r], total[r]);
-    }
-    vmsLn(R, total, log_total, HIGH_ACCURACY);
+    float top[R], total[R];
+    few_weights<R>(scores, stride, a.softcap, low, high, top, total);
     int64_t v_stride = a.v_n;
     const float *values = block_of(a.v + head * a.v_h + key * a.v_n, v_stride, num_keys, a.v_dim,
                                    width, kept.values);
-    std::fill_n(sums, R * width, 0.0f);
+    for (int64_t c = 0; c < R * width; c += LANES) store(sums + c, vec{});
     constexpr int FIRST = std::min(R, 4);
     for (int64_t j = 0; j < num_keys; j += 32) {
         const int64_t here = std::min<int64_t>(32, num_keys - j);
@@ -576,21 +645,23 @@ void attend_few(const Attention<T> &a, int64_t head, int64_t query, int64_t key,
             add_values<R - FIRST, true>(weights + FIRST * stride, stride, from, v_stride, here,
                                         sums + FIRST * width, width);
     }
-    for (int64_t r = 0; r < R; r++) {
-        const int64_t at = (partial + r / groups) * a.heads + head * groups + r % groups;
-        const float by = total[r] > 0 ? total[r] : 1;
-        write_partial(a, at, sums + r * width, by, top[r] + log_total[r]);
+    for (int r = 0; r < R; r++) {
+        write_partial(a, at[r], sums + r * width, total[r] > 0 ? total[r] : 1, top[r]);
+        logs.add(a, at[r], total[r]);
     }
 }
 
 // Partials of queries [query, + num_queries) of one key/value head over keys [key, + num_keys),
-// the first at `position`; the partial of the first query is `partial`.
+// the first at `position`; the partial of the first query is `partial`. What goes to `logs` is for the
+// caller to write.
 template <class T>
 void attend(const Attention<T> &a, int64_t head, int64_t query, int64_t num_queries, int64_t key,
-            int64_t num_keys, int64_t position, int64_t partial, const Ahead &ahead = {}) {
+            int64_t num_keys, int64_t position, int64_t partial, const Ahead &ahead, Logs &logs) {
     const int64_t rows_in_all = num_queries * (a.heads / a.kv_heads);
     if (rows_in_all <= 8 && a.dim % LANES == 0) {
-        const auto few = [&](auto run) { run(a, head, query, key, num_keys, position, partial, ahead); };
+        const auto few = [&](auto run) {
+            run(a, head, query, key, num_keys, position, partial, ahead, logs);
+        };
         switch (rows_in_all) {
             case 1: return few(attend_few<1, T>);
             case 2: return few(attend_few<2, T>);
@@ -708,8 +779,10 @@ void attend(const Attention<T> &a, int64_t head, int64_t query, int64_t num_quer
 template <class T>
 void attend_items(const Attention<T> &a, const int64_t *items, int64_t n, int threads) {
     parallel(n * a.kv_heads, 1, threads, [&](int64_t task) {
+        Logs logs;
         const int64_t *i = items + task / a.kv_heads * 6;
-        attend(a, task % a.kv_heads, i[0], i[1], i[2], i[3], i[4], i[5]);
+        attend(a, task % a.kv_heads, i[0], i[1], i[2], i[3], i[4], i[5], {}, logs);
+        logs.write(a);
     });
 }
 
@@ -718,32 +791,35 @@ template <class T>
 void attend_suffixes(const Attention<T> &a, const int64_t *row_of_slot, const int64_t *length,
                      const int64_t *position, int64_t num_slots, int64_t base, int64_t capacity,
                      int64_t max_split, int64_t num_splits, int threads) {
-    const int64_t tasks = num_splits * num_slots * a.kv_heads;
-    const auto keys_of = [&](int64_t task, int64_t &first) -> int64_t {
-        const int64_t slot = task / a.kv_heads % num_slots;
-        const int64_t start = task / a.kv_heads / num_slots * max_split, row = row_of_slot[slot];
-        first = base + slot * capacity + start;
-        return row < 0 ? 0 : std::clamp<int64_t>(length[row] - start, 0, max_split);
+    const int64_t groups = a.heads / a.kv_heads;
+    struct Own {
+        int64_t row, start, keys, first;
     };
-    parallel(tasks, 16, threads, [&](int64_t task) {
-        const int64_t head = task % a.kv_heads, partial = task / a.kv_heads;
-        const int64_t slot = partial % num_slots, groups = a.heads / a.kv_heads;
-        int64_t first, following;
-        const int64_t n = keys_of(task, first);
-        Ahead ahead;
-        if (task + 1 < tasks) {
-            const int64_t size = sizeof(T), next = (task + 1) % a.kv_heads;
-            const int64_t keys = keys_of(task + 1, following);
-            ahead = {(const char *)(a.k + next * a.k_h + following * a.k_n),
-                     (const char *)(a.v + next * a.v_h + following * a.v_n), keys * a.k_n * size,
-                     keys * a.v_n * size};
+    const auto own = [&](int64_t partial) -> Own {
+        const int64_t slot = partial % num_slots, start = partial / num_slots * max_split;
+        const int64_t row = row_of_slot[slot];
+        const int64_t keys = row < 0 ? 0 : std::clamp<int64_t>(length[row] - start, 0, max_split);
+        return {row, start, keys, base + slot * capacity + start};
+    };
+    parallel_blocks(num_splits * num_slots, 8, threads, [&](int64_t first, int64_t last) {
+        Logs logs;
+        Own next = own(first);
+        for (int64_t partial = first; partial < last; partial++) {
+            const Own mine = next;
+            if (partial + 1 < last) next = own(partial + 1);
+            if (!mine.keys)
+                std::fill_n(a.lse + partial * a.heads, a.heads, -INF);
+            else
+                for (int64_t head = 0; head < a.kv_heads; head++) {
+                    const bool same = head + 1 < a.kv_heads;
+                    attend(a, head, mine.row, 1, mine.first, mine.keys,
+                           position[mine.row] + mine.start, partial,
+                           Ahead::of(a, same ? head + 1 : 0, same ? mine.first : next.first,
+                                     same ? mine.keys : next.keys),
+                           logs);
+                }
         }
-        if (n) {
-            const int64_t row = row_of_slot[slot], start = partial / num_slots * max_split;
-            attend(a, head, row, 1, first, n, position[row] + start, partial, ahead);
-        } else {
-            std::fill_n(a.lse + partial * a.heads + head * groups, groups, -INF);
-        }
+        logs.write(a);
     });
 }
 
@@ -887,14 +963,15 @@ void linear_rows(int64_t rows, const float *x, const T *weight, int64_t k, const
 // Rows of a linear layer's input, laid for its tiles: tile by tile, term by term.
 struct Laid {
     int64_t m, k, tile;
-    std::vector<float> data;
+    float *data;
+    std::vector<float> kept;
 
     // Makes room for m rows of k numbers.
     void resize(int64_t rows, int64_t terms) {
         m = rows, k = terms;
         const int64_t tiles = (m + ROWS - 1) / ROWS;
         tile = tiles ? (m + tiles - 1) / tiles : 1;
-        room(data, m * k);
+        data = room(kept, m * k);
     }
     // Fills it: row_of(t) gives row t, which stays until the tile's last is there.
     template <class F>
@@ -903,7 +980,7 @@ struct Laid {
             const int64_t first = task * tile, here = std::min(tile, m - first);
             decltype(row_of(0)) rows[ROWS];
             for (int64_t r = 0; r < here; r++) rows[r] = row_of(first + r);
-            lay([&](int64_t r) { return rows[r]; }, here, k, data.data() + first * k, here);
+            lay([&](int64_t r) { return rows[r]; }, here, k, data + first * k, here);
         });
     }
 };
@@ -915,11 +992,15 @@ void linear(const Laid &x, const T *weight, int64_t n, const T *bias, T *y, int 
             Activation activation = NONE) {
     const int64_t m = x.m, k = x.k, tile = x.tile;
     if (!m) return;
-    const float *laid = x.data.data();
-    // Rows that stay in the second cache while the panels pass by.
-    const int64_t block = std::max<int64_t>(1, (3 << 18) / (4 * k * tile)) * tile;
+    const float *laid = x.data;
     const int64_t across = activation ? LANES : COLUMNS;  // columns that a panel gives
-    const int64_t panels = (n + across - 1) / across, blocks = (m + block - 1) / block;
+    const int64_t panels = (n + across - 1) / across, tiles = (m + tile - 1) / tile;
+    // Rows that stay in the second cache while the panels pass by, and fewer where there are so few
+    // panels that the last ones would keep one thread busy for long.
+    const int64_t fit = std::max<int64_t>(1, (3 << 18) / (4 * k * tile));
+    const int64_t least = threads > 1 ? (8 * threads + panels - 1) / panels : 1;
+    const int64_t block = std::min(fit, (tiles + least - 1) / least) * tile;
+    const int64_t blocks = (m + block - 1) / block;
     // Neighbouring panels to one thread, so that it finds what it fetched ahead; several for each.
     const int64_t grain = std::clamp<int64_t>(blocks * panels / (4 * threads), 1, 8);
     parallel(blocks * panels, grain, threads, [&](int64_t task) {

@@ -261,7 +261,8 @@ def test_the_decoder(family: str, tmp_path: Path, calls: Counter[str]) -> None:
         return [drawn(result) for result in run(generator, groups)]
 
     ours = sample()
-    assert calls["decode"] > 30 and calls["take_token"] > 30 and not calls["attend_items"]
+    # Each stands for all the steps between two looks.
+    assert calls["decode"] > 10 and calls["take_token"] > 10 and not calls["attend_items"]
     before = calls.copy()
     with native.torch_only():
         assert sample() == ours
