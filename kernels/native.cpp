@@ -728,22 +728,28 @@ void attend(const Attention<T> &a, int64_t head, int64_t query, int64_t num_quer
             cap_and_mask(scores, num_keys, rows, a.softcap, low, high, top);
         for (int64_t r = 0; r < rows; r++) top[r] = top[r] == -INF ? 0 : top[r];
 
-        // 32 keys at a time stay in the first cache from the exponential to the values. A weight
-        // joins the sums in the order of `row_sum`; a term that is not there would add 0.
+        // So many keys at a time that their weights stay in the first cache from the exponential to
+        // the values. A weight joins the sums in the order of `row_sum`; a term that is not there
+        // would add 0.
         vec sums[MAX_VECTORS][32];
         std::fill_n(sums[0], vectors * 32, vec{});
-        for (int64_t j = 0; j < num_keys; j += 32) {
-            const int64_t here = std::min<int64_t>(32, num_keys - j);
+        const int64_t piece = std::max<int64_t>(32, 8192 / rows / 32 * 32);
+        for (int64_t j = 0; j < num_keys; j += piece) {
+            const int64_t here = std::min(piece, num_keys - j);
             float *weights = scores + j * rows;
-            for (int64_t i = 0; i < here; i++)
-                for (int64_t v = 0; v < rows; v += LANES) {
-                    float *at = weights + i * rows + v;
-                    store(at, load(at) - load(top + v));
-                }
+            for (int64_t v = 0; v < rows; v += LANES) {
+                const vec most = load(top + v);
+                for (int64_t i = 0; i < here; i++)
+                    store(weights + i * rows + v, load(weights + i * rows + v) - most);
+            }
             vmsExp(here * rows, weights, weights, HIGH_ACCURACY);
-            for (int64_t i = 0; i < here; i++)
-                for (int64_t v = 0; v < vectors; v++)
-                    sums[v][i] += load(weights + i * rows + v * LANES);
+            for (int64_t v = 0; v < vectors; v++)
+                for (int64_t lane = 0; lane < 32; lane++) {
+                    vec sum = sums[v][lane];
+                    for (int64_t i = lane; i < here; i += 32)
+                        sum += load(weights + i * rows + v * LANES);
+                    sums[v][lane] = sum;
+                }
             const float *from = values + j * v_stride;
             for (int64_t r = 0; r < n;) {
                 float *to = sums_of_values + r * width;
