@@ -465,27 +465,36 @@ inline const float *block_of(const bf16 *x, int64_t &stride, int64_t n, int64_t 
     return block;
 }
 
-// Soft-caps scores (n, rows), sets those of keys outside [low, high) of a row to -inf, and finds the
-// largest of each row anew.
-void cap_and_mask(float *scores, int64_t n, int64_t rows, float softcap, const int32_t *low,
-                  const int32_t *high, float *top) {
-    if (softcap > 0) {
-        for (int64_t i = 0; i < n * rows; i += LANES)
-            store(scores + i, load(scores + i) / splat(softcap));
-        vmsTanh(n * rows, scores, scores, HIGH_ACCURACY);
-        for (int64_t i = 0; i < n * rows; i += LANES)
-            store(scores + i, load(scores + i) * splat(softcap));
-    }
+void soft_cap(float *scores, int64_t n, float softcap) {
+    for (int64_t i = 0; i < n; i++) scores[i] /= softcap;
+    vmsTanh(n, scores, scores, HIGH_ACCURACY);
+    for (int64_t i = 0; i < n; i++) scores[i] *= softcap;
+}
+
+// The largest score (n, rows) of each row, of keys in [low, high).
+void largest_inside(const float *scores, int64_t n, int64_t rows, const int32_t *low,
+                    const int32_t *high, float *top) {
     for (int64_t v = 0; v < rows; v += LANES) {
         const ivec from = read<ivec>(low + v), to = read<ivec>(high + v);
         vec most = splat(-INF);
         for (int64_t j = 0; j < n; j++) {
-            const ivec here = ivec{} + (int32_t)j;
-            const vec s = (here >= from) & (here < to) ? load(scores + j * rows + v) : splat(-INF);
-            store(scores + j * rows + v, s);
-            most = s > most ? s : most;
+            const ivec key = ivec{} + (int32_t)j;
+            const vec s = load(scores + j * rows + v);
+            most = (key >= from) & (key < to) & (s > most) ? s : most;
         }
         store(top + v, most);
+    }
+}
+// Sets (n, rows) to 0 where keys [first, first + n) are outside [low, high) of a row.
+void clear_outside(float *x, int64_t first, int64_t n, int64_t rows, const int32_t *low,
+                   const int32_t *high) {
+    for (int64_t v = 0; v < rows; v += LANES) {
+        const ivec from = read<ivec>(low + v), to = read<ivec>(high + v);
+        for (int64_t j = 0; j < n; j++) {
+            const ivec key = ivec{} + (int32_t)(first + j);
+            float *at = x + j * rows + v;
+            store(at, (key >= from) & (key < to) ? load(at) : vec{});
+        }
     }
 }
 
@@ -574,11 +583,7 @@ template <int R, class T>
 template <int R>
 void few_weights(float *scores, int64_t stride, float softcap, const int32_t *low,
                  const int32_t *high, float *top, float *total) {
-    if (softcap > 0) {
-        for (int64_t j = 0; j < R * stride; j++) scores[j] /= softcap;
-        vmsTanh(R * stride, scores, scores, HIGH_ACCURACY);
-        for (int64_t j = 0; j < R * stride; j++) scores[j] *= softcap;
-    }
+    if (softcap > 0) soft_cap(scores, R * stride, softcap);
     const auto inside = [&](int r, int64_t j, vec yes, float no) {
         const ivec at = LANE + (int32_t)j;
         return (at >= low[r]) & (at < high[r]) ? yes : splat(no);
@@ -592,7 +597,7 @@ void few_weights(float *scores, int64_t stride, float softcap, const int32_t *lo
         }
         top[r] = largest(most);
         top[r] = top[r] == -INF ? 0 : top[r];
-        // The exponential of -inf would take ten times as long.
+        // The exponential of -inf would take 25 times as long.
         for (int64_t j = 0; j < stride; j += LANES)
             store(row + j, inside(r, j, load(row + j) - splat(top[r]), 0));
     }
@@ -724,8 +729,8 @@ void attend(const Attention<T> &a, int64_t head, int64_t query, int64_t num_quer
             default: scores_of<6>(q, keys, k_stride, num_keys, a.dim, scores, top);
 #endif
         }
-        if (a.softcap > 0 || masked)
-            cap_and_mask(scores, num_keys, rows, a.softcap, low, high, top);
+        if (a.softcap > 0) soft_cap(scores, num_keys * rows, a.softcap);
+        if (a.softcap > 0 || masked) largest_inside(scores, num_keys, rows, low, high, top);
         for (int64_t r = 0; r < rows; r++) top[r] = top[r] == -INF ? 0 : top[r];
 
         // So many keys at a time that their weights stay in the first cache from the exponential to
@@ -742,7 +747,10 @@ void attend(const Attention<T> &a, int64_t head, int64_t query, int64_t num_quer
                 for (int64_t i = 0; i < here; i++)
                     store(weights + i * rows + v, load(weights + i * rows + v) - most);
             }
+            // The exponential of -inf would take 25 times as long.
+            if (masked) clear_outside(weights, j, here, rows, low, high);
             vmsExp(here * rows, weights, weights, HIGH_ACCURACY);
+            if (masked) clear_outside(weights, j, here, rows, low, high);
             for (int64_t v = 0; v < vectors; v++)
                 for (int64_t lane = 0; lane < 32; lane++) {
                     vec sum = sums[v][lane];
@@ -835,41 +843,45 @@ void merge(const float *o, const float *lse, const int64_t *index, int64_t queri
            int64_t heads, int64_t v_dim, T *out, float *out_lse, int threads) {
     parallel(queries, 8, threads, [&](int64_t t) {
         thread_local std::vector<float> kept;
-        const int64_t *mine = index + t * most;
-        float *weights = room(kept, heads * (most + 3 + v_dim)), *top = weights + most * heads;
-        float *total = top + heads, *log_total = total + heads, *sums = log_total + heads;
-        std::fill_n(top, heads, -INF);
+        thread_local std::vector<int64_t> kept_partials;
+        int64_t *partials = room(kept_partials, most), n = 0;
         for (int64_t j = 0; j < most; j++)
+            if (index[t * most + j] >= 0) partials[n++] = index[t * most + j] * heads;
+        float *weights = room(kept, heads * (n + 3)), *top = weights + n * heads;
+        float *total = top + heads, *log_total = total + heads;
+        std::fill_n(top, heads, -INF);
+        for (int64_t j = 0; j < n; j++)
             for (int64_t h = 0; h < heads; h++) {
-                const float log = mine[j] < 0 ? -INF : lse[mine[j] * heads + h];
-                weights[j * heads + h] = log;
+                const float log = lse[partials[j] + h];
                 top[h] = log > top[h] || log != log ? log : top[h];
             }
         for (int64_t h = 0; h < heads; h++) top[h] = top[h] == -INF ? 0 : top[h];
-        for (int64_t j = 0; j < most; j++)
-            for (int64_t h = 0; h < heads; h++) weights[j * heads + h] -= top[h];
-        vmsExp(most * heads, weights, weights, HIGH_ACCURACY);
-        std::fill_n(sums, heads * v_dim, 0.0f);
-        std::fill_n(total, heads, 0.0f);
-        for (int64_t j = 0; j < most; j++) {
-            if (mine[j] < 0) continue;
-            for (int64_t h = 0; h < heads; h++) {
-                const float weight = weights[j * heads + h];
-                if (weight == 0) continue;
-                total[h] += weight;
-                const float *from = o + (mine[j] * heads + h) * v_dim;
-                float *to = sums + h * v_dim;
-                for (int64_t c = 0; c < v_dim; c++) to[c] += from[c] * weight;
-            }
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t h = 0; h < heads; h++)
+                weights[j * heads + h] = lse[partials[j] + h] - top[h];
+        vmsExp(n * heads, weights, weights, HIGH_ACCURACY);
+        for (int64_t h = 0; h < heads; h++) {
+            total[h] = 0;
+            for (int64_t j = 0; j < n; j++) total[h] += weights[j * heads + h];
         }
         vmsLn(heads, total, log_total, HIGH_ACCURACY);
         for (int64_t h = 0; h < heads; h++) {
-            float *from = sums + h * v_dim;
-            if (total[h] != 0)
-                for (int64_t c = 0; c < v_dim; c++) from[c] /= total[h];
+            const float by = total[h] != 0 ? total[h] : 1;
+            T *to = out + (t * heads + h) * v_dim;
+            // A partial of weight 0 may hold anything.
+            const auto sum = [&](auto zero, auto get, int64_t c) {
+                for (int64_t j = 0; j < n; j++) {
+                    const float weight = weights[j * heads + h];
+                    if (weight != 0) zero += get(o + (partials[j] + h) * v_dim + c) * weight;
+                }
+                return zero / by;
+            };
+            int64_t c = 0;
+            for (; c + LANES <= v_dim; c += LANES)
+                store(to + c, sum(vec{}, [](const float *x) { return load(x); }, c));
+            for (; c < v_dim; c++) narrow(sum(0.0f, [](const float *x) { return *x; }, c), to + c);
             out_lse[t * heads + h] = top[h] + log_total[h];
         }
-        narrow_row(sums, out + t * heads * v_dim, heads * v_dim);
     });
 }
 
@@ -1232,11 +1244,7 @@ void sample_token(const T *logits, int64_t batch, int64_t vocab, const float *un
         const T *from = logits + row * vocab;
         int64_t i = 0;
         widen_row(from, x, vocab);
-        if (softcap > 0) {
-            for (i = 0; i < vocab; i++) x[i] /= softcap;
-            vmsTanh(vocab, x, x, HIGH_ACCURACY);
-            for (i = 0; i < vocab; i++) x[i] *= softcap;
-        }
+        if (softcap > 0) soft_cap(x, vocab, softcap);
         vec most = splat(-INF);
         float top = -INF;
         bool nan = false;
