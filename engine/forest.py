@@ -202,15 +202,13 @@ def _descend(
 ) -> None:
     """Items of all nodes from `depth` on of leaves [start, stop), each node before its children;
     `inlined` are the key runs that the nodes above have left to these."""
-    leaves = (i for i in range(start, stop) if depth < len(paths[i]))
+    leaves = [i for i in range(start, stop) if depth < len(paths[i])]
     for node, members in groupby(leaves, key=lambda i: paths[i][depth]):
         first, *rest = members
         end = rest[-1] + 1 if rest else first + 1
         runs = [*inlined, *node.key_runs()]
-        below = [
-            paths[i][depth + 1] if depth + 1 < len(paths[i]) else None for i in range(first, end)
-        ]
-        if keys_per_partial and None not in below:
+        if keys_per_partial and all(depth + 1 < len(paths[i]) for i in range(first, end)):
+            below = [paths[i][depth + 1] for i in range(first, end)]
             again = (len(set(below)) - 1) * sum(keys for _, keys, _ in runs)
             if again <= (end - first) * keys_per_partial:
                 _descend(paths, first, end, depth + 1, runs, keys_per_partial, items)

@@ -285,9 +285,10 @@ class Judge:
         )
 
     def _sample(self, order: tuple[int, ...], generation: Generation) -> Sample:
+        size = self.tokenizer.size  # the model may have more ids, which mean nothing
         return Sample(
             order=order,
-            text=self.tokenizer.decode(t for t in generation.token_ids if t < self.tokenizer.size),
+            text=self.tokenizer.decode([t for t in generation.token_ids if t < size]),
             scores=_in_row_order(generation, order),
             invalid=None if generation.reason == Reason.VALID else generation.reason.label,
             meta=None,

@@ -191,13 +191,13 @@ def partial_table(served: Sequence[tuple[int, int, int]], start: int, stop: int)
     served: (first query, number of queries, first partial) of whatever writes one partial for each
     of its queries, in the order of the queries' sequences.
     """
-    count = np.zeros(stop - start, dtype=np.int64)
-    for query, num_queries, _ in served:
-        count[query - start : query - start + num_queries] += 1
+    first, length, partial = np.array(served, dtype=np.int64).reshape(-1, 3).T
+    # One entry for every query of each: which of its own it is, its row, and which of its row's.
+    own = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+    row = np.repeat(first - start, length) + own
+    count = np.bincount(row, minlength=stop - start)
+    order = np.argsort(row, kind="stable")
+    place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
     table = np.full((stop - start, int(count.max(initial=0))), -1, dtype=np.int64)
-    count[:] = 0
-    for query, num_queries, partial in served:
-        rows = np.arange(query - start, query - start + num_queries)
-        table[rows, count[rows]] = partial + np.arange(num_queries)
-        count[rows] += 1
+    table[row[order], place] = (np.repeat(partial, length) + own)[order]
     return torch.from_numpy(table)

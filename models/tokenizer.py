@@ -124,14 +124,13 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special ones skipped; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(map(self._bytes_of, ids)).decode("utf-8", errors="replace")
-
-    def _bytes_of(self, index: int) -> bytes:
-        if not 0 <= index < self.size:
+        ids = list(ids)
+        if ids and not (0 <= min(ids) and max(ids) < self.size):
+            index = next(i for i in ids if not 0 <= i < self.size)
             raise ValueError(
                 f"token id {index} is outside the tokenizer, whose size is {self.size}"
             )
-        return self.token_bytes[index]
+        return b"".join([self.token_bytes[i] for i in ids]).decode("utf-8", errors="replace")
 
 
 def _build(path: Path, data: dict[str, Any]) -> tokenizers.Tokenizer:
