@@ -406,14 +406,16 @@ void scores_of(const float *q, const float *keys, int64_t stride, int64_t n, int
         scores_tile<V, 1>(q, keys + j * stride, stride, dim, scores + j * V * LANES, top);
 }
 
-// Adds n weighted values to V vectors of channels of R rows: weights (n, rows) or, `by_row`,
-// (R, rows), values (n, stride).
+// Adds n weighted values to V vectors of channels of R rows, or to 0 if `fresh`: weights (n, rows) or,
+// `by_row`, (R, rows), values (n, stride).
 template <int R, int V, bool by_row>
 [[gnu::noinline]] void values_tile(const float *weights, int64_t rows, const float *values,
-                                   int64_t stride, int64_t n, float *out, int64_t out_stride) {
+                                   int64_t stride, int64_t n, float *out, int64_t out_stride,
+                                   bool fresh) {
     vec sum[R][V];
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) sum[r][v] = load(out + r * out_stride + v * LANES);
+        for (int v = 0; v < V; v++)
+            sum[r][v] = fresh ? vec{} : load(out + r * out_stride + v * LANES);
 #pragma GCC unroll 4
     for (int64_t j = 0; j < n; j++) {
         vec value[V];
@@ -430,16 +432,16 @@ template <int R, int V, bool by_row>
 // The same for all channels of R rows.
 template <int R, bool by_row = false>
 void add_values(const float *weights, int64_t rows, const float *values, int64_t stride, int64_t n,
-                float *out, int64_t width) {
+                float *out, int64_t width, bool fresh) {
     int64_t c = 0;
 #ifdef __AVX512F__
     for (; c + 4 * LANES <= width; c += 4 * LANES)
-        values_tile<R, 4, by_row>(weights, rows, values + c, stride, n, out + c, width);
+        values_tile<R, 4, by_row>(weights, rows, values + c, stride, n, out + c, width, fresh);
 #endif
     for (; c + 2 * LANES <= width; c += 2 * LANES)
-        values_tile<R, 2, by_row>(weights, rows, values + c, stride, n, out + c, width);
+        values_tile<R, 2, by_row>(weights, rows, values + c, stride, n, out + c, width, fresh);
     for (; c < width; c += LANES)
-        values_tile<R, 1, by_row>(weights, rows, values + c, stride, n, out + c, width);
+        values_tile<R, 1, by_row>(weights, rows, values + c, stride, n, out + c, width, fresh);
 }
 
 // A block of keys or values in float32 with rows of `width` (a multiple of LANES for values).
@@ -509,6 +511,12 @@ inline void write_partial(const Attention<T> &a, int64_t at, const float *sums, 
     for (; c < size; c++) to[c] = sums[c] / by;
     a.lse[at] = lse;
 }
+
+// As `kernels/forest_plan.py` has it: queries, keys, the position of the first key, and the partial of
+// the first query.
+struct Item {
+    int64_t query, num_queries, key, num_keys, position, partial;
+};
 
 // Keys and values that are attended to next: they come from memory while others are in use.
 struct Ahead {
@@ -611,8 +619,9 @@ void few_weights(float *scores, int64_t stride, float softcap, const int32_t *lo
 
 // As `attend`, of R query rows in all: a vector holds keys, not rows.
 template <int R, class T>
-void attend_few(const Attention<T> &a, int64_t head, int64_t query, int64_t key, int64_t num_keys,
-                int64_t position, int64_t partial, const Ahead &ahead, Logs &logs) {
+void attend_few(const Attention<T> &a, int64_t head, const Item &item, const Ahead &ahead,
+                Logs &logs) {
+    const auto [query, num_queries, key, num_keys, position, partial] = item;
     thread_local struct {
         std::vector<float> values, rest;
     } kept;
@@ -639,16 +648,15 @@ void attend_few(const Attention<T> &a, int64_t head, int64_t query, int64_t key,
     int64_t v_stride = a.v_n;
     const float *values = block_of(a.v + head * a.v_h + key * a.v_n, v_stride, num_keys, a.v_dim,
                                    width, kept.values);
-    for (int64_t c = 0; c < R * width; c += LANES) store(sums + c, vec{});
     constexpr int FIRST = std::min(R, 4);
     for (int64_t j = 0; j < num_keys; j += 32) {
         const int64_t here = std::min<int64_t>(32, num_keys - j);
         const float *weights = scores + j, *from = values + j * v_stride;
         fetch(ahead.v, ahead.v_bytes, j / 32, stride / 32);
-        add_values<FIRST, true>(weights, stride, from, v_stride, here, sums, width);
+        add_values<FIRST, true>(weights, stride, from, v_stride, here, sums, width, j == 0);
         if constexpr (R > FIRST)
             add_values<R - FIRST, true>(weights + FIRST * stride, stride, from, v_stride, here,
-                                        sums + FIRST * width, width);
+                                        sums + FIRST * width, width, j == 0);
     }
     for (int r = 0; r < R; r++) {
         write_partial(a, at[r], sums + r * width, total[r] > 0 ? total[r] : 1, top[r]);
@@ -656,146 +664,184 @@ void attend_few(const Attention<T> &a, int64_t head, int64_t query, int64_t key,
     }
 }
 
-// Partials of queries [query, + num_queries) of one key/value head over keys [key, + num_keys),
-// the first at `position`; the partial of the first query is `partial`. What goes to `logs` is for the
-// caller to write.
-template <class T>
-void attend(const Attention<T> &a, int64_t head, int64_t query, int64_t num_queries, int64_t key,
-            int64_t num_keys, int64_t position, int64_t partial, const Ahead &ahead, Logs &logs) {
-    const int64_t rows_in_all = num_queries * (a.heads / a.kv_heads);
-    if (rows_in_all <= 8 && a.dim % LANES == 0) {
-        const auto few = [&](auto run) {
-            run(a, head, query, key, num_keys, position, partial, ahead, logs);
-        };
-        switch (rows_in_all) {
-            case 1: return few(attend_few<1, T>);
-            case 2: return few(attend_few<2, T>);
-            case 3: return few(attend_few<3, T>);
-            case 4: return few(attend_few<4, T>);
-            case 5: return few(attend_few<5, T>);
-            case 6: return few(attend_few<6, T>);
-            case 7: return few(attend_few<7, T>);
-            default: return few(attend_few<8, T>);
-        }
-    }
-    fetch(ahead.k, ahead.k_bytes, 0, 1);
-    fetch(ahead.v, ahead.v_bytes, 0, 1);
-    thread_local std::vector<float> keys_buffer, values_buffer, q_buffer, scores_buffer,
-        out_buffer;
-    const int64_t groups = a.heads / a.kv_heads, width = (a.v_dim + LANES - 1) / LANES * LANES;
-    int64_t k_stride = a.k_n, v_stride = a.v_n;
-    const float *keys = block_of(a.k + head * a.k_h + key * a.k_n, k_stride, num_keys, a.dim, a.dim,
-                                 keys_buffer);
-    const float *values = block_of(a.v + head * a.v_h + key * a.v_n, v_stride, num_keys, a.v_dim,
-                                   width, values_buffer);
-    const int64_t all = num_queries * groups;
-    for (int64_t first = 0; first < all; first += MAX_VECTORS * LANES) {
-        const int64_t n = std::min<int64_t>(all - first, MAX_VECTORS * LANES);
-        int64_t vectors = (n + LANES - 1) / LANES;
-        if (vectors == 5) vectors = 6;
-        const int64_t rows = vectors * LANES;
-        float *q = room(q_buffer, a.dim * rows), *scores = room(scores_buffer, num_keys * rows);
-        float *sums_of_values = room(out_buffer, rows * width);
-        std::fill_n(sums_of_values, std::min(rows, n + 6) * width, 0.0f);
+// Query rows of a head, [first, first + n) of an item's, laid as (dim, rows): vectors of rows.
+struct QueryRows {
+    int64_t first, n, vectors, rows;
+    float *q;
+    int64_t earliest, latest;  // position
+};
 
-        int32_t low[MAX_VECTORS * LANES], high[MAX_VECTORS * LANES];
+template <class T>
+QueryRows lay_queries(const Attention<T> &a, int64_t head, const Item &item, int64_t first) {
+    thread_local std::vector<float> kept;
+    const int64_t groups = a.heads / a.kv_heads;
+    const int64_t n = std::min<int64_t>(item.num_queries * groups - first, MAX_VECTORS * LANES);
+    int64_t vectors = (n + LANES - 1) / LANES;
+    if (vectors == 5) vectors = 6;
+    const int64_t rows = vectors * LANES;
+    float *q = room(kept, a.dim * rows);
+    const T *q_rows[MAX_VECTORS * LANES];
+    int64_t t = item.query + first / groups, g = first % groups;
+    QueryRows laid = {first, n, vectors, rows, q, a.positions[t], a.positions[t]};
+    for (int64_t r = 0; r < n; r++) {
+        q_rows[r] = a.q + t * a.q_t + (head * groups + g) * a.q_h;
+        laid.earliest = std::min(laid.earliest, a.positions[t]);
+        laid.latest = std::max(laid.latest, a.positions[t]);
+        if (++g == groups) t++, g = 0;
+    }
+    if (n < rows) std::fill_n(q, a.dim * rows, 0.0f);
+    for (int64_t v = 0; v < n; v += LANES)
+        lay([&](int64_t r) { return q_rows[v + r]; }, std::min<int64_t>(n - v, LANES), a.dim, q + v,
+            rows);
+    for (int64_t i = 0; i < a.dim * rows; i += LANES) store(q + i, load(q + i) * splat(a.scale));
+    return laid;
+}
+
+// Partials of laid query rows over an item's keys.
+template <class T>
+void attend_rows(const Attention<T> &a, int64_t head, const Item &item, const QueryRows &laid) {
+    thread_local std::vector<float> keys_buffer, values_buffer, scores_buffer, out_buffer;
+    const int64_t groups = a.heads / a.kv_heads, width = (a.v_dim + LANES - 1) / LANES * LANES;
+    const int64_t num_keys = item.num_keys, n = laid.n, rows = laid.rows, vectors = laid.vectors;
+    int64_t k_stride = a.k_n, v_stride = a.v_n;
+    const float *keys = block_of(a.k + head * a.k_h + item.key * a.k_n, k_stride, num_keys, a.dim,
+                                 a.dim, keys_buffer);
+    const float *values = block_of(a.v + head * a.v_h + item.key * a.v_n, v_stride, num_keys,
+                                   a.v_dim, width, values_buffer);
+    float *scores = room(scores_buffer, num_keys * rows), *sums_of_values = room(out_buffer, rows * width);
+
+    int32_t low[MAX_VECTORS * LANES], high[MAX_VECTORS * LANES];
+    const int64_t last = item.position + num_keys - 1;
+    const bool masked = laid.earliest < last || (a.window && laid.latest - item.position >= a.window);
+    if (masked || a.softcap > 0) {
         std::fill_n(low, rows, 0);
         std::fill_n(high, rows, (int32_t)num_keys);
-        const T *q_rows[MAX_VECTORS * LANES];
-        bool masked = false;
+        int64_t t = item.query + laid.first / groups, g = laid.first % groups;
         for (int64_t r = 0; r < n; r++) {
-            const int64_t t = query + (first + r) / groups, g = (first + r) % groups;
-            q_rows[r] = a.q + t * a.q_t + (head * groups + g) * a.q_h;
-            const int64_t at = a.positions[t] - position;  // its own place among the keys
+            const int64_t at = a.positions[t] - item.position;  // its own place among the keys
             high[r] = std::clamp<int64_t>(at + 1, 0, num_keys);
             if (a.window) low[r] = std::clamp<int64_t>(at - a.window + 1, 0, num_keys);
-            masked |= low[r] > 0 || high[r] < num_keys;
+            if (++g == groups) t++, g = 0;
         }
-        if (n < rows) std::fill_n(q, a.dim * rows, 0.0f);
-        for (int64_t v = 0; v < n; v += LANES)
-            lay([&](int64_t r) { return q_rows[v + r]; }, std::min<int64_t>(n - v, LANES), a.dim,
-                q + v, rows);
-        for (int64_t i = 0; i < a.dim * rows; i += LANES)
-            store(q + i, load(q + i) * splat(a.scale));
-
-        float top[MAX_VECTORS * LANES], total[MAX_VECTORS * LANES], log_total[MAX_VECTORS * LANES];
-        std::fill_n(top, rows, -INF);
-        switch (vectors) {
-            case 1: scores_of<1>(q, keys, k_stride, num_keys, a.dim, scores, top); break;
-            case 2: scores_of<2>(q, keys, k_stride, num_keys, a.dim, scores, top); break;
-            case 3: scores_of<3>(q, keys, k_stride, num_keys, a.dim, scores, top); break;
+    }
+    float top[MAX_VECTORS * LANES], total[MAX_VECTORS * LANES], log_total[MAX_VECTORS * LANES];
+    std::fill_n(top, rows, -INF);
+    switch (vectors) {
+        case 1: scores_of<1>(laid.q, keys, k_stride, num_keys, a.dim, scores, top); break;
+        case 2: scores_of<2>(laid.q, keys, k_stride, num_keys, a.dim, scores, top); break;
+        case 3: scores_of<3>(laid.q, keys, k_stride, num_keys, a.dim, scores, top); break;
 #ifdef __AVX512F__
-            case 4: scores_of<4>(q, keys, k_stride, num_keys, a.dim, scores, top); break;
-            default: scores_of<6>(q, keys, k_stride, num_keys, a.dim, scores, top);
+        case 4: scores_of<4>(laid.q, keys, k_stride, num_keys, a.dim, scores, top); break;
+        default: scores_of<6>(laid.q, keys, k_stride, num_keys, a.dim, scores, top);
 #endif
-        }
-        if (a.softcap > 0) soft_cap(scores, num_keys * rows, a.softcap);
-        if (a.softcap > 0 || masked) largest_inside(scores, num_keys, rows, low, high, top);
-        for (int64_t r = 0; r < rows; r++) top[r] = top[r] == -INF ? 0 : top[r];
+    }
+    if (a.softcap > 0) soft_cap(scores, num_keys * rows, a.softcap);
+    if (a.softcap > 0 || masked) largest_inside(scores, num_keys, rows, low, high, top);
+    for (int64_t r = 0; r < rows; r++) top[r] = top[r] == -INF ? 0 : top[r];
 
-        // So many keys at a time that their weights stay in the first cache from the exponential to
-        // the values. A weight joins the sums in the order of `row_sum`; a term that is not there
-        // would add 0.
-        vec sums[MAX_VECTORS][32];
-        std::fill_n(sums[0], vectors * 32, vec{});
-        const int64_t piece = std::max<int64_t>(32, 8192 / rows / 32 * 32);
-        for (int64_t j = 0; j < num_keys; j += piece) {
-            const int64_t here = std::min(piece, num_keys - j);
-            float *weights = scores + j * rows;
-            for (int64_t v = 0; v < rows; v += LANES) {
-                const vec most = load(top + v);
-                for (int64_t i = 0; i < here; i++)
-                    store(weights + i * rows + v, load(weights + i * rows + v) - most);
+    // So many keys at a time that their weights stay in the first cache from the exponential to the
+    // values. A weight joins the sums in the order of `row_sum`; a term that is not there would add 0.
+    vec sums[MAX_VECTORS][32];
+    const int64_t piece = std::max<int64_t>(32, 8192 / rows / 32 * 32);
+    for (int64_t j = 0; j < num_keys; j += piece) {
+        const int64_t here = std::min(piece, num_keys - j);
+        float *weights = scores + j * rows;
+        for (int64_t v = 0; v < rows; v += LANES) {
+            const vec most = load(top + v);
+            for (int64_t i = 0; i < here; i++)
+                store(weights + i * rows + v, load(weights + i * rows + v) - most);
+        }
+        // The exponential of -inf would take 25 times as long.
+        if (masked) clear_outside(weights, j, here, rows, low, high);
+        vmsExp(here * rows, weights, weights, HIGH_ACCURACY);
+        if (masked) clear_outside(weights, j, here, rows, low, high);
+        for (int64_t v = 0; v < vectors; v++)
+            for (int64_t lane = 0; lane < std::min<int64_t>(32, num_keys); lane++) {
+                vec sum = j ? sums[v][lane] : vec{};
+                for (int64_t i = lane; i < here; i += 32)
+                    sum += load(weights + i * rows + v * LANES);
+                sums[v][lane] = sum;
             }
-            // The exponential of -inf would take 25 times as long.
-            if (masked) clear_outside(weights, j, here, rows, low, high);
-            vmsExp(here * rows, weights, weights, HIGH_ACCURACY);
-            if (masked) clear_outside(weights, j, here, rows, low, high);
-            for (int64_t v = 0; v < vectors; v++)
-                for (int64_t lane = 0; lane < 32; lane++) {
-                    vec sum = sums[v][lane];
-                    for (int64_t i = lane; i < here; i += 32)
-                        sum += load(weights + i * rows + v * LANES);
-                    sums[v][lane] = sum;
-                }
-            const float *from = values + j * v_stride;
-            for (int64_t r = 0; r < n;) {
-                float *to = sums_of_values + r * width;
-                if (n - r > 4 && rows - r >= 6) {
-                    add_values<6>(weights + r, rows, from, v_stride, here, to, width);
-                    r += 6;
-                } else if (n - r > 2) {
-                    add_values<4>(weights + r, rows, from, v_stride, here, to, width);
-                    r += 4;
-                } else {
-                    add_values<2>(weights + r, rows, from, v_stride, here, to, width);
-                    r += 2;
-                }
-            }
+        const float *from = values + j * v_stride;
+        for (int64_t r = 0; r < n;) {
+            float *to = sums_of_values + r * width;
+            const auto add = [&](auto count) {
+                constexpr int R = decltype(count)::value;
+                add_values<R>(weights + r, rows, from, v_stride, here, to, width, j == 0);
+                r += R;
+            };
+            if (n - r > 4 && rows - r >= 6)
+                add(std::integral_constant<int, 6>{});
+            else if (n - r > 2)
+                add(std::integral_constant<int, 4>{});
+            else
+                add(std::integral_constant<int, 2>{});
         }
-        for (int64_t v = 0; v < vectors; v++) {
-            vec sum = {};
-            for (int lane = 0; lane < 8; lane++)
-                sum += sums[v][lane] + sums[v][lane + 8] + sums[v][lane + 16] + sums[v][lane + 24];
-            store(total + v * LANES, sum);
-        }
-        vmsLn(n, total, log_total, HIGH_ACCURACY);
-        int64_t at = (partial + first / groups) * a.heads + head * groups, g = first % groups;
-        for (int64_t r = 0; r < n; r++) {
-            const float by = total[r] > 0 ? total[r] : 1;
-            write_partial(a, at + g, sums_of_values + r * width, by, top[r] + log_total[r]);
-            if (++g == groups) at += a.heads, g = 0;
-        }
+    }
+    for (int64_t v = 0; v < vectors; v++) {
+        const auto sum_of = [&](int lane) { return lane < num_keys ? sums[v][lane] : vec{}; };
+        vec sum = {};
+        for (int lane = 0; lane < std::min<int64_t>(8, num_keys); lane++)
+            sum += sum_of(lane) + sum_of(lane + 8) + sum_of(lane + 16) + sum_of(lane + 24);
+        store(total + v * LANES, sum);
+    }
+    vmsLn(n, total, log_total, HIGH_ACCURACY);
+    int64_t at = (item.partial + laid.first / groups) * a.heads + head * groups;
+    int64_t g = laid.first % groups;
+    for (int64_t r = 0; r < n; r++) {
+        const float by = total[r] > 0 ? total[r] : 1;
+        write_partial(a, at + g, sums_of_values + r * width, by, top[r] + log_total[r]);
+        if (++g == groups) at += a.heads, g = 0;
     }
 }
 
-// items (n, 6): query, num_queries, key, num_keys, position of the first key, first partial.
+// Partials of one key/value head of items [item, end), all of the same queries. What goes to `logs` is
+// for the caller to write.
 template <class T>
-void attend_items(const Attention<T> &a, const int64_t *items, int64_t n, int threads) {
-    parallel(n * a.kv_heads, 1, threads, [&](int64_t task) {
+void attend(const Attention<T> &a, int64_t head, const Item *item, const Item *end,
+            const Ahead &ahead, Logs &logs) {
+    const int64_t all = item->num_queries * (a.heads / a.kv_heads);
+    if (all <= 8 && a.dim % LANES == 0) {
+        for (; item < end; item++) {
+            const auto few = [&](auto run) { run(a, head, *item, ahead, logs); };
+            switch (all) {
+                case 1: few(attend_few<1, T>); break;
+                case 2: few(attend_few<2, T>); break;
+                case 3: few(attend_few<3, T>); break;
+                case 4: few(attend_few<4, T>); break;
+                case 5: few(attend_few<5, T>); break;
+                case 6: few(attend_few<6, T>); break;
+                case 7: few(attend_few<7, T>); break;
+                default: few(attend_few<8, T>);
+            }
+        }
+        return;
+    }
+    fetch(ahead.k, ahead.k_bytes, 0, 1);
+    fetch(ahead.v, ahead.v_bytes, 0, 1);
+    for (int64_t first = 0; first < all; first += MAX_VECTORS * LANES) {
+        const QueryRows laid = lay_queries(a, head, *item, first);
+        for (const Item *i = item; i < end; i++) attend_rows(a, head, *i, laid);
+    }
+}
+
+template <class T>
+void attend_items(const Attention<T> &a, const Item *items, int64_t n, int threads) {
+    // Neighbours with the same queries and few keys make up one task.
+    constexpr int64_t ENOUGH_KEYS = 128;
+    thread_local std::vector<int64_t> kept;
+    int64_t *starts = room(kept, n + 1), tasks = 0, keys = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const bool same = i && items[i].query == items[i - 1].query &&
+                          items[i].num_queries == items[i - 1].num_queries;
+        if (!same || keys >= ENOUGH_KEYS) starts[tasks++] = i, keys = 0;
+        keys += items[i].num_keys;
+    }
+    starts[tasks] = n;
+    parallel(tasks * a.kv_heads, 1, threads, [&, starts](int64_t task) {
         Logs logs;
-        const int64_t *i = items + task / a.kv_heads * 6;
-        attend(a, task % a.kv_heads, i[0], i[1], i[2], i[3], i[4], i[5], {}, logs);
+        const int64_t *run = starts + task / a.kv_heads;
+        attend(a, task % a.kv_heads, items + run[0], items + run[1], {}, logs);
         logs.write(a);
     });
 }
@@ -826,8 +872,9 @@ void attend_suffixes(const Attention<T> &a, const int64_t *row_of_slot, const in
             else
                 for (int64_t head = 0; head < a.kv_heads; head++) {
                     const bool same = head + 1 < a.kv_heads;
-                    attend(a, head, mine.row, 1, mine.first, mine.keys,
-                           position[mine.row] + mine.start, partial,
+                    const Item item = {mine.row,  1, mine.first, mine.keys,
+                                       position[mine.row] + mine.start, partial};
+                    attend(a, head, &item, &item + 1,
                            Ahead::of(a, same ? head + 1 : 0, same ? mine.first : next.first,
                                      same ? mine.keys : next.keys),
                            logs);
@@ -1183,7 +1230,7 @@ void decode(const Decoder &d, const int64_t *tokens, int64_t n, const int64_t *p
                             threads);
         for (int64_t c = 0; c < layer.num_chunks; c++) {
             const int64_t *chunk = layer.chunks + c * 6, start = chunk[4];
-            attend_items(a, (const int64_t *)chunk[0], chunk[1], threads);
+            attend_items(a, (const Item *)chunk[0], chunk[1], threads);
             merge(o, lse, (const int64_t *)chunk[2], chunk[5] - chunk[4], chunk[3], d.heads,
                   d.v_dim, attended + start * attended_size, merged_lse + start * d.heads, threads);
         }
@@ -1425,7 +1472,7 @@ extern "C" void take_token_f32(
         const T *q, int64_t q_t, int64_t q_h, const T *k, int64_t k_h, int64_t k_n, const T *v,    \
         int64_t v_h, int64_t v_n, int64_t heads, int64_t kv_heads, int64_t dim, int64_t v_dim,     \
         const int64_t *positions, float scale, float softcap, int64_t window, float *o,            \
-        float *lse, const int64_t *items, int64_t n, int threads) {                                \
+        float *lse, const Item *items, int64_t n, int threads) {                                   \
         attend_items(Attention<T>{q, k, v, q_t, q_h, k_h, k_n, v_h, v_n, heads, kv_heads, dim,     \
                                   v_dim, positions, scale, softcap, window, o, lse},               \
                      items, n, threads);                                                           \
