@@ -125,7 +125,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special ones skipped; bytes that are not UTF-8 become U+FFFD."""
         ids = list(ids)
-        if ids and not (0 <= min(ids) and max(ids) < self.size):
+        if ids and (min(ids) < 0 or max(ids) >= self.size):
             index = next(i for i in ids if not 0 <= i < self.size)
             raise ValueError(
                 f"token id {index} is outside the tokenizer, whose size is {self.size}"

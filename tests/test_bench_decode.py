@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import decode, growth
+from bench import decode, growth, rows, voting
 from bench.ceilings import Ceilings
 from bench.decode import Workload, config_of, floor_seconds, random_model
 from bench.shapes import SHAPES
+from engine.decode import Decoder
+from engine.judge import Judge
 from models.transformer import causal_attend
 
 
@@ -164,3 +166,36 @@ def test_growth_measures_and_plots_every_axis(
             point["floor_token_ms"] / point["token_ms"]
         )
     assert len(text) == 7 and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_are_measured_beside_decode_and_transformers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "TRANSFORMERS_BATCHES", (2, 3))
+    rows.main(
+        rows.Args(
+            rows=3, k=2, max_new_tokens=20, repeats=2, beside_decode=True,
+            compare_transformers=True,
+        )
+    )  # fmt: skip
+    *text, line = capsys.readouterr().out.splitlines()
+    figures = json.loads(line)
+    assert len(text) == 4 and len(figures["rounds"]) == 2
+    assert figures["tokens"] <= 3 * 2 * 20 and figures["judgement_tokens"] <= 20
+    assert 0 < figures["live"] <= 6
+    assert 0 < figures["outside_share"] < 1 and 0 < figures["prefill_share"] < 1
+    assert figures["decode"]["tokens_per_s"] > 0 and figures["decode"]["ratio"] > 0
+    assert list(figures["transformers"]["tokens_per_s"]) == ["2", "3"]
+    assert figures["transformers"]["ratio"] > 0
+
+
+def test_the_time_inside_is_counted_once_and_only_meanwhile() -> None:
+    judge = Judge.load("models/pocket", device="cpu")
+    before = Decoder.forward, Decoder._steps
+    args = rows.Args(rows=2, k=3, max_new_tokens=12)
+    judged = rows.judge_rows(judge, voting.read_labelled(None, "final", 2, 0), args)
+    assert (Decoder.forward, Decoder._steps) == before
+    assert 0 < judged.inside_s < judged.total_s
+    # Six samples of at most 12 tokens, of which a step decodes one of each but the first.
+    assert 1 < judged.live <= 6 and judged.tokens <= 72
+    assert judged.decode_rate > judged.tokens / judged.total_s
