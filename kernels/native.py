@@ -91,9 +91,7 @@ def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
         _recording.append(called)
 
 
-def _call(
-    functions: _Functions, name: str, dtype: torch.dtype, arguments: Sequence[Any]
-) -> _Call:
+def _call(functions: _Functions, name: str, dtype: torch.dtype, arguments: Sequence[Any]) -> _Call:
     addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     function, passed = functions[name, dtype], [*addresses, torch.get_num_threads()]
     function(*passed)
