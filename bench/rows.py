@@ -12,8 +12,10 @@ model, attention and sampling (drawing, extraction and keeping what was drawn ar
 many samples as were live on average and as many new tokens as a judgement has on average. The ratio
 is that of generated tokens per second without prefill: what retiring, joining and uneven rows cost.
 
---compare-transformers: in turn too, `generate` on such a prompt with 32, 64, 128 and 256 samples at
-once, none of which ends early; counted is the fastest of them, prefill included.
+--compare-transformers: in turn too, the first 8 rows with transformers' `generate` in float32 or
+whatever the model is stored in: the same prompts and options, padded to batches of 32, 64, 128 and
+256, each of which runs until its last sample has ended by itself. Counted are the tokens up to each
+sample's end, and the fastest batch.
 
 Figures are medians of rounds, ratios medians of the rounds' ratios, after one round that is not
 counted. Ends in one JSON line.
@@ -24,7 +26,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,13 @@ from tqdm import tqdm
 from bench.decode import Ours, Workload
 from bench.voting import read_labelled
 from engine.decode import Decoder
-from engine.judge import Judge
+from engine.judge import Judge, JudgeOptions, draw_orders
 from engine.request import Row
 from engine.verdict import Verdict
 from train.world import Split
 
-TRANSFORMERS_BATCHES = (32, 64, 128, 256)
+PEER_ROWS = 8
+PEER_BATCHES = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -155,27 +158,60 @@ def judge_rows(judge: Judge, rows: Sequence[Row], args: Args) -> Judged:
     )
 
 
+class Transformers:
+    """transformers on the prompts that rows' samples have."""
+
+    def __init__(self, judge: Judge, rows: Sequence[Row], args: Args) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.args = args
+        self.model = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=judge.model.head_weight.dtype
+        ).eval()
+        options = JudgeOptions(k=args.k, seed=args.seed)
+        self.prompts = [
+            judge.prompts.render(row, order) for row in rows for order in draw_orders(row, options)
+        ]
+        self.ends = torch.tensor(sorted(judge.model.config.eos_token_ids))
+
+    @torch.inference_mode()
+    def rate(self, batch: int) -> float:
+        """Generated tokens a second, in batches of so many samples."""
+        started, tokens = time.perf_counter(), 0
+        for first in range(0, len(self.prompts), batch):
+            prompts = self.prompts[first : first + batch]
+            longest = max(map(len, prompts))
+            ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+            lengths = torch.tensor([[len(prompt)] for prompt in prompts])
+            out = self.model.generate(
+                ids,
+                attention_mask=(torch.arange(longest) >= longest - lengths).long(),
+                do_sample=True,
+                temperature=self.args.temperature,
+                top_k=0,
+                max_new_tokens=self.args.max_new_tokens,
+                pad_token_id=int(self.ends[0]),
+            )
+            ended = torch.isin(out[:, longest:], self.ends).cumsum(1)
+            tokens += int((ended - torch.isin(out[:, longest:], self.ends).long() == 0).sum())
+        return tokens / (time.perf_counter() - started)
+
+
 def measure(judge: Judge, rows: Sequence[Row], args: Args) -> dict[str, Any]:
     """The figures of all rounds."""
     first = judge_rows(judge, rows, args)
-    loads = {
-        k: Workload(round(first.prompt_tokens), k, round(first.judgement_tokens))
-        for k in (round(first.live), *TRANSFORMERS_BATCHES)
-    }
-    shape = replace(loads[round(first.live)], levels=args.levels)
-    beside = Ours(judge.model, shape) if args.beside_decode else None
-    peers = []
-    if args.compare_transformers:
-        from bench.decode_peers import peer
-
-        peers = [peer("transformers", judge.model, loads[k]) for k in TRANSFORMERS_BATCHES]
+    load = Workload(
+        round(first.prompt_tokens), round(first.live), round(first.judgement_tokens), args.levels
+    )
+    beside = Ours(judge.model, load) if args.beside_decode else None
+    peer = Transformers(judge, rows[:PEER_ROWS], args) if args.compare_transformers else None
     taken: list[Judged] = []
     decode_rates: list[float] = []
     their_rates: list[list[float]] = []
     for seed in tqdm(range(args.repeats + 1), unit="round"):
         judged = judge_rows(judge, rows, args)
         round_ = beside.round(seed) if beside else None
-        theirs = [p.load.k * p.load.new_tokens / p.round(seed).total for p in peers]
+        theirs = [peer.rate(batch) for batch in PEER_BATCHES] if peer else []
         if not seed:
             continue
         taken.append(judged)
@@ -204,10 +240,10 @@ def measure(judge: Judge, rows: Sequence[Row], args: Args) -> dict[str, Any]:
                 j.decode_rate / rate for j, rate in zip(taken, decode_rates, strict=True)
             ),
         }
-    if peers:
+    if peer:
         medians = [statistics.median(column) for column in zip(*their_rates, strict=True)]
         figures["transformers"] = {
-            "tokens_per_s": dict(zip(map(str, TRANSFORMERS_BATCHES), medians, strict=True)),
+            "tokens_per_s": dict(zip(map(str, PEER_BATCHES), medians, strict=True)),
             "ratio": statistics.median(
                 rate / max(theirs) for rate, theirs in zip(rates, their_rates, strict=True)
             ),

@@ -171,7 +171,7 @@ def test_growth_measures_and_plots_every_axis(
 def test_rows_are_measured_beside_decode_and_transformers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "TRANSFORMERS_BATCHES", (2, 3))
+    monkeypatch.setattr(rows, "PEER_BATCHES", (2, 3))
     rows.main(
         rows.Args(
             rows=3, k=2, max_new_tokens=20, repeats=2, beside_decode=True,
