@@ -104,7 +104,8 @@ def replayed(step: Callable[[], None], times: int) -> Iterator[None]:
     alone differ from one time to the next, and with nothing else run in C++ in between."""
     global _recording
     yield
-    _recording = calls = []
+    calls: list[_Call] = []
+    _recording = calls
     try:
         step()
     finally:
