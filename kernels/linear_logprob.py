@@ -96,11 +96,16 @@ def logit_gradients_(
     gradients: LogProbs,
     softcap: float | None,
     temperature: float,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """In place of z, the gradients of the raw logits, given those of what was found."""
+    """In place of z, the gradients of the raw logits, given those of what was found. shift: (n, 1),
+    what z and the log-sum-exps lack, if they lack anything."""
     slope = None
     if softcap is not None:
-        slope = (z * (temperature / softcap)).square_().neg_().add_(1)
+        slope = (
+            z * (temperature / softcap) if shift is None else (z + shift) * (temperature / softcap)
+        )
+        slope.square_().neg_().add_(1)
     centred = z.sub_(found.lse[:, None])  # the log-probs of all tokens
     probability = centred.exp()
     dz = centred.add_(found.entropy[:, None]).mul_(-gradients.entropy[:, None])
@@ -126,7 +131,7 @@ class _LinearLogProb(torch.autograd.Function):
         found = LogProbs(*(hidden.new_empty(len(hidden), dtype=dtype) for _ in LogProbs._fields))
         for rows in chunks(len(hidden), len(weight)):
             z = scaled_logits(aligned(hidden[rows], dtype), wide, softcap, temperature)
-            own = log_probs_(z, _padded(target[rows], len(z)))
+            own = log_probs_(z, padded(target[rows], len(z)))
             for all_rows, here in zip(found, own, strict=True):
                 all_rows[rows] = here[: rows.stop - rows.start]
         ctx.save_for_backward(hidden, weight, target, *found)
@@ -142,28 +147,60 @@ class _LinearLogProb(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(wide) if needs_weight else None
         for rows in chunks(len(hidden), len(weight)):
-            padded = aligned(hidden[rows], dtype)
-            z = scaled_logits(padded, wide, ctx.softcap, ctx.temperature)
+            x = aligned(hidden[rows], dtype)
+            z = scaled_logits(x, wide, ctx.softcap, ctx.temperature)
             dz = logit_gradients_(
                 z,
-                _padded(target[rows], len(z)),
-                LogProbs(*(_padded(x[rows], len(z)) for x in found)),
-                LogProbs(*(_padded(x[rows].to(dtype), len(z)) for x in gradients)),
+                padded(target[rows], len(z)),
+                LogProbs(*(padded(x[rows], len(z)) for x in found)),
+                LogProbs(*(padded(x[rows].to(dtype), len(z)) for x in gradients)),
                 ctx.softcap,
                 ctx.temperature,
             )
             if d_hidden is not None:
                 d_hidden[rows] = (dz @ wide)[: rows.stop - rows.start].to(hidden.dtype)
             if d_weight is not None:
-                d_weight.addmm_(dz.T, padded)
+                d_weight.addmm_(dz.T, x)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 
-def _padded(values: Tensor, size: int) -> Tensor:
+def padded(values: Tensor, size: int) -> Tensor:
     """Values (n,), and zeros up to `size`."""
     out = values.new_zeros(size)
     out[: len(values)] = values
     return out
+
+
+def check_linear(
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    softcap: float | None,
+    temperature: float,
+) -> None:
+    """Raises ValueError for what `linear_logprob` does not take."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, H) "
+            "and (V, H)"
+        )
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(
+            f"{name}: hidden and weight must be floating and of one dtype, got {hidden.dtype} and "
+            f"{weight.dtype}"
+        )
+    if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(
+            f"{name}: target must be ({len(hidden)},) int64, got {tuple(target.shape)} "
+            f"{target.dtype}"
+        )
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{name}: softcap must be positive and finite, got {softcap}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{name}: temperature must be positive, got {temperature}")
+    if target.is_cpu and len(target) and not (target.min() >= 0 and target.max() < len(weight)):
+        raise ValueError(f"{name}: targets must be in [0, {len(weight)})")
 
 
 def linear_logprob(
@@ -181,26 +218,6 @@ def linear_logprob(
     Differentiable once in hidden and weight. Raises ValueError for other shapes, dtypes or numbers,
     and on CPU for a target out of range.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"linear_logprob: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must "
-            "be (N, H) and (V, H)"
-        )
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise ValueError(
-            f"linear_logprob: hidden and weight must be floating and of one dtype, got "
-            f"{hidden.dtype} and {weight.dtype}"
-        )
-    if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(
-            f"linear_logprob: target must be ({len(hidden)},) int64, got {tuple(target.shape)} "
-            f"{target.dtype}"
-        )
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"linear_logprob: softcap must be positive and finite, got {softcap}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"linear_logprob: temperature must be positive, got {temperature}")
-    if target.is_cpu and len(target) and not (target.min() >= 0 and target.max() < len(weight)):
-        raise ValueError(f"linear_logprob: targets must be in [0, {len(weight)})")
+    check_linear("linear_logprob", hidden, weight, target, softcap, temperature)
     found: LogProbs = _LinearLogProb.apply(hidden, weight, target, softcap, temperature)
     return LogProbs(*found)
