@@ -4,8 +4,9 @@ The mathematics is in `policy_loss.py`, log-probs and logit gradients in `linear
 they meet some rows at a time. Where a token's coefficient is known as soon as its log-prob is
 (level "token"), the logits of a chunk become its logit gradients in place: three matrix products.
 At level "sequence" a coefficient waits for the last token of its sequence, so logits are made
-twice: four. Gradients are computed with the loss, where anything asks for them, and scaled in the backward. The
-weight's gradient is added up in float32. There is no Triton kernel yet: torch runs everywhere.
+twice: four. Gradients are computed with the loss, where anything asks for them, and scaled in the
+backward. The weight's gradient is added up in float32. There is no Triton kernel yet: torch runs
+everywhere.
 N tokens, H the hidden size, V the vocabulary, S sequences.
 """
 
