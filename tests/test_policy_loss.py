@@ -1,0 +1,207 @@
+"""The policy loss against the published formulas, written out a second time with padded float64
+tensors and differentiated by autograd."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.policy_loss import (
+    KL_ESTIMATORS,
+    LOSSES,
+    PolicyLossOptions,
+    policy_loss,
+    token_weights,
+)
+
+
+def oracle(
+    kind: str,
+    logp: list[Tensor],
+    old: list[Tensor] | None,
+    ref: list[Tensor] | None,
+    advantage: Tensor,
+    options: PolicyLossOptions,
+    max_tokens: int,
+) -> Tensor:
+    """The loss of whole sequences as trl's GRPOTrainer has it: (S, T) tensors and a mask."""
+    lengths = [len(x) for x in logp]
+    mask = torch.zeros(len(logp), max(lengths), dtype=torch.float64)
+    padded = [torch.zeros_like(mask) for _ in range(3)]
+    for i, n in enumerate(lengths):
+        mask[i, :n] = 1
+        for table, rows in zip(padded, (logp, old or [x.detach() for x in logp], ref), strict=True):
+            if rows is not None:
+                table[i, :n] = rows[i]
+    new, before, reference = padded
+    log_ratio = new - before
+    if kind == "gspo":
+        log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(-1)
+    coef_1 = torch.exp(log_ratio)
+    coef_2 = torch.clamp(coef_1, 1 - options.clip_low, 1 + options.clip_high)
+    per_token = -torch.min(coef_1 * advantage[:, None], coef_2 * advantage[:, None])
+    if options.beta:
+        gap = reference - new
+        per_token_kl = {
+            "k1": -gap, "k2": gap.square() / 2, "k3": torch.exp(gap) - gap - 1,
+        }[options.kl]  # fmt: skip
+        per_token = per_token + options.beta * per_token_kl
+    if kind in ("grpo", "gspo"):
+        per_token = per_token * mask
+        return (per_token.sum(-1) / mask.sum(-1)).mean()
+    if kind == "dr_grpo":
+        return (per_token * mask).sum() / (len(logp) * max_tokens)
+    return (per_token * mask).sum() / mask.sum()
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    spread = draw(st.sampled_from([0.0, 0.05, 0.5]))
+
+    def rows(scale: float) -> list[Tensor]:
+        return [scale * torch.randn(n, generator=generator, dtype=torch.float64) for n in lengths]
+
+    logp = [-x.abs() for x in rows(2.0)]
+    return {
+        "logp": logp,
+        "old": [a + b for a, b in zip(logp, rows(spread), strict=True)],
+        "ref": [a + b for a, b in zip(logp, rows(0.7), strict=True)],
+        # A group without spread has advantage 0.
+        "advantage": torch.randn(len(lengths), generator=generator, dtype=torch.float64)
+        * torch.tensor(draw(st.lists(st.sampled_from([0.0, 1.0, 3.0]), min_size=5, max_size=5)))[
+            : len(lengths)
+        ],
+        "options": PolicyLossOptions(
+            clip_low=draw(st.sampled_from([0.0, 0.1, 0.2])),
+            clip_high=draw(st.sampled_from([0.05, 0.28])),
+            beta=draw(st.sampled_from([0.0, 0.04, 1.0])),
+            kl=draw(st.sampled_from(KL_ESTIMATORS)),
+        ),
+        "with_old": draw(st.booleans()),
+        "max_tokens": draw(st.integers(9, 20)),
+    }
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@given(problem=problems())
+@settings(max_examples=60, deadline=None)
+def test_loss_and_gradient_are_those_of_the_published_formulas(
+    kind: str, problem: dict[str, Any]
+) -> None:
+    options = replace(problem["options"], level="sequence" if kind == "gspo" else "token")
+    logp = [x.clone().requires_grad_() for x in problem["logp"]]
+    old = problem["old"] if problem["with_old"] else None
+    expected = oracle(
+        kind, logp, old, problem["ref"], problem["advantage"], options, problem["max_tokens"]
+    )
+    expected.backward()
+
+    lengths = torch.tensor([len(x) for x in logp])
+    tokens = int(lengths.sum())
+    found = policy_loss(
+        torch.cat(problem["logp"]),
+        problem["advantage"].repeat_interleave(lengths),
+        token_weights(
+            kind,
+            lengths,
+            num_sequences=len(logp),
+            num_tokens=tokens,
+            max_tokens=problem["max_tokens"],
+        ).double(),
+        options,
+        old_logp=None if old is None else torch.cat(old),
+        ref_logp=torch.cat(problem["ref"]),
+        lengths=lengths,
+    )
+    # Weights are float32; a ratio that lies on the clip's edge may fall to either side in autograd.
+    torch.testing.assert_close(found.loss, expected.detach(), rtol=1e-6, atol=1e-7)
+    gradient = torch.cat([x.grad for x in logp if x.grad is not None])
+    torch.testing.assert_close(found.coefficient, gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_a_window_of_micro_batches_adds_up_to_the_whole() -> None:
+    """The normaliser is the window's: the sum over micro-batches is the loss of all at once."""
+    lengths = torch.tensor([3, 7, 2, 5])
+    logp, old, advantage = -torch.rand(17), -torch.rand(17), torch.randn(17)
+    for kind in LOSSES:
+        options = PolicyLossOptions(level="sequence" if kind == "gspo" else "token")
+
+        def part(first: int, last: int, kind: str = kind, options: Any = options) -> Tensor:
+            own = lengths[first:last]
+            a, b = int(lengths[:first].sum()), int(lengths[:last].sum())
+            weight = token_weights(kind, own, num_sequences=4, num_tokens=17, max_tokens=9)
+            return policy_loss(
+                logp[a:b], advantage[a:b], weight, options, old_logp=old[a:b], lengths=own
+            ).loss
+
+        torch.testing.assert_close(part(0, 1) + part(1, 3) + part(3, 4), part(0, 4))
+
+
+def test_metrics_count_tokens_of_weight_alone() -> None:
+    logp = torch.tensor([0.0, 0.5, -0.5, 0.1, 9.0])
+    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0])
+    weight = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0])
+    found = policy_loss(
+        logp, advantage, weight, PolicyLossOptions(), old_logp=torch.zeros(5), ref_logp=logp - 0.3
+    )
+    assert found.clipped_high == 0.25 and found.clipped_low == 0.25
+    assert (
+        found.ratio_max == torch.tensor(0.5).exp() and found.ratio_min == torch.tensor(-0.5).exp()
+    )
+    torch.testing.assert_close(found.kl, torch.tensor(math.exp(-0.3) + 0.3 - 1))
+    # What is clipped gives no gradient; what is not gives -r A w.
+    assert found.coefficient[1] == 0 and found.coefficient[2] == 0 and found.coefficient[4] == 0
+    torch.testing.assert_close(found.coefficient[0], torch.tensor(-0.25))
+
+
+def test_no_tokens() -> None:
+    nothing = torch.zeros(0)
+    found = policy_loss(nothing, nothing, nothing, PolicyLossOptions(), old_logp=nothing)
+    assert found.loss == 0 and len(found.coefficient) == 0
+    assert found.kl.isnan() and found.ratio_max.isnan() and found.clipped_low.isnan()
+
+
+def test_without_old_log_probs_the_gradient_is_that_of_the_policy() -> None:
+    logp, advantage = -torch.rand(6), torch.randn(6)
+    found = policy_loss(logp, advantage, torch.ones(6), PolicyLossOptions())
+    torch.testing.assert_close(found.coefficient, -advantage)
+    torch.testing.assert_close(found.loss, -advantage.sum())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"clip_low": 1.5}, "clip_low = 1.5"),
+        ({"clip_high": -0.1}, "clip_high = -0.1"),
+        ({"beta": math.nan}, "beta = nan"),
+        ({"kl": "k4"}, "kl must be one of"),
+        ({"level": "word"}, "level must be"),
+    ],
+)
+def test_options_out_of_range(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PolicyLossOptions(**wrong)
+
+
+def test_what_is_missing_or_misshapen_is_named() -> None:
+    x = torch.zeros(4)
+    with pytest.raises(ValueError, match="needs ref_logp"):
+        policy_loss(x, x, x, PolicyLossOptions(beta=0.1))
+    with pytest.raises(ValueError, match="needs lengths"):
+        policy_loss(x, x, x, PolicyLossOptions(level="sequence"))
+    with pytest.raises(ValueError, match=r"weight must be \(4,\) floating"):
+        policy_loss(x, x, torch.zeros(3), PolicyLossOptions())
+    with pytest.raises(ValueError, match="old_logp must be"):
+        policy_loss(x, x, x, PolicyLossOptions(), old_logp=torch.zeros(4, dtype=torch.int64))
+    lengths = torch.tensor([2, 2])
+    with pytest.raises(ValueError, match="loss must be one of"):
+        token_weights("ppo", lengths, num_sequences=2, num_tokens=4, max_tokens=3)
+    with pytest.raises(ValueError, match="2 sequences"):
+        token_weights("grpo", lengths, num_sequences=1, num_tokens=4, max_tokens=3)
