@@ -1,4 +1,5 @@
-"""The norm, with and without the residual addition, on a step's rows and on a prefill's."""
+"""The norm, with and without the residual addition, on a step's rows and on a prefill's, and its
+gradients."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.figures import Figure, Peer, Work, assert_close, calls_on
+from bench.figures import Figure, Peer, Work, assert_close, calls_on, gradients
 from bench.shapes import SHAPES, Shape
 from bench.timing import ON_GPU, num_sets, randn
-from kernels.rms_norm import rms_norm, rms_norm_ref
+from kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_ref
 
 EPS = 1e-6
 NAMES = ["qwen3-8b", "gemma2-27b"] if ON_GPU else ["pocket", "qwen3-107m"]
@@ -78,8 +79,119 @@ def make_work(shape: Shape, rows: int, residual: bool) -> Work:
     )
 
 
+# Gradients of the input (and residual) and of the weight, from those of the norm (and the sum).
+Gradients = tuple[Tensor, Tensor]
+
+
+def eager_backward(
+    weight: Tensor,
+    plus_one: bool,
+    total: Tensor,
+    rstd: Tensor,
+    grad: Tensor,
+    grad_total: Tensor | None = None,
+) -> Gradients:
+    """The formula in torch."""
+    wide = grad.float()
+    normed = total.float() * rstd
+    d_weight = (wide * normed).sum(0).to(weight.dtype)
+    wide = wide * (weight.float() + plus_one)
+    d_total = (wide - normed * (wide * normed).mean(-1, keepdim=True)) * rstd
+    if grad_total is not None:
+        d_total = d_total + grad_total
+    return d_total.to(total.dtype), d_weight
+
+
+def fused_backward(
+    weight: Tensor,
+    plus_one: bool,
+    total: Tensor,
+    rstd: Tensor,
+    grad: Tensor,
+    grad_total: Tensor | None = None,
+) -> Gradients:
+    """The backward of torch's own function."""
+    scale = weight + 1 if plus_one else weight
+    d_total, d_weight = torch.ops.aten._fused_rms_norm_backward(
+        grad, total, weight.shape, rstd, scale, [True, True]
+    )
+    return d_total if grad_total is None else d_total + grad_total, d_weight
+
+
+def ours_backward(
+    weight: Tensor,
+    plus_one: bool,
+    total: Tensor,
+    rstd: Tensor,
+    grad: Tensor,
+    grad_total: Tensor | None = None,
+) -> Gradients:
+    """The operation, with its arguments in the order of the others."""
+    dtype = total.dtype
+    d_x, _, d_weight = rms_norm_backward(
+        grad,
+        grad_total,
+        total,
+        weight,
+        rstd,
+        plus_one,
+        dtype,
+        None if grad_total is None else dtype,
+    )
+    assert d_weight is not None
+    return d_x, d_weight
+
+
+def make_backward_work(shape: Shape, rows: int, residual: bool) -> Work:
+    """The gradients of the norm of `rows` hidden states."""
+    plus_one, dtype = shape.norm_plus_one, shape.dtype
+    size = rows * shape.hidden_size
+    operands = 3 if residual else 2
+    num_bytes = ((operands + 1) * size + 2 * shape.hidden_size) * dtype.itemsize + 4 * rows
+    weight = randn(shape.hidden_size, dtype=dtype)
+    sets = []
+    for _ in range(num_sets(num_bytes)):
+        total, *grads = randn(operands, rows, shape.hidden_size, dtype=dtype).unbind()
+        rstd = torch.rsqrt(total.float().pow(2).mean(-1, keepdim=True) + EPS)
+        sets.append((total, rstd, *grads))
+
+    def reference(total: Tensor, weight: Tensor) -> Normed:
+        return rms_norm_ref(
+            total, weight, EPS, plus_one, torch.zeros_like(total) if residual else None
+        )
+
+    def check(outs: Gradients, factor: float) -> None:
+        total, _, *grads = sets[0]
+        wide = [x.double() for x in (total, weight, *grads)]
+        exact = gradients(reference, wide[:2], wide[2:])
+        plain = gradients(reference, [total, weight], grads)
+        for out, exactly, plainly in zip(outs, exact, plain, strict=True):
+            assert_close("rms_norm backward", out, exactly, plainly, factor)
+
+    peers = {"eager": eager_backward} | ({"torch": fused_backward} if ON_GPU else {})
+    return Work(
+        "rms_norm backward",
+        f"{shape.name} {rows} rows{' + residual' if residual else ''}",
+        num_bytes,
+        (9 + operands) * size,
+        calls_on(partial(ours_backward, weight, plus_one), sets),
+        check,
+        {
+            name: Peer(partial(calls_on, partial(peer, weight, plus_one), sets))
+            for name, peer in peers.items()
+        },
+        {} if ON_GPU else {"torch": "has no fused backward on CPU"},
+    )
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", NAMES)
 def test_rms_norm(name: str, rows: int, residual: bool, measured: Callable[[Work], Figure]) -> None:
     measured(make_work(SHAPES[name], rows, residual))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_rms_norm_backward(name: str, residual: bool, measured: Callable[[Work], Figure]) -> None:
+    measured(make_backward_work(SHAPES[name], ROWS[-1], residual))

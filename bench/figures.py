@@ -129,6 +129,15 @@ def assert_close(name: str, out: Tensor, exact: Tensor, plain: Tensor, factor: f
         raise NotLikeReference(f"{name}: off by {error:.3g}, {allowed:.3g} is allowed")
 
 
+def gradients(
+    function: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """What autograd finds for all inputs from gradients of all results; in inference mode too."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        return torch.autograd.grad(function(*leaves), leaves, [grad.clone() for grad in grads])
+
+
 def assert_equal(name: str, out: Tensor, expected: Tensor) -> None:
     """Raise NotLikeReference unless both are the same, NaN being like NaN."""
     out, expected = out.cpu(), expected.cpu()

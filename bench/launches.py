@@ -18,11 +18,11 @@ from bench.shapes import Shape
 from bench.timing import DEVICE
 from kernels.extract_scores import ScoreAutomaton
 from kernels.forest_attention import forest_attention
-from kernels.gated_act import gated_act
+from kernels.gated_act import gated_act, gated_act_backward
 from kernels.matmul import matmul
 from kernels.merge_states import merge_states
-from kernels.rms_norm import rms_norm
-from kernels.rope import rope
+from kernels.rms_norm import rms_norm, rms_norm_backward
+from kernels.rope import rope, rope_backward
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
 from kernels.segment_attention import segment_attention
 from kernels.take_token import LiveSamples, Records, take_token
@@ -60,18 +60,42 @@ def _each(shape: Shape) -> Iterator[tuple[str, torch.dtype, int]]:
 
 
 def rms_norm_calls(shape: Shape) -> Calls:
-    """Of hidden states, with residuals of their dtype or in float32, and of heads."""
+    """Of hidden states, with residuals of their dtype or in float32, and of heads; gradients with
+    and without those of the weight."""
     for label, dtype, rows in _each(shape):
         x = _empty(rows, shape.hidden_size, dtype=dtype)
         weight = _empty(shape.hidden_size, dtype=dtype)
         norm = partial(rms_norm, x, weight, 1e-6, shape.norm_plus_one)
         yield label, norm
+        yield from _rms_norm_backward_calls(label, x, weight, shape.norm_plus_one)
         for wider in {dtype, torch.float32}:
-            yield f"{label} + {wider}", partial(norm, residual=x.to(wider))
+            label_too, total = f"{label} + {wider}", x.to(wider)
+            yield label_too, partial(norm, residual=total)
+            yield from _rms_norm_backward_calls(
+                label_too, total, weight, shape.norm_plus_one, dtype
+            )
         if shape.qk_norm:
             for part, heads in zip("qk", _slices(shape, rows, dtype), strict=False):
                 weight = _empty(shape.head_dim, dtype=dtype)
                 yield f"{label}, {part}", partial(rms_norm, heads, weight, 1e-6)
+                yield from _rms_norm_backward_calls(f"{label}, {part}", heads, weight, False)
+
+
+def _rms_norm_backward_calls(
+    label: str, total: Tensor, weight: Tensor, plus_one: bool, added_to: torch.dtype | None = None
+) -> Calls:
+    """added_to: the dtype of x, where `total` is its sum with a residual of the sum's dtype."""
+    grad = torch.empty_like(total, memory_format=torch.contiguous_format)
+    rstd = _empty(*total.shape[:-1], 1, dtype=torch.float32)
+    residual = added_to is not None
+    for weight_grad in (False, True):
+        yield (
+            f"{label}, backward",
+            partial(
+                rms_norm_backward, grad, grad if residual else None, total, weight, rstd, plus_one,
+                added_to or total.dtype, total.dtype if residual else None, weight_grad,
+            ),
+        )  # fmt: skip
 
 
 def _slices(shape: Shape, rows: int, dtype: torch.dtype) -> list[Tensor]:
@@ -81,20 +105,24 @@ def _slices(shape: Shape, rows: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def rope_calls(shape: Shape) -> Calls:
-    """Queries and keys as slices, and as norms leave them; gradients are rotated likewise."""
+    """Queries and keys as slices, and as norms leave them; and gradients."""
     for label, dtype, rows in _each(shape):
         cos, sin = _empty(2, rows, shape.head_dim // 2, dtype=torch.float32).unbind()
         for x in _slices(shape, rows, dtype)[:2]:
             for interleaved in (False, True):
                 yield label, partial(rope, x, cos, sin, interleaved)
                 yield label, partial(rope, x.contiguous(), cos, sin, interleaved)
+                backward = partial(rope_backward, x.contiguous(), cos, sin, interleaved)
+                yield f"{label}, backward", backward
 
 
 def gated_act_calls(shape: Shape) -> Calls:
-    """The model's activation."""
+    """The model's activation, and its gradients."""
     for label, dtype, rows in _each(shape):
         gate_up = _empty(rows, 2 * shape.intermediate_size, dtype=dtype)
+        grad = _empty(rows, shape.intermediate_size, dtype=dtype)
         yield label, partial(gated_act, gate_up, shape.activation)
+        yield f"{label}, backward", partial(gated_act_backward, grad, gate_up, shape.activation)
 
 
 def matmul_calls(shape: Shape) -> Calls:

@@ -9,8 +9,11 @@ float32 (float64 for float64 input) and rounded once.
 ATen's fused `silu`, `sigmoid` and `gelu` round differently in the vector body and the scalar tail
 of their loops, and the tail lies where the work is cut between threads, so a row's bits change with
 the number of rows. `exp`, `tanh`, products, sums and quotients do not have this fault: the forward
-is composed of those (and is faster for it). The backward is not bound by this; it is plain torch on
-every device. In Triton a program holds a piece of one long row, or several short rows.
+is composed of those (and is faster for it). The backward in torch is not bound by this. In Triton a
+program holds a piece of one long row, or several short rows; the backward writes the gradients of
+gate and up side by side, as they lie in the input. Since (1 + tanh(u)) / 2 = sigmoid(2u), both
+activations are g sigmoid(z) there, with one slope, sigmoid(z) (1 + g z' sigmoid(-z)), in which
+nothing cancels but what is zero.
 """
 
 import math
@@ -21,10 +24,19 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import native
 from kernels.device_math import tanh
-from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
+from kernels.launch import (
+    Target,
+    check_triton,
+    launch,
+    power_of_two,
+    runs_triton,
+    target_of,
+    without_gaps,
+)
 from kernels.native import runs_native
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -67,6 +79,44 @@ def _gated_act_kernel(
     tl.store(out_ptr + (row * size)[:, None] + column[None, :], out, mask=there)
 
 
+@triton.jit
+def _gated_act_backward_kernel(
+    grad_ptr,  # (T, I), strides grad_t, 1
+    gate_up_ptr,  # (T, 2I), strides gate_up_t, 1
+    d_gate_up_ptr,  # (T, 2I), contiguous
+    num_rows,  # T
+    size,  # I
+    grad_t,
+    gate_up_t,
+    GELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = (row < num_rows)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
+    at = gate_up_ptr + (row * gate_up_t)[:, None] + column[None, :]
+    gate = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(at + size, mask=there, other=0.0).to(tl.float32)
+    at = grad_ptr + (row * grad_t)[:, None] + column[None, :]
+    grad = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    z = gate
+    turn = gate  # g z'
+    if GELU:
+        square = tl.minimum(gate * gate, 256.0)  # beyond it the sigmoid is 0 or 1 all the same
+        z = 2 * _SLOPE * gate * (1 + 0.044715 * square)
+        turn = 2 * _SLOPE * gate * (1 + 3 * 0.044715 * square)
+    small = tl.exp(-tl.abs(z))
+    large = 1 / (1 + small)
+    small *= large
+    sigmoid, opposite = tl.where(z < 0, small, large), tl.where(z < 0, large, small)
+    d_gate = grad * up * (sigmoid * (1 + turn * opposite))
+    d_up = grad * (gate * sigmoid)
+    at = d_gate_up_ptr + (row * (2 * size))[:, None] + column[None, :]
+    tl.store(at, d_gate.to(d_gate_up_ptr.dtype.element_ty), mask=there)
+    tl.store(at + size, d_up.to(d_gate_up_ptr.dtype.element_ty), mask=there)
+
+
 def _launch(size: int, target: Target) -> dict[str, int]:
     """Rows and columns of a program, and its warps: 1,024 elements. Not yet tuned on a device;
     bench/bench_gated_act.py is the bench to tune with."""
@@ -83,6 +133,20 @@ def _run_triton(gate_up: Tensor, activation: str) -> Tensor:
         _gated_act_kernel,
         (-(-tokens // options["ROWS"]), -(-size // options["COLUMNS"])),
         gate_up, out, tokens, size, gate_up.stride(0), GELU=activation == "gelu_tanh", **options,
+    )  # fmt: skip
+    return out
+
+
+def _run_triton_backward(grad: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    check_triton("gated_act", grad, gate_up)
+    tokens, size = grad.shape
+    out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    options = _launch(size, target_of(gate_up))
+    launch(
+        _gated_act_backward_kernel,
+        (-(-tokens // options["ROWS"]), -(-size // options["COLUMNS"])),
+        grad, gate_up, out, tokens, size, grad.stride(0), gate_up.stride(0),
+        GELU=activation == "gelu_tanh", **options,
     )  # fmt: skip
     return out
 
@@ -119,23 +183,35 @@ class _GatedAct(torch.autograd.Function):
         return _forward(gate_up, activation)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
-        wide = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32))
-        gate, up = wide.chunk(2, -1)
-        grad = grad.to(wide.dtype)
-        out = torch.empty_like(wide)
-        d_gate, d_up = out.chunk(2, -1)
-        if ctx.activation == "silu":
-            sigmoid = gate.neg().exp_().add_(1).reciprocal_()
-            active = gate * sigmoid
-            torch.mul(grad, active, out=d_up)
-            slope = active.addcmul_(active, sigmoid, value=-1).add_(sigmoid)
-            torch.mul(slope.mul_(up), grad, out=d_gate)
-        else:
-            torch.mul(grad, F.gelu(gate, approximate="tanh"), out=d_up)
-            d_gate.copy_(torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"))
-        return out.to(gate_up.dtype), None
+        return gated_act_backward(grad, gate_up, ctx.activation), None
+
+
+def gated_act_backward(grad: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    """The gradient of gate_up from that of the result.
+
+    grad: (T, I) of any strides, in the dtype of gate_up. gate_up, activation: what `gated_act` was
+    given. Returns (T, 2I) in the dtype of gate_up.
+    """
+    if runs_triton(gate_up):
+        return _run_triton_backward(without_gaps(grad), gate_up, activation)
+    wide = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32))
+    gate, up = wide.chunk(2, -1)
+    grad = grad.to(wide.dtype)
+    out = torch.empty_like(wide)
+    d_gate, d_up = out.chunk(2, -1)
+    if activation == "silu":
+        sigmoid = gate.neg().exp_().add_(1).reciprocal_()
+        active = gate * sigmoid
+        torch.mul(grad, active, out=d_up)
+        slope = active.addcmul_(active, sigmoid, value=-1).add_(sigmoid)
+        torch.mul(slope.mul_(up), grad, out=d_gate)
+    else:
+        torch.mul(grad, F.gelu(gate, approximate="tanh"), out=d_up)
+        d_gate.copy_(torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"))
+    return out.to(gate_up.dtype)
 
 
 def gated_act(gate_up: Tensor, activation: str) -> Tensor:

@@ -118,14 +118,24 @@ def power_of_two(n: int, least: int = 1) -> int:
     return max(least, 1 << max(n - 1, 0).bit_length())
 
 
+def _gaps_in_rows(x: Tensor) -> bool:
+    return x.numel() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1
+
+
 def check_triton(name: str, *tensors: Tensor) -> None:
     """Raise ValueError for what no Triton kernel takes: float64, or a last dimension that is not
     contiguous."""
     for x in tensors:
         if x.dtype == torch.float64:
             raise ValueError(f"{name}: float64 runs on CPU only, in torch")
-        if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
+        if _gaps_in_rows(x):
             raise ValueError(
                 f"{name}: the last dimension must be contiguous, got shape {tuple(x.shape)} with "
                 f"strides {x.stride()}"
             )
+
+
+def without_gaps(grad: Tensor) -> Tensor:
+    """A gradient, copied if its last dimension is not contiguous: its layout is autograd's choice,
+    not the caller's, and that of a sum is expanded."""
+    return grad.contiguous() if _gaps_in_rows(grad) else grad

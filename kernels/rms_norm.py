@@ -1,16 +1,24 @@
 """Root-mean-square norm over the last dimension, with an optional residual addition before it.
 
     s = x + residual                                  (rounded to the dtype of the sum)
-    y = s / sqrt(mean(s^2) + eps) * w                 (or * (1 + w): Gemma)
+    y = n w,    n = s / sqrt(mean(s^2) + eps)         (or n (1 + w): Gemma)
+
+    ds = (g - n mean(g n)) / sqrt(mean(s^2) + eps),    g = dy w (or dy (1 + w))
+    dw = sum over rows of dy n
 
 T tokens (or tokens x heads), H the normalised size. Everything after the sum is computed in
 float32 (float64 for float64 input) and rounded once at the end.
 
 Row results do not depend on the other rows: the mean runs within a row, and squares, `rsqrt` and
-products round alike in the vector body and the scalar tail of ATen's loops. The Triton kernel holds
-whole rows: several short ones (heads) or one long one a program.
+products round alike in the vector body and the scalar tail of ATen's loops. The Triton kernels hold
+whole rows: several short ones (heads) or one long one at a time.
 
-It does not subtract a mean and has no bias. The backward is plain torch on every device.
+In the backward in Triton each of P programs takes every P-th block of rows and leaves its part of
+dw in its row of a float32 buffer, which a second kernel sums. Nothing is added atomically, so dw
+has the same bits in every run; its order of summation depends on the number of rows and on P, and
+so on the device.
+
+It does not subtract a mean and has no bias.
 """
 
 from typing import Any
@@ -19,10 +27,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import native
-from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
+from kernels.launch import (
+    Target,
+    check_triton,
+    launch,
+    power_of_two,
+    runs_triton,
+    target_of,
+    without_gaps,
+)
 from kernels.native import runs_native
+
+# Tile and warps of the sum of partial gradients of the weight. Not yet tuned on a device;
+# bench/bench_rms_norm.py is the bench to tune with.
+_SUM_LAUNCH = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4}
 
 
 def rms_norm_ref(
@@ -80,6 +101,81 @@ def _rms_norm_kernel(
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=there)
 
 
+@triton.jit
+def _rms_norm_backward_kernel(
+    grad_ptr,  # (T, A, H), strides grad_t, grad_a, 1
+    grad_total_ptr,  # (T, A, H), strides grad_total_t, grad_total_a, 1, or None
+    total_ptr,  # (T, A, H), strides total_t, total_a, 1
+    weight_ptr,  # (H,)
+    rstd_ptr,  # (T * A,)
+    d_x_ptr,  # (T * A, H), contiguous
+    d_residual_ptr,  # (T * A, H), contiguous, or None: as d_x
+    partial_ptr,  # (P, H) float32, contiguous, or None: without d_weight
+    num_rows,
+    inner,  # A
+    grad_t,
+    grad_a,
+    grad_total_t,
+    grad_total_a,
+    total_t,
+    total_a,
+    H: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    weight = tl.load(weight_ptr + column, mask=column < H, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        weight += 1
+    d_weight = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(program * ROWS, num_rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        there = (row < num_rows)[:, None] & (column < H)[None, :]  # (ROWS, COLUMNS)
+        t, a = row // inner, row % inner
+        at = (t * grad_t + a * grad_a)[:, None] + column[None, :]
+        grad = tl.load(grad_ptr + at, mask=there, other=0.0).to(tl.float32)
+        at = (t * total_t + a * total_a)[:, None] + column[None, :]
+        total = tl.load(total_ptr + at, mask=there, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)  # (ROWS,)
+        normed = total * rstd[:, None]
+        d_weight += grad * normed
+        grad *= weight[None, :]
+        along = tl.sum(grad * normed, 1) / H  # (ROWS,)
+        d_total = (grad - normed * along[:, None]) * rstd[:, None]
+        if grad_total_ptr is not None:
+            at = (t * grad_total_t + a * grad_total_a)[:, None] + column[None, :]
+            d_total += tl.load(grad_total_ptr + at, mask=there, other=0.0).to(tl.float32)
+        out = row[:, None] * H + column[None, :]
+        tl.store(d_x_ptr + out, d_total.to(d_x_ptr.dtype.element_ty), mask=there)
+        if d_residual_ptr is not None:
+            d_residual = d_total.to(d_residual_ptr.dtype.element_ty)
+            tl.store(d_residual_ptr + out, d_residual, mask=there)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + program * H + column, tl.sum(d_weight, 0), mask=column < H)
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partial_ptr,  # (P, H) float32, contiguous
+    out_ptr,  # (H,)
+    num_partials,  # P
+    size,  # H
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, num_partials, ROWS):
+        row = first + tl.arange(0, ROWS)
+        there = (row < num_partials)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
+        at = row.to(tl.int64)[:, None] * size + column[None, :]
+        total += tl.load(partial_ptr + at, mask=there, other=0.0)
+    out = tl.sum(total, 0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + column, out, mask=column < size)
+
+
 def _launch(size: int, target: Target) -> dict[str, int]:
     """Rows and columns of a program, and its warps: 2,048 elements or one row. Not yet tuned on a
     device; bench/bench_rms_norm.py is the bench to tune with."""
@@ -91,16 +187,31 @@ def _launch(size: int, target: Target) -> dict[str, int]:
     }
 
 
+def _launch_backward(num_rows: int, size: int, target: Target) -> tuple[int, dict[str, int]]:
+    """How many programs share the rows, 32 warps for each processor; and what each of them holds at
+    a time: as in the forward, on twice the warps, since it is several tensors. Not yet tuned on a
+    device; bench/bench_rms_norm.py is the bench to tune with."""
+    options = _launch(size, target)
+    options["num_warps"] = min(2 * options["num_warps"], 16 if target.is_hip else 32)
+    programs = target.num_processors * (32 // options["num_warps"])
+    return min(-(-num_rows // options["ROWS"]), programs), options
+
+
+def _folded(shape: torch.Size) -> tuple[int, int, int]:
+    """(T, A, H): a view's leading dimensions but the last as one."""
+    inner = shape[-2] if len(shape) > 2 else 1
+    return shape.numel() // max(inner * shape[-1], 1), inner, shape[-1]
+
+
 def _run_triton(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, plus_one: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The norm, the sum and the reciprocal root mean squares (float32) of x (+ residual)."""
     check_triton("rms_norm", x, weight, *([] if residual is None else [residual]))
-    shape, size = x.shape, x.shape[-1]
-    inner = shape[-2] if x.ndim > 2 else 1
-    outer = x.numel() // max(inner * size, 1)
-    x = x.view(outer, inner, size)  # a view: what cannot be one is refused by torch
-    added = x if residual is None else residual.view(outer, inner, size)
+    shape, folded = x.shape, _folded(x.shape)
+    _, inner, size = folded
+    x = x.view(folded)  # a view: what cannot be one is refused by torch
+    added = x if residual is None else residual.view(folded)
     dtype = torch.promote_types(x.dtype, added.dtype)
     y = torch.empty(shape, dtype=dtype, device=x.device)
     total = x.view(shape) if residual is None else torch.empty_like(y)
@@ -114,6 +225,50 @@ def _run_triton(
         H=size, PLUS_ONE=plus_one, RESIDUAL=residual is not None, **options,
     )  # fmt: skip
     return y, total, rstd
+
+
+def _run_triton_backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    plus_one: bool,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    shape, folded = total.shape, _folded(total.shape)
+    _, inner, size = folded
+    grad = without_gaps(grad.reshape(folded))
+    added = grad if grad_total is None else without_gaps(grad_total.reshape(folded))
+    check_triton("rms_norm", grad, added, total, weight)
+    total = total.view(folded)
+    d_x = torch.empty(shape, dtype=dtype, device=total.device)
+    d_residual = None if residual_dtype is None else d_x
+    if residual_dtype is not None and residual_dtype != dtype:
+        d_residual = torch.empty_like(d_x, dtype=residual_dtype)
+    programs, options = _launch_backward(rstd.numel(), size, target_of(total))
+    partial = None
+    if weight_grad:
+        partial = torch.empty(programs, size, dtype=torch.float32, device=total.device)
+    launch(
+        _rms_norm_backward_kernel,
+        (programs,),
+        grad, None if grad_total is None else added, total, weight, rstd,
+        d_x, None if d_residual is d_x else d_residual, partial, rstd.numel(), inner,
+        *grad.stride()[:2], *added.stride()[:2], *total.stride()[:2],
+        H=size, PLUS_ONE=plus_one, **options,
+    )  # fmt: skip
+    if partial is None:
+        return d_x, d_residual, None
+    d_weight = torch.empty_like(weight)
+    launch(
+        _sum_partials_kernel,
+        (-(-size // _SUM_LAUNCH["COLUMNS"]),),
+        partial, d_weight, programs, size, **_SUM_LAUNCH,
+    )  # fmt: skip
+    return d_x, d_residual, d_weight
 
 
 def _run_native(
@@ -133,8 +288,7 @@ def _run_native(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With s = x (+ residual) and n = s / rms: ds = (dy w - n mean(dy w n)) / rms, dw = sum over
-    rows of dy n. Gives y, and s where there is a residual."""
+    """Gives y, and s where there is a residual."""
 
     @staticmethod
     def forward(
@@ -153,21 +307,52 @@ class _RMSNorm(torch.autograd.Function):
         return y if residual is None else (y, total)
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, grad: Tensor, grad_total: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         total, weight, rstd = ctx.saved_tensors
-        grad = grad.to(rstd.dtype)
-        normed = total * rstd
-        d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        grad = grad * _scale(weight, ctx.plus_one, rstd.dtype)
-        along = (grad * normed).mean(-1, keepdim=True)
-        d_total = grad.sub_(normed.mul_(along)).mul_(rstd).to(total.dtype)
-        if grad_total is not None:
-            d_total = d_total + grad_total
         dtype, residual_dtype = ctx.dtypes
-        d_residual = None if residual_dtype is None else d_total.to(residual_dtype)
-        return d_total.to(dtype), d_residual, d_weight, None, None
+        d_x, d_residual, d_weight = rms_norm_backward(
+            grad, grad_total, total, weight, rstd, ctx.plus_one, dtype, residual_dtype,
+            ctx.needs_input_grad[2],
+        )  # fmt: skip
+        return d_x, d_residual, d_weight, None, None
+
+
+def rms_norm_backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    plus_one: bool,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype | None = None,
+    weight_grad: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x, residual and weight from those of y and, where it was a result, s.
+
+    grad, grad_total: (..., H) of any strides. total: s. rstd: (..., 1), 1 / sqrt(mean(s^2) + eps)
+    in the dtype of accumulation. dtype, residual_dtype: those of x and residual (None: there was
+    none), in which their gradients are returned; one of weight is None unless `weight_grad`.
+    """
+    if runs_triton(total):
+        return _run_triton_backward(
+            grad, grad_total, total, weight, rstd, plus_one, dtype, residual_dtype, weight_grad
+        )
+    grad = grad.to(rstd.dtype)
+    normed = total * rstd
+    d_weight = None
+    if weight_grad:
+        d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    grad = grad * _scale(weight, plus_one, rstd.dtype)
+    along = (grad * normed).mean(-1, keepdim=True)
+    d_total = grad.sub_(normed.mul_(along)).mul_(rstd).to(total.dtype)
+    if grad_total is not None:
+        d_total = d_total + grad_total
+    d_residual = None if residual_dtype is None else d_total.to(residual_dtype)
+    return d_total.to(dtype), d_residual, d_weight
 
 
 def _scale(weight: Tensor, plus_one: bool, dtype: torch.dtype) -> Tensor:

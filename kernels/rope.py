@@ -7,7 +7,7 @@ T tokens, H heads, D channels per head (even). Half-split pairs channel i with i
 Gemma); interleaved pairs 2i with 2i + 1 (DeepSeek). Angles, sines and cosines are float32: at
 position 100,000 a bfloat16 angle would be off by hundreds of radians. The rotation is computed in
 float32 (float64 for float64 input) and rounded once. A Triton program turns several heads, each of
-them whole.
+them whole. Gradients turn by the opposite angle, in the same kernel.
 
 It does not know where `inv_freq` comes from: scaling belongs to the model's configuration.
 """
@@ -18,9 +18,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import native
-from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
+from kernels.launch import (
+    Target,
+    check_triton,
+    launch,
+    power_of_two,
+    runs_triton,
+    target_of,
+    without_gaps,
+)
 from kernels.native import runs_native
 
 
@@ -63,6 +72,7 @@ def _rope_kernel(
     sin_t,
     HALF: tl.constexpr,  # D/2
     INTERLEAVED: tl.constexpr,
+    OPPOSITE: tl.constexpr,  # turn back
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
@@ -72,6 +82,8 @@ def _rope_kernel(
     t, h = row // heads, row % heads
     cos = tl.load(cos_ptr + (t * cos_t)[:, None] + pair[None, :], mask=there, other=0.0)
     sin = tl.load(sin_ptr + (t * sin_t)[:, None] + pair[None, :], mask=there, other=0.0)
+    if OPPOSITE:
+        sin = -sin
     x_row = x_ptr + (t * x_t + h * x_h)[:, None]
     y_row = y_ptr + row[:, None] * (2 * HALF)
     if INTERLEAVED:
@@ -98,7 +110,7 @@ def _launch(half: int, target: Target) -> dict[str, int]:
     return {"ROWS": max(1, 1024 // pairs), "PAIRS": pairs, "num_warps": 4}
 
 
-def _run_triton(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def _run_triton(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, opposite: bool) -> Tensor:
     check_triton("rope", x, cos, sin)
     tokens, heads, dim = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -108,17 +120,20 @@ def _run_triton(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tenso
         (-(-tokens * heads // options["ROWS"]),),
         x, cos, sin, y, tokens * heads, heads,
         x.stride(0), x.stride(1), cos.stride(0), sin.stride(0),
-        HALF=dim // 2, INTERLEAVED=interleaved, **options,
+        HALF=dim // 2, INTERLEAVED=interleaved, OPPOSITE=opposite, **options,
     )  # fmt: skip
     return y
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def _rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, opposite: bool = False
+) -> Tensor:
     """In torch, the reference with each half of the result written in place."""
     if runs_triton(x):
-        return _run_triton(x, cos, sin, interleaved)
+        return _run_triton(x, cos, sin, interleaved, opposite)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = cos[:, None].to(wide.dtype), sin[:, None].to(wide.dtype)
+    sin = -sin if opposite else sin
     out = torch.empty(wide.shape, dtype=wide.dtype, device=wide.device)
     for_a, for_b = _pairs(out, interleaved)
     a, b = _pairs(wide, interleaved)
@@ -143,8 +158,6 @@ def _run_native(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rope(torch.autograd.Function):
-    """A rotation, whose transpose is the rotation by the opposite angle."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
@@ -152,10 +165,20 @@ class _Rope(torch.autograd.Function):
         return _rotate(x, cos, sin, interleaved)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        grad = grad.contiguous()  # what autograd expands has a last stride of 0
-        return _rotate(grad, cos, -sin, ctx.interleaved), None, None, None
+        return rope_backward(grad, cos, sin, ctx.interleaved), None, None, None
+
+
+def rope_backward(grad: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """The gradient of x from that of the result: the transpose of a rotation is the rotation by
+    the opposite angle.
+
+    grad: (T, H, D) of any strides, floating. cos, sin, interleaved: what `rope` was given.
+    Returns (T, H, D) in the dtype of grad.
+    """
+    return _rotate(without_gaps(grad), cos, sin, interleaved, opposite=True)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -163,8 +186,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
 
     x: (T, H, D) floating, D even. cos, sin: (T, D/2) float32, from `rope_cos_sin`.
     In Triton the last dimensions are contiguous; the others may be slices of something wider.
-    Returns (T, H, D) in the dtype of x, differentiable in x. Raises ValueError for other shapes or
-    dtypes.
+    Returns (T, H, D) in the dtype of x; differentiable once, in x. Raises ValueError for other
+    shapes or dtypes.
     """
     if x.ndim != 3 or x.shape[-1] % 2 or not x.is_floating_point():
         raise ValueError(f"rope: x must be (T, H, even D) floating, got {tuple(x.shape)} {x.dtype}")

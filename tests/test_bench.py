@@ -22,10 +22,13 @@ from bench.bench_forest_attention import (
     Case,
 )
 from bench.bench_forest_attention import make_work as attention_work
+from bench.bench_gated_act import make_backward_work as gated_act_backward_work
 from bench.bench_gated_act import make_work as gated_act_work
 from bench.bench_matmul import make_work as matmul_work
 from bench.bench_merge_states import make_work as merge_states_work
+from bench.bench_rms_norm import make_backward_work as rms_norm_backward_work
 from bench.bench_rms_norm import make_work as rms_norm_work
+from bench.bench_rope import make_backward_work as rope_backward_work
 from bench.bench_rope import make_work as rope_work
 from bench.bench_sample_token import OPTIONS, make_step
 from bench.bench_sample_token import make_work as sample_token_work
@@ -162,8 +165,12 @@ POCKET = SHAPES["pocket"]
 WORKS: dict[str, Callable[[], Work]] = {
     "rms_norm": lambda: rms_norm_work(POCKET, 16, False),
     "rms_norm + residual": lambda: rms_norm_work(POCKET, 16, True),
+    "rms_norm backward": lambda: rms_norm_backward_work(POCKET, 16, False),
+    "rms_norm + residual backward": lambda: rms_norm_backward_work(POCKET, 16, True),
     "rope": lambda: rope_work(POCKET, 16),
+    "rope backward": lambda: rope_backward_work(POCKET, 16),
     "gated_act": lambda: gated_act_work(POCKET, 16),
+    "gated_act backward": lambda: gated_act_backward_work(POCKET, 16),
     "matmul": lambda: matmul_work(POCKET, "qkv_proj", 16),
     "merge_states": lambda: merge_states_work(POCKET, 8, 3),
     "sample_token": lambda: sample_token_work(POCKET, 9, "greedy"),

@@ -53,6 +53,13 @@ def test_gradients(activation: str) -> None:
     assert torch.autograd.gradcheck(lambda x: gated_act(x, activation), [gate_up])
 
 
+def test_a_second_gradient_is_refused() -> None:
+    x = draw((4, 10), torch.float64).requires_grad_()
+    (first,) = torch.autograd.grad((gated_act(x, "silu") ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_in_low_precision_agree_with_float64(activation: str) -> None:
     gate_up = draw((16, 64), torch.bfloat16)

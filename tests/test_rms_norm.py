@@ -92,6 +92,33 @@ def test_gradient_dtypes_in_mixed_precision() -> None:
     assert weight.grad is not None and weight.grad.dtype == torch.float32
 
 
+def test_gradients_of_some_inputs() -> None:
+    x, weight, residual = (draw(s, torch.float32, i) for i, s in enumerate([(4, 8), (8,), (4, 8)]))
+    inputs = {"x": x, "weight": weight, "residual": residual}
+
+    def gradients(*names: str) -> dict[str, Tensor]:
+        given = {name: t.clone().requires_grad_(name in names) for name, t in inputs.items()}
+        y, total = rms_norm(eps=EPS, **given)  # type: ignore[arg-type]
+        (y * total.detach()).sum().backward()
+        return {name: t.grad for name, t in given.items() if t.grad is not None}
+
+    expected = gradients(*inputs)
+    assert set(expected) == set(inputs)
+    for names in (("x",), ("weight",), ("residual",), ("x", "residual")):
+        found = gradients(*names)
+        assert set(found) == set(names)
+        assert all(found[name].equal(expected[name]) for name in names)
+
+
+def test_a_second_gradient_is_refused() -> None:
+    x = draw((4, 8), torch.float64).requires_grad_()
+    y = rms_norm(x, torch.ones(8), EPS)
+    assert isinstance(y, Tensor)
+    (first,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("shape", [(ROWS, 64), (ROWS, 77), (ROWS, 6, 32), (ROWS, 2, 20)])
 def test_rows_do_not_depend_on_each_other(shape: tuple[int, ...]) -> None:
     x, weight, wide = (

@@ -97,6 +97,13 @@ def test_gradients(interleaved: bool) -> None:
     assert torch.autograd.gradcheck(lambda x: rope(x, cos, sin, interleaved), [x])
 
 
+def test_a_second_gradient_is_refused() -> None:
+    x = draw((4, 2, 6)).requires_grad_()
+    (first,) = torch.autograd.grad((rope(x, *tables(4, 6)) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize(("heads", "dim"), [(6, 32), (1, 10), (3, 24)])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rows_do_not_depend_on_each_other(heads: int, dim: int, interleaved: bool) -> None:
