@@ -10,7 +10,8 @@ model, attention and sampling (drawing, extraction and keeping what was drawn ar
 
 --beside-decode: in turn with that, `bench.decode` on one prompt of the rows' mean length, with as
 many samples as were live on average and as many new tokens as a judgement has on average. The ratio
-is that of generated tokens per second without prefill: what retiring, joining and uneven rows cost.
+is that of generated tokens per second without prefill: what retiring, joining, uneven rows and the
+short segments of their prompts cost. --levels makes that one prompt a tree of as many levels.
 
 --compare-transformers: in turn too, the first 8 rows with transformers' `generate` in float32 or
 whatever the model is stored in: the same prompts and options, padded to batches of 32, 64, 128 and
@@ -192,8 +193,8 @@ class Transformers:
                 max_new_tokens=self.args.max_new_tokens,
                 pad_token_id=int(self.ends[0]),
             )
-            ended = torch.isin(out[:, longest:], self.ends).cumsum(1)
-            tokens += int((ended - torch.isin(out[:, longest:], self.ends).long() == 0).sum())
+            is_end = torch.isin(out[:, longest:], self.ends).long()
+            tokens += int((is_end.cumsum(1) == is_end).sum())  # no end before this token
         return tokens / (time.perf_counter() - started)
 
 

@@ -93,6 +93,8 @@ def grpo_loss_ref(
 
 
 class _GRPOLoss(torch.autograd.Function):
+    """Gives 0, through which the gradients of the loss flow, and logp and entropy (N,)."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -144,7 +146,7 @@ class _GRPOLoss(torch.autograd.Function):
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(logp, entropy)
-        return tokens.terms(logp, options).loss, logp, entropy
+        return hidden.new_zeros((), dtype=dtype), logp, entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -178,5 +180,6 @@ def grpo_loss(
     """
     check_linear("grpo_loss", hidden, weight, target, softcap, temperature)
     tokens = _Tokens(target, advantage, token_weight, old_logp, ref_logp, lengths)
-    loss, logp, entropy = _GRPOLoss.apply(hidden, weight, tokens, options, softcap, temperature)
-    return GRPOLoss(loss, logp, entropy, tokens.terms(logp, options))
+    through, logp, entropy = _GRPOLoss.apply(hidden, weight, tokens, options, softcap, temperature)
+    terms = tokens.terms(logp, options)
+    return GRPOLoss(terms.loss + through, logp, entropy, terms)

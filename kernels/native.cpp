@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 extern "C" {  // MKL's vector mathematics: n numbers, `mode` its accuracy
@@ -445,19 +446,11 @@ void add_values(const float *weights, int64_t rows, const float *values, int64_t
 }
 
 // A block of keys or values in float32 with rows of `width` (a multiple of LANES for values).
-inline const float *block_of(const float *x, int64_t &stride, int64_t n, int64_t dim, int64_t width,
+template <class T>
+inline const float *block_of(const T *x, int64_t &stride, int64_t n, int64_t dim, int64_t width,
                              std::vector<float> &to) {
-    if (width == dim) return x;
-    float *block = room(to, n * width);
-    for (int64_t j = 0; j < n; j++) {
-        std::copy_n(x + j * stride, dim, block + j * width);
-        std::fill(block + j * width + dim, block + (j + 1) * width, 0.0f);
-    }
-    stride = width;
-    return block;
-}
-inline const float *block_of(const bf16 *x, int64_t &stride, int64_t n, int64_t dim, int64_t width,
-                             std::vector<float> &to) {
+    if constexpr (std::is_same_v<T, float>)
+        if (width == dim) return x;
     float *block = room(to, n * width);
     for (int64_t j = 0; j < n; j++) {
         widen_row(x + j * stride, block + j * width, dim);
@@ -851,7 +844,6 @@ template <class T>
 void attend_suffixes(const Attention<T> &a, const int64_t *row_of_slot, const int64_t *length,
                      const int64_t *position, int64_t num_slots, int64_t base, int64_t capacity,
                      int64_t max_split, int64_t num_splits, int threads) {
-    const int64_t groups = a.heads / a.kv_heads;
     struct Own {
         int64_t row, start, keys, first;
     };
