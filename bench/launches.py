@@ -19,8 +19,11 @@ from bench.timing import DEVICE
 from kernels.extract_scores import ScoreAutomaton
 from kernels.forest_attention import forest_attention
 from kernels.gated_act import gated_act, gated_act_backward
+from kernels.grpo_loss import grpo_loss
+from kernels.linear_logprob import linear_logprob
 from kernels.matmul import matmul
 from kernels.merge_states import merge_states
+from kernels.policy_loss import PolicyLossOptions
 from kernels.rms_norm import rms_norm, rms_norm_backward
 from kernels.rope import rope, rope_backward
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
@@ -134,6 +137,39 @@ def matmul_calls(shape: Shape) -> Calls:
             if name == "qkv_proj":
                 bias = _empty(size, dtype=dtype)
                 yield f"{label}, {name} + bias", partial(matmul, x, weight, bias)
+
+
+def linear_logprob_calls(shape: Shape) -> Calls:
+    """With and without gradients, of hidden and weight, and the policy loss of tokens and of
+    sequences."""
+    for dtype in dtypes_of(shape):
+        for rows in (1, 2048):
+            x, w = (
+                _empty(size, shape.hidden_size, dtype=dtype) for size in (rows, shape.vocab_size)
+            )
+            target, row = _int64(rows), torch.zeros(rows, device=DEVICE)
+            d_w = _empty(*w.shape, dtype=torch.float32)
+            log_probs = partial(linear_logprob, x, w, target, shape.final_softcap)
+            yield f"{rows} rows, {dtype}", log_probs
+            for sums in (("logp",), ("logp", "entropy", "lse")):
+                yield f"{rows} rows, {dtype}, backward", partial(_backward, log_probs, sums, x)
+            for level in ("token", "sequence"):
+                loss = partial(
+                    grpo_loss, x, w, target, row, row, PolicyLossOptions(level=level),
+                    lengths=target + 1, softcap=shape.final_softcap, weight_grad=d_w,
+                )  # fmt: skip
+                yield (
+                    f"{rows} rows, {dtype}, policy loss by {level}",
+                    partial(_backward, loss, ("loss",), x),
+                )
+
+
+def _backward(forward: Callable[[], object], sums: tuple[str, ...], x: Tensor) -> None:
+    """The gradient of x of the sum of some results, in inference mode too."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x.requires_grad_()
+        found = forward()
+        torch.autograd.grad(sum(getattr(found, name).sum() for name in sums), x)
 
 
 def write_kv_calls(shape: Shape) -> Calls:
@@ -285,6 +321,7 @@ OPERATIONS: dict[str, Callable[[Shape], Calls]] = {
     "rope": rope_calls,
     "gated_act": gated_act_calls,
     "matmul": matmul_calls,
+    "linear_logprob": linear_logprob_calls,
     "write_kv": write_kv_calls,
     "forest_attention": forest_attention_calls,
     "segment_attention": segment_attention_calls,

@@ -10,29 +10,47 @@ and with gradients g of logp, e of the entropy and l of lse, for each v
     dz_v = p_v (l - g - e (z_v - lse + entropy)) + g [v = target]
     d(hidden W^T)_v = dz_v (1 - (z_v temperature / softcap)^2) / temperature
 
-Logits are made for some rows at a time and gone when the next are; the backward makes them again:
-one matrix product without gradients, four with. A row's results depend on nothing but the row,
-since rows are filled up to a multiple of 16. There is no Triton kernel yet: torch runs everywhere.
-N tokens, H the hidden size, V the vocabulary.
+N tokens, H the hidden size, V the vocabulary. All this is float32 (float64 for float64 input); the
+gradient of the weight is added up in it.
+
+The logits of some rows are there at a time (`chunk_size`), never all of them. Without gradients
+that is one matrix product; the backward makes the logits again, and two products with their
+gradients: four. `grpo_loss.py` shares all of this.
+
+Triton. A program makes one tile of logits, and of each of its rows leaves the maximum m, the sum of
+exp(z - m) and that of exp(z - m) (z - m) over the tile's tokens; the program with a row's target
+leaves its z. A second kernel puts tiles together, in their order. Where gradients follow, tiles of
+exp(z - m) are kept in the dtype of the hidden states, and become gradients of logits in place: to
+half a unit in the last place of their own, where half-precision logits would be off by whole
+percents; the target's own probability is the exact one, since of a likely token it is 1 - p that
+counts. There are no atomics and no locks. Products and sums run in one order that does not depend
+on N or on the chunk, but for the weight's gradient, a sum over all rows. (float16, whose range a
+mean over many tokens leaves, holds gradients in units of a power of two that is the chunk's.)
+Numbers that change from step to step are no part of what a kernel is compiled for.
+
+Tokens that nothing asks for are put behind the others (`front`) and not computed. A target that is
+out of range gives NaN on a GPU, where a check would wait for the device, and is refused on CPU.
 """
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-_ALIGN = 16
-_MAX_LOGITS = 1 << 25  # held at a time: 128 MiB of float32
+from kernels.device_math import tanh
+from kernels.launch import Target, check_triton, launch, runs_triton, target_of
+from kernels.linear_logprob_cpu import HeadCPU, LogProbGradients, LogProbs
 
-
-class LogProbs(NamedTuple):
-    """Each (N,) float32 (float64 for float64 input); natural logarithms."""
-
-    logp: Tensor
-    entropy: Tensor
-    lse: Tensor
+_CHUNK_SIZE = 4096  # rows on a GPU, unless told otherwise; of 256,000 bfloat16 logits 2.1 GB
+# Rows and tiles of the kernel that puts tiles together. Not yet tuned on a device;
+# bench/bench_linear_logprob.py is the bench to tune with.
+_JOIN_LAUNCH = {"ROWS": 32, "TILES": 32, "num_warps": 4}
+_GRADIENT_ROWS = 16
 
 
 def linear_logprob_ref(
@@ -53,67 +71,381 @@ def linear_logprob_ref(
     return LogProbs(z.gather(1, target[:, None])[:, 0] - lse, entropy, lse)
 
 
-def chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
-    """Rows whose logits are held together."""
-    size = max(_ALIGN, _MAX_LOGITS // vocab_size // _ALIGN * _ALIGN)
-    for first in range(0, num_tokens, size):
-        yield slice(first, min(first + size, num_tokens))
+@triton.jit
+def _tile(program, num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+          GROUP: tl.constexpr):  # fmt: skip
+    """The tile of a program, (row, column): GROUP tiles of rows take each tile of columns in turn,
+    so that what they read stays in the cache."""
+    row_tiles = (num_rows + BLOCK_M - 1) // BLOCK_M
+    column_tiles = (num_columns + BLOCK_N - 1) // BLOCK_N
+    first = program // (column_tiles * GROUP) * GROUP
+    tiles = tl.minimum(row_tiles - first, GROUP)
+    inside = program % (column_tiles * GROUP)
+    return first + inside % tiles, inside // tiles
 
 
-def aligned(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows (n, H) in a dtype, with zeros up to a multiple of 16."""
-    out = rows.new_zeros(-(-len(rows) // _ALIGN) * _ALIGN, rows.shape[1], dtype=dtype)
-    out[: len(rows)] = rows
-    return out
+@triton.jit(do_not_specialize=["num_rows"])
+def _logits_kernel(
+    hidden_ptr,  # (n, H), strides x_n, 1
+    weight_ptr,  # (V, H), strides w_v, 1
+    target_ptr,  # (n,) int64
+    held_ptr,  # (n, V), strides held_n, 1, or None: exp(z - m)
+    top_ptr,  # (tiles, n) float32: m
+    total_ptr,  # (tiles, n) float32
+    moment_ptr,  # (tiles, n) float32
+    z_target_ptr,  # (n,) float32
+    limit_ptr,  # (), or None: how many rows are wanted
+    num_rows,  # n
+    vocab,  # V
+    size,  # H
+    x_n,
+    w_v,
+    held_n,
+    softcap,
+    temperature,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,  # BLOCK_K divides H
+    SOFTCAP: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_tile, tile = _tile(tl.program_id(0), num_rows, vocab, BLOCK_M, BLOCK_N, GROUP)
+    row = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    column = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    limit = num_rows
+    if limit_ptr is not None:
+        limit = tl.load(limit_ptr).to(tl.int32)
+    if row_tile * BLOCK_M >= limit:
+        return
+    there = row < num_rows
+    x_at = hidden_ptr + (tl.minimum(row, num_rows - 1) * x_n)[:, None]
+    w_at = weight_ptr + (tl.minimum(column, vocab - 1) * w_v)[:, None]
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, size, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        if EVEN:
+            x, w = tl.load(x_at + k), tl.load(w_at + k)
+        else:
+            x = tl.load(x_at + k, mask=k < size, other=0.0)
+            w = tl.load(w_at + k, mask=k < size, other=0.0)
+        z = tl.dot(x, tl.trans(w), z, input_precision="ieee")
+    if SOFTCAP:
+        z = tanh(z / softcap) * softcap
+    z = z / temperature
+
+    target = tl.load(target_ptr + row, mask=there, other=-1)  # (BLOCK_M,)
+    z_target = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
+    here = (target >= tile * BLOCK_N) & (target < tl.minimum((tile + 1) * BLOCK_N, vocab))
+    tl.store(z_target_ptr + row, z_target, mask=there & here)
+
+    inside = (column < vocab)[None, :]
+    top = tl.max(tl.where(inside, z, float("-inf")), 1)  # (BLOCK_M,)
+    z = z - top[:, None]
+    weights = tl.where(inside, tl.exp(z), 0.0)
+    partial = tile.to(tl.int64) * num_rows + row
+    tl.store(top_ptr + partial, top, mask=there)
+    tl.store(total_ptr + partial, tl.sum(weights, 1), mask=there)
+    tl.store(moment_ptr + partial, tl.sum(weights * z, 1), mask=there)
+    if held_ptr is not None:
+        held_at = held_ptr + (row * held_n)[:, None] + column[None, :]
+        weights = weights.to(held_ptr.dtype.element_ty)
+        tl.store(held_at, weights, mask=there[:, None] & inside)
 
 
-def scaled_logits(
-    rows: Tensor, weight: Tensor, softcap: float | None, temperature: float
-) -> Tensor:
-    """z of aligned rows, (n, V)."""
-    z = rows @ weight.T
-    if softcap is not None:
-        z.div_(softcap).tanh_().mul_(softcap)
-    return z if temperature == 1 else z.div_(temperature)
+@triton.jit(do_not_specialize=["num_rows"])
+def _join_kernel(
+    top_ptr,  # (tiles, n) float32
+    total_ptr,  # (tiles, n) float32
+    moment_ptr,  # (tiles, n) float32
+    z_target_ptr,  # (n,) float32
+    logp_ptr,  # (n,) float32
+    entropy_ptr,  # (n,) float32
+    lse_ptr,  # (n,) float32
+    limit_ptr,  # (), or None: of the rows behind, all results are 0
+    num_rows,  # n
+    num_tiles,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
+    wanted = row < num_rows
+    if limit_ptr is not None:
+        wanted = wanted & (row < tl.load(limit_ptr))
+    tops = tl.full((TILES, ROWS), float("-inf"), tl.float32)
+    for first in range(0, num_tiles, TILES):
+        tile = first + tl.arange(0, TILES)
+        there = (tile < num_tiles)[:, None] & wanted[None, :]
+        at = tile.to(tl.int64)[:, None] * num_rows + row[None, :]
+        tops = tl.maximum(tops, tl.load(top_ptr + at, mask=there, other=float("-inf")))
+    top = tl.where(wanted, tl.max(tops, 0), 0.0)  # (ROWS,)
+    totals = tl.zeros((TILES, ROWS), tl.float32)
+    moments = tl.zeros((TILES, ROWS), tl.float32)
+    for first in range(0, num_tiles, TILES):
+        tile = first + tl.arange(0, TILES)
+        there = (tile < num_tiles)[:, None] & wanted[None, :]
+        at = tile.to(tl.int64)[:, None] * num_rows + row[None, :]
+        shift = tl.load(top_ptr + at, mask=there, other=0.0) - top[None, :]
+        total = tl.load(total_ptr + at, mask=there, other=0.0)
+        moment = tl.load(moment_ptr + at, mask=there, other=0.0)
+        share = tl.exp(tl.where(there, shift, 0.0))
+        totals += share * total
+        moments += share * (moment + tl.where(there, shift, 0.0) * total)
+    total = tl.where(wanted, tl.sum(totals, 0), 1.0)
+    log_total = tl.log(total)
+    z_target = tl.load(z_target_ptr + row, mask=wanted, other=0.0)
+    there = row < num_rows
+    logp = tl.where(wanted, z_target - top - log_total, 0.0)
+    entropy = tl.where(wanted, log_total - tl.sum(moments, 0) / total, 0.0)
+    tl.store(logp_ptr + row, logp, mask=there)
+    tl.store(entropy_ptr + row, entropy, mask=there)
+    tl.store(lse_ptr + row, tl.where(wanted, log_total + top, 0.0), mask=there)
 
 
-def log_probs_(z: Tensor, target: Tensor) -> LogProbs:
-    """Of z (n, V), which becomes z less its rows' maxima, and the rows' targets (n,)."""
-    maximum = z.amax(-1, keepdim=True)
-    z.sub_(maximum)  # all differences are taken from here on: a peaked row's entropy is one of them
-    weights = z.exp()
-    total = weights.sum(-1)
-    log_total = total.log()
-    mean = torch.bmm(weights[:, None], z[:, :, None])[:, 0, 0] / total
-    logp = z.gather(1, target[:, None])[:, 0] - log_total
-    return LogProbs(logp, log_total - mean, log_total + maximum[:, 0])
+@triton.jit(do_not_specialize=["num_rows"])
+def _logit_gradients_kernel(
+    held_ptr,  # (n, V), strides held_n, 1: exp(z - m), then the gradients of the raw logits / unit
+    top_ptr,  # (tiles, n) float32: m
+    target_ptr,  # (n,) int64
+    logp_ptr,  # (n,) float32
+    entropy_ptr,  # (n,) float32
+    lse_ptr,  # (n,) float32
+    d_logp_ptr,  # (n,) float32
+    d_entropy_ptr,  # (n,) float32, or None: 0
+    d_lse_ptr,  # (n,) float32, or None: 0
+    unit_ptr,  # () float32, or None: 1
+    limit_ptr,  # (), or None: how many rows are wanted
+    num_rows,  # n
+    vocab,  # V
+    held_n,
+    softcap,
+    temperature,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
+    tile = tl.program_id(1)
+    column = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    limit = num_rows
+    if limit_ptr is not None:
+        limit = tl.load(limit_ptr).to(tl.int32)
+    if tl.program_id(0) * ROWS >= limit:
+        return
+    wanted = (row < num_rows) & (row < limit)
+    there = wanted[:, None] & (column < vocab)[None, :]  # (ROWS, BLOCK_N)
+    held_at = held_ptr + (row * held_n)[:, None] + column[None, :]
+    held = tl.load(held_at, mask=there, other=0.0).to(tl.float32)
+    top = tl.load(top_ptr + tile.to(tl.int64) * num_rows + row, mask=wanted, other=0.0)
+    lse = tl.load(lse_ptr + row, mask=wanted, other=0.0)
+    target = tl.load(target_ptr + row, mask=wanted, other=-1)
+    logp = tl.load(logp_ptr + row, mask=wanted, other=0.0)
+    d_logp = tl.load(d_logp_ptr + row, mask=wanted, other=0.0)
+    hit = column[None, :] == target[:, None]
+    # Where exp(z - m) has vanished, so has all that is multiplied with it.
+    log_p = tl.log(tl.where(held > 0, held, 1.0)) + (top - lse)[:, None]
+    log_p = tl.where(hit, logp[:, None], log_p)
+    p = tl.where(hit, tl.exp(logp)[:, None], held * tl.exp(top - lse)[:, None])
+    along = -d_logp
+    if d_lse_ptr is not None:
+        along += tl.load(d_lse_ptr + row, mask=wanted, other=0.0)
+    dz = along[:, None]
+    if d_entropy_ptr is not None:
+        d_entropy = tl.load(d_entropy_ptr + row, mask=wanted, other=0.0)
+        entropy = tl.load(entropy_ptr + row, mask=wanted, other=0.0)
+        dz = dz - d_entropy[:, None] * (log_p + entropy[:, None])
+    dz = p * dz + tl.where(hit, d_logp[:, None], 0.0)
+    if SOFTCAP:
+        capped = (log_p + lse[:, None]) * (temperature / softcap)
+        dz = dz * (1 - capped * capped)
+    dz = dz / temperature
+    if unit_ptr is not None:
+        dz = dz / tl.load(unit_ptr)
+    tl.store(held_at, dz.to(held_ptr.dtype.element_ty), mask=there)
 
 
-def logit_gradients_(
-    z: Tensor,
-    target: Tensor,
-    found: LogProbs,
-    gradients: LogProbs,
-    softcap: float | None,
-    temperature: float,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """In place of z, the gradients of the raw logits, given those of what was found. shift: (n, 1),
-    what z and the log-sum-exps lack, if they lack anything."""
-    slope = None
-    if softcap is not None:
-        slope = (
-            z * (temperature / softcap) if shift is None else (z + shift) * (temperature / softcap)
-        )
-        slope.square_().neg_().add_(1)
-    centred = z.sub_(found.lse[:, None])  # the log-probs of all tokens
-    probability = centred.exp()
-    dz = centred.add_(found.entropy[:, None]).mul_(-gradients.entropy[:, None])
-    dz.add_((gradients.lse - gradients.logp)[:, None]).mul_(probability)
-    dz.scatter_add_(1, target[:, None], gradients.logp[:, None])
-    if slope is not None:
-        dz.mul_(slope)
-    return dz if temperature == 1 else dz.div_(temperature)
+@triton.jit(do_not_specialize=["num_rows", "summed"])
+def _product_kernel(
+    a_ptr,  # (M, K), strides a_m, a_k
+    b_ptr,  # (K, N), strides b_k, 1
+    out_ptr,  # (M, N), contiguous
+    unit_ptr,  # () float32, or None: 1
+    limit_ptr,  # (), or None: how many rows of a (of a and b, where ADD) are wanted
+    num_rows,  # M
+    num_columns,  # N
+    summed,  # K
+    a_m,
+    a_k,
+    b_k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ADD: tl.constexpr,  # to what is there, and `limit` is one of K; else it is one of M
+    GROUP: tl.constexpr,
+):
+    row_tile, tile = _tile(tl.program_id(0), num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP)
+    row = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    column = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    wanted = num_rows
+    if limit_ptr is not None:
+        limit = tl.load(limit_ptr).to(tl.int32)
+        if ADD:
+            summed = tl.minimum(summed, limit)
+            if limit <= 0:
+                return
+        else:
+            wanted = tl.minimum(num_rows, limit)
+            summed = tl.where(row_tile * BLOCK_M < limit, summed, 0)
+    a_at = a_ptr + (row * a_m)[:, None]
+    b_at = b_ptr + tl.minimum(column, num_columns - 1)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, summed, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K).to(tl.int64)
+        there = k < summed
+        a_there = (row < wanted)[:, None] & there[None, :]
+        a = tl.load(a_at + (k * a_k)[None, :], mask=a_there, other=0.0)
+        b = tl.load(b_at + (k * b_k)[:, None], mask=there[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    if unit_ptr is not None:
+        acc = acc * tl.load(unit_ptr)
+    there = (row < num_rows)[:, None] & (column < num_columns)[None, :]
+    out_at = out_ptr + (row * num_columns)[:, None] + column[None, :]
+    if ADD:
+        acc += tl.load(out_at, mask=there, other=0.0)
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=there)
+
+
+def _launch(dtype: torch.dtype, target: Target) -> dict[str, int]:
+    """Tiles, warps and stages of the products: one choice for all sizes, so that no sum depends on
+    them. Not yet tuned on a device; bench/bench_linear_logprob.py is the bench to tune with."""
+    if dtype == torch.float32:  # products in float32 are unrolled into registers
+        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}
+        return tile | {"num_warps": 4, "num_stages": 2}
+    wide = target.shared_bytes >= 128 << 10
+    tile = {"BLOCK_M": 128, "BLOCK_N": 256 if wide else 128, "BLOCK_K": 64 if wide else 32}
+    return tile | {"num_warps": 8, "num_stages": 3 if wide else 2}
+
+
+class HeadTriton:
+    """What `HeadCPU` is, on a GPU: `limit`, () int64, is how many rows, which come first, are
+    wanted; of the others log-probs and gradients are 0."""
+
+    def __init__(
+        self, weight: Tensor, softcap: float | None, temperature: float, chunk_size: int | None
+    ) -> None:
+        check_triton("linear_logprob", weight)
+        self.dtype = torch.float32
+        self._weight = weight
+        self._softcap = softcap
+        self._temperature = temperature
+        self._chunk_size = _CHUNK_SIZE if chunk_size is None else chunk_size
+        self._options = _launch(weight.dtype, target_of(weight))
+        self._buffer: Tensor | None = None
+        self._held: tuple[Tensor, Tensor, Tensor, LogProbs] | None = None
+
+    def chunks(self, num_rows: int) -> Iterator[slice]:
+        """Rows whose logits are held together."""
+        for first in range(0, num_rows, self._chunk_size):
+            yield slice(first, min(first + self._chunk_size, num_rows))
+
+    def front(self, *wanted: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """All rows, those of each of `wanted`, (N,) bool, before the others, and how many they are.
+        Each of `wanted` is a part of the next."""
+        sets = torch.stack(wanted)
+        return torch.argsort(-sets.sum(0), stable=True), list(sets.sum(1).unbind())
+
+    def log_probs(
+        self, hidden: Tensor, target: Tensor, limit: Tensor | None = None, hold: bool = False
+    ) -> LogProbs:
+        """Of rows (n, H) and their targets (n,). hold: `gradients` comes next."""
+        check_triton("linear_logprob", hidden)
+        (rows, size), vocab = hidden.shape, len(self._weight)
+        options = self._options
+        tiles = -(-vocab // options["BLOCK_N"])
+        partials = hidden.new_empty(3, tiles, rows, dtype=torch.float32)
+        z_target = hidden.new_full((rows,), math.nan, dtype=torch.float32)
+        found = LogProbs(*hidden.new_empty(3, rows, dtype=torch.float32).unbind())
+        held = self._room(hidden) if hold else None
+        launch(
+            _logits_kernel,
+            (-(-rows // options["BLOCK_M"]) * tiles,),
+            hidden, self._weight, target, held, *partials.unbind(), z_target, limit,
+            rows, vocab, size, hidden.stride(0), self._weight.stride(0),
+            0 if held is None else held.stride(0), self._softcap or 0.0, self._temperature,
+            EVEN=size % options["BLOCK_K"] == 0, SOFTCAP=self._softcap is not None, GROUP=64,
+            **options,
+        )  # fmt: skip
+        launch(
+            _join_kernel,
+            (-(-rows // _JOIN_LAUNCH["ROWS"]),),
+            *partials.unbind(), z_target, *found, limit, rows, tiles, **_JOIN_LAUNCH,
+        )  # fmt: skip
+        self._held = (hidden, target, partials[0], found) if hold else None
+        return found
+
+    def gradients(
+        self,
+        given: LogProbGradients,
+        limit: Tensor | None,
+        needs_hidden: bool,
+        d_weight: Tensor | None,
+    ) -> Tensor | None:
+        """The gradient of the rows held, (n, H), from those of their log-probs; the weight's is
+        added to `d_weight`. The rows are not held any more."""
+        assert self._held is not None and self._buffer is not None
+        (hidden, target, top, found), self._held = self._held, None
+        held = self._buffer
+        (rows, size), vocab = hidden.shape, len(self._weight)
+        options = self._options
+        unit = None
+        if held.dtype == torch.float16:
+            largest = torch.stack([x.abs() for x in given if x is not None]).sum(0).amax()
+            unit = torch.where(largest > 0, largest.log2().ceil().exp2(), 1)
+        launch(
+            _logit_gradients_kernel,
+            (-(-rows // _GRADIENT_ROWS), -(-vocab // options["BLOCK_N"])),
+            held, top, target, *found, *given, unit, limit, rows, vocab, held.stride(0),
+            self._softcap or 0.0, self._temperature,
+            ROWS=_GRADIENT_ROWS, BLOCK_N=options["BLOCK_N"], SOFTCAP=self._softcap is not None,
+            num_warps=4,
+        )  # fmt: skip
+
+        def product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+            tiles = -(-len(a) // options["BLOCK_M"]) * -(-size // options["BLOCK_N"])
+            launch(
+                _product_kernel,
+                (tiles,),
+                a, b, out, unit, limit, len(a), size, a.shape[1], *a.stride(), b.stride(0),
+                ADD=add, GROUP=8, **options,
+            )  # fmt: skip
+
+        d_hidden = None
+        logits = held[:rows, :vocab]
+        if needs_hidden:
+            d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+            product(logits, self._weight, d_hidden, add=False)
+        if d_weight is not None:
+            product(logits.T, hidden, d_weight, add=True)
+        return d_hidden
+
+    def _room(self, hidden: Tensor) -> Tensor:
+        """(chunk, V) with rows apart by a multiple of 16; the same memory for every chunk."""
+        if self._buffer is None:
+            shape = len(hidden), -(-len(self._weight) // 16) * 16
+            self._buffer = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+        assert len(hidden) <= len(self._buffer)
+        return self._buffer
+
+
+Head = HeadCPU | HeadTriton
+
+
+def head_of(
+    weight: Tensor, softcap: float | None, temperature: float, chunk_size: int | None
+) -> Head:
+    """The head of a weight, where it runs."""
+    kind = HeadTriton if runs_triton(weight) else HeadCPU
+    return kind(weight, softcap, temperature, chunk_size)
 
 
 class _LinearLogProb(torch.autograd.Function):
@@ -125,50 +457,57 @@ class _LinearLogProb(torch.autograd.Function):
         target: Tensor,
         softcap: float | None,
         temperature: float,
+        chunk_size: int | None,
     ) -> LogProbs:
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        wide = weight.to(dtype)
-        found = LogProbs(*(hidden.new_empty(len(hidden), dtype=dtype) for _ in LogProbs._fields))
-        for rows in chunks(len(hidden), len(weight)):
-            z = scaled_logits(aligned(hidden[rows], dtype), wide, softcap, temperature)
-            own = log_probs_(z, padded(target[rows], len(z)))
+        head = head_of(weight, softcap, temperature, chunk_size)
+        found = LogProbs(*(hidden.new_empty(len(hidden), dtype=head.dtype) for _ in range(3)))
+        for rows in head.chunks(len(hidden)):
+            own = head.log_probs(hidden[rows], target[rows])
             for all_rows, here in zip(found, own, strict=True):
-                all_rows[rows] = here[: rows.stop - rows.start]
-        ctx.save_for_backward(hidden, weight, target, *found)
-        ctx.softcap, ctx.temperature = softcap, temperature
+                all_rows[rows] = here
+        ctx.save_for_backward(hidden, weight, target)
+        ctx.options = softcap, temperature, chunk_size
+        ctx.set_materialize_grads(False)
         return found
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, target, *found = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, target = ctx.saved_tensors
+        head = head_of(weight, *ctx.options)
+        zero = hidden.new_zeros(len(hidden), dtype=head.dtype)
+        logp, entropy, lse = gradients
+        given = LogProbGradients(zero if logp is None else logp, entropy, lse)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        dtype = found[0].dtype
-        wide = weight.to(dtype)
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros_like(wide) if needs_weight else None
-        for rows in chunks(len(hidden), len(weight)):
-            x = aligned(hidden[rows], dtype)
-            z = scaled_logits(x, wide, ctx.softcap, ctx.temperature)
-            dz = logit_gradients_(
-                z,
-                padded(target[rows], len(z)),
-                LogProbs(*(padded(x[rows], len(z)) for x in found)),
-                LogProbs(*(padded(x[rows].to(dtype), len(z)) for x in gradients)),
-                ctx.softcap,
-                ctx.temperature,
-            )
-            if d_hidden is not None:
-                d_hidden[rows] = (dz @ wide)[: rows.stop - rows.start].to(hidden.dtype)
-            if d_weight is not None:
-                d_weight.addmm_(dz.T, x)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+        d_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=head.dtype) if needs_weight else None
+        add_gradients(head, hidden, target, given, d_hidden, d_weight)
+        if d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
+        return d_hidden, d_weight, None, None, None, None
 
 
-def padded(values: Tensor, size: int) -> Tensor:
-    """Values (n,), and zeros up to `size`."""
-    out = values.new_zeros(size)
-    out[: len(values)] = values
-    return out
+def add_gradients(
+    head: Head,
+    hidden: Tensor,
+    target: Tensor,
+    given: LogProbGradients,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+) -> None:
+    """Make the logits again of rows whose log-probs have a gradient other than 0; write those rows'
+    gradients to `d_hidden` (N, H), and add the weight's to `d_weight` (V, H)."""
+    asked = torch.stack([x != 0 for x in given if x is not None]).any(0)
+    order, (count,) = head.front(asked)
+    for rows in head.chunks(len(order)):
+        at = order[rows]
+        limit = None if count is None else count - rows.start
+        head.log_probs(hidden[at], target[at], limit, hold=True)
+        here = LogProbGradients(*(None if x is None else x[at] for x in given))  # type: ignore[arg-type]
+        own = head.gradients(here, limit, d_hidden is not None, d_weight)
+        if d_hidden is not None:
+            assert own is not None
+            d_hidden[at] = own.to(d_hidden.dtype)
 
 
 def check_linear(
@@ -178,6 +517,7 @@ def check_linear(
     target: Tensor,
     softcap: float | None,
     temperature: float,
+    chunk_size: int | None,
 ) -> None:
     """Raises ValueError for what `linear_logprob` does not take."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
@@ -199,6 +539,8 @@ def check_linear(
         raise ValueError(f"{name}: softcap must be positive and finite, got {softcap}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"{name}: temperature must be positive, got {temperature}")
+    if chunk_size is not None and chunk_size < 16:
+        raise ValueError(f"{name}: chunk_size must be 16 or more, got {chunk_size}")
     if target.is_cpu and len(target) and not (target.min() >= 0 and target.max() < len(weight)):
         raise ValueError(f"{name}: targets must be in [0, {len(weight)})")
 
@@ -209,15 +551,18 @@ def linear_logprob(
     target: Tensor,
     softcap: float | None = None,
     temperature: float = 1.0,
+    *,
+    chunk_size: int | None = None,
 ) -> LogProbs:
     """Log-probs, entropy and log-sum-exp of the tokens `target` after hidden states.
 
-    hidden: (N, H), weight: (V, H), floating, of one dtype; target: (N,) int64 in [0, V). softcap,
-    of the logits before the temperature: positive, or None. Everything is computed in float32
-    (float64 for float64 input); the gradient of the weight is added up in it and rounded once.
-    Differentiable once in hidden and weight. Raises ValueError for other shapes, dtypes or numbers,
-    and on CPU for a target out of range.
+    hidden: (N, H), weight: (V, H), floating, of one dtype (not float64 in Triton); target: (N,)
+    int64 in [0, V). softcap, of the logits before the temperature: positive, or None. chunk_size:
+    how many rows' logits are there at a time, by default 128 MiB on CPU and 4,096 on a GPU.
+    Everything is computed in float32 (float64 for float64 input); the gradient of the weight is
+    added up in it and rounded once. Differentiable once in hidden and weight. Raises ValueError for
+    other shapes, dtypes or numbers, and on CPU for a target out of range.
     """
-    check_linear("linear_logprob", hidden, weight, target, softcap, temperature)
-    found: LogProbs = _LinearLogProb.apply(hidden, weight, target, softcap, temperature)
+    check_linear("linear_logprob", hidden, weight, target, softcap, temperature, chunk_size)
+    found: LogProbs = _LinearLogProb.apply(hidden, weight, target, softcap, temperature, chunk_size)
     return LogProbs(*found)

@@ -6,8 +6,10 @@ For a token with advantage A, weight w and log-ratio d = logp - old_logp,
     r      = exp(mean of d over the token's sequence) level "sequence" (GSPO)
     loss   = sum over tokens of w (-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta KL)
 
-Without old log-probs the policy that sampled is the one that is trained: r = 1, and the gradient is
-that of -A logp. KL of the policy to the reference, with x = ref_logp - logp, one of
+Only tokens of weight other than 0 count, in a sequence's mean as well: whatever is given of the
+others, their coefficient is 0. Without old log-probs the policy that sampled is the one that is
+trained: r = 1, and the gradient is that of -A logp. KL of the policy to the reference, with
+x = ref_logp - logp, one of
 
     k1 = -x        k2 = x^2 / 2        k3 = exp(x) - x - 1
 
@@ -114,7 +116,7 @@ def policy_loss(
     """The loss of N tokens and its derivative by each log-prob.
 
     logp, advantage, weight, old_logp, ref_logp: (N,) floating, all on one device. ref_logp is
-    needed where beta is not 0; lengths, (S,) int64 and none of them 0, at level "sequence". Nothing
+    needed where beta is not 0; lengths, (S,) int64, at level "sequence". Nothing
     is differentiated: `logp`'s gradient is what comes out. Raises ValueError for what is missing
     and for other shapes.
     """
@@ -134,19 +136,24 @@ def policy_loss(
     dtype = torch.promote_types(logp.dtype, torch.float32)
     logp, advantage, weight = (x.detach().to(dtype) for x in (logp, advantage, weight))
 
-    log_ratio = torch.zeros_like(logp) if old_logp is None else logp - old_logp.to(dtype)
-    if options.level == "sequence" and lengths is not None:
-        log_ratio = _spread(torch.segment_reduce(log_ratio, "mean", lengths=lengths), lengths, logp)
+    counted = weight != 0
+    number = counted.sum()
+    sequences = lengths if options.level == "sequence" else None
+    log_ratio = torch.zeros_like(logp)
+    if old_logp is not None:
+        log_ratio = torch.where(counted, logp - old_logp.to(dtype), 0)
+    if sequences is not None:
+        log_ratio = _mean_of_sequence(log_ratio, counted, sequences)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
     term = -torch.minimum(ratio * advantage, clipped * advantage)
     slope = torch.where(ratio * advantage <= clipped * advantage, -ratio * advantage, 0) * weight
-    if options.level == "sequence" and lengths is not None:
-        slope = _spread(torch.segment_reduce(slope, "mean", lengths=lengths), lengths, logp)
+    if sequences is not None:
+        slope = _mean_of_sequence(slope, counted, sequences)
 
     kl = torch.zeros_like(logp)
     if ref_logp is not None:
-        x = ref_logp.to(dtype) - logp
+        x = torch.where(counted, ref_logp.to(dtype) - logp, 0)
         if options.kl == "k1":
             kl, by_logp = -x, torch.ones_like(x)
         elif options.kl == "k2":
@@ -156,13 +163,11 @@ def policy_loss(
         term = term + options.beta * kl
         slope = slope + options.beta * weight * by_logp
 
-    counted = weight != 0
-    number = counted.sum()
     low = (ratio < 1 - options.clip_low) & (advantage < 0) & counted
     high = (ratio > 1 + options.clip_high) & (advantage > 0) & counted
     return PolicyLoss(
-        loss=(weight * term).sum(),
-        coefficient=slope,
+        loss=torch.where(counted, weight * term, 0).sum(),
+        coefficient=torch.where(counted, slope, 0),
         clipped_low=low.sum() / number,
         clipped_high=high.sum() / number,
         kl=torch.where(counted, kl, 0).sum() / number,
@@ -171,9 +176,14 @@ def policy_loss(
     )
 
 
-def _spread(of_sequence: Tensor, lengths: Tensor, like: Tensor) -> Tensor:
-    """A sequence's value for each of its tokens."""
-    return of_sequence.repeat_interleave(lengths, output_size=len(like))
+def _mean_of_sequence(x: Tensor, counted: Tensor, lengths: Tensor) -> Tensor:
+    """For each token the mean of x over those of its sequence that count."""
+    # Unchecked on a GPU, where the check would wait for it.
+    total, number = (
+        torch.segment_reduce(each, "sum", lengths=lengths, unsafe=lengths.is_cuda)
+        for each in (torch.where(counted, x, 0), counted.to(x.dtype))
+    )
+    return (total / number.clamp(min=1)).repeat_interleave(lengths, output_size=len(x))
 
 
 def _extreme(reduce: Callable[[], Tensor], values: Tensor) -> Tensor:
