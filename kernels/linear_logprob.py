@@ -47,9 +47,9 @@ from kernels.launch import Target, check_triton, launch, runs_triton, target_of
 from kernels.linear_logprob_cpu import HeadCPU, LogProbGradients, LogProbs
 
 _CHUNK_SIZE = 4096  # rows on a GPU, unless told otherwise; of 256,000 bfloat16 logits 2.1 GB
-# Rows and tiles of the kernel that puts tiles together. Not yet tuned on a device;
+# Rows and parts of the kernel that puts parts together. Not yet tuned on a device;
 # bench/bench_linear_logprob.py is the bench to tune with.
-_JOIN_LAUNCH = {"ROWS": 32, "TILES": 32, "num_warps": 4}
+_JOIN_LAUNCH = {"ROWS": 32, "PARTS": 32, "num_warps": 4}
 _GRADIENT_ROWS = 16
 
 
@@ -84,15 +84,49 @@ def _tile(program, num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
     return first + inside % tiles, inside // tiles
 
 
+@triton.jit
+def _halves(tile, M: tl.constexpr, N: tl.constexpr):
+    """The left and the right half of a tile (M, N): what is done to a whole one takes twice the
+    registers."""
+    return tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_part(
+    z, row, part, target, held_at, top_ptr, total_ptr, moment_ptr, z_target_ptr,
+    num_rows, vocab, softcap, temperature, N: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """What is kept of a part of N tokens, given its raw logits (BLOCK_M, N)."""
+    first = part * N
+    column = first + tl.arange(0, N)  # (N,)
+    there, inside = row < num_rows, (column < vocab)[None, :]
+    if SOFTCAP:
+        z = tanh(z / softcap) * softcap
+    z = z / temperature
+    z_target = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
+    here = (target >= first) & (target < tl.minimum(first + N, vocab))
+    tl.store(z_target_ptr + row, z_target, mask=there & here)
+    top = tl.max(tl.where(inside, z, float("-inf")), 1)  # (BLOCK_M,)
+    z = z - tl.where(top == float("-inf"), 0.0, top)[:, None]
+    weights = tl.where(inside, tl.exp(z), 0.0)
+    at = part.to(tl.int64) * num_rows + row
+    tl.store(top_ptr + at, top, mask=there)
+    tl.store(total_ptr + at, tl.sum(weights, 1), mask=there)
+    tl.store(moment_ptr + at, tl.sum(weights * z, 1), mask=there)
+    if held_at is not None:
+        weights = weights.to(held_at.dtype.element_ty)
+        tl.store(held_at[:, None] + column[None, :], weights, mask=there[:, None] & inside)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _logits_kernel(
     hidden_ptr,  # (n, H), strides x_n, 1
     weight_ptr,  # (V, H), strides w_v, 1
     target_ptr,  # (n,) int64
     held_ptr,  # (n, V), strides held_n, 1, or None: exp(z - m)
-    top_ptr,  # (tiles, n) float32: m
-    total_ptr,  # (tiles, n) float32
-    moment_ptr,  # (tiles, n) float32
+    top_ptr,  # (parts, n) float32: m
+    total_ptr,  # (parts, n) float32
+    moment_ptr,  # (parts, n) float32
     z_target_ptr,  # (n,) float32
     limit_ptr,  # (), or None: how many rows are wanted
     num_rows,  # n
@@ -130,67 +164,61 @@ def _logits_kernel(
             x = tl.load(x_at + k, mask=k < size, other=0.0)
             w = tl.load(w_at + k, mask=k < size, other=0.0)
         z = tl.dot(x, tl.trans(w), z, input_precision="ieee")
-    if SOFTCAP:
-        z = tanh(z / softcap) * softcap
-    z = z / temperature
-
-    target = tl.load(target_ptr + row, mask=there, other=-1)  # (BLOCK_M,)
-    z_target = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
-    here = (target >= tile * BLOCK_N) & (target < tl.minimum((tile + 1) * BLOCK_N, vocab))
-    tl.store(z_target_ptr + row, z_target, mask=there & here)
-
-    inside = (column < vocab)[None, :]
-    top = tl.max(tl.where(inside, z, float("-inf")), 1)  # (BLOCK_M,)
-    z = z - top[:, None]
-    weights = tl.where(inside, tl.exp(z), 0.0)
-    partial = tile.to(tl.int64) * num_rows + row
-    tl.store(top_ptr + partial, top, mask=there)
-    tl.store(total_ptr + partial, tl.sum(weights, 1), mask=there)
-    tl.store(moment_ptr + partial, tl.sum(weights * z, 1), mask=there)
+    # A target beyond 32 bits is beyond the vocabulary, too.
+    target = tl.load(target_ptr + row, mask=there, other=-1)
+    target = tl.where(target < vocab, target, -1).to(tl.int32)  # (BLOCK_M,)
+    held_at = None
     if held_ptr is not None:
-        held_at = held_ptr + (row * held_n)[:, None] + column[None, :]
-        weights = weights.to(held_ptr.dtype.element_ty)
-        tl.store(held_at, weights, mask=there[:, None] & inside)
+        held_at = held_ptr + row * held_n
+    left, right = _halves(z, BLOCK_M, BLOCK_N)
+    _store_part(
+        left, row, 2 * tile, target, held_at, top_ptr, total_ptr, moment_ptr, z_target_ptr,
+        num_rows, vocab, softcap, temperature, BLOCK_N // 2, SOFTCAP,
+    )  # fmt: skip
+    _store_part(
+        right, row, 2 * tile + 1, target, held_at, top_ptr, total_ptr, moment_ptr, z_target_ptr,
+        num_rows, vocab, softcap, temperature, BLOCK_N // 2, SOFTCAP,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _join_kernel(
-    top_ptr,  # (tiles, n) float32
-    total_ptr,  # (tiles, n) float32
-    moment_ptr,  # (tiles, n) float32
+    top_ptr,  # (parts, n) float32
+    total_ptr,  # (parts, n) float32
+    moment_ptr,  # (parts, n) float32
     z_target_ptr,  # (n,) float32
     logp_ptr,  # (n,) float32
     entropy_ptr,  # (n,) float32
     lse_ptr,  # (n,) float32
     limit_ptr,  # (), or None: of the rows behind, all results are 0
     num_rows,  # n
-    num_tiles,
+    num_parts,
     ROWS: tl.constexpr,
-    TILES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
     wanted = row < num_rows
     if limit_ptr is not None:
         wanted = wanted & (row < tl.load(limit_ptr))
-    tops = tl.full((TILES, ROWS), float("-inf"), tl.float32)
-    for first in range(0, num_tiles, TILES):
-        tile = first + tl.arange(0, TILES)
-        there = (tile < num_tiles)[:, None] & wanted[None, :]
-        at = tile.to(tl.int64)[:, None] * num_rows + row[None, :]
+    tops = tl.full((PARTS, ROWS), float("-inf"), tl.float32)
+    for first in range(0, num_parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        there = (part < num_parts)[:, None] & wanted[None, :]
+        at = part.to(tl.int64)[:, None] * num_rows + row[None, :]
         tops = tl.maximum(tops, tl.load(top_ptr + at, mask=there, other=float("-inf")))
     top = tl.where(wanted, tl.max(tops, 0), 0.0)  # (ROWS,)
-    totals = tl.zeros((TILES, ROWS), tl.float32)
-    moments = tl.zeros((TILES, ROWS), tl.float32)
-    for first in range(0, num_tiles, TILES):
-        tile = first + tl.arange(0, TILES)
-        there = (tile < num_tiles)[:, None] & wanted[None, :]
-        at = tile.to(tl.int64)[:, None] * num_rows + row[None, :]
-        shift = tl.load(top_ptr + at, mask=there, other=0.0) - top[None, :]
+    totals = tl.zeros((PARTS, ROWS), tl.float32)
+    moments = tl.zeros((PARTS, ROWS), tl.float32)
+    for first in range(0, num_parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        there = (part < num_parts)[:, None] & wanted[None, :]
+        at = part.to(tl.int64)[:, None] * num_rows + row[None, :]
+        own_top = tl.load(top_ptr + at, mask=there, other=float("-inf"))
+        shift = tl.where(own_top == float("-inf"), 0.0, own_top - top[None, :])
         total = tl.load(total_ptr + at, mask=there, other=0.0)
         moment = tl.load(moment_ptr + at, mask=there, other=0.0)
-        share = tl.exp(tl.where(there, shift, 0.0))
-        totals += share * total
-        moments += share * (moment + tl.where(there, shift, 0.0) * total)
+        totals += tl.exp(shift) * total
+        moments += tl.exp(shift) * (moment + shift * total)
     total = tl.where(wanted, tl.sum(totals, 0), 1.0)
     log_total = tl.log(total)
     z_target = tl.load(z_target_ptr + row, mask=wanted, other=0.0)
@@ -205,7 +233,7 @@ def _join_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def _logit_gradients_kernel(
     held_ptr,  # (n, V), strides held_n, 1: exp(z - m), then the gradients of the raw logits / unit
-    top_ptr,  # (tiles, n) float32: m
+    top_ptr,  # (parts, n) float32: m
     target_ptr,  # (n,) int64
     logp_ptr,  # (n,) float32
     entropy_ptr,  # (n,) float32
@@ -221,22 +249,22 @@ def _logit_gradients_kernel(
     softcap,
     temperature,
     ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    N: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
-    tile = tl.program_id(1)
-    column = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    part = tl.program_id(1)
+    column = part.to(tl.int64) * N + tl.arange(0, N)  # (N,)
     limit = num_rows
     if limit_ptr is not None:
         limit = tl.load(limit_ptr).to(tl.int32)
     if tl.program_id(0) * ROWS >= limit:
         return
     wanted = (row < num_rows) & (row < limit)
-    there = wanted[:, None] & (column < vocab)[None, :]  # (ROWS, BLOCK_N)
+    there = wanted[:, None] & (column < vocab)[None, :]  # (ROWS, N)
     held_at = held_ptr + (row * held_n)[:, None] + column[None, :]
     held = tl.load(held_at, mask=there, other=0.0).to(tl.float32)
-    top = tl.load(top_ptr + tile.to(tl.int64) * num_rows + row, mask=wanted, other=0.0)
+    top = tl.load(top_ptr + part.to(tl.int64) * num_rows + row, mask=wanted, other=0.0)
     lse = tl.load(lse_ptr + row, mask=wanted, other=0.0)
     target = tl.load(target_ptr + row, mask=wanted, other=-1)
     logp = tl.load(logp_ptr + row, mask=wanted, other=0.0)
@@ -264,55 +292,106 @@ def _logit_gradients_kernel(
     tl.store(held_at, dz.to(held_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["num_rows", "summed"])
-def _product_kernel(
-    a_ptr,  # (M, K), strides a_m, a_k
-    b_ptr,  # (K, N), strides b_k, 1
-    out_ptr,  # (M, N), contiguous
+@triton.jit
+def _put(acc, out_ptr, row, column, num_rows, num_columns, N: tl.constexpr, ADD: tl.constexpr):
+    """Write a tile (BLOCK_M, 2 N) to rows and columns of a matrix, or add it; half by half."""
+    left, right = _halves(acc, acc.shape[0], 2 * N)
+    for half in tl.static_range(2):
+        part = left if half == 0 else right
+        at_column = column + half * N + tl.arange(0, N)
+        at = out_ptr + (row * num_columns)[:, None] + at_column[None, :]
+        there = (row < num_rows)[:, None] & (at_column < num_columns)[None, :]
+        if ADD:
+            part += tl.load(at, mask=there, other=0.0)
+        tl.store(at, part.to(out_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _hidden_gradient_kernel(
+    dz_ptr,  # (n, V), strides dz_n, 1
+    weight_ptr,  # (V, H), strides w_v, 1
+    out_ptr,  # (n, H), contiguous
     unit_ptr,  # () float32, or None: 1
-    limit_ptr,  # (), or None: how many rows of a (of a and b, where ADD) are wanted
-    num_rows,  # M
-    num_columns,  # N
-    summed,  # K
-    a_m,
-    a_k,
-    b_k,
+    limit_ptr,  # (), or None: of the rows behind, gradients are 0
+    num_rows,  # n
+    vocab,  # V
+    size,  # H
+    dz_n,
+    w_v,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    ADD: tl.constexpr,  # to what is there, and `limit` is one of K; else it is one of M
+    EVEN: tl.constexpr,  # BLOCK_K divides V
     GROUP: tl.constexpr,
 ):
-    row_tile, tile = _tile(tl.program_id(0), num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP)
+    row_tile, tile = _tile(tl.program_id(0), num_rows, size, BLOCK_M, BLOCK_N, GROUP)
     row = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-    column = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-    wanted = num_rows
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    wanted, last = num_rows, vocab
     if limit_ptr is not None:
-        limit = tl.load(limit_ptr).to(tl.int32)
-        if ADD:
-            summed = tl.minimum(summed, limit)
-            if limit <= 0:
-                return
-        else:
-            wanted = tl.minimum(num_rows, limit)
-            summed = tl.where(row_tile * BLOCK_M < limit, summed, 0)
-    a_at = a_ptr + (row * a_m)[:, None]
-    b_at = b_ptr + tl.minimum(column, num_columns - 1)[None, :]
+        wanted = tl.minimum(num_rows, tl.load(limit_ptr).to(tl.int32))
+        if row_tile * BLOCK_M >= wanted:
+            last = 0
+    dz_at = dz_ptr + (row * dz_n)[:, None]
+    w_at = weight_ptr + column[None, :]
+    dz_there, w_there = (row < wanted)[:, None], (column < size)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, summed, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K).to(tl.int64)
-        there = k < summed
-        a_there = (row < wanted)[:, None] & there[None, :]
-        a = tl.load(a_at + (k * a_k)[None, :], mask=a_there, other=0.0)
-        b = tl.load(b_at + (k * b_k)[:, None], mask=there[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+    for start in range(0, last, BLOCK_K):
+        token = start + tl.arange(0, BLOCK_K)
+        w_row = (token.to(tl.int64) * w_v)[:, None]
+        if EVEN:
+            dz = tl.load(dz_at + token[None, :], mask=dz_there, other=0.0)
+            w = tl.load(w_at + w_row, mask=w_there, other=0.0)
+        else:
+            inside = token < vocab
+            dz = tl.load(dz_at + token[None, :], mask=dz_there & inside[None, :], other=0.0)
+            w = tl.load(w_at + w_row, mask=w_there & inside[:, None], other=0.0)
+        acc = tl.dot(dz, w, acc, input_precision="ieee")
     if unit_ptr is not None:
         acc = acc * tl.load(unit_ptr)
-    there = (row < num_rows)[:, None] & (column < num_columns)[None, :]
-    out_at = out_ptr + (row * num_columns)[:, None] + column[None, :]
-    if ADD:
-        acc += tl.load(out_at, mask=there, other=0.0)
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=there)
+    _put(acc, out_ptr, row, tile * BLOCK_N, num_rows, size, BLOCK_N // 2, False)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _weight_gradient_kernel(
+    dz_ptr,  # (n, V), strides dz_n, 1
+    hidden_ptr,  # (n, H), strides x_n, 1
+    out_ptr,  # (V, H) float32, contiguous: gets the sum added
+    unit_ptr,  # () float32, or None: 1
+    limit_ptr,  # (), or None: how many rows are wanted
+    num_rows,  # n
+    vocab,  # V
+    size,  # H
+    dz_n,
+    x_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    last = num_rows
+    if limit_ptr is not None:
+        last = tl.minimum(num_rows, tl.load(limit_ptr).to(tl.int32))
+        if last <= 0:
+            return
+    token_tile, tile = _tile(tl.program_id(0), vocab, size, BLOCK_M, BLOCK_N, GROUP)
+    token = token_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    dz_at = dz_ptr + token[:, None]
+    x_at = hidden_ptr + column[None, :]
+    dz_there, x_there = (token < vocab)[:, None], (column < size)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, last, BLOCK_K):
+        row = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        wanted = row < last
+        dz_row, x_row = (row * dz_n)[None, :], (row * x_n)[:, None]
+        dz = tl.load(dz_at + dz_row, mask=dz_there & wanted[None, :], other=0.0)
+        x = tl.load(x_at + x_row, mask=x_there & wanted[:, None], other=0.0)
+        acc = tl.dot(dz, x, acc, input_precision="ieee")
+    if unit_ptr is not None:
+        acc = acc * tl.load(unit_ptr)
+    token = token.to(tl.int64)
+    _put(acc, out_ptr, token, tile * BLOCK_N, vocab, size, BLOCK_N // 2, True)
 
 
 def _launch(dtype: torch.dtype, target: Target) -> dict[str, int]:
@@ -362,7 +441,7 @@ class HeadTriton:
         (rows, size), vocab = hidden.shape, len(self._weight)
         options = self._options
         tiles = -(-vocab // options["BLOCK_N"])
-        partials = hidden.new_empty(3, tiles, rows, dtype=torch.float32)
+        partials = hidden.new_empty(3, 2 * tiles, rows, dtype=torch.float32)
         z_target = hidden.new_full((rows,), math.nan, dtype=torch.float32)
         found = LogProbs(*hidden.new_empty(3, rows, dtype=torch.float32).unbind())
         held = self._room(hidden) if hold else None
@@ -378,7 +457,7 @@ class HeadTriton:
         launch(
             _join_kernel,
             (-(-rows // _JOIN_LAUNCH["ROWS"]),),
-            *partials.unbind(), z_target, *found, limit, rows, tiles, **_JOIN_LAUNCH,
+            *partials.unbind(), z_target, *found, limit, rows, 2 * tiles, **_JOIN_LAUNCH,
         )  # fmt: skip
         self._held = (hidden, target, partials[0], found) if hold else None
         return found
@@ -397,35 +476,38 @@ class HeadTriton:
         held = self._buffer
         (rows, size), vocab = hidden.shape, len(self._weight)
         options = self._options
+        part = options["BLOCK_N"] // 2
         unit = None
         if held.dtype == torch.float16:
             largest = torch.stack([x.abs() for x in given if x is not None]).sum(0).amax()
             unit = torch.where(largest > 0, largest.log2().ceil().exp2(), 1)
         launch(
             _logit_gradients_kernel,
-            (-(-rows // _GRADIENT_ROWS), -(-vocab // options["BLOCK_N"])),
+            (-(-rows // _GRADIENT_ROWS), -(-vocab // part)),
             held, top, target, *found, *given, unit, limit, rows, vocab, held.stride(0),
             self._softcap or 0.0, self._temperature,
-            ROWS=_GRADIENT_ROWS, BLOCK_N=options["BLOCK_N"], SOFTCAP=self._softcap is not None,
+            ROWS=_GRADIENT_ROWS, N=part, SOFTCAP=self._softcap is not None,
             num_warps=4,
         )  # fmt: skip
 
-        def product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-            tiles = -(-len(a) // options["BLOCK_M"]) * -(-size // options["BLOCK_N"])
-            launch(
-                _product_kernel,
-                (tiles,),
-                a, b, out, unit, limit, len(a), size, a.shape[1], *a.stride(), b.stride(0),
-                ADD=add, GROUP=8, **options,
-            )  # fmt: skip
-
+        columns = -(-size // options["BLOCK_N"])
         d_hidden = None
-        logits = held[:rows, :vocab]
         if needs_hidden:
             d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-            product(logits, self._weight, d_hidden, add=False)
+            launch(
+                _hidden_gradient_kernel,
+                (-(-rows // options["BLOCK_M"]) * columns,),
+                held, self._weight, d_hidden, unit, limit, rows, vocab, size,
+                held.stride(0), self._weight.stride(0),
+                EVEN=vocab % options["BLOCK_K"] == 0, GROUP=8, **options,
+            )  # fmt: skip
         if d_weight is not None:
-            product(logits.T, hidden, d_weight, add=True)
+            launch(
+                _weight_gradient_kernel,
+                (-(-vocab // options["BLOCK_M"]) * columns,),
+                held, hidden, d_weight, unit, limit, rows, vocab, size,
+                held.stride(0), hidden.stride(0), GROUP=8, **options,
+            )  # fmt: skip
         return d_hidden
 
     def _room(self, hidden: Tensor) -> Tensor:
