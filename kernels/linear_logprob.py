@@ -17,16 +17,16 @@ The logits of some rows are there at a time (`chunk_size`), never all of them. W
 that is one matrix product; the backward makes the logits again, and two products with their
 gradients: four. `grpo_loss.py` shares all of this.
 
-Triton. A program makes one tile of logits, and of each of its rows leaves the maximum m, the sum of
-exp(z - m) and that of exp(z - m) (z - m) over the tile's tokens; the program with a row's target
-leaves its z. A second kernel puts tiles together, in their order. Where gradients follow, tiles of
-exp(z - m) are kept in the dtype of the hidden states, and become gradients of logits in place: to
-half a unit in the last place of their own, where half-precision logits would be off by whole
-percents; the target's own probability is the exact one, since of a likely token it is 1 - p that
-counts. There are no atomics and no locks. Products and sums run in one order that does not depend
-on N or on the chunk, but for the weight's gradient, a sum over all rows. (float16, whose range a
-mean over many tokens leaves, holds gradients in units of a power of two that is the chunk's.)
-Numbers that change from step to step are no part of what a kernel is compiled for.
+Triton. A program makes one tile of logits, and of each row of each quarter of it leaves the maximum
+m, the sum of exp(z - m) and that of exp(z - m) (z - m); the program with a row's target leaves its
+z. A second kernel puts these parts together, in their order. Where gradients follow, exp(z - m) is
+kept in the dtype of the hidden states and becomes the gradients of logits in place: right to half a
+unit in its last place, where logits in half precision would be off by whole percents. The target's
+own probability is the exact one, since of a likely token it is 1 - p that counts. There are no
+atomics and no locks. Products and sums run in one order that does not depend on N or on the chunk,
+but for the weight's gradient, a sum over all rows. (float16, whose range a mean over many tokens
+leaves, holds gradients in units of a power of two that is the chunk's.) Numbers that change from
+step to step are no part of what a kernel is compiled for.
 
 Tokens that nothing asks for are put behind the others (`front`) and not computed. A target that is
 out of range gives NaN on a GPU, where a check would wait for the device, and is refused on CPU.
@@ -51,6 +51,7 @@ _CHUNK_SIZE = 4096  # rows on a GPU, unless told otherwise; of 256,000 bfloat16 
 # bench/bench_linear_logprob.py is the bench to tune with.
 _JOIN_LAUNCH = {"ROWS": 32, "PARTS": 32, "num_warps": 4}
 _GRADIENT_ROWS = 16
+_PARTS = 4  # of a tile of logits: what is done to a whole one takes too many registers
 
 
 def linear_logprob_ref(
@@ -171,14 +172,14 @@ def _logits_kernel(
     if held_ptr is not None:
         held_at = held_ptr + row * held_n
     left, right = _halves(z, BLOCK_M, BLOCK_N)
-    _store_part(
-        left, row, 2 * tile, target, held_at, top_ptr, total_ptr, moment_ptr, z_target_ptr,
-        num_rows, vocab, softcap, temperature, BLOCK_N // 2, SOFTCAP,
-    )  # fmt: skip
-    _store_part(
-        right, row, 2 * tile + 1, target, held_at, top_ptr, total_ptr, moment_ptr, z_target_ptr,
-        num_rows, vocab, softcap, temperature, BLOCK_N // 2, SOFTCAP,
-    )  # fmt: skip
+    N: tl.constexpr = BLOCK_N // 4
+    for half in tl.static_range(2):
+        parts = _halves(left if half == 0 else right, BLOCK_M, 2 * N)
+        for i in tl.static_range(2):
+            _store_part(
+                parts[i], row, 4 * tile + 2 * half + i, target, held_at, top_ptr, total_ptr,
+                moment_ptr, z_target_ptr, num_rows, vocab, softcap, temperature, N, SOFTCAP,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -441,7 +442,7 @@ class HeadTriton:
         (rows, size), vocab = hidden.shape, len(self._weight)
         options = self._options
         tiles = -(-vocab // options["BLOCK_N"])
-        partials = hidden.new_empty(3, 2 * tiles, rows, dtype=torch.float32)
+        partials = hidden.new_empty(3, _PARTS * tiles, rows, dtype=torch.float32)
         z_target = hidden.new_full((rows,), math.nan, dtype=torch.float32)
         found = LogProbs(*hidden.new_empty(3, rows, dtype=torch.float32).unbind())
         held = self._room(hidden) if hold else None
@@ -457,7 +458,7 @@ class HeadTriton:
         launch(
             _join_kernel,
             (-(-rows // _JOIN_LAUNCH["ROWS"]),),
-            *partials.unbind(), z_target, *found, limit, rows, 2 * tiles, **_JOIN_LAUNCH,
+            *partials.unbind(), z_target, *found, limit, rows, _PARTS * tiles, **_JOIN_LAUNCH,
         )  # fmt: skip
         self._held = (hidden, target, partials[0], found) if hold else None
         return found
@@ -476,7 +477,7 @@ class HeadTriton:
         held = self._buffer
         (rows, size), vocab = hidden.shape, len(self._weight)
         options = self._options
-        part = options["BLOCK_N"] // 2
+        part = options["BLOCK_N"] // _PARTS
         unit = None
         if held.dtype == torch.float16:
             largest = torch.stack([x.abs() for x in given if x is not None]).sum(0).amax()
