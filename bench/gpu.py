@@ -1,9 +1,11 @@
 """One command on a machine with a GPU: test the kernels, measure them, write the figures down.
 
-    python -m bench.gpu [--out runs/gpu] [--seconds 450] [--test-seconds 220] [--decode-seconds 120]
+    python -m bench.gpu [--out runs/gpu] [--seconds 510] [--test-seconds 220] [--decode-seconds 120]
+                        [--loss-seconds 60]
 
 Runs the tests of tests/test_triton_*.py on the device, then all benchmarks, those with a target
-first, then `bench.decode` end to end (DECODES), and writes DIR/<device>-<date>.json (machine,
+first, then `bench.decode` end to end (DECODES) and the memory of the policy loss (LOSSES), and
+writes DIR/<device>-<date>.json (machine,
 versions, commit, tests, ceilings, figures, targets) and the tables as DIR/<device>-<date>.md. Each
 stage has its time: what did not run is named. Where a test fails or a run breaks off, figures are
 not measured: no speed on a red test. Results that are to stay are committed as
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ BENCHES = [
         "forest_attention",
         "sample_token",
         "segment_attention",
+        "linear_logprob",
         "matmul",
         "merge_states",
         "rms_norm",
@@ -66,6 +69,17 @@ DECODES: list[tuple[str, float | None]] = [
     ("--shape qwen3-8b --k 128 --prefix 8192 --new-tokens 1024", 14650),
     ("--shape qwen3-8b --k 64 --prefix 8192 --new-tokens 1024 --no-sharing", None),
     ("--shape gemma2-27b --k 32 --prefix 4096 --new-tokens 1024", None),
+]
+# Arguments of bench.loss, and the extra memory in GB that some of its contenders may take.
+LOSSES: list[tuple[str, dict[str, float]]] = [
+    (
+        "--tokens 8192 --hidden 4608 --vocab 256000 --softcap 30 --dtype bfloat16 --repeats 2",
+        {"fused in place": 2.5, "fused small": 0.6},
+    ),
+    (
+        "--tokens 8192 --hidden 4096 --vocab 151936 --dtype bfloat16 --repeats 2",
+        {"fused in place": 1.6, "fused small": 0.6},
+    ),
 ]
 
 
@@ -141,21 +155,21 @@ def run_stage(name: str, arguments: Sequence[str], budget: float) -> Stage:
     return stage
 
 
-def run_decodes(budget: float) -> list[dict[str, Any]]:
-    """`bench.decode` for every entry of DECODES that can begin within `budget` seconds: figures, or
-    the error."""
+def run_script(
+    module: str, entries: Sequence[dict[str, Any]], budget: float, describe: Callable[[Any], str]
+) -> list[dict[str, Any]]:
+    """A script that ends in a line of JSON, with the arguments of every entry that can begin within
+    `budget` seconds: the entry, and what it said, or the error."""
     found = []
     ends = time.monotonic() + budget
-    for arguments, wanted in DECODES:
-        entry: dict[str, Any] = {"arguments": arguments, "wanted_tokens_per_s": wanted}
+    for entry in entries:
         left = ends - time.monotonic()
         if left <= 0:
             found.append(entry | {"error": "not run, for want of time"})
             continue
-        command = [sys.executable, "-m", "bench.decode", "--json", "--repeats", "2"]
         try:
             done = subprocess.run(
-                [*command, *arguments.split()],
+                [sys.executable, "-m", module, *entry["arguments"].split()],
                 cwd=ROOT, capture_output=True, text=True, timeout=left + GRACE,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -165,8 +179,23 @@ def run_decodes(budget: float) -> list[dict[str, Any]]:
             found.append(entry | {"error": done.stderr.strip()[-2000:]})
         else:
             found.append(entry | json.loads(done.stdout.splitlines()[-1]))
-        print(f"== decode: {describe_decode(found[-1])}", flush=True)
+        print(f"== {module}: {describe(found[-1])}", flush=True)
     return found
+
+
+def run_decodes(budget: float) -> list[dict[str, Any]]:
+    """`bench.decode` for every entry of DECODES."""
+    entries = [
+        {"arguments": f"--json --repeats 2 {arguments}", "wanted_tokens_per_s": wanted}
+        for arguments, wanted in DECODES
+    ]
+    return run_script("bench.decode", entries, budget, describe_decode)
+
+
+def run_losses(budget: float) -> list[dict[str, Any]]:
+    """`bench.loss` for every entry of LOSSES."""
+    entries = [{"arguments": arguments, "wanted_gb": wanted} for arguments, wanted in LOSSES]
+    return run_script("bench.loss", entries, budget, describe_loss)
 
 
 def describe_decode(entry: dict[str, Any]) -> str:
@@ -180,6 +209,23 @@ def describe_decode(entry: dict[str, Any]) -> str:
         + f", {100 * entry['decode_fraction_of_floor']:.0f} % of the floor's speed, prefill "
         f"{entry['prefill_s']:.2f} s"
     )
+
+
+def describe_loss(entry: dict[str, Any]) -> str:
+    """One line for a person."""
+    if "error" in entry:
+        return f"{entry['arguments']}: {entry['error'].splitlines()[-1]}"
+    parts = []
+    for point in entry["points"]:
+        for name, found in point["contenders"].items():
+            wanted = entry["wanted_gb"].get(name)
+            parts.append(
+                f"{name}: {found['error']}"
+                if "error" in found
+                else f"{name} {1e3 * found['seconds']:.1f} ms, {found['peak_bytes'] / 1e9:.2f} GB"
+                + ("" if wanted is None else f" (at most {wanted})")
+            )
+    return f"{entry['arguments']}: {'; '.join(parts)}"
 
 
 def machine() -> dict[str, Any]:
@@ -212,6 +258,7 @@ def summarise(
     tests: Stage,
     benches: Stage | None,
     decodes: Sequence[dict[str, Any]] = (),
+    losses: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Everything that goes into the JSON file; without figures where tests are not green."""
     found = [] if benches is None else [Figure.from_dict(x) for x in benches.log.values("figure")]
@@ -224,6 +271,7 @@ def summarise(
         "ceilings": rates[0] if rates else None,
         "figures": [figure.as_dict() for figure in found],
         "decode": list(decodes),
+        "loss": list(losses),
         "targets": [
             {
                 "name": outcome.target.name,
@@ -254,7 +302,8 @@ def markdown(summary: dict[str, Any]) -> str:
     if summary["ceilings"] is not None:
         lines.append(Ceilings(**summary["ceilings"]).describe())
     lines += ["", targets_table(outcomes), "", figures_table(found)]
-    lines += ["", *(f"- {describe_decode(entry)}" for entry in summary["decode"]), ""]
+    lines += ["", *(f"- {describe_decode(entry)}" for entry in summary["decode"])]
+    lines += [*(f"- {describe_loss(entry)}" for entry in summary["loss"]), ""]
     for title, stage in (("tests", tests), ("benchmarks", benches)):
         if stage is None:
             continue
@@ -270,9 +319,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR")
-    parser.add_argument("--seconds", type=float, default=450, metavar="S", help="for everything")
+    parser.add_argument("--seconds", type=float, default=510, metavar="S", help="for everything")
     parser.add_argument("--test-seconds", type=float, default=220, metavar="S")
     parser.add_argument("--decode-seconds", type=float, default=120, metavar="S")
+    parser.add_argument("--loss-seconds", type=float, default=60, metavar="S")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench.gpu needs a GPU, and torch finds none: nothing is measured", file=sys.stderr)
@@ -282,13 +332,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"== {host['device']}, torch {host['torch']}, triton {host['triton']}", flush=True)
     files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_triton_*.py"))]
     tests = run_stage("tests", ["-q", "-m", "gpu or triton", *files], args.test_seconds)
-    benches, decodes = None, []
+    benches, decodes, losses = None, [], []
     if tests.green:
         chosen = ["-v", "-o", "python_files=bench_*.py", "--benchmark-columns=median,rounds"]
-        left = args.seconds - GRACE - args.decode_seconds - (time.monotonic() - started)
+        left = args.seconds - GRACE - args.decode_seconds - args.loss_seconds
+        left -= time.monotonic() - started
         benches = run_stage("benchmarks", [*chosen, *BENCHES], left)
         decodes = run_decodes(args.decode_seconds)
-    summary = summarise(host, tests, benches, decodes)
+        losses = run_losses(args.loss_seconds)
+    summary = summarise(host, tests, benches, decodes, losses)
 
     slug = re.sub(r"[^a-z0-9]+", "-", host["device"].lower()).strip("-")
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H%M")

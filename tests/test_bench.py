@@ -488,6 +488,8 @@ def test_a_gpu_run_writes_down_what_it_saw(
     monkeypatch.setattr(gpu, "run_stage", run_stage)
     small = "--shape pocket --prefix 20 --k 3 --new-tokens 4"
     monkeypatch.setattr(gpu, "DECODES", [(small, 5.0), ("--shape pocket --k 0", None)])
+    head = "--tokens 32 --hidden 16 --vocab 64 --small 16 --repeats 1"
+    monkeypatch.setattr(gpu, "LOSSES", [(head, {"fused": 9.0}), ("--tokens none", {})])
     assert gpu.main(["--out", str(tmp_path / "green")]) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert ran == ["tests", "benchmarks"] and line["green"] and line["targets_met"] == 1
@@ -500,6 +502,10 @@ def test_a_gpu_run_writes_down_what_it_saw(
     good, bad = written["decode"]
     assert good["k"] == 3 and good["decode_tokens_per_s"] > 0 and "k = 0" in bad["error"]
     assert small in text and "k = 0 is less than 1" in text
+    good, bad = written["loss"]
+    found = good["points"][0]["contenders"]
+    assert all(found[name]["seconds"] > 0 for name in ("fused", "fused small", "unfused"))
+    assert "(at most 9.0)" in text and "invalid int value: 'none'" in bad["error"]
 
     ran.clear()
     stages["tests"] = a_stage("passed", "failed", status=1)
@@ -507,7 +513,7 @@ def test_a_gpu_run_writes_down_what_it_saw(
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     written = json.loads(Path(line["file"]).read_text())
     assert ran == ["tests"] and not line["green"] and written["figures"] == []
-    assert written["decode"] == []
+    assert written["decode"] == written["loss"] == []
     assert written["tests"]["failed"] == [{"test": "t1", "reason": "r"}]
 
 

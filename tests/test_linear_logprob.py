@@ -154,6 +154,16 @@ def test_bfloat16_is_computed_in_float32() -> None:
         assert (f.double() - e).norm() <= 3e-3 * e.norm()
 
 
+def test_the_weights_gradient_is_added_up_in_float32_and_rounded_once() -> None:
+    """Over 64 chunks; a bfloat16 sum would lose what is small beside it."""
+    x, w, t = problem(1024, 16, 40, peaked=False)
+    x, w = x.bfloat16(), w.bfloat16()
+    exact = gradients(linear_logprob_ref, x.double(), w.double(), t)[-1]
+    found = gradients(partial(linear_logprob, chunk_size=16), x, w, t)[-1]
+    rounded = (exact.bfloat16().double() - exact).norm()
+    assert (found.double() - exact).norm() <= 1.1 * rounded
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
