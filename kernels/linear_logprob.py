@@ -21,12 +21,12 @@ Triton. A program makes one tile of logits, and of each row of each quarter of i
 m, the sum of exp(z - m) and that of exp(z - m) (z - m); the program with a row's target leaves its
 z. A second kernel puts these parts together, in their order. Where gradients follow, exp(z - m) is
 kept in the dtype of the hidden states and becomes the gradients of logits in place: right to half a
-unit in its last place, where logits in half precision would be off by whole percents. The target's
-own probability is the exact one, since of a likely token it is 1 - p that counts. There are no
-atomics and no locks. Products and sums run in one order that does not depend on N or on the chunk,
-but for the weight's gradient, a sum over all rows. (float16, whose range a mean over many tokens
-leaves, holds gradients in units of a power of two that is the chunk's.) Numbers that change from
-step to step are no part of what a kernel is compiled for.
+unit in its last place, where logits in half precision would be off by whole percents. It is exactly
+1 for a likely token, whose gradient is 1 - p. There are no atomics and no locks. Products and sums
+run in one order that does not depend on N or on the chunk, but for the weight's gradient, a sum
+over all rows. (float16, whose range a mean over many tokens leaves, holds gradients in units of a
+power of two that is the chunk's.) Numbers that change from step to step are no part of what a
+kernel is compiled for.
 
 Tokens that nothing asks for are put behind the others (`front`) and not computed. A target that is
 out of range gives NaN on a GPU, where a check would wait for the device, and is refused on CPU.
@@ -271,10 +271,10 @@ def _logit_gradients_kernel(
     logp = tl.load(logp_ptr + row, mask=wanted, other=0.0)
     d_logp = tl.load(d_logp_ptr + row, mask=wanted, other=0.0)
     hit = column[None, :] == target[:, None]
-    # Where exp(z - m) has vanished, so has all that is multiplied with it.
+    # Where exp(z - m) has vanished, so has all that is multiplied with it, but for the target's.
     log_p = tl.log(tl.where(held > 0, held, 1.0)) + (top - lse)[:, None]
     log_p = tl.where(hit, logp[:, None], log_p)
-    p = tl.where(hit, tl.exp(logp)[:, None], held * tl.exp(top - lse)[:, None])
+    p = held * tl.exp(top - lse)[:, None]
     along = -d_logp
     if d_lse_ptr is not None:
         along += tl.load(d_lse_ptr + row, mask=wanted, other=0.0)

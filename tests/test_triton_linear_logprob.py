@@ -82,6 +82,30 @@ def test_grpo_loss_and_gradients_are_those_of_all_logits(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_likely_tokens(dtype: torch.dtype) -> None:
+    """It is 1 - p, which is lost where p is rounded to half precision."""
+    x, w, _ = problem(120, 24, 90, peaked=True)
+    x, w = x.to(dtype), (1.5 * w).to(dtype)
+    t = (x.double() @ w.double().T).argmax(1)
+    p = linear_logprob_ref(x.double(), w.double(), t).logp.exp()
+    likely = (p > 0.99) & (p < 1 - 1e-3)
+    x, t = x[likely], t[likely]
+    assert len(t) >= 3
+
+    def gradient(operation: Any, x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        operation(x, w, t).logp.sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    exact = gradient(linear_logprob_ref, x.double(), w.double(), t)
+    found = gradient(linear_logprob, x.to(DEVICE), w.to(DEVICE), t.to(DEVICE)).cpu().double()
+    errors = (found - exact).norm(dim=1) / exact.norm(dim=1)
+    # float32 has the log-prob itself to 1e-6, a thousandth of 1 - p.
+    assert errors.max() <= max(1e-3, 8 * HALF[dtype]), errors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_depend_on_nothing_but_the_row(dtype: torch.dtype) -> None:
     x, w, t = (z.to(DEVICE) for z in problem(150, 40, 300, peaked=False))
     x, w = x.to(dtype), w.to(dtype)
