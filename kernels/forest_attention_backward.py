@@ -268,14 +268,12 @@ def _forest_attention_dkv_kernel(
 
     n = tl.arange(0, N)
     d_k, d_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    # A key behind the tile's last is 0 here: it takes weights, but its gradients are not stored.
-    in_k = (n < num_keys)[:, None] & (d_k < D)[None, :]  # (N, BLOCK_D)
-    in_v = (n < num_keys)[:, None] & (d_v < DV)[None, :]  # (N, BLOCK_DV)
-    looked_at = first_run < last_run
-    k_at = k_ptr + kv_head * k_h + (key + n)[:, None] * k_n + d_k[None, :]
-    v_at = v_ptr + kv_head * v_h + (key + n)[:, None] * v_n + d_v[None, :]
-    k = tl.load(k_at, mask=in_k & looked_at, other=0.0)
-    v = tl.load(v_at, mask=in_v & looked_at, other=0.0)
+    # Places behind the tile's last key repeat it; their gradients are not stored.
+    row = key + tl.minimum(n, num_keys - 1)
+    k_at = k_ptr + kv_head * k_h + row[:, None] * k_n + d_k[None, :]
+    v_at = v_ptr + kv_head * v_h + row[:, None] * v_n + d_v[None, :]
+    k = tl.load(k_at, mask=(d_k < D)[None, :], other=0.0)  # (N, BLOCK_D)
+    v = tl.load(v_at, mask=(d_v < DV)[None, :], other=0.0)  # (N, BLOCK_DV)
     dk = tl.zeros((N, BLOCK_D), tl.float32)
     dv = tl.zeros((N, BLOCK_DV), tl.float32)
     num_heads = kv_heads * G
@@ -303,9 +301,11 @@ def _forest_attention_dkv_kernel(
             G, D, DV, BLOCK_D, BLOCK_DV, M, SOFTCAP, WINDOW, True,
         )  # fmt: skip
     out = ((key + n) * kv_heads + kv_head)[:, None]  # (N, 1)
+    there = (n < num_keys)[:, None]
     dk = (dk * scale).to(dk_ptr.dtype.element_ty)
-    tl.store(dk_ptr + out * D + d_k[None, :], dk, mask=in_k)
-    tl.store(dv_ptr + out * DV + d_v[None, :], dv.to(dv_ptr.dtype.element_ty), mask=in_v)
+    tl.store(dk_ptr + out * D + d_k[None, :], dk, mask=there & (d_k < D)[None, :])
+    dv = dv.to(dv_ptr.dtype.element_ty)
+    tl.store(dv_ptr + out * DV + d_v[None, :], dv, mask=there & (d_v < DV)[None, :])
 
 
 def _launch_dq(
@@ -315,19 +315,20 @@ def _launch_dq(
     without spilling. Not yet tuned on a device; bench/bench_forest_attention.py is the bench to
     tune with."""
     block_d, block_dv = power_of_two(dim, 16), power_of_two(v_dim, 16)
-    if dtype == torch.float32:
-        rows, keys, stages = power_of_two(groups, 32), 16, 2
-    elif max(block_d, block_dv) <= 128:
-        rows, keys, stages = power_of_two(groups, 128), 64, 2
+    widest = max(block_d, block_dv)
+    if dtype == torch.float32:  # products in float32 are unrolled into registers
+        rows, keys, warps = 32 if widest <= 64 else 16, 32 if widest <= 32 else 16, 4
+    elif widest <= 128:
+        rows, keys, warps = 128, 32 if target.is_hip else 64, 8
     else:
-        rows, keys, stages = power_of_two(groups, 64), 32, 2
+        rows, keys, warps = 64, 16, 8
     return {
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "M": rows,
+        "M": power_of_two(groups, rows),
         "N": keys,
-        "num_warps": 8 if rows >= 64 else 4,
-        "num_stages": stages,
+        "num_warps": warps,
+        "num_stages": 2,
     }
 
 
@@ -336,19 +337,20 @@ def _launch_dkv(
 ) -> dict[str, int]:
     """Keys of a tile, rows (queries x the group's heads) of a step, warps and stages, likewise."""
     block_d, block_dv = power_of_two(dim, 16), power_of_two(v_dim, 16)
+    widest = max(block_d, block_dv)
     if dtype == torch.float32:
-        keys, rows, stages = 32, power_of_two(groups, 16), 2
-    elif max(block_d, block_dv) <= 128:
-        keys, rows, stages = 128, power_of_two(groups, 64), 2
+        keys, rows, warps = 32 if widest <= 64 else 16, 16, 8
+    elif widest <= 128:
+        keys, rows, warps = 128, 64 if widest <= 64 else 32, 8
     else:
-        keys, rows, stages = 64, power_of_two(groups, 32), 2
+        keys, rows, warps = 32, 32, 8
     return {
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "M": rows,
+        "M": power_of_two(groups, rows),
         "N": keys,
-        "num_warps": 8 if keys >= 64 else 4,
-        "num_stages": stages,
+        "num_warps": warps,
+        "num_stages": 2,
     }
 
 

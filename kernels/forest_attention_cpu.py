@@ -311,7 +311,7 @@ def attend_backward(
     out as (N, Hkv, ...), from those of o (T, Hq, Dv) and lse (T, Hq), `attend`'s. The formulas are
     in `kernels/forest_attention_backward.py`."""
     wide = lse.dtype
-    (queries, heads, dim), (kv_heads, cells, v_dim) = q.shape, v_cache.shape
+    (_, heads, dim), (kv_heads, cells, v_dim) = q.shape, v_cache.shape
     delta = (d_o.to(wide) * o.to(wide)).sum(-1)
     if d_lse is not None:
         delta -= d_lse

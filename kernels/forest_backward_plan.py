@@ -54,7 +54,7 @@ class _Runs(NamedTuple):
     tile: _Ints
     order: _Ints
     first: _Ints
-    count: _Ints
+    length: _Ints
     base: _Ints
 
 
@@ -172,26 +172,26 @@ def _runs(entries: _Entries, step: int) -> tuple[_Runs, _Runs]:
     order = np.arange(len(tile))
     full = full + np.minimum((seen - full) % step, ragged - full)  # a partial step has the room
     whole = _joined(_Runs(tile, order, full, ragged - full, base))
-    steps = whole.count // step * step
-    rest = whole._replace(first=whole.first + steps, count=whole.count - steps)
+    steps = whole.length // step * step
+    rest = whole._replace(first=whole.first + steps, length=whole.length - steps)
     heads = _Runs(tile, order, seen, full - seen, base)
     tails = _Runs(tile, order, ragged, unseen - ragged, base)
     partial = _Runs(*(np.concatenate(parts) for parts in zip(heads, rest, tails, strict=True)))
-    whole = whole._replace(count=steps)
+    whole = whole._replace(length=steps)
     return _Runs(*(column[steps > 0] for column in whole)), _joined(partial)
 
 
 def _joined(runs: _Runs) -> _Runs:
     """Those that are not empty, tile by tile in their order, with those put together that touch."""
-    there = np.flatnonzero(runs.count)
+    there = np.flatnonzero(runs.length)
     there = there[np.lexsort((runs.first[there], runs.order[there], runs.tile[there]))]
-    tile, order, first, count, base = (column[there] for column in runs)
+    tile, order, first, length, base = (column[there] for column in runs)
     apart = (tile[1:] != tile[:-1]) | (base[1:] != base[:-1])
-    apart |= first[1:] != (first + count)[:-1]
+    apart |= first[1:] != (first + length)[:-1]
     starts = np.concatenate([[0], np.flatnonzero(apart) + 1])[: len(tile)]
     ends = np.concatenate([starts[1:], [len(tile)]])[: len(starts)] - 1
-    count = np.add.reduceat(count, starts) if len(tile) else count
-    return _Runs(tile[starts], order[ends], first[starts], count, base[starts])
+    length = np.add.reduceat(length, starts) if len(tile) else length
+    return _Runs(tile[starts], order[ends], first[starts], length, base[starts])
 
 
 def _list(
@@ -201,7 +201,7 @@ def _list(
     order = np.argsort(tile, kind="stable")  # of each tile the full ones before the partial ones
     columns = [
         np.concatenate([run.first for run in runs]),
-        np.concatenate([run.count for run in runs]),
+        np.concatenate([run.length for run in runs]),
         np.concatenate(positions),
     ]
     end = np.cumsum(np.bincount(tile, minlength=len(first)))
