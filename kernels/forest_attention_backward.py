@@ -38,7 +38,7 @@ _LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _weights(scores, lse, factor, cap_scale, SOFTCAP: tl.constexpr):
+def _weights_of(scores, lse, factor, cap_scale, SOFTCAP: tl.constexpr):
     """exp(x - lse) from q . k and lse log2(e), and what ds is of dx."""
     slope = 1.0
     if SOFTCAP:
@@ -70,7 +70,7 @@ def _sum_over_keys(
         else:
             v = tl.load(v_at)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (M, N)
-        weights, slope = _weights(scores, lse[:, None], factor, cap_scale, SOFTCAP)
+        weights, slope = _weights_of(scores, lse[:, None], factor, cap_scale, SOFTCAP)
         if MASKED:
             key_at = position + column[None, :]
             visible = (column < num_keys)[None, :] & (key_at <= at[:, None])
@@ -208,7 +208,7 @@ def _sum_over_queries(
             delta = tl.load(delta_ptr + row * num_heads + head)
         lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # (N, M)
-        weights, slope = _weights(scores, lse[None, :], factor, cap_scale, SOFTCAP)
+        weights, slope = _weights_of(scores, lse[None, :], factor, cap_scale, SOFTCAP)
         if MASKED:
             at = tl.load(positions_ptr + row, mask=there, other=-1).to(tl.int32)
             visible = key_at[:, None] <= at[None, :]
