@@ -174,9 +174,9 @@ def test_like_torch() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_long_sums_keep_their_magnitude(dtype: torch.dtype) -> None:
-    """Sums over 600 queries of one sign; a sum kept in a half type would stand still."""
-    tokens = 600
+def test_half_types_keep_magnitude_and_direction(dtype: torch.dtype) -> None:
+    """Sums over 200 queries of one sign, along the exact gradients and across them."""
+    tokens = 200
     at = torch.full((tokens,), 15, device=DEVICE)
     items = [WorkItem(i, min(64, tokens - i), 0, 16, 0) for i in range(0, tokens, 64)]
     generator = torch.Generator().manual_seed(0)
@@ -189,11 +189,45 @@ def test_long_sums_keep_their_magnitude(dtype: torch.dtype) -> None:
     case = Problem(q, k, v, d_o, d_lse, ForestPlan(items, at), mask, PLAIN)
     found = case.found()
     case.check(found)
-    for mine, exact in zip(found, case.dense(torch.float64), strict=True):
+    exact = case.dense(torch.float64)
+    for mine, plain, exactly in zip(found, case.dense(dtype), exact, strict=True):
         mine = mine.double().cpu()
-        along = ((mine * exact).sum() / exact.square().sum()).item()
-        # Roundings of single elements average out; one unit is what a single one may be off by.
-        assert abs(along - 1) <= torch.finfo(dtype).eps / 4, along
+        along = ((mine * exactly).sum() / exactly.square().sum()).item()
+        # Roundings are half a unit at most, and those of single elements average out.
+        assert abs(along - 1) <= torch.finfo(dtype).eps / 2
+        assert (mine - along * exactly).norm() <= 4 * (plain.double() - exactly).norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_long_sums_are_float32(dtype: torch.dtype) -> None:
+    """One large term and 511 small ones, each 1/256 of a unit in the last place of the large one:
+    a sum kept in a half type would stand still. All weights are equal, so that sums are known."""
+    large = 2048.0
+    terms = torch.full((512, 1, 16), large * torch.finfo(dtype).eps / 256)
+    terms[0] = large
+    expected = terms.double().sum(0)[0, 0].to(dtype)
+    assert expected == large * (1 + 2 * torch.finfo(dtype).eps)
+    terms = terms.to(dtype).to(DEVICE)
+    nothing = torch.zeros_like(terms)
+    first = nothing[:1].clone()
+    first[..., 0] = 1
+    # 512 queries of one key, where d_lse is what ds becomes; then one query of 512 keys.
+    items = [WorkItem(i, 64, 0, 1, 0) for i in range(0, 512, 64)]
+    plan = ForestPlan(items, torch.zeros(512, dtype=torch.int64, device=DEVICE))
+    mask = torch.ones(512, 1, dtype=torch.bool)
+    many = Problem(
+        torch.ones_like(terms), nothing[:1], first, terms, terms[..., 0].float(), plan, mask,
+        (1.0, None, None),
+    )  # fmt: skip
+    _, d_k, d_v = many.found()
+    assert d_k.eq(expected).all() and d_v.eq(expected).all()
+    plan = ForestPlan(
+        [WorkItem(0, 1, 0, 256, 0), WorkItem(0, 1, 256, 256, 256)],
+        torch.tensor([511], device=DEVICE),
+    )
+    d_lse = torch.full((1, 1), 512.0, device=DEVICE)
+    one = Problem(nothing[:1], terms, nothing, nothing[:1], d_lse, plan, mask.T, (1.0, None, None))
+    assert one.found()[0].eq(expected).all()
 
 
 @pytest.mark.gpu
