@@ -16,7 +16,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from bench.figures import assert_close
+from bench.figures import assert_close, gradients
 from bench.shapes import Shape
 from bench.timing import DEVICE, randn
 from engine.forest import Forest, Node, decode_items, prefill_items
@@ -215,6 +215,43 @@ class Workload:
             )
 
         assert_close("attention", out[rows], plain(torch.float64), plain(self.heads.dtype), factor)
+
+    def visible(self) -> Tensor:
+        """(T, N) bool: which cells every query sees."""
+        seen = torch.zeros(len(self.plan.positions), self.k[0].shape[1], dtype=torch.bool)
+        seen = seen.to(DEVICE)
+        for span in self.spans:
+            rows = slice(span.query, span.query + span.num_queries)
+            at = self.plan.positions[rows, None]
+            key_at = torch.arange(span.position, span.position + span.keys, device=DEVICE)
+            mine = key_at <= at
+            if self.heads.window is not None:
+                mine &= key_at > at - self.heads.window
+            seen[rows, span.slot : span.slot + span.keys] = mine
+        return seen
+
+    def check_backward(self, outs: Sequence[Tensor], d_o: Tensor, factor: float) -> None:
+        """Hold the gradients of the first key/value head, and of its queries, to dense attention's
+        from d_o (T, Hq, D)."""
+        groups = self.heads.num_heads // self.heads.num_kv_heads
+        seen = self.visible()
+        bias = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, -torch.inf)
+        inputs = [self.queries[0][:, :groups], self.k[0][:1], self.v[0][:1]]
+
+        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            scores = torch.einsum("tgd,nd->gtn", q, k[0]) * self.heads.scale
+            if self.heads.softcap is not None:
+                scores = self.heads.softcap * torch.tanh(scores / self.heads.softcap)
+            weights = (scores + bias.to(scores.dtype)).softmax(-1)
+            return torch.einsum("gtn,nd->tgd", weights, v[0])
+
+        exact, plain = (
+            gradients(dense, [x.to(dtype) for x in inputs], [d_o[:, :groups].to(dtype)])
+            for dtype in (torch.float64, self.heads.dtype)
+        )
+        found = outs[0][:, :groups], outs[1][:1], outs[2][:1]
+        for out, exactly, plainly in zip(found, exact, plain, strict=True):
+            assert_close("attention backward", out, exactly, plainly, factor)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:

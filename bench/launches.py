@@ -18,6 +18,7 @@ from bench.shapes import Shape
 from bench.timing import DEVICE
 from kernels.extract_scores import ScoreAutomaton
 from kernels.forest_attention import forest_attention
+from kernels.forest_attention_backward import attend_backward
 from kernels.gated_act import gated_act, gated_act_backward
 from kernels.grpo_loss import grpo_loss
 from kernels.linear_logprob import linear_logprob
@@ -203,6 +204,26 @@ def forest_attention_calls(shape: Shape) -> Calls:
                     yield label, partial(_attend, work, per_split)
 
 
+def forest_attention_backward_calls(shape: Shape) -> Calls:
+    """Gradients of a sequence and of short branches, with and without those of log-sum-exps."""
+    for dtype in dtypes_of(shape):
+        for window in {None, shape.window}:
+            heads = replace(Heads.of(shape, window), dtype=dtype)
+            for tree in (Tree((1,), (2048,)), Tree((1, 4), (512, 20))):
+                work = make_prefill(tree, heads, 1, filled=False)
+                q = work.queries[0]
+                lse = _empty(*q.shape[:2], dtype=torch.float32)
+                for d_lse in (None, lse):
+                    label = f"{sum(tree.tokens)} tokens, {heads.describe()}"
+                    yield label, partial(_attend_backward, work, lse, d_lse)
+
+
+def _attend_backward(work: Workload, lse: Tensor, d_lse: Tensor | None) -> None:
+    plan = replace(work.plan)  # without what it was compiled to
+    q, k, v, _, *options = work.sets[0]
+    attend_backward(q, k, v, q, lse, q, d_lse, plan, *options)  # type: ignore[arg-type]
+
+
 def _workloads(heads: Heads) -> Iterator[tuple[str, Workload]]:
     for rows in DECODE_ROWS:
         tree = Tree((1, rows), (2048, 512))
@@ -324,6 +345,7 @@ OPERATIONS: dict[str, Callable[[Shape], Calls]] = {
     "linear_logprob": linear_logprob_calls,
     "write_kv": write_kv_calls,
     "forest_attention": forest_attention_calls,
+    "forest_attention backward": forest_attention_backward_calls,
     "segment_attention": segment_attention_calls,
     "merge_states": merge_states_calls,
     "sample_token": sample_token_calls,

@@ -6,7 +6,7 @@ installed and the device is a GPU. Peers copy into the layout that they want bef
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate
@@ -173,6 +173,70 @@ def _token_major(
         )
         for q, k, v in sets
     ]
+
+
+# -- gradients -----------------------------------------------------------------------------------
+
+
+def sdpa_backward(work: Workload, grads: Sequence[Tensor]) -> Peer:
+    """The gradients of torch's attention of one whole sequence from those of its output."""
+    slots = _query_slots(work)
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def make() -> Sequence[Call]:
+        calls = []
+        for q, k, v, d_o in zip(work.queries, work.k, work.v, grads, strict=True):
+            tensors = (q.transpose(0, 1), k[:, slots], v[:, slots], d_o.transpose(0, 1))
+            *leaves, d_out = (x.contiguous().clone()[None].requires_grad_() for x in tensors)
+            out = _sdpa_prefill(work.heads, *leaves).transpose(1, 2)
+            calls.append(
+                partial(torch.autograd.grad, out, leaves, d_out.detach(), retain_graph=True)
+            )
+        return calls
+
+    def as_ours(out: Any) -> tuple[Tensor, ...]:
+        found = [torch.zeros_like(work.k[0]) for _ in range(2)]
+        for cells, grad in zip(found, out[1:], strict=True):
+            cells[:, slots] = grad[0]
+        return out[0][0].transpose(0, 1), *found
+
+    # Backward runs on the stream of its forward, which is not the one that is captured.
+    return Peer(make, as_ours=as_ours, capture=False)
+
+
+def unshared_gradients(
+    tree: Tree,
+    work: Workload,
+    grads: Sequence[Tensor],
+    run: Callable[..., tuple[Tensor, ...]],
+) -> Peer:
+    """Our own forward and backward, `run(d_o, q, k, v, plan, ...)`, of the same sequences, each
+    with a prompt of its own."""
+    slots = torch.stack([work.slots_of(i, _EVERYTHING) for i in _last_queries(tree)]).flatten()
+    rows = _inverse(work, _query_slots(work))[slots]
+    alone = make_prefill(
+        Tree((tree.samples,), (sum(tree.tokens),)), work.heads, len(work.k), filled=False
+    )
+    cells = _query_slots(alone)
+
+    def make() -> Sequence[Call]:
+        for layer, q in enumerate(work.queries):
+            alone.queries[layer] = q[rows]
+            alone.k[layer][:, cells] = work.k[layer][:, slots]
+            alone.v[layer][:, cells] = work.v[layer][:, slots]
+        sets = zip(grads, alone.sets, strict=True)
+        return [partial(run, d_o[rows], *arguments) for d_o, arguments in sets]
+
+    def as_ours(out: Any) -> tuple[Tensor, ...]:
+        d_q, *of_cells = (x.float() for x in out)
+        summed = [torch.zeros_like(x, dtype=torch.float32) for x in (work.k[0], work.v[0])]
+        for total, grad in zip(summed, of_cells, strict=True):
+            total.index_add_(1, slots, grad[:, cells])
+        d_query = torch.zeros_like(work.queries[0], dtype=torch.float32).index_add_(0, rows, d_q)
+        return tuple(x.to(work.heads.dtype) for x in (d_query, *summed))
+
+    return Peer(make, as_ours=as_ours)
 
 
 # -- torch ---------------------------------------------------------------------------------------

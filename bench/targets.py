@@ -8,7 +8,15 @@ ceilings and ratios within one run hold on any. Nothing here is a measurement: w
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.bench_forest_attention import PREFILL_8K, QWEN, ROOT_ALONE, THREE_LEVELS, Case, pair
+from bench.bench_forest_attention import (
+    PACKED,
+    PREFILL_8K,
+    QWEN,
+    ROOT_ALONE,
+    THREE_LEVELS,
+    Case,
+    pair,
+)
 from bench.figures import Figure
 
 STEP_FLOOR_MS = 4.22  # of a Qwen3-8B decode step at k=32, prefix 4096, suffix 512 on an H200
@@ -81,6 +89,16 @@ TARGETS = [
         "prefill of 8192 tokens, d 128: share of the matmul ceiling",
         f"prefill attention: {PREFILL_8K.prefill_name}", 60, "%",
         lambda f: 100 * f.matmul_fraction,
+    ),
+    Target(
+        "backward of attention, 8192 tokens, d 128: share of the matmul ceiling",
+        f"attention backward: {PREFILL_8K.prefill_name}", 33, "%",
+        lambda f: 100 * f.matmul_fraction,
+    ),
+    Target(  # 2.45 times as many products; what is left of that is how well short runs do
+        "without sharing / ours, forward + backward, prompt 4096, 4 x 512",
+        f"attention forward + backward, packed: {PACKED.prefill_name}", 2.08, "x",
+        _ratio("unshared"), peer="unshared",
     ),
     Target(
         f"sampling and extraction, 32 rows: share of a step of {STEP_FLOOR_MS} ms",

@@ -19,15 +19,21 @@ are laid out in `kernels/forest_schedule.py`.
 The weights are exp2(x c - m c) with c = scale log2(e) folded into the subtraction: that is one
 multiply-add, and q keeps its bits (a bfloat16 q would lose some if it were scaled beforehand).
 
-It does not write the cache, choose what is shared, or compute gradients.
+Gradients of q, keys and values are those of o and of lse, once; their Triton kernels are in
+`kernels/forest_attention_backward.py`.
+
+It does not write the cache or choose what is shared.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels import forest_attention_cpu, forest_attention_native
+from kernels import forest_attention_backward, forest_attention_cpu, forest_attention_native
 from kernels.device_math import tanh
 from kernels.forest_plan import MAX_SPLIT, ForestPlan
 from kernels.forest_schedule import CELLS, HeadShape, Programs, schedule_key, schedules_of
@@ -358,8 +364,11 @@ def forest_attention(
     q: (T, Hq, D), k_cache: (Hkv, N, D), v_cache: (Hkv, N, Dv), one floating dtype and device;
     T = len(plan.positions), Hkv divides Hq. What no item names is not read, except, by torch, in
     the slots of live leaves: there values behind the last key must be finite (keys may be
-    anything). Returns (T, Hq, Dv) in q's dtype; a query without any key gives 0. Raises ValueError
-    for other shapes, dtypes or devices, or a scale, soft-cap or window that is not positive.
+    anything). Returns (T, Hq, Dv) in q's dtype; a query without any key gives 0.
+    Differentiable once in q, k_cache and v_cache (gradients of the caches are laid out as
+    (N, Hkv, ...)) for plans without suffixes whose positions stay. Raises ValueError for other
+    shapes, dtypes or devices, a scale, soft-cap or window that is not positive, or where a gradient
+    is wanted of another plan.
     """
     return forest_attention_with_lse(q, k_cache, v_cache, plan, scale, softcap, window)[0]
 
@@ -376,6 +385,23 @@ def forest_attention_with_lse(
     """`forest_attention`, and the natural log-sum-exp of each query's scores, (T, Hq) float32
     (float64 for float64 input), -inf for a query without any key."""
     _check(q, k_cache, v_cache, plan, scale, softcap, window)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
+        if plan.suffix is not None or plan.moving:
+            kind = "moving positions" if plan.suffix is None else "suffixes"
+            raise ValueError(f"forest_attention: no gradient for a plan with {kind}")
+        return _ForestAttention.apply(q, k_cache, v_cache, plan, scale, softcap, window)
+    return _run(q, k_cache, v_cache, plan, scale, softcap, window)
+
+
+def _run(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: ForestPlan,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
     if runs_triton(q):
         run = _run_triton
     elif runs_native(q, k_cache, v_cache):
@@ -383,6 +409,40 @@ def forest_attention_with_lse(
     else:
         run = forest_attention_cpu.attend
     return run(q, k_cache, v_cache, plan, scale, softcap, window)
+
+
+class _ForestAttention(torch.autograd.Function):
+    """Gives o and lse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: ForestPlan,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        o, lse = _run(q, k_cache, v_cache, plan, scale, softcap, window)
+        ctx.save_for_backward(q, k_cache, v_cache, o, lse)
+        ctx.options = plan, scale, softcap, window
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_o: Tensor | None, d_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
+        q, k_cache, v_cache, o, lse = ctx.saved_tensors
+        run = forest_attention_backward if runs_triton(q) else forest_attention_cpu
+        d_q, d_k, d_v = run.attend_backward(
+            q, k_cache, v_cache, o, lse, torch.zeros_like(o) if d_o is None else d_o, d_lse,
+            *ctx.options,
+        )  # fmt: skip
+        return d_q, d_k, d_v, None, None, None, None
 
 
 def _check(

@@ -9,6 +9,9 @@ batch or on the number of threads, and a token's partials are the same in prefil
 Items run in batches of bounded size, and partials in chunks of queries, cut where no item reaches
 across (in decode only between trees). The operation itself, its reference and its Triton kernel are
 in `kernels/forest_attention.py`.
+
+The backward goes from query tile to query tile, each at once over all keys that it sees, and adds
+to the gradients of those in the order of the queries.
 """
 
 from dataclasses import dataclass
@@ -19,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.forest_backward_plan import query_tiles
 from kernels.forest_plan import (
     MAX_SPLIT,
+    MAX_TILE,
     ForestPlan,
     SuffixTiles,
     WorkItem,
@@ -287,3 +292,76 @@ def _attend(
     out = torch.bmm(weights, values)
     out.div_(torch.where(total > 0, total, 1))
     return out, (top + total.log()).squeeze(-1)
+
+
+def attend_backward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    d_o: Tensor,
+    d_lse: Tensor | None,
+    plan: ForestPlan,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q (T, Hq, D), k_cache (Hkv, N, D) and v_cache (Hkv, N, Dv), the latter two laid
+    out as (N, Hkv, ...), from those of o (T, Hq, Dv) and lse (T, Hq), `attend`'s. The formulas are
+    in `kernels/forest_attention_backward.py`."""
+    wide = lse.dtype
+    (_, heads, dim), (kv_heads, cells, v_dim) = q.shape, v_cache.shape
+    delta = (d_o.to(wide) * o.to(wide)).sum(-1)
+    if d_lse is not None:
+        delta -= d_lse
+    d_q = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    d_k, d_v = (
+        torch.zeros(cells, kv_heads, size, dtype=wide, device=q.device).transpose(0, 1)
+        for size in (dim, v_dim)
+    )
+    size = max(1, min(MAX_TILE, _MAX_SCORES // max(heads * cells, 1)))
+    tiles, runs = plan.compiled(
+        ("backward", window, size), lambda: query_tiles(plan, window, size, 1)
+    )
+    listed = runs.tolist()
+
+    def rows_of(x: Tensor, first: int, count: int) -> Tensor:
+        """(Hkv, queries x G, ...) of a tile's queries."""
+        x = x[first : first + count].to(wide).unflatten(1, (kv_heads, -1))
+        return x.transpose(0, 1).flatten(1, 2)
+
+    for first, count, begin, partial, end in sorted(tiles.tolist()):
+        if begin == end:  # these queries see nothing
+            continue
+        lengths = [num_keys for _, num_keys, _ in listed[begin:end]]
+        spans = [slice(key, key + num_keys) for key, num_keys, _ in listed[begin:end]]
+        k, v = (torch.cat([x[:, span] for span in spans], 1).to(wide) for x in (k_cache, v_cache))
+        query, d_out = rows_of(q, first, count), rows_of(d_o, first, count)
+        weights = torch.bmm(query, k.transpose(1, 2)).mul_(scale)  # (Hkv, queries x G, keys)
+        slope = None
+        if softcap is not None:
+            weights.div_(softcap).tanh_()
+            slope = 1 - weights.square()
+            weights.mul_(softcap)
+        weights.sub_(rows_of(lse, first, count)[..., None]).exp_()
+        at = plan.positions[first : first + count, None]
+        for run in range(partial, end):
+            position, start = listed[run][2], sum(lengths[: run - begin])
+            key_at = position + torch.arange(lengths[run - begin], device=at.device)
+            visible = key_at <= at
+            if window is not None:
+                visible &= key_at > at - window
+            columns = weights[..., start : start + len(key_at)].unflatten(1, (count, -1))
+            columns.masked_fill_(~visible[:, None], 0)
+        ds = torch.bmm(d_out, v.transpose(1, 2)).sub_(rows_of(delta, first, count)[..., None])
+        ds.mul_(weights).mul_(scale)
+        if slope is not None:
+            ds.mul_(slope)
+        d_query = torch.bmm(ds, k).unflatten(1, (count, -1)).transpose(0, 1)
+        d_q[first : first + count] = d_query.flatten(1, 2)
+        for x, d_x, d_scores in ((query, d_k, ds), (d_out, d_v, weights)):
+            parts = torch.bmm(d_scores.transpose(1, 2), x).split(lengths, 1)
+            for span, part in zip(spans, parts, strict=True):
+                d_x[:, span] += part
+    return d_q, d_k.to(q.dtype), d_v.to(q.dtype)

@@ -15,11 +15,14 @@ from torch import Tensor
 from bench import figures, gpu, targets
 from bench.bench_forest_attention import (
     GRID,
+    PACKED,
     PREFILL_8K,
     PREFILLS,
     ROOT_ALONE,
     TARGETS,
     Case,
+    backward_work,
+    packed_work,
 )
 from bench.bench_forest_attention import make_work as attention_work
 from bench.bench_gated_act import make_backward_work as gated_act_backward_work
@@ -145,6 +148,24 @@ def test_peers_attend_to_the_same_segments() -> None:
             work.check(peer.make()[0](), 16)
 
 
+def test_peers_find_the_same_gradients() -> None:
+    """Everywhere, not in the first head alone; with a prompt for each, summed over them."""
+    alone, packed = (
+        backward_work(Case(PREFILLED[0], HEADS)),
+        packed_work(Case(PREFILLED[1], CAPPED)),
+    )
+    assert set(alone.peers) == {"sdpa"} and set(packed.peers) == {"unshared"}
+    for work in (alone, packed):
+        ours: Any = work.calls[0]()
+        work.check(ours, 4)
+        for peer in work.peers.values():
+            assert peer.as_ours is not None
+            theirs: Any = peer.as_ours(peer.make()[0]())
+            work.check(theirs, 16)
+            for a, b in zip(ours, theirs, strict=True):
+                assert torch.allclose(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
+
+
 def test_counts_of_segments() -> None:
     num_bytes, flops = Segments(2, 3, 5, True, HEADS).cost
     assert flops == 2 * (3 + 4 + 5) * 6 * 4 * 16
@@ -175,6 +196,9 @@ WORKS: dict[str, Callable[[], Work]] = {
     "merge_states": lambda: merge_states_work(POCKET, 8, 3),
     "sample_token": lambda: sample_token_work(POCKET, 9, "greedy"),
     "attention": lambda: attention_work("decode", "small", make_decode(DECODED[0], HEADS, 1)),
+    "attention backward": lambda: backward_work(Case(PREFILLED[0], HEADS)),
+    "attention backward, windowed": lambda: backward_work(Case(PREFILLED[2], WINDOWED)),
+    "attention, packed": lambda: packed_work(Case(PREFILLED[1], CAPPED)),
     "segments": lambda: segments_work(Segments(2, 3, 5, True, HEADS)),
 }
 
@@ -322,9 +346,11 @@ def test_table() -> None:
 def test_every_target_names_a_case() -> None:
     cases = {f"decode attention: {case.decode_name}" for case in [*TARGETS, *GRID]}
     cases |= {f"prefill attention: {case.prefill_name}" for case in [PREFILL_8K, *PREFILLS]}
+    cases.add(f"attention backward: {PREFILL_8K.prefill_name}")
+    cases.add(f"attention forward + backward, packed: {PACKED.prefill_name}")
     cases.add("sample_token + take_token: qwen3-8b 32 rows")
     assert {target.key for target in targets.TARGETS} <= cases
-    assert len(cases) == len(TARGETS) + len(GRID) + len(PREFILLS) + 2, "two cases with one name"
+    assert len(cases) == len(TARGETS) + len(GRID) + len(PREFILLS) + 4, "two cases with one name"
 
 
 def test_the_grid_has_every_value() -> None:
