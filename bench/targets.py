@@ -101,6 +101,10 @@ TARGETS = [
         _ratio("unshared"), peer="unshared",
     ),
     Target(
+        "Liger's fused GRPO / ours, head 4096 x 151936, 8192 tokens",
+        "policy loss: qwen3-8b head, 8192 tokens", 1, "x", _ratio("liger"), peer="liger",
+    ),
+    Target(
         f"sampling and extraction, 32 rows: share of a step of {STEP_FLOOR_MS} ms",
         "sample_token + take_token: qwen3-8b 32 rows", 3, "%",
         lambda f: 100 * f.ms / STEP_FLOOR_MS, at_most=True,
@@ -116,6 +120,18 @@ TARGETS = [
     Target(
         "decode, k=128, prefix 16384: the root alone",
         _decode(ROOT_ALONE), 420, "TFLOP/s", lambda f: f.tflop_per_s, device="H200",
+    ),
+    *(
+        Target(
+            f"{op}, {name} head, 8192 tokens", f"{op}: {name} head, 8192 tokens", wanted, "ms",
+            lambda f: f.ms, at_most=True, device="H200",
+        )
+        for op, name, wanted in (
+            ("linear_logprob", "gemma2-27b", 32),
+            ("policy loss", "gemma2-27b", 88),
+            ("linear_logprob", "qwen3-8b", 16.5),
+            ("policy loss", "qwen3-8b", 46.5),
+        )
     ),
 ]  # fmt: skip
 

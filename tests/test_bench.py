@@ -27,6 +27,7 @@ from bench.bench_forest_attention import (
 from bench.bench_forest_attention import make_work as attention_work
 from bench.bench_gated_act import make_backward_work as gated_act_backward_work
 from bench.bench_gated_act import make_work as gated_act_work
+from bench.bench_linear_logprob import ROWS, log_probs_work, loss_work
 from bench.bench_matmul import make_work as matmul_work
 from bench.bench_merge_states import make_work as merge_states_work
 from bench.bench_rms_norm import make_backward_work as rms_norm_backward_work
@@ -48,6 +49,7 @@ from bench.stage import StageLog
 from bench.timing import num_sets
 from kernels.forest_attention import forest_attention
 from kernels.forest_plan import ForestPlan
+from kernels.linear_logprob import LogProbs
 
 ROOT = Path(__file__).parent.parent
 HEADS = Heads(6, 2, 16, torch.float32)
@@ -175,6 +177,8 @@ def test_counts_of_segments() -> None:
 
 def altered(out: Any) -> Any:
     """A result whose first number is another."""
+    if isinstance(out, LogProbs):
+        return out._replace(logp=altered(out.logp))
     if isinstance(out, tuple):
         return (altered(out[0]), *out[1:])
     out = out.clone()
@@ -192,6 +196,8 @@ WORKS: dict[str, Callable[[], Work]] = {
     "rope backward": lambda: rope_backward_work(POCKET, 16),
     "gated_act": lambda: gated_act_work(POCKET, 16),
     "gated_act backward": lambda: gated_act_backward_work(POCKET, 16),
+    "linear_logprob": lambda: log_probs_work(POCKET),
+    "policy loss": lambda: loss_work(POCKET),
     "matmul": lambda: matmul_work(POCKET, "qkv_proj", 16),
     "merge_states": lambda: merge_states_work(POCKET, 8, 3),
     "sample_token": lambda: sample_token_work(POCKET, 9, "greedy"),
@@ -349,8 +355,17 @@ def test_every_target_names_a_case() -> None:
     cases.add(f"attention backward: {PREFILL_8K.prefill_name}")
     cases.add(f"attention forward + backward, packed: {PACKED.prefill_name}")
     cases.add("sample_token + take_token: qwen3-8b 32 rows")
-    assert {target.key for target in targets.TARGETS} <= cases
     assert len(cases) == len(TARGETS) + len(GRID) + len(PREFILLS) + 4, "two cases with one name"
+    for name in ("gemma2-27b", "qwen3-8b"):
+        cases |= {f"{op}: {name} head, 8192 tokens" for op in ("linear_logprob", "policy loss")}
+    assert {target.key for target in targets.TARGETS} <= cases
+
+
+def test_the_head_that_a_figure_is_named_after() -> None:
+    assert ROWS.keys().isdisjoint({"gemma2-27b", "qwen3-8b"})
+    work = loss_work(SHAPES["pocket"], 64)
+    assert work.case == "pocket head, 512 tokens, 64 rows at a time"
+    assert log_probs_work(SHAPES["pocket"]).flops * 3 == work.flops == 6 * 512 * 192 * 475
 
 
 def test_the_grid_has_every_value() -> None:
