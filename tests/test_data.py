@@ -12,7 +12,7 @@ from engine.request import make_row
 from kernels.extract_scores import Reason, parse_scores
 from models.tokenizer import Tokenizer
 from tests.tiny import write_tokenizer
-from train.data import file_batches, world_batches
+from train.data import Trajectory, file_batches, world_batches
 from train.pocket import JUDGE_TEMPLATE
 from train.world import CRITERIA, cases
 
@@ -42,7 +42,7 @@ def test_world_trajectories_show_a_train_row_and_end_once(builder: PromptBuilder
     case = next(cases("sft-7-2", "train"))
     row = case.row()
     expected = builder.render(make_row(row["prompt"], row["responses"]), range(len(case.responses)))
-    assert first.prompt == expected
+    assert flat(first) == expected
     assert first.completion[-1] == END
     assert builder.tokenizer.control_ids.isdisjoint(first.completion[:-1])
 
@@ -52,7 +52,7 @@ def test_the_teacher_uses_what_the_prompt_gives_it(builder: PromptBuilder) -> No
     seen: Counter[str] = Counter()
     batch = world_batches(builder, END, 100, seed=0)
     for trajectory in (t for number in range(8) for t in batch(number)):
-        prompt = builder.tokenizer.decode(trajectory.prompt)
+        prompt = builder.tokenizer.decode(flat(trajectory))
         text = builder.tokenizer.decode(trajectory.completion)
         responses = prompt.count("\nResponse ")
         reason, scores = parse_scores(text.encode(), responses, b"Scores:", 1, 10, True)
@@ -78,6 +78,11 @@ def test_the_teacher_uses_what_the_prompt_gives_it(builder: PromptBuilder) -> No
     assert 0 < seen["hint"] < 32
 
 
+def flat(trajectory: Trajectory) -> list[int]:
+    """The prompt as one list of tokens."""
+    return [token for segment in trajectory.prompt for token in segment]
+
+
 def write_lines(path: Path, *lines: object) -> Path:
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     path.write_text("\n".join(texts) + "\n")
@@ -96,11 +101,11 @@ def test_file_trajectories_follow_the_line(builder: PromptBuilder, tmp_path: Pat
     )  # fmt: skip
     (shown,) = file_batches(builder, END, write_lines(tmp_path / "a", full), 1, 0)(0)
     row = make_row("p1", ["a", "b"], reference="ref", principles="calm 5")
-    assert shown.prompt == builder.render(row, [1, 0], "look")
+    assert flat(shown) == builder.render(row, [1, 0], "look")
     assert shown.completion == [*builder.tokenizer.encode_text("Scores: \\boxed{1, 1}"), END]
     pair = {"prompt": "p", "chosen": "c", "rejected": "r", "judgement": "<|im_end|>"}
     (shown,) = file_batches(builder, END, write_lines(tmp_path / "b", pair), 1, 0)(0)
-    assert shown.prompt == builder.render(make_row("p", ["c", "r"]), [0, 1])
+    assert flat(shown) == builder.render(make_row("p", ["c", "r"]), [0, 1])
     assert shown.completion.count(END) == 1  # the text of a control token is only text
 
 

@@ -1,135 +1,135 @@
-"""Packed batches: their layout, and attention that keeps the sequences apart."""
+"""Packed batches: their layout, and a tree's loss and gradients against each trajectory alone."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.config import LayerAttention, ModelConfig, Rope
+from models import load
+from models.transformer import Transformer, causal_attend
+from tests.tiny import FAMILIES, write_model
 from train.data import Trajectory
 from train.packing import pack, packed_attention
 
-CONFIG = ModelConfig(
-    architecture="qwen3",
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    v_head_dim=6,
-    max_position_embeddings=32,
-    rms_norm_eps=1e-6,
-    rope=Rope(10000.0, None),
-    attention=(LayerAttention(0.4, None, None), LayerAttention(0.3, None, 20)),
-    attention_bias=False,
-    qk_norm=True,
-    norm_plus_one=False,
-    sandwich_norms=False,
-    embedding_scale=None,
-    activation="silu",
-    final_softcap=None,
-    tied=True,
-    eos_token_ids=frozenset({0}),
-    dtype=None,
-)
+HEAD, A, B, TAIL = (5, 6, 7), (8, 9), (10,), (11, 12, 13, 14)
 
 
-def test_pack_lays_sequences_back_to_back() -> None:
-    batch = pack([Trajectory([5, 6, 7], [8, 9]), Trajectory([1], [2]), Trajectory([3, 4], [5, 6])])
-    assert batch.lengths == (4, 1, 3)
-    assert batch.token_ids.tolist() == [5, 6, 7, 8, 1, 3, 4, 5]
-    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 0, 1, 2]
-    assert batch.predicting.tolist() == [2, 3, 4, 6, 7]
-    assert batch.target.tolist() == [8, 9, 2, 5, 6]
+def test_a_batch_is_laid_out_as_its_tree() -> None:
+    """Two judgements of one prompt, one of a prompt that shares its head, one of another."""
+    batch = pack(
+        [
+            Trajectory([HEAD, A, TAIL], [20, 21, 2]),
+            Trajectory([HEAD, B, TAIL], [30, 2]),
+            Trajectory([HEAD, A, TAIL], [22, 2]),
+            Trajectory([(9,)], [2]),
+        ]
+    )
+    # head | A tail | 20 21 | 22 | B tail 30 | 9, where what does not branch is one segment
+    tokens = [5, 6, 7, 8, 9, 11, 12, 13, 14, 20, 21, 22, 10, 11, 12, 13, 14, 30, 9]
+    assert batch.num_tokens == len(tokens) == 19 and len(batch.token_ids) == 32
+    assert batch.token_ids.tolist() == tokens + [0] * 13
+    at = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 9, 3, 4, 5, 6, 7, 8, 0]
+    assert batch.positions.tolist() == at + [0] * 13
+    assert batch.predicting.tolist() == [8, 9, 10, 16, 17, 8, 11, 18]
+    assert batch.target.tolist() == [20, 21, 2, 30, 2, 22, 2, 2]
+    assert batch.lengths == (3, 2, 2, 1) and batch.longest == 11
+    seen = {(item.query, item.key) for item in batch.plan.items}
+    assert seen == {
+        (0, 0), (3, 0), (3, 3), (9, 0), (9, 3), (9, 9), (11, 0), (11, 3), (11, 11),
+        (12, 0), (12, 12), (18, 18),
+    }  # fmt: skip
     for tensor in (batch.token_ids, batch.positions, batch.predicting, batch.target):
         assert tensor.dtype == torch.int64
 
 
-@pytest.mark.parametrize("prompt,completion", [([], [1]), ([1], [])])
+def test_one_trajectory_is_one_segment() -> None:
+    batch = pack([Trajectory([HEAD, A], [20, 21, 2])])
+    assert [(i.query, i.num_queries, i.key, i.num_keys) for i in batch.plan.items] == [(0, 7, 0, 7)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [([], [1]), ([()], [1]), ([(1,)], [])], ids=["none", "empty", "mute"]
+)
 def test_nothing_to_predict_or_to_predict_from_is_refused(
-    prompt: list[int], completion: list[int]
+    prompt: list[tuple[int, ...]], completion: list[int]
 ) -> None:
     with pytest.raises(ValueError, match="trajectory 1 has an empty"):
-        pack([Trajectory([1], [2]), Trajectory(prompt, completion)])
+        pack([Trajectory([(1,)], [2]), Trajectory(prompt, completion)])
     with pytest.raises(ValueError, match="no trajectories"):
         pack([])
 
 
-def one_by_one(layer: int, lengths: list[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each sequence, query and head by itself."""
-    out, start = torch.zeros_like(q), 0
-    scale, heads_per_kv = CONFIG.attention[layer].scale, CONFIG.num_heads // CONFIG.num_kv_heads
-    for length in lengths:
-        for i in range(start, start + length):
-            for head in range(CONFIG.num_heads):
-                kv = head // heads_per_kv
-                scores = k[start : i + 1, kv] @ q[i, head] * scale
-                out[i, head] = scores.softmax(0) @ v[start : i + 1, kv]
-        start += length
-    return out
+@st.composite
+def groups(draw: st.DrawFn) -> list[Trajectory]:
+    """Judgements of prompts that share segments here and there; some are the same text twice."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(5, 320, (length,), generator=generator).tolist())
 
-def draw(lengths: list[int], seed: int, dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    pool = [ids(draw(st.integers(1, 70))) for _ in range(4)]
+    prompts = draw(st.lists(st.lists(st.sampled_from(pool), min_size=1, max_size=3), max_size=3,
+                            min_size=1))  # fmt: skip
     return [
-        torch.randn(sum(lengths), heads, 6, generator=generator, dtype=torch.float64).to(dtype)
-        for heads in (4, 2, 2)
+        Trajectory(prompt, ids(draw(st.integers(1, 40))))
+        for prompt in prompts
+        for _ in range(draw(st.integers(1, 3)))
     ]
 
 
-@settings(max_examples=25)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(0, 1), st.integers(0, 99))
-def test_packed_attention_is_attention_of_each_sequence_alone(
-    lengths: list[int], layer: int, seed: int
+def gradients(model: Transformer, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def alone(model: Transformer, trajectory: Trajectory) -> Tensor:
+    """Log-probs of a completion under plain causal attention over its own sequence, on whole
+    logits."""
+    prompt = [t for segment in trajectory.prompt for t in segment]
+    ids = torch.tensor([*prompt, *trajectory.completion])
+    hidden = model(ids[:-1], torch.arange(len(ids) - 1), causal_attend(model.config))
+    log_p = torch.log_softmax(model.head(hidden), -1)
+    return log_p[torch.arange(len(ids) - 1), ids[1:]][len(prompt) - 1 :]
+
+
+def together(model: Transformer, trajectories: list[Trajectory]) -> Tensor:
+    batch = pack(trajectories)
+    hidden = model(batch.token_ids, batch.positions, packed_attention(model.config, batch))
+    log_p = torch.log_softmax(model.head(hidden[batch.predicting]), -1)
+    return log_p[torch.arange(len(batch.target)), batch.target]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    """With soft-caps in one family, and windows of 9 or 11 tokens in two."""
+    directory: Path = tmp_path_factory.mktemp(request.param)
+    write_model(directory, request.param)
+    return load(directory)[0].double()
+
+
+@settings(max_examples=8, deadline=None)
+@given(trajectories=groups())
+def test_a_tree_is_its_trajectories_one_by_one(
+    model: Transformer, trajectories: list[Trajectory]
 ) -> None:
-    exact = one_by_one(layer, lengths, *draw(lengths, seed, torch.float64))
-    packed = packed_attention(CONFIG, lengths)
-    torch.testing.assert_close(packed(layer, *draw(lengths, seed, torch.float64)), exact)
-    # In float32: within a few times the error of the plain computation in float32.
-    single = draw(lengths, seed, torch.float32)
-    error = (one_by_one(layer, lengths, *single) - exact).abs().max()
-    floor = torch.finfo(torch.float32).eps * exact.abs().max()
-    assert (packed(layer, *single) - exact).abs().max() <= 4 * (error + floor)
+    """Log-probs, and the gradients of every parameter, with other weights on every token."""
+    weight: Callable[[Tensor], Tensor] = lambda x: torch.linspace(-1, 1, len(x)).to(x)  # noqa: E731
+    expected = torch.cat([alone(model, each) for each in trajectories])
+    exact = gradients(model, (weight(expected) * expected).sum())
+    found = together(model, trajectories)
+    ours = gradients(model, (weight(found) * found).sum())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    for a, b in zip(ours, exact, strict=True):
+        assert (a - b).norm() <= 1e-9 * b.norm() + 1e-11
 
 
-def test_gradients_are_those_of_each_sequence_alone() -> None:
-    lengths = [3, 7, 1]
-    grads = []
-    for packed in (True, False):
-        tensors = [x.requires_grad_() for x in draw(lengths, 0, torch.float64)]
-        out = (
-            packed_attention(CONFIG, lengths)(0, *tensors)
-            if packed
-            else one_by_one(0, lengths, *tensors)
-        )
-        (out * torch.arange(out.numel()).reshape(out.shape)).sum().backward()
-        grads.append([x.grad for x in tensors])
-    for ours, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_a_sequence_is_blind_to_the_others_and_to_its_future() -> None:
-    lengths = [4, 6, 5]
-    q, k, v = draw(lengths, 1, torch.float32)
-    attend = packed_attention(CONFIG, lengths)
-    before = attend(0, q, k, v)
-    k[7:], v[7:] = 1e6, 1e30  # from the middle of the second sequence on
-    after = attend(0, q, k, v)
-    assert torch.equal(after[:7], before[:7])
-    assert (after[7:] != before[7:]).all()
-
-
-def test_what_torch_attention_lacks_is_refused() -> None:
-    capped = replace(CONFIG, attention=(CONFIG.attention[0], LayerAttention(0.4, 50.0, None)))
-    with pytest.raises(ValueError, match=r"layer 1 has a soft-cap of 50\.0"):
-        packed_attention(capped, [3])
-    with pytest.raises(ValueError, match="layer 1 has a window of 20 < 21"):
-        packed_attention(CONFIG, [3, 21])
-    with pytest.raises(ValueError, match="33 tokens, the context 32"):
-        packed_attention(CONFIG, [33])
-    packed_attention(CONFIG, [20])
+def test_a_sequence_beyond_the_context_is_refused(model: Transformer) -> None:
+    longest = Trajectory([tuple(range(1, 100)) * 41], list(range(5, 44)))
+    assert len(longest.prompt[0]) + 39 == 4098
+    with pytest.raises(ValueError, match="4097 tokens, the context 4096"):
+        packed_attention(model.config, pack([longest]))

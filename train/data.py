@@ -7,7 +7,7 @@ the `order` in which the responses were shown and a `hint`, shuffled anew each e
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -17,17 +17,17 @@ from typing import Any
 import msgspec
 
 from engine.prompt import PromptBuilder
-from engine.request import make_row, parse_row
+from engine.request import Row, make_row, parse_row
 from models.config import parse_json
 from train.world import CRITERIA, Case, cases, judge, list_criteria
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One training sequence: loss falls on `completion`, which ends with the end token."""
+    """One training sequence: a prompt as segments, and what loss falls on, the end token last."""
 
-    prompt: list[int]
-    completion: list[int]
+    prompt: Sequence[tuple[int, ...]]
+    completion: Sequence[int]
 
 
 Batches = Callable[[int], list[Trajectory]]  # batch number -> its trajectories
@@ -67,8 +67,15 @@ def _world_trajectory(
     row = make_row(
         fields["prompt"], fields["responses"], reference=reference, principles=principles
     )
-    prompt = builder.render(row, range(len(row.responses)), hint)
+    prompt = prompt_segments(builder, row, range(len(row.responses)), hint)
     return Trajectory(prompt, [*builder.tokenizer.encode_text(text), end_id])
+
+
+def prompt_segments(
+    builder: PromptBuilder, row: Row, order: Sequence[int], hint: str | None = None
+) -> list[tuple[int, ...]]:
+    """The prompt of a trajectory."""
+    return [segment.token_ids for segment in builder.segments(row, order, hint)]
 
 
 class _Judgement(msgspec.Struct, kw_only=True):
@@ -114,7 +121,7 @@ def _file_trajectory(builder: PromptBuilder, end_id: int, fields: dict[str, Any]
     order = places if judged.order is None else judged.order
     if sorted(order) != places:
         raise ValueError(f"order {order} is not a permutation of {len(places)} responses")
-    prompt = builder.render(row, order, judged.hint)
+    prompt = prompt_segments(builder, row, order, judged.hint)
     return Trajectory(prompt, [*builder.tokenizer.encode_text(judged.judgement), end_id])
 
 

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 import tyro
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from engine.prompt import DEFAULT_TEMPLATE, PromptBuilder, read_judge_settings
+from kernels.linear_logprob import linear_logprob
 from models import load
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
@@ -61,9 +61,10 @@ class Args:
 
 def loss_of(model: Transformer, batch: PackedBatch) -> Tensor:
     """Mean cross-entropy (nats) over the batch's target tokens, a scalar with gradient."""
-    attend = packed_attention(model.config, batch.lengths, batch.token_ids.device)
-    hidden = model(batch.token_ids, batch.positions, attend)
-    return cross_entropy(model.head(hidden[batch.predicting]).float(), batch.target)
+    hidden = model(batch.token_ids, batch.positions, packed_attention(model.config, batch))
+    return -linear_logprob(
+        hidden[batch.predicting], model.head_weight, batch.target, model.config.final_softcap
+    ).logp.mean()
 
 
 def train(args: Args) -> None:
@@ -189,7 +190,7 @@ def _steps(
             group["lr"] = lr
         optimizer.step()
         metrics = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
-        num_tokens = len(batch.token_ids)
+        num_tokens = batch.num_tokens
         tokens_per_s = num_tokens / (time.monotonic() - started)
         progress.set_postfix(loss=f"{metrics['loss']:.3f}", tokens_per_s=f"{tokens_per_s:.0f}")
         yield step + 1, num_tokens, metrics
