@@ -14,30 +14,26 @@ Not done here: several devices, gradient accumulation, LoRA.
 """
 
 import json
-import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.prompt import DEFAULT_TEMPLATE, PromptBuilder, read_judge_settings
+from engine.prompt import PromptBuilder, read_judge_settings, read_judge_template
 from kernels.linear_logprob import linear_logprob
 from models import load
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
-from models.weights import save_pretrained
-from train import checkpoint
 from train.data import Batches, file_batches, world_batches
 from train.optimizer import cosine_lr, make_optimizer
 from train.packing import PackedBatch, pack, packed_attention
+from train.run import Run, check_args
 
 
 @dataclass(frozen=True)
@@ -73,53 +69,25 @@ def train(args: Args) -> None:
     Raises ValueError for settings out of range or other than those of the checkpoint, and
     FloatingPointError naming the step at which loss or gradients are not finite.
     """
-    for name in ("steps", "rows", "log_every", "save_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} = {getattr(args, name)} is less than 1")
-    if args.out.resolve() == args.model.resolve():
-        raise ValueError(f"out is the directory of the model itself, {args.model}")
+    check_args(args, "rows")
     model, tokenizer = load(args.model, dtype=torch.float32)
     batches = _batches(args, tokenizer, _end_id(model, tokenizer))
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    root = args.out / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    settings = _settings(args)
-    first = tokens = 0
-    if newest := checkpoint.latest(root):
-        made_with = checkpoint.read_state(newest)["settings"]
-        if made_with != settings:
-            raise ValueError(f"{newest} was made with other settings: {_diff(made_with, settings)}")
-        state = checkpoint.restore(newest, model, optimizer)
-        first, tokens = state["step"], state["tokens"]
-    metrics_path = args.out / "metrics.jsonl"
-    _cut_metrics(metrics_path, first)
     started = time.monotonic()
-    with metrics_path.open("a", encoding="utf-8") as log:
-        for step, num_tokens, metrics in _steps(args, model, optimizer, batches, first):
+    with Run(args, model, optimizer) as run:
+        tokens = run.state.get("tokens", 0)
+        for step, num_tokens, metrics in _steps(args, model, optimizer, batches, run.first):
             tokens += num_tokens
-            if step % args.log_every == 0:
-                log.write(json.dumps({"step": step, "tokens": tokens, **metrics}) + "\n")
-                log.flush()
-            if step % args.save_every == 0 or step == args.steps:
-                os.fsync(log.fileno())
-                state = {"settings": settings, "tokens": tokens}
-                checkpoint.save(root, step, model, optimizer, state)
-    for path in args.model.iterdir():
-        if path.suffix in (".json", ".jinja") and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, args.out / path.name)
-    save_pretrained(model, args.out)
+            run.record(step, {"tokens": tokens, **metrics}, tokens=tokens)
+        run.finish()
     seconds = round(time.monotonic() - started, 1)
-    summary = {"steps": args.steps, "steps_run": args.steps - first, "tokens": tokens}
+    summary = {"steps": args.steps, "steps_run": args.steps - run.first, "tokens": tokens}
     print(json.dumps(summary | {"seconds": seconds}), file=sys.stderr)
 
 
 def _batches(args: Args, tokenizer: Tokenizer, end_id: int) -> Batches:
-    template = args.model / "judge_template.jinja"
-    builder = PromptBuilder(
-        tokenizer,
-        (template if template.exists() else DEFAULT_TEMPLATE).read_text(encoding="utf-8"),
-        read_judge_settings(args.model),
-    )
+    template = read_judge_template(args.model)
+    builder = PromptBuilder(tokenizer, template, read_judge_settings(args.model))
     if args.data:
         return file_batches(builder, end_id, args.data, args.rows, args.seed)
     return world_batches(builder, end_id, args.rows, args.seed)
@@ -134,33 +102,6 @@ def _end_id(model: Transformer, tokenizer: Tokenizer) -> int:
     if len(ends) != 1:
         raise ValueError(f"which of the end tokens {sorted(ends)} ends a judgement is not declared")
     return min(ends)
-
-
-def _settings(args: Args) -> dict[str, Any]:
-    """All that decides the outcome of a run; of files, what they hold and not where they are."""
-    places = ("model", "data", "out", "log_every", "save_every")
-    settings = {name: value for name, value in asdict(args).items() if name not in places}
-    for path in sorted(args.model.iterdir()):
-        if path.is_file():
-            settings[f"model/{path.name}"] = checkpoint.sha256(path)
-    settings["data"] = checkpoint.sha256(args.data) if args.data else None
-    return settings
-
-
-def _diff(old: dict[str, Any], new: dict[str, Any]) -> str:
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return ", ".join(f"{name} = {old.get(name)}, not {new.get(name)}" for name in names)
-
-
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drop what a killed run logged after its last checkpoint, a torn line included."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _steps(
