@@ -107,7 +107,7 @@ def file_batches(builder: PromptBuilder, end_id: int, path: Path, rows: int, see
         chosen = []
         for i in range(number * rows, (number + 1) * rows):
             epoch, position = divmod(i, len(trajectories))
-            chosen.append(trajectories[_permutation(len(trajectories), seed, epoch)[position]])
+            chosen.append(trajectories[permutation(len(trajectories), seed, epoch)[position]])
         return chosen
 
     return batch
@@ -126,7 +126,7 @@ def _file_trajectory(builder: PromptBuilder, end_id: int, fields: dict[str, Any]
 
 
 @lru_cache(maxsize=2)  # a batch may lie across two epochs
-def _permutation(length: int, seed: int, epoch: int) -> list[int]:
+def permutation(length: int, seed: int, epoch: int) -> list[int]:
     order = list(range(length))
     random.Random(f"quorum-epoch-{seed}-{epoch}").shuffle(order)
     return order

@@ -22,7 +22,7 @@ from models.weights import save_pretrained
 from train import checkpoint
 
 # What does not decide how a run ends: where its files are, and how often it writes.
-_PLACES = frozenset({"model", "data", "out", "log_every", "save_every"})
+_PLACES = frozenset({"model", "out", "log_every", "save_every"})
 
 
 class Run:
@@ -35,8 +35,7 @@ class Run:
         model: Transformer,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """args: a dataclass with model, out, data, steps, log_every and save_every among its
-        fields. Raises ValueError for settings other than those of the checkpoint."""
+        """args: a dataclass with model, out, steps, log_every and save_every among its fields. Raises ValueError for settings other than those of the checkpoint."""
         self._args, self._model, self._optimizer = args, model, optimizer
         self._settings = _settings(args)
         self._checkpoints = args.out / "checkpoints"
@@ -92,11 +91,13 @@ def check_args(args: Any, *at_least_one: str) -> None:
 
 def _settings(args: Any) -> dict[str, Any]:
     """All that decides how a run ends; of files, what they hold and not where they are."""
-    settings = {name: value for name, value in asdict(args).items() if name not in _PLACES}
+    settings: dict[str, Any] = {}
+    for name, value in asdict(args).items():
+        if name not in _PLACES:
+            settings[name] = checkpoint.sha256(value) if isinstance(value, Path) else value
     for path in sorted(args.model.iterdir()):
         if path.is_file():
             settings[f"model/{path.name}"] = checkpoint.sha256(path)
-    settings["data"] = checkpoint.sha256(args.data) if args.data else None
     return settings
 
 

@@ -1,0 +1,156 @@
+"""Groups of judgements sampled with the trainer's own weights, their rewards and advantages.
+
+A judgement of a labelled row is right when it says so strictly: with n >= 2 responses the labelled
+best alone has the highest score; with one response its score is on the label's side of the
+threshold. The reward is +1 or -1; an invalid judgement gets -1, and is counted. Reward and
+advantage are two things:
+
+    advantage = (reward - mean of its group) / std        of the group, of the batch, or 1
+
+with the sample standard deviation (over G - 1, as trl has it) plus 1e-4; where all rewards of a
+group are equal it is 0.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engine.judge import Judge
+from engine.request import BadRow, Row, make_row, read_rows
+from engine.verdict import RowFailure, Sample, gold_index
+from train.data import Trajectory, permutation, prompt_segments
+from train.world import cases
+
+Rows = Callable[[int], list[Row]]  # batch number -> its rows
+Scaling = Literal["none", "group", "batch"]
+_EPS = 1e-4
+_MAX_ROW_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Group:
+    """A row, its judgements and their rewards."""
+
+    row: Row
+    samples: list[Sample]
+    rewards: list[float]
+
+
+def is_right(scores: Sequence[int] | None, label: int | Sequence[float], threshold: float) -> bool:
+    """Whether one judgement, its scores in the row's own order, agrees with the row's label."""
+    if scores is None:
+        return False
+    if len(scores) == 1:
+        return (scores[0] > threshold) == bool(label)
+    best = gold_index(label)
+    return all(score < scores[best] for i, score in enumerate(scores) if i != best)
+
+
+def world_rows(name: str, seed: int, rows: int) -> Rows:
+    """Fresh rows of the synthetic world's train split, the same for the same name and seed."""
+
+    def batch(number: int) -> list[Row]:
+        drawn = islice(cases(f"{name}-{seed}-{number}", "train"), rows)
+        return [
+            _world_row(case.row(), f"{name}-{seed}-{number}-{i}") for i, case in enumerate(drawn)
+        ]
+
+    return batch
+
+
+def _world_row(fields: dict[str, Any], row_id: str) -> Row:
+    return make_row(fields["prompt"], fields["responses"], id=row_id, label=fields["label"])
+
+
+def file_rows(path: Path, seed: int, rows: int) -> tuple[Rows, Counter[str]]:
+    """Rows of a JSONL file, in a new seeded permutation every epoch, and how many lines were left
+    out for which reason: bad rows, and rows without a label. Raises ValueError where none is left.
+    """
+    kept: list[Row] = []
+    left_out: Counter[str] = Counter()
+    with path.open("rb") as stream:
+        for row in read_rows(stream, _MAX_ROW_BYTES):
+            if isinstance(row, BadRow):
+                left_out[f"line {row.line}: {row.error}"] += 1
+            elif row.label is None:
+                left_out["no label"] += 1
+            else:
+                kept.append(row)
+    if not kept:
+        raise ValueError(f"{path} holds no row with a label: {dict(left_out)}")
+
+    def batch(number: int) -> list[Row]:
+        places = (divmod(i, len(kept)) for i in range(number * rows, (number + 1) * rows))
+        return [kept[permutation(len(kept), seed, epoch)[place]] for epoch, place in places]
+
+    return batch, left_out
+
+
+def sample_groups(
+    judge: Judge, rows: Iterable[Row], seed: int, **options: Any
+) -> tuple[list[Group], list[RowFailure]]:
+    """The judgements of labelled rows, k of each, with their rewards; and the rows that could not
+    be judged. options: those of `Judge.rows`."""
+    groups: list[Group] = []
+    failures: list[RowFailure] = []
+    asked = list(rows)
+    for row, outcome in zip(asked, judge.rows(asked, seed=seed, **options), strict=True):
+        if isinstance(outcome, RowFailure):
+            failures.append(outcome)
+            continue
+        assert row.label is not None
+        rewards = [
+            1.0 if is_right(sample.scores, row.label, judge.settings.threshold) else -1.0
+            for sample in outcome.samples
+        ]
+        groups.append(Group(row, outcome.samples, rewards))
+    return groups, failures
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of a step's draws."""
+    digest = hashlib.sha256(f"quorum-step-{seed}-{step}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def advantages(rewards: Tensor, scaling: Scaling) -> Tensor:
+    """Of rewards (groups, G): (groups, G). Raises ValueError for groups of one."""
+    if rewards.shape[1] < 2:
+        raise ValueError("a group of one judgement has no advantage over itself")
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if scaling == "group":
+        return centred / (rewards.std(1, keepdim=True) + _EPS)
+    if scaling == "batch":
+        return centred / (rewards.std() + _EPS)
+    return centred
+
+
+def trajectories_of(judge: Judge, group: Group) -> list[Trajectory]:
+    """What is learnt from: each judgement after the prompt of its own order."""
+    return [
+        Trajectory(prompt_segments(judge.prompts, group.row, sample.order), sample.token_ids)
+        for sample in group.samples
+    ]
+
+
+def describe(groups: Sequence[Group]) -> dict[str, float]:
+    """Shares over all judgements, and over groups that of those without spread."""
+    samples = [sample for group in groups for sample in group.samples]
+    rewards = torch.tensor([group.rewards for group in groups])
+    lengths = [sample.tokens for sample in samples]
+    return {
+        "reward": rewards.mean().item(),
+        "accuracy": (rewards > 0).double().mean().item(),
+        "zero_spread": (rewards == rewards[:, :1]).all(1).double().mean().item(),
+        "invalid": sum(sample.scores is None for sample in samples) / len(samples),
+        "truncated": sum(sample.finish == "length" for sample in samples) / len(samples),
+        "tokens_mean": sum(lengths) / len(lengths),
+        "tokens_max": max(lengths),
+    }
