@@ -90,6 +90,12 @@ def read_judge_settings(directory: str | Path) -> JudgeSettings:
     return settings
 
 
+def read_judge_template(directory: str | Path) -> str:
+    """The text of a model directory's judge_template.jinja, or of the default."""
+    own = Path(directory) / "judge_template.jinja"
+    return (own if own.exists() else DEFAULT_TEMPLATE).read_text(encoding="utf-8")
+
+
 SegmentKind = Literal["head", "conversation", "response", "tail"]
 FieldName = Literal["message", "response", "reference", "principles", "hint"]
 

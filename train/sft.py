@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from engine.prompt import DEFAULT_TEMPLATE, PromptBuilder, read_judge_settings
+from engine.prompt import PromptBuilder, read_judge_settings, read_judge_template
 from models import load
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
@@ -78,7 +78,7 @@ def train(args: Args) -> None:
     if args.out.resolve() == args.model.resolve():
         raise ValueError(f"out is the directory of the model itself, {args.model}")
     model, tokenizer = load(args.model, dtype=torch.float32)
-    batches = _batches(args, tokenizer, _end_id(model, tokenizer))
+    batches = _batches(args, tokenizer, tokenizer.end_id(model.config.eos_token_ids))
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     root = args.out / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
@@ -113,26 +113,12 @@ def train(args: Args) -> None:
 
 
 def _batches(args: Args, tokenizer: Tokenizer, end_id: int) -> Batches:
-    template = args.model / "judge_template.jinja"
     builder = PromptBuilder(
-        tokenizer,
-        (template if template.exists() else DEFAULT_TEMPLATE).read_text(encoding="utf-8"),
-        read_judge_settings(args.model),
+        tokenizer, read_judge_template(args.model), read_judge_settings(args.model)
     )
     if args.data:
         return file_batches(builder, end_id, args.data, args.rows, args.seed)
     return world_batches(builder, end_id, args.rows, args.seed)
-
-
-def _end_id(model: Transformer, tokenizer: Tokenizer) -> int:
-    """The token that ends a judgement: the tokenizer's own where it is one of the model's."""
-    ends = model.config.eos_token_ids
-    own = tokenizer.encode_template(tokenizer.special_tokens.get("eos_token", ""))
-    if len(own) == 1 and own[0] in ends:
-        return own[0]
-    if len(ends) != 1:
-        raise ValueError(f"which of the end tokens {sorted(ends)} ends a judgement is not declared")
-    return min(ends)
 
 
 def _settings(args: Args) -> dict[str, Any]:
