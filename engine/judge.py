@@ -331,7 +331,7 @@ class Judge:
             try:
                 scored = scorer.scores(row, [(sample.order, sample.text) for sample in valid])
             except ValueError as error:
-                return RowFailure(row.id, row.line, None, str(error))
+                return RowFailure(row.id, row.line, None, f"meta model: {error}")
             for sample, score in zip(valid, scored, strict=True):
                 sample.meta = score
             meta = torch.tensor([[math.nan if s.meta is None else s.meta for s in samples]])

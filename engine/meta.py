@@ -142,8 +142,8 @@ class MetaScorer:
         lengths = [sum(map(len, sequence)) for sequence in sequences]
         if not 0 < min(lengths) <= self.context:
             raise ValueError(
-                f"the shortest judgement with its prompt has {min(lengths)} tokens for the meta "
-                f"model, whose context is {self.context}"
+                f"the shortest judgement with its prompt has {min(lengths)} tokens, the context is "
+                f"{self.context}"
             )
         if max(lengths) > self.context:
             warnings.warn(
@@ -169,14 +169,15 @@ class MetaScorer:
         for end in sorted(scores, key=lambda node: [each.number for each in node.path()]):
             while (fresh := self.forest.allocate(end)) is None:
                 if not held:
-                    size = self.cache.size - self.cache.shared_base
                     raise ValueError(
-                        f"the meta model needs {end.stop} tokens of cache, there are {size}"
+                        f"a judgement with its prompt needs {end.stop} tokens of cache, there are "
+                        f"{self.cache.size - self.cache.shared_base}"
                     )
                 self._compute(scores)
-                for done in held[:-1] or held:
+                kept = held[-1:] if len(held) > 1 else []
+                for done in held[: len(held) - len(kept)]:
                     self.forest.release(done)
-                held = held[-1:] if len(held) > 1 else []
+                held = kept
             held.append(end)
             self._queue.extend((node, 0) for node in fresh)
             if end not in fresh:  # a head of rows before: its last token is run again

@@ -104,7 +104,9 @@ def test_rows_do_not_depend_on_each_other_or_on_their_place(tmp_path: Path) -> N
     with torch.inference_mode():
         check_rows(lambda rows: model.logits(hidden[:rows])[:, None])
         for shift in range(1, 16):
-            assert torch.equal(model.logits(hidden.roll(shift, 0)).roll(-shift), model.logits(hidden))
+            assert torch.equal(
+                model.logits(hidden.roll(shift, 0)).roll(-shift), model.logits(hidden)
+            )
 
 
 def test_gradients_reach_the_decoder(tmp_path: Path) -> None:
