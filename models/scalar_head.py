@@ -33,9 +33,9 @@ class ScalarModel(nn.Module):
         """Raw logits of hidden states (R, hidden_size) after the final norm: (R,) float32 (float64
         from float64).
 
-        The sum is in float32 whatever the dtype: half a type's few digits would make ties. Rows do
-        not depend on each other, bit for bit: they are summed 16 at a time, so that the sum over a
-        row is cut the same way whatever R is; R must be a multiple of 16 for that.
+        The sum is in float32 even where the model is not: the digits of bfloat16 would make ties.
+        Rows do not depend on each other, bit for bit, where R is a multiple of 16: they are summed
+        16 at a time, since torch on a GPU cuts a sum by the number of rows.
         """
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weight = self.score.weight.to(wide)

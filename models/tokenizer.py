@@ -130,7 +130,8 @@ class Tokenizer:
             return own[0]
         if len(eos_token_ids) != 1:
             raise ValueError(
-                f"which of the end tokens {sorted(eos_token_ids)} ends a judgement is not declared"
+                f"which of the end tokens {sorted(eos_token_ids)} ends a judgement is not "
+                "declared: see eos_token_id in config.json, eos_token in tokenizer_config.json"
             )
         return next(iter(eos_token_ids))
 
