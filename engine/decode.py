@@ -30,19 +30,17 @@ import torch
 from torch import Tensor
 
 from engine.forest import Node, decode_items
+from engine.forward import CachedForward
 from engine.kv_cache import ALIGN, KVCache, round_up
 from kernels import native
 from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
-from kernels.forest_attention import forest_attention, keys_per_partial
+from kernels.forest_attention import keys_per_partial
 from kernels.forest_plan import MAX_SPLIT, ForestPlan, SuffixTiles
 from kernels.forest_schedule import HeadShape, StaticPlan
-from kernels.launch import power_of_two, runs_triton, target_of, to_device
-from kernels.matmul import matmul
+from kernels.launch import power_of_two, runs_triton, target_of
 from kernels.sample_token import SamplingOptions, sample_token, samples_native, uniforms
 from kernels.take_token import LiveSamples, Moving, Records, take_token
-from kernels.write_kv import write_kv
-from models.native_decoder import NativeDecoder, runs_native
-from models.transformer import Attend, Transformer, linear
+from models.transformer import Transformer
 
 # Rows of a buffer of int64, (5, R).
 _PROMPT, _CELL, _KEY, _SAMPLE = 0, 1, slice(2, 4), 4
@@ -127,7 +125,7 @@ class Look:
         return counts, [bool(flag) for flag in finished]
 
 
-class Decoder:
+class Decoder(CachedForward):
     """Decode steps of the live samples over one cache, each launched by the host."""
 
     def __init__(
@@ -145,20 +143,14 @@ class Decoder:
     ) -> None:
         """deterministic: fixed tiles in matrix products and one partial for every split of keys, so
         that a sample has the same bits in any company on a GPU too."""
-        self.model = model
-        self.config = model.config
+        super().__init__(model, cache, deterministic)
         self.automaton = automaton
-        self.cache = cache
         self.options = options
         self.end_ids = end_ids
         self.stop_at_box = stop_at_box
-        self.device = end_ids.device
-        self.deterministic = deterministic
-        on_triton = runs_triton(model.head_weight)
-        self.product = matmul if deterministic and on_triton else linear
         # Where every item is a partial result by itself, inlining would save none.
         self.keys_per_partial = 0
-        if on_triton and not deterministic:
+        if runs_triton(model.head_weight) and not deterministic:
             config = self.config
             self.keys_per_partial = keys_per_partial(
                 config.num_heads,
@@ -167,7 +159,6 @@ class Decoder:
                 config.v_head_dim,
                 model.head_weight.dtype,
             )
-        self._native = NativeDecoder(model, cache.k, cache.v) if runs_native(model) else None
         self.records = Records.empty(cache.num_slots, max_new_tokens, self.device)
         self.leaves: tuple[Leaf, ...] = ()
         rows = self._rows(cache.num_slots)
@@ -267,20 +258,6 @@ class Decoder:
             self._loaded_at.precedes(self._reader)
             yield
 
-    # -- for prefill too ---------------------------------------------------------------------------
-
-    def forward(self, tokens: Tensor, positions: Tensor, cells: Tensor, plan: ForestPlan) -> Tensor:
-        """Hidden states of tokens, whose keys and values go into `cells` of the cache."""
-        if self._native is not None:
-            return self._native.forward(tokens, positions, cells, plan)
-        return self.model(tokens, positions, self._attend(cells, plan), self.product)
-
-    def head_logits(self, hidden: Tensor) -> Tensor:
-        """The model's raw logits of hidden states."""
-        if self._native is not None:
-            return self._native.head_logits(hidden)
-        return self.model.head_logits(hidden, self.product)
-
     def draw(
         self, live: LiveSamples, logits: Tensor, uniform: Tensor, moving: Moving | None = None
     ) -> None:
@@ -347,20 +324,6 @@ class Decoder:
             position=self._table[_PROMPT, :rows],
             max_length=reach,
         )
-
-    def _attend(self, cells: Tensor, plan: ForestPlan) -> Attend:
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-            write_kv(k, v, k_cache, v_cache, cells)
-            spec = self.config.attention[layer]
-            return forest_attention(
-                q, k_cache, v_cache, plan, spec.scale, spec.softcap, spec.window
-            )
-
-        return attend
-
-    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        return to_device(torch.tensor(values, dtype=torch.int64), self.device)
 
 
 # capture(step) gives what runs the same step again, on the same tensors, without the host's work.

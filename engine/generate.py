@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from engine.decode import Look, Moment, Sampled, make_decoder
-from engine.forest import Forest, Node, TokenIds, prefill_items, tree_tokens
+from engine.forest import Forest, Node, TokenIds, tree_tokens
+from engine.forward import Piece, last_rows, take_pieces
 from engine.kv_cache import ALIGN, KVCache, cell_bytes, round_up, scratch_cells
 from engine.memory import cache_budget, is_out_of_memory
 from kernels.extract_scores import Reason, ScoreAutomaton
-from kernels.forest_plan import ForestPlan
 from kernels.launch import to_device
 from kernels.sample_token import SamplingOptions, uniforms
 from kernels.take_token import LiveSamples
@@ -82,13 +82,16 @@ class GroupResult:
 
 @dataclass
 class Usage:
-    """What was really computed: tokens run through the model, and seconds."""
+    """What was really computed: tokens run through the model, and seconds; `meta`: through the
+    meta model."""
 
     prefill_tokens: int = 0
     decode_tokens: int = 0  # kept tokens, one per live sample and step
     idle_tokens: int = 0  # steps of samples that had finished and were not yet retired
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    meta_tokens: int = 0
+    meta_seconds: float = 0.0
 
 
 @dataclass
@@ -310,49 +313,17 @@ class Generator:
     def _prefill_piece(self, room: int) -> None:
         """Run the next `room` tokens that are to be prefilled, and keep the logits after ends."""
         ends = {leaf.end for leaf in self._joining}
-        pieces: list[tuple[Node, int, int]] = []
-        while self._queue and room:
-            node, first = self._queue.popleft()
-            stop = min(len(node.token_ids), first + room)
-            pieces.append((node, first, stop))
-            room -= stop - first
-            if stop < len(node.token_ids):
-                self._queue.appendleft((node, stop))
+        pieces = take_pieces(self._queue, room)
+        last = last_rows(pieces, ends)
         hidden = self._forward_prefill(pieces)
-        row = -1
-        last: dict[Node, int] = {}
-        for node, first, stop in pieces:
-            row += stop - first
-            if node in ends and stop == len(node.token_ids):
-                last[node] = row
         if last:
-            padding = -len(last) % ALIGN
-            rows = self._tensor([*last.values(), *[0] * padding])
+            rows = self._tensor([*last.values(), *[0] * (-len(last) % ALIGN)])
             for node, logits in zip(last, self.decoder.head_logits(hidden[rows]), strict=False):
                 node.logits = logits.clone()  # a view would keep all rows alive
 
-    def _forward_prefill(self, pieces: Sequence[tuple[Node, int, int]]) -> Tensor:
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        for node, first, stop in pieces:
-            assert node.slab is not None
-            tokens += node.token_ids[first:stop]
-            positions += range(node.start + first, node.start + stop)
-            slots += range(node.slab.start + first, node.slab.start + stop)
-        self.usage.prefill_tokens += len(tokens)
-        padding = -len(tokens) % ALIGN
-        slots += range(padding)
-        positions += [0] * padding
-        at = self._tensor(positions)
-        return self.decoder.forward(
-            self._tensor(tokens + [0] * padding),
-            at,
-            self._tensor(slots),
-            ForestPlan(
-                prefill_items(pieces), at, per_split=self.deterministic, host_positions=positions
-            ),
-        )
+    def _forward_prefill(self, pieces: Sequence[Piece]) -> Tensor:
+        self.usage.prefill_tokens += sum(stop - first for _, first, stop in pieces)
+        return self.decoder.prefill(pieces)
 
     def _join(self, joining: list[_Leaf]) -> None:
         """Draw first tokens and put the new leaves among the live ones, depth-first."""

@@ -5,24 +5,41 @@
     verdict = judge("What is 2 + 2?", ["4", "5"], k=8, seed=0)
 
 A row becomes k prompts (one per order of its responses), `generate` samples them, and the valid
-samples vote. Which order a sample sees, and how a tie falls, is drawn from streams of its own.
+samples vote: all of them, or those that a meta model scores highest. Which order a sample sees, and
+how a tie falls, is drawn from streams of its own.
 """
 
-import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.decided import samples_to_draw
-from engine.generate import Generation, Generator, Group, GroupResult, Usage
+from engine.generate import (
+    PREFILL_TOKENS,
+    Generation,
+    Generator,
+    Group,
+    GroupResult,
+    Usage,
+)
+from engine.memory import cache_budget
+from engine.meta import CACHE_SHARE, MetaModel, MetaScorer
 from engine.options import JudgeOptions
-from engine.prompt import DEFAULT_TEMPLATE, JudgeSettings, PromptBuilder, read_judge_settings
+from engine.prompt import JudgeSettings, PromptBuilder, read_judge_settings, read_judge_template
 from engine.request import MAX_RESPONSES, BadRow, Message, Row, make_row
-from engine.verdict import RowFailure, Sample, Verdict, is_correct, output_key
+from engine.verdict import (
+    RowFailure,
+    Sample,
+    Verdict,
+    fingerprint_of,
+    is_correct,
+    output_key,
+)
 from kernels.extract_scores import Reason, ScoreAutomaton
 from kernels.sample_token import SamplingOptions, stream_key, uniforms
 from kernels.vote import vote
@@ -46,9 +63,11 @@ class Judge:
         fingerprint: str = "",
         max_batch: int | None = None,
         cache_bytes: int | None = None,
+        meta: MetaModel | None = None,
     ) -> None:
         """`fingerprint` identifies the model in keys. max_batch: most samples decoded together
-        (default 256). cache_bytes bounds keys and values; by default free memory does."""
+        (default 256). cache_bytes bounds keys and values; by default free memory does. meta:
+        chooses which samples vote; ValueError where it takes scores to be in another range."""
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings or JudgeSettings()
@@ -58,6 +77,12 @@ class Judge:
         if self.max_batch < 1:
             raise ValueError(f"max_batch = {max_batch} is less than 1")
         self.cache_bytes = cache_bytes
+        self.meta = meta
+        if meta is not None and _range(meta.settings) != _range(self.settings):
+            raise ValueError(
+                f"the meta model's scores are from {_range(meta.settings)}, the judge's from "
+                f"{_range(self.settings)}: see judge.json of each"
+            )
         self.usage = Usage()
         vocab = model.config.vocab_size
         self._automaton = ScoreAutomaton(
@@ -79,26 +104,28 @@ class Judge:
         device: str = "auto",
         max_batch: int | None = None,
         cache_bytes: int | None = None,
+        meta: str | Path | None = None,
     ) -> "Judge":
         """Load a model directory in Hugging Face layout.
 
         template: a judge template file in place of the directory's own judge_template.jinja or the
         default. dtype "auto" is the stored one; device "auto" is a GPU where there is one;
-        max_batch and cache_bytes as for the constructor. Raises ValueError naming the file for
-        anything that cannot be read or is not supported.
+        max_batch and cache_bytes as for the constructor. meta: the directory of a meta reward
+        model, a sequence classifier of one label, with a template of its own. Raises ValueError
+        naming the file for anything that cannot be read or is not supported.
         """
         directory = Path(directory)
         model, tokenizer = load(directory, dtype=dtype, device=device)
-        own = directory / "judge_template.jinja"
-        path = Path(template) if template else own if own.exists() else DEFAULT_TEMPLATE
+        own = Path(template).read_text(encoding="utf-8") if template else None
         return cls(
             model.eval(),
             tokenizer,
-            judge_template=path.read_text(encoding="utf-8"),
+            judge_template=read_judge_template(directory) if own is None else own,
             settings=read_judge_settings(directory),
-            fingerprint=_fingerprint(directory),
+            fingerprint=fingerprint_of(directory),
             max_batch=max_batch,
             cache_bytes=cache_bytes,
+            meta=None if meta is None else MetaModel.load(meta, dtype=dtype, device=device),
         )
 
     def __call__(
@@ -139,7 +166,21 @@ class Judge:
 
     def key(self, row: Row | BadRow, **options: Any) -> str:
         """The key of a row's line under the options of `rows`: a hash of all that decides it."""
-        return self._key(row, JudgeOptions(**options))
+        return self._key(row, self._options(options))
+
+    def _options(self, given: dict[str, Any]) -> JudgeOptions:
+        """The options, checked, with k_meta as it holds where there is a meta model."""
+        options = JudgeOptions(**given)
+        if self.meta is None:
+            if options.k_meta is not None:
+                raise ValueError(f"k_meta = {options.k_meta} needs a meta model")
+            return options
+        if options.until_decided is not None:
+            raise ValueError(
+                "until_decided has no meaning with a meta model: which samples vote is not known "
+                "before all k are there"
+            )
+        return replace(options, k_meta=options.k_meta or (options.k + 1) // 2)
 
     def _key(self, row: Row | BadRow, options: JudgeOptions) -> str:
         weight = self.model.head_weight
@@ -151,6 +192,14 @@ class Judge:
         }
         if options.until_decided is None:  # lines from before there was this option keep their key
             del everything["until_decided"]
+        if self.meta is None:  # nor do those from before there were meta models
+            del everything["k_meta"]
+        else:
+            everything |= {
+                "meta_fingerprint": self.meta.fingerprint,
+                "meta_template": self.meta.prompts.judge_template,
+                "meta_dtype": str(self.meta.model.score.weight.dtype),
+            }
         return output_key(row, everything, self.fingerprint)
 
     def rows(self, rows: Iterable[Row], **options: Any) -> Iterator[Verdict | RowFailure]:
@@ -164,12 +213,17 @@ class Judge:
         with it; on CPU, where float32 results are reproducible as they are, it changes nothing.
         until_decided, a probability: a row draws its samples in rounds and stops when it is this
         sure that the vote of all k would fall as it falls now (engine/decided.py); those that it
-        draws are the same. A row that cannot be judged comes out as a RowFailure in its
-        place. Raises ValueError for options out of range.
+        draws are the same. k_meta: how many of the valid samples vote, those with the highest meta
+        scores; only with a meta model, and then by default k / 2, rounded up. A row that cannot be
+        judged comes out as a RowFailure in its place. Raises ValueError for options out of range,
+        and for until_decided with a meta model.
         """
-        chosen = JudgeOptions(**options)
+        chosen = self._options(options)
         sampling = SamplingOptions(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
         stream_key(chosen.seed, "", "token")  # refuses a seed out of range now, not at a row
+        cache_bytes, scorer = self.cache_bytes, None
+        if self.meta is not None:
+            scorer, cache_bytes = self._scorer(self.meta, chosen)
         generator = Generator(
             self.model,
             self._automaton,
@@ -179,13 +233,32 @@ class Judge:
             max_scores=MAX_RESPONSES,
             stop=chosen.stop,
             deterministic=chosen.deterministic,
-            cache_bytes=self.cache_bytes,
+            cache_bytes=cache_bytes,
             usage=self.usage,
         )
-        return self._run(generator, rows, chosen)
+        return self._run(generator, scorer, rows, chosen)
+
+    def _scorer(self, meta: MetaModel, options: JudgeOptions) -> tuple[MetaScorer, int]:
+        """What scores samples, and the bytes of cache that it leaves to the judge."""
+        bound = self.cache_bytes
+        scorer = MetaScorer(
+            meta,
+            deterministic=options.deterministic,
+            cache_bytes=None if bound is None else bound // CACHE_SHARE,
+            usage=self.usage,
+        )
+        if bound is not None:
+            return scorer, bound - bound // CACHE_SHARE
+        config, weight = self.model.config, self.model.head_weight
+        free = cache_budget(config, weight.dtype, weight.device, self.max_batch, PREFILL_TOKENS)
+        return scorer, max(free - scorer.working_bytes, 0)
 
     def _run(
-        self, generator: Generator, rows: Iterable[Row], options: JudgeOptions
+        self,
+        generator: Generator,
+        scorer: MetaScorer | None,
+        rows: Iterable[Row],
+        options: JudgeOptions,
     ) -> Iterator[Verdict | RowFailure]:
         flying: deque[_Flight] = deque()
 
@@ -205,7 +278,7 @@ class Judge:
         for result in generator.run(groups()):
             flight = result.group.tag
             if flight.outcome is None:
-                flight.outcome = self._verdict(flight, result, options)
+                flight.outcome = self._verdict(flight, result, scorer, options)
             while flying and (outcome := flying[0].outcome) is not None:
                 flying.popleft()
                 yield outcome
@@ -238,7 +311,11 @@ class Judge:
         return further
 
     def _verdict(
-        self, flight: "_Flight", result: GroupResult, options: JudgeOptions
+        self,
+        flight: "_Flight",
+        result: GroupResult,
+        scorer: MetaScorer | None,
+        options: JudgeOptions,
     ) -> Verdict | RowFailure:
         row = flight.row
         if result.error is not None:
@@ -248,6 +325,16 @@ class Judge:
             self._sample(order, generation)
             for order, generation in zip(orders, result.generations, strict=True)
         ]
+        meta = None
+        if scorer is not None:
+            valid = [sample for sample in samples if sample.scores is not None]
+            try:
+                scored = scorer.scores(row, [(sample.order, sample.text) for sample in valid])
+            except ValueError as error:
+                return RowFailure(row.id, row.line, None, f"meta model: {error}")
+            for sample, score in zip(valid, scored, strict=True):
+                sample.meta = score
+            meta = torch.tensor([[math.nan if s.meta is None else s.meta for s in samples]])
         n = len(row.responses)
         blank = (0,) * n
         tie_key = torch.tensor([stream_key(options.seed, row.id, "tie")])
@@ -258,6 +345,8 @@ class Judge:
             torch.tensor([[g.scores is not None for g in result.generations]]),
             torch.tensor([n]),
             uniforms(tie_key, zero, zero),
+            meta,
+            options.k_meta,
         )
         voted = int(votes.votes[0])
         best = int(votes.best[0]) if voted else None
@@ -334,14 +423,5 @@ def _in_row_order(generation: Generation, order: tuple[int, ...]) -> tuple[int, 
     return tuple(shown[response] for response in range(len(order)))
 
 
-def _fingerprint(directory: Path) -> str:
-    """SHA-256 over a model directory's configuration, tokenizer and weights."""
-    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-    files = [directory / name for name in (*names, "chat_template.jinja")]
-    digest = hashlib.sha256()
-    for path in [*files, *sorted(directory.glob("*.safetensors"))]:
-        if path.exists():
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.name}\0{content}\n".encode())
-    return digest.hexdigest()
+def _range(settings: JudgeSettings) -> tuple[int, int]:
+    return settings.score_min, settings.score_max

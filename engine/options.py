@@ -37,16 +37,20 @@ class JudgeOptions:
     """Bit-equal results in any company on a GPU too (slower; on CPU float32 always is)."""
     stop: Literal["box", "eos"] = "box"
     """End a sample when its scores are decided (box) or when it ends itself (eos)."""
+    k_meta: int | None = None
+    """How many votes the meta model lets through, those that it scores highest (half of k)."""
     until_decided: float | None = None
     """Draw samples in rounds, until the vote of all k is known with this probability."""
 
     def __post_init__(self) -> None:
-        for name in ("k", "max_new_tokens", "max_orders"):
+        for name in ("k", "max_new_tokens", "max_orders", "k_meta"):
             value = getattr(self, name)
-            if name == "max_orders" and value is None:
+            if name in ("max_orders", "k_meta") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r} is not an integer of at least 1")
+        if self.k_meta is not None and self.k_meta > self.k:
+            raise ValueError(f"k_meta = {self.k_meta} is more than k = {self.k}")
         if self.orders not in ("rotate", "random", "fixed"):
             raise ValueError(f"orders = {self.orders!r} is not rotate, random or fixed")
         if self.max_orders is not None and self.orders != "rotate":

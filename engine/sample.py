@@ -44,6 +44,8 @@ class Options(JudgeOptions):
 
     model: Path = POCKET
     """Model directory in Hugging Face layout."""
+    meta_model: Path | None = None
+    """Directory of a meta reward model, which scores judgements; the best k_meta of them vote."""
     data: str | None = None
     """Rows as lines of JSON; - is standard input, none the bundled rows."""
     out: str | None = None
@@ -155,6 +157,7 @@ class _Run:
             dtype=options.dtype,
             device=options.device,
             max_batch=options.max_batch,
+            meta=options.meta_model,
         )
         self.sampling: dict[str, Any] = {
             field.name: getattr(options, field.name) for field in dataclasses.fields(JudgeOptions)

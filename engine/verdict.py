@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from engine.request import BadRow, Row
@@ -22,9 +23,10 @@ class Sample:
     """One judgement.
 
     `order[j]` is the response shown in position j. `scores` are one integer per response, in the
-    row's own order, or None, and then `invalid` says why. `meta` is the meta RM's score. `tokens`
-    counts generated tokens; `finish` says what ended them. The log-probs, one per generated token,
-    are natural logarithms under the model's own distribution and under the one sampled from.
+    row's own order, or None, and then `invalid` says why. `meta` is the meta RM's score of a valid
+    sample, NaN where it has none and so no vote; None without a meta RM. `tokens` counts generated
+    tokens; `finish` says what ended them. The log-probs, one per generated token, are natural
+    logarithms under the model's own distribution and under the one sampled from.
     """
 
     order: tuple[int, ...]
@@ -165,6 +167,20 @@ def output_key(
         for name, value in sorted(options.items())
     }
     return hashlib.sha256(_dumps([row.digest, plain, model_fingerprint]).encode()).hexdigest()
+
+
+def fingerprint_of(directory: str | Path) -> str:
+    """SHA-256, in hex, over a model directory's configuration, tokenizer and weights."""
+    root = Path(directory)
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    files = [root / name for name in (*names, "chat_template.jinja")]
+    digest = hashlib.sha256()
+    for path in [*files, *sorted(root.glob("*.safetensors"))]:
+        if path.exists():
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.name}\0{content}\n".encode())
+    return digest.hexdigest()
 
 
 def _sample_fields(sample: Sample) -> dict[str, Any]:

@@ -6,6 +6,7 @@ texts are cut. Responses are called [0], [1], ... as in the output lines. Width 
 characters, so text in wide scripts may run over.
 """
 
+import math
 import textwrap
 import unicodedata
 from collections.abc import Sequence
@@ -35,10 +36,11 @@ def escape(text: str) -> str:
 
 
 def render_verdict(row: Row, verdict: Verdict | RowFailure, width: int, color: bool) -> str:
-    """One row's outcome: prompt, responses, one sample, score bars, winner and votes.
+    """One row's outcome: prompt, responses, one sample, meta scores, score bars, winner and votes.
 
-    The sample shown agrees with the verdict where one does, and sees the responses in their own
-    order where one of those does. No line is longer than `width` characters.
+    The sample shown agrees with the verdict where one does, has the highest meta score of those,
+    and sees the responses in their own order where one of those does. No line is longer than
+    `width` characters.
     """
     paint = _Paint(color)
     lines = [paint("dim", "─" * width), paint("bold", _cut(f"Row {escape(row.id)}", width))]
@@ -58,6 +60,7 @@ def render_verdict(row: Row, verdict: Verdict | RowFailure, width: int, color: b
     lines += _block(title, sample.text.strip(), SAMPLE_LINES, width, paint)
     if sample.invalid is not None:
         lines.append(paint("red", _cut(f"  No valid scores: {escape(sample.invalid)}", width)))
+    lines += _meta_scores(verdict, width, paint)
     lines += _bars(verdict, width, paint)
     lines += _outcome(row, verdict, width, paint)
     return "\n".join(lines)
@@ -130,12 +133,14 @@ def _blank(text: str) -> str:
 
 
 def _sample_to_show(verdict: Verdict) -> int:
-    """The sample that speaks best for the verdict: it agrees, then it saw the given order."""
+    """The sample that speaks best for the verdict: it agrees, then the meta model thinks highly of
+    it, then it saw the given order."""
 
-    def rank(number: int) -> tuple[bool, bool, bool, int]:
+    def rank(number: int) -> tuple[bool, bool, float, bool, int]:
         sample = verdict.samples[number]
         in_order = list(sample.order) == sorted(sample.order)
-        return (sample.scores is None, not _agrees(sample, verdict), not in_order, number)
+        agrees = _agrees(sample, verdict)
+        return (sample.scores is None, not agrees, -_meta_score(sample), not in_order, number)
 
     return min(range(len(verdict.samples)), key=rank)
 
@@ -147,6 +152,20 @@ def _agrees(sample: Sample, verdict: Verdict) -> bool:
         return abs(sample.scores[0] - verdict.mean_scores[0]) <= 0.5
     top = max(sample.scores)
     return sample.scores[verdict.best] == top and sample.scores.count(top) == 1
+
+
+def _meta_score(sample: Sample) -> float:
+    """The meta score, -inf for a sample that has none."""
+    return -math.inf if sample.meta is None or math.isnan(sample.meta) else sample.meta
+
+
+def _meta_scores(verdict: Verdict, width: int, paint: _Paint) -> list[str]:
+    if all(sample.meta is None for sample in verdict.samples):
+        return []
+    title = f"Meta scores of the samples; the highest {verdict.votes} vote"
+    scores = map(_meta_score, verdict.samples)
+    shown = "  ".join("none" if score == -math.inf else f"{score:.2f}" for score in scores)
+    return [paint("cyan", _cut(title, width)), *_wrap(shown, width, "  ")]
 
 
 def _bars(verdict: Verdict, width: int, paint: _Paint) -> list[str]:

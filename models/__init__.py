@@ -5,16 +5,20 @@ import os
 import torch
 
 from models.config import DTYPES, ModelConfig, read_config
+from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
 from models.transformer import Attend, Transformer
-from models.weights import load_weights, save_pretrained
+from models.weights import load_scalar_weights, load_weights, save_pretrained
 
 __all__ = [
     "Attend",
     "ModelConfig",
+    "ScalarModel",
     "Tokenizer",
     "Transformer",
     "load",
+    "load_scalar",
+    "load_scalar_weights",
     "load_weights",
     "read_config",
     "save_pretrained",
@@ -32,6 +36,28 @@ def load(
     GPU if there is one, else the CPU.
     Raises ValueError naming the file and the reason for whatever is malformed or unsupported.
     """
+    config, tokenizer, chosen, place = _open(directory, dtype, device, scalar=False)
+    return load_weights(directory, config, chosen, place), tokenizer
+
+
+def load_scalar(
+    directory: str | os.PathLike[str],
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+) -> tuple[ScalarModel, Tokenizer]:
+    """`load` of a sequence classifier with one label."""
+    config, tokenizer, chosen, place = _open(directory, dtype, device, scalar=True)
+    return load_scalar_weights(directory, config, chosen, place), tokenizer
+
+
+def _open(
+    directory: str | os.PathLike[str],
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    scalar: bool,
+) -> tuple[ModelConfig, Tokenizer, torch.dtype | None, str | torch.device]:
+    """All of a model directory but its weights: config and tokenizer, and which dtype (None: the
+    stored one) and device were meant."""
     if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
     if device == "auto":
@@ -41,7 +67,7 @@ def load(
         raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} asks for a GPU, and torch finds none")
-    config = read_config(directory)
+    config = read_config(directory, scalar)
     tokenizer = Tokenizer(directory)
     if tokenizer.size > config.vocab_size:
         raise ValueError(
@@ -49,4 +75,4 @@ def load(
             f"than the tokenizer, whose largest id is {tokenizer.size - 1}"
         )
     chosen = (None if dtype == "auto" else DTYPES[dtype]) if isinstance(dtype, str) else dtype
-    return load_weights(directory, config, chosen, device), tokenizer
+    return config, tokenizer, chosen, device

@@ -2,7 +2,8 @@
 
 Qwen3, Qwen2 (and 2.5), Llama (3.x) and Gemma-2 become one `ModelConfig`, whose fields say what the
 decoder does rather than which family it is. Both spellings are read: `rope_theta` + `rope_scaling`
-and `rope_parameters`; `torch_dtype` and `dtype`. Whatever the decoder does not implement raises a
+and `rope_parameters`; `torch_dtype` and `dtype`. Sequence classifiers of one label, which are what
+`ScalarModel` loads, have a spelling of their own. Whatever the decoder does not implement raises a
 ValueError that names the file and the value: nothing is ignored that would change the logits.
 
 It does not read `auto_map` code, quantised checkpoints, experts, or rope types other than default
@@ -24,6 +25,10 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",
     "Gemma2ForCausalLM": "gemma2",
+}
+SCALAR_ARCHITECTURES = {
+    name.replace("ForCausalLM", "ForSequenceClassification"): family
+    for name, family in ARCHITECTURES.items()
 }
 DTYPES = {
     "float16": torch.float16,
@@ -91,8 +96,10 @@ class ModelConfig:
     qk_norm: RMS norm over head_dim of q and k before rope. norm_plus_one: norms scale by 1 + w.
     sandwich_norms: norms also after attention and after the MLP. embedding_scale: factor on
     embeddings, rounded to the model's dtype, None for none. final_softcap: of the logits. tied: the
-    head is the embedding. eos_token_ids: of config.json and generation_config.json together.
-    dtype: of the stored weights, None where config.json does not say.
+    decoder stores no head of its own; the embedding is the head, where there is one.
+    eos_token_ids: of config.json and generation_config.json together. dtype: of the stored weights,
+    None where config.json does not say. pad_token_id: of a scalar model, behind whose sequences it
+    may stand (`ScalarModel`); None elsewhere.
     """
 
     architecture: str
@@ -118,6 +125,7 @@ class ModelConfig:
     tied: bool
     eos_token_ids: frozenset[int]
     dtype: torch.dtype | None
+    pad_token_id: int | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -192,15 +200,19 @@ class _Reader:
         return self.number(key) if self.has(key) else None
 
 
-def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
+def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> ModelConfig:
     """Read `config.json` and, for end-of-text ids, `generation_config.json` of a model directory.
 
-    Raises ValueError naming the file and the value for anything missing, malformed or unsupported.
+    scalar: it must be a sequence classifier of one label, else a language model. Raises ValueError
+    naming the file and the value for the other of the two, and for anything missing, malformed or
+    unsupported.
     """
     path = Path(directory) / "config.json"
     reader = _Reader(path, read_json(path))
-    architecture = _architecture(reader)
+    architecture = _architecture(reader, scalar)
     gemma = architecture == "gemma2"
+    if scalar:
+        _require_one_label(reader)
     _refuse_unsupported(reader, architecture)
 
     hidden_size = reader.integer("hidden_size")
@@ -249,26 +261,41 @@ def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
         embedding_scale=hidden_size**0.5 if gemma else None,
         activation="gelu_tanh" if gemma else "silu",
         final_softcap=reader.cap("final_logit_softcapping") if gemma else None,
-        tied=reader.flag("tie_word_embeddings", default=gemma),
+        tied=reader.flag("tie_word_embeddings", default=gemma) or scalar,
         eos_token_ids=_eos(reader, path.with_name("generation_config.json"), vocab_size),
         dtype=_dtype(reader),
+        pad_token_id=_pad(reader, vocab_size) if scalar else None,
     )
 
 
-def _architecture(reader: _Reader) -> str:
+def _architecture(reader: _Reader, scalar: bool) -> str:
     names = reader.values.get("architectures")
     model_type = reader.values.get("model_type")
-    supported = ", ".join(ARCHITECTURES)
+    known = SCALAR_ARCHITECTURES if scalar else ARCHITECTURES
+    supported = ", ".join(known)
     if names is None:
-        if model_type not in ARCHITECTURES.values():
+        if model_type not in known.values():
             raise reader.error(f"model_type {model_type!r} is not supported (only {supported})")
         return str(model_type)
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    if scalar and name in ARCHITECTURES:
+        raise reader.error(f"{name} is a language model; a meta model is one of {supported}")
+    if not scalar and name in SCALAR_ARCHITECTURES:
+        raise reader.error(f"{name} gives a scalar: a meta model; a judge is one of {supported}")
+    if name not in known:
         raise reader.error(f"architectures {names!r} is not supported (only {supported})")
-    architecture = ARCHITECTURES[names[0]]
+    architecture = known[name]
     if model_type is not None and model_type != architecture:
         raise reader.error(f"architectures {names!r} contradicts model_type {model_type!r}")
     return architecture
+
+
+def _require_one_label(reader: _Reader) -> None:
+    """As transformers counts labels: those of id2label, else num_labels, else two."""
+    labels = reader.values.get("id2label")
+    count = len(labels) if isinstance(labels, dict) else reader.values.get("num_labels", 2)
+    if count != 1 or reader.values.get("num_labels", 1) != 1:
+        raise reader.error(f"a meta model has one label, got id2label {labels!r}, {count} labels")
 
 
 def _refuse_unsupported(reader: _Reader, architecture: str) -> None:
@@ -375,6 +402,13 @@ def _eos(reader: _Reader, generation_path: Path, vocab_size: int) -> frozenset[i
     return frozenset(ids)
 
 
+def _pad(reader: _Reader, vocab_size: int) -> int | None:
+    value = reader.values.get("pad_token_id")
+    if value is not None and (type(value) is not int or not 0 <= value < vocab_size):
+        raise reader.error(f"pad_token_id {value!r} is not a token of {vocab_size}")
+    return value
+
+
 def _dtype(reader: _Reader) -> torch.dtype | None:
     names = [reader.values[key] for key in ("dtype", "torch_dtype") if reader.has(key)]
     if len(set(map(str, names))) > 1:
@@ -386,13 +420,15 @@ def _dtype(reader: _Reader) -> torch.dtype | None:
     return DTYPES[names[0]]
 
 
-def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The contents of a `config.json` that reads back as `config`, here and in transformers."""
+def hf_config(config: ModelConfig, scalar: bool = False) -> dict[str, Any]:
+    """The contents of a `config.json` that reads back as `config`, here and in transformers; scalar
+    as for `read_config`."""
     windows = [layer.window for layer in config.attention]
     rope: dict[str, Any] = {"rope_theta": config.rope.theta, "rope_type": "default"}
     if config.rope.scaling is not None:
         rope |= {"rope_type": "llama3", **vars(config.rope.scaling)}
-    name = next(k for k, v in ARCHITECTURES.items() if v == config.architecture)
+    known = SCALAR_ARCHITECTURES if scalar else ARCHITECTURES
+    name = next(k for k, v in known.items() if v == config.architecture)
     values: dict[str, Any] = {
         "architectures": [name],
         "model_type": config.architecture,
@@ -409,6 +445,9 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         "eos_token_id": sorted(config.eos_token_ids),
     }
+    if scalar:
+        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        values["pad_token_id"] = config.pad_token_id
     if config.dtype is not None:
         values["dtype"] = str(config.dtype).removeprefix("torch.")
     if config.architecture != "llama":

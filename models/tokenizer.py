@@ -18,7 +18,7 @@ It does not render chat templates.
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,19 @@ class Tokenizer:
         if not self.control_ids.isdisjoint(ids):
             raise ValueError(f"text yields control ids {sorted(self.control_ids & set(ids))}")
         return ids
+
+    def end_id(self, eos_token_ids: Collection[int]) -> int:
+        """The token that ends a turn of a model with these end tokens: the tokenizer's own where it
+        is one of them, else the only one. Raises ValueError where there are several, or none."""
+        own = self.encode_template(self.special_tokens.get("eos_token", ""))
+        if len(own) == 1 and own[0] in eos_token_ids:
+            return own[0]
+        if len(eos_token_ids) != 1:
+            raise ValueError(
+                f"which of the end tokens {sorted(eos_token_ids)} ends a judgement is not "
+                "declared: see eos_token_id in config.json, eos_token in tokenizer_config.json"
+            )
+        return next(iter(eos_token_ids))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special ones skipped; bytes that are not UTF-8 become U+FFFD."""

@@ -5,7 +5,8 @@ and gate, up tensors are read straight into their rows of the fused parameters, 
 at a time; saving splits them again. The names in the files must be exactly the names the decoder
 needs: every tensor is consumed once, and none is missing, left over, repeated, misshapen or not
 finite. Two exceptions: `rotary_emb.inv_freq` of old checkpoints is ignored, because it follows from
-config.json; `lm_head.weight` beside a tied embedding is accepted if it equals the embedding.
+config.json; `lm_head.weight` beside a tied embedding is accepted if it equals the embedding, though
+not in a scalar model, whose only head is `score.weight`.
 
 It does not read pickles, quantised or integer tensors.
 """
@@ -16,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,8 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.config import ModelConfig, hf_config, parse_json, read_json
+from models.scalar_head import ScalarModel
 from models.transformer import Transformer
 
+Model = TypeVar("Model", Transformer, ScalarModel)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -72,18 +75,38 @@ def load_weights(
     the embedding. The config of the model names the dtype it was given.
     Raises ValueError naming the file and the tensor for every fault in the module docstring.
     """
-    stored = _stored_tensors(Path(directory))
     with torch.device("meta"):
         model = Transformer(config)
+    return _load(model, Path(directory), dtype, device)
+
+
+def load_scalar_weights(
+    directory: str | os.PathLike[str],
+    config: ModelConfig,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> ScalarModel:
+    """`load_weights` of a scalar model, whose config was read as one."""
+    with torch.device("meta"):
+        model = ScalarModel(config)
+    return _load(model, Path(directory), dtype, device)
+
+
+def _load(model: Model, root: Path, dtype: torch.dtype | None, device: str | torch.device) -> Model:
+    """Give a model of the meta device its place and its weights."""
+    decoder = _decoder(model)
+    config = decoder.config
+    stored: dict[str, _Stored] = _stored_tensors(root)
     slots = dict(_slots(model))
-    if config.tied and _HEAD in stored:
+    may_repeat = config.tied and isinstance(model, Transformer)
+    if may_repeat and _HEAD in stored:
         slots[_HEAD] = slots[_EMBEDDING]
-    _check_names(Path(directory), stored, slots)
+    _check_names(root, stored, slots)
 
     dtype = dtype or config.dtype or stored[_EMBEDDING].dtype
     if dtype not in _STORED_DTYPES.values():
         raise ValueError(f"dtype {dtype} is not supported")
-    model.config = replace(config, dtype=dtype)
+    decoder.config = replace(config, dtype=dtype)
     model = model.to(dtype).to_empty(device=device)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     # The embedding comes first, so that a tied head can be compared with it.
@@ -96,7 +119,7 @@ def load_weights(
                 for name in names:
                     tensor = file.get_tensor(name).to(dtype)
                     place = slots[name].of(parameters)
-                    if config.tied and name == _HEAD:
+                    if may_repeat and name == _HEAD:
                         if not torch.equal(tensor, place.cpu()):
                             raise ValueError(f"{path}: {name} differs from the tied embedding")
                     elif not bool(torch.isfinite(tensor).all()):
@@ -108,7 +131,7 @@ def load_weights(
     return model
 
 
-def save_pretrained(model: Transformer, directory: str | os.PathLike[str]) -> None:
+def save_pretrained(model: Transformer | ScalarModel, directory: str | os.PathLike[str]) -> None:
     """Write `config.json` and one `model.safetensors`, which transformers opens as well.
 
     Weights keep the dtype of the model, which config.json then names. Each file is written beside
@@ -118,8 +141,9 @@ def save_pretrained(model: Transformer, directory: str | os.PathLike[str]) -> No
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    config = replace(model.config, dtype=model.embed_tokens.weight.dtype)
-    text = json.dumps(hf_config(config), indent=2) + "\n"
+    decoder = _decoder(model)
+    config = replace(decoder.config, dtype=decoder.embed_tokens.weight.dtype)
+    text = json.dumps(hf_config(config, isinstance(model, ScalarModel)), indent=2) + "\n"
     tensors = {name: slot.of(parameters).cpu().contiguous() for name, slot in _slots(model)}
     _write(root / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
     _write(root / _SINGLE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -142,9 +166,13 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _slots(model: Transformer) -> Iterator[tuple[str, _Slot]]:
-    """Every Hugging Face tensor name of a decoder with its place in the fused parameters."""
-    config = model.config
+def _decoder(model: Transformer | ScalarModel) -> Transformer:
+    return model.model if isinstance(model, ScalarModel) else model
+
+
+def _slots(model: Transformer | ScalarModel) -> Iterator[tuple[str, _Slot]]:
+    """Every Hugging Face tensor name of a model with its place in the fused parameters."""
+    config = _decoder(model).config
     q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     v = config.num_kv_heads * config.v_head_dim
     fused = {
@@ -155,7 +183,7 @@ def _slots(model: Transformer) -> Iterator[tuple[str, _Slot]]:
         ),
     }
     for name, parameter in model.named_parameters():
-        prefix = "" if name == _HEAD else "model."
+        prefix = "" if name == _HEAD or isinstance(model, ScalarModel) else "model."
         module = name.split(".")[-2]
         start = 0
         for part, rows in fused.get(module, ((module, len(parameter)),)):

@@ -29,6 +29,8 @@ class Usage:
     idle_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    meta_tokens: int = 0
+    meta_seconds: float = 0.0
 
 
 class Judge:

@@ -202,6 +202,17 @@ def test_special_tokens_and_template(tmp_path: Path) -> None:
     assert ours.chat_template is None and ours.special_tokens == {}
 
 
+def test_the_token_that_ends_a_turn(tmp_path: Path) -> None:
+    """<|im_end|>, id 2, is the tokenizer's own."""
+    tiny.write_tokenizer(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.end_id({0, 2}) == tokenizer.end_id({2}) == 2
+    assert tokenizer.end_id({0}) == 0
+    for ends in ({0, 1}, set[int]()):
+        with pytest.raises(ValueError, match=r"end tokens .* is not declared: see eos_token_id"):
+            tokenizer.end_id(ends)
+
+
 def test_a_special_token_that_only_the_config_marks(tmp_path: Path) -> None:
     edited(tmp_path, lambda data: data["added_tokens"].pop(1))
     assert 1 not in Tokenizer(tmp_path).control_ids

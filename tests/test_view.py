@@ -1,5 +1,6 @@
 """engine/view.py: what a person is shown, and what no untrusted text can do to the terminal."""
 
+import math
 import re
 import unicodedata
 from dataclasses import replace
@@ -106,6 +107,27 @@ def test_a_row_decided_early() -> None:
     text = render_verdict(ROW, replace(VERDICT, k=32, k_used=4), 100, color=False)
     assert "Judgement 3 of 4, which saw [0] [1]" in text
     assert "3 of 4 samples valid, decided before the other 28." in text
+
+
+def test_meta_scores() -> None:
+    """The sample shown agrees with the verdict, and is the best of these for the meta model."""
+    metas = (-0.5, 0.125, 3.0, None, math.nan)
+    samples = [
+        replace(sample(scores, order, text), meta=meta)
+        for meta, scores, order, text in zip(
+            metas,
+            ((1, 9), (2, 8), (8, 2), None, (1, 9)),
+            ((0, 1), (1, 0), (0, 1), (0, 1), (0, 1)),
+            ("in order", "thought more of", "disagrees", "rambling", "no score"),
+            strict=True,
+        )
+    ]
+    text = render_verdict(ROW, verdict(*samples, best=1, votes=3), 80, color=False)
+    assert "Judgement 2 of 5, which saw [1] [0]\n  thought more of\n" in text
+    assert (
+        "Meta scores of the samples; the highest 3 vote\n  -0.50  0.12  3.00  none  none\n" in text
+    )
+    assert "4 of 5 samples valid, 3 of them voted." in text
 
 
 @pytest.mark.parametrize(("label", "words"), [(0, "but the label says wrong"), (1, "as labelled")])

@@ -12,6 +12,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     Gemma2Config,
     LlamaConfig,
     PreTrainedConfig,
@@ -75,12 +76,15 @@ def write_checkpoint(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "60KB",
+    scalar: bool = False,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Write config, generation config and sharded weights; return transformers' own model."""
+    """Write config, generation config and sharded weights; return transformers' own model. scalar:
+    a sequence classifier with one label, which has no generation config."""
     generator = torch.Generator().manual_seed(seed)
-    config = hf_config(family, **overrides)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    config = hf_config(family, **({"num_labels": 1} if scalar else {}), **overrides)
+    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -88,10 +92,11 @@ def write_checkpoint(
                 parameter.add_(noise * 0.3)
             else:
                 parameter.copy_(noise * 0.1)
-    model.generation_config.eos_token_id = [2, 0]
+    if not scalar:
+        model.generation_config.eos_token_id = [2, 0]
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     # Read back, since the conversion above has also rounded the frequencies of its rope.
-    oracle: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    oracle: PreTrainedModel = auto.from_pretrained(
         directory, dtype=dtype, attn_implementation="eager"
     )
     return oracle.eval()

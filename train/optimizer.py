@@ -1,6 +1,7 @@
 """AdamW with decay on matrices only, and a cosine schedule with linear warm-up."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,16 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    optimizer.register_step_post_hook(_mark_changed)
+    return optimizer
+
+
+def _mark_changed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """The fused step does not count as a change of its parameters; to what is kept beside them,
+    such as weights laid out for sampling, it has to."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
 
 
 def cosine_lr(step: int, steps: int, peak: float, warmup: int, floor: float = 0.02) -> float:

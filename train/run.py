@@ -35,7 +35,8 @@ class Run:
         model: Transformer,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """args: a dataclass with model, out, steps, log_every and save_every among its fields. Raises ValueError for settings other than those of the checkpoint."""
+        """args: a dataclass with model, out, steps, log_every and save_every among its fields.
+        Raises ValueError for settings other than those of the checkpoint."""
         self._args, self._model, self._optimizer = args, model, optimizer
         self._settings = _settings(args)
         self._checkpoints = args.out / "checkpoints"

@@ -71,7 +71,7 @@ def train(args: Args) -> None:
     """
     check_args(args, "rows")
     model, tokenizer = load(args.model, dtype=torch.float32)
-    batches = _batches(args, tokenizer, _end_id(model, tokenizer))
+    batches = _batches(args, tokenizer, tokenizer.end_id(model.config.eos_token_ids))
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     started = time.monotonic()
     with Run(args, model, optimizer) as run:
@@ -91,17 +91,6 @@ def _batches(args: Args, tokenizer: Tokenizer, end_id: int) -> Batches:
     if args.data:
         return file_batches(builder, end_id, args.data, args.rows, args.seed)
     return world_batches(builder, end_id, args.rows, args.seed)
-
-
-def _end_id(model: Transformer, tokenizer: Tokenizer) -> int:
-    """The token that ends a judgement: the tokenizer's own where it is one of the model's."""
-    ends = model.config.eos_token_ids
-    own = tokenizer.encode_template(tokenizer.special_tokens.get("eos_token", ""))
-    if len(own) == 1 and own[0] in ends:
-        return own[0]
-    if len(ends) != 1:
-        raise ValueError(f"which of the end tokens {sorted(ends)} ends a judgement is not declared")
-    return min(ends)
 
 
 def _steps(

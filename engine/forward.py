@@ -1,0 +1,118 @@
+"""A decoder over a cache: tokens in, keys and values into the cache, hidden states out.
+
+What prefill, decode and the scoring of finished samples have in common. On CPU the forward runs in
+C++ where it can; on a GPU a deterministic one takes fixed tiles in matrix products and one partial
+for every split of keys. Rows are padded to a multiple of 16, so that in float32 on CPU a token has
+the same bits in any company; padding writes the first cells of the cache, which are scratch.
+
+It does not choose what is computed, allocate cells, or read anything out of hidden states.
+"""
+
+from collections import deque
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.forest import Node, prefill_items
+from engine.kv_cache import ALIGN, KVCache
+from kernels.forest_attention import forest_attention
+from kernels.forest_plan import ForestPlan
+from kernels.launch import runs_triton, to_device
+from kernels.matmul import matmul
+from kernels.write_kv import write_kv
+from models.native_decoder import NativeDecoder, runs_native
+from models.transformer import Attend, Transformer, linear
+
+Piece = tuple[Node, int, int]  # tokens [first, stop) of a node
+
+
+class CachedForward:
+    """The forward of one decoder over one cache."""
+
+    def __init__(self, model: Transformer, cache: KVCache, deterministic: bool = False) -> None:
+        """deterministic: the same bits in any company on a GPU too."""
+        self.model = model
+        self.config = model.config
+        self.cache = cache
+        self.deterministic = deterministic
+        self.device = model.head_weight.device
+        on_triton = runs_triton(model.head_weight)
+        self.product = matmul if deterministic and on_triton else linear
+        self._native = NativeDecoder(model, cache.k, cache.v) if runs_native(model) else None
+
+    def forward(self, tokens: Tensor, positions: Tensor, cells: Tensor, plan: ForestPlan) -> Tensor:
+        """Hidden states of tokens, whose keys and values go into `cells` of the cache."""
+        if self._native is not None:
+            return self._native.forward(tokens, positions, cells, plan)
+        return self.model(tokens, positions, self._attend(cells, plan), self.product)
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """The model's raw logits of hidden states."""
+        if self._native is not None:
+            return self._native.head_logits(hidden)
+        return self.model.head_logits(hidden, self.product)
+
+    def prefill(self, pieces: Sequence[Piece]) -> Tensor:
+        """Hidden states of the tokens of pieces, side by side, and of the padding behind them. The
+        nodes have their slabs; what stands before a piece has been computed, or stands before it
+        here."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        cells: list[int] = []
+        for node, first, stop in pieces:
+            assert node.slab is not None
+            tokens += node.token_ids[first:stop]
+            positions += range(node.start + first, node.start + stop)
+            cells += range(node.slab.start + first, node.slab.start + stop)
+        padding = -len(tokens) % ALIGN
+        cells += range(padding)
+        positions += [0] * padding
+        at = self._tensor(positions)
+        return self.forward(
+            self._tensor(tokens + [0] * padding),
+            at,
+            self._tensor(cells),
+            ForestPlan(
+                prefill_items(pieces), at, per_split=self.deterministic, host_positions=positions
+            ),
+        )
+
+    def _attend(self, cells: Tensor, plan: ForestPlan) -> Attend:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+            write_kv(k, v, k_cache, v_cache, cells)
+            spec = self.config.attention[layer]
+            return forest_attention(
+                q, k_cache, v_cache, plan, spec.scale, spec.softcap, spec.window
+            )
+
+        return attend
+
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return to_device(torch.tensor(values, dtype=torch.int64), self.device)
+
+
+def take_pieces(queue: deque[tuple[Node, int]], room: int) -> list[Piece]:
+    """The next `room` tokens of a queue of nodes, each from which token on; a node that is cut
+    stays at its head."""
+    pieces: list[Piece] = []
+    while queue and room:
+        node, first = queue.popleft()
+        stop = min(len(node.token_ids), first + room)
+        pieces.append((node, first, stop))
+        room -= stop - first
+        if stop < len(node.token_ids):
+            queue.appendleft((node, stop))
+    return pieces
+
+
+def last_rows(pieces: Sequence[Piece], ends: Collection[Node]) -> dict[Node, int]:
+    """For those of `ends` whose last token is in the pieces, the row of that token."""
+    row = -1
+    rows: dict[Node, int] = {}
+    for node, first, stop in pieces:
+        row += stop - first
+        if node in ends and stop == len(node.token_ids):
+            rows[node] = row
+    return rows
