@@ -1,0 +1,344 @@
+"""Reinforcement learning: rewards, a whole step against dense float64, and runs that resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.judge import Judge
+from engine.prompt import read_judge_settings, read_judge_template
+from engine.request import make_row
+from engine.sample import POCKET
+from engine.verdict import Sample
+from kernels.policy_loss import LOSSES
+from models import load
+from models.transformer import Transformer, causal_attend
+from tests.policy_oracle import oracle
+from tests.tiny import write_model
+from train import checkpoint, grpo
+from train.optimizer import make_optimizer
+from train.pocket import JUDGE_TEMPLATE
+from train.rollout import Group, advantages, describe, file_rows, is_right, world_rows
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the subprocesses: the order of additions depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# -- rewards and advantages ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scores", "label", "right"),
+    [
+        ((7, 3), 0, True),
+        ((7, 3), 1, False),
+        ((7, 7), 0, False),  # a tie is wrong
+        ((1, 9, 9), 1, False),
+        ((1, 8, 9), (0.1, 0.2, 0.9), True),
+        ((1, 9, 8), (0.1, 0.2, 0.9), False),
+        ((6,), 1, True),
+        ((5,), 1, False),
+        ((5,), 0, True),
+        (None, 0, False),
+        (None, 1, False),
+    ],
+)
+def test_a_judgement_is_right_when_it_says_so_strictly(
+    scores: tuple[int, ...] | None, label: Any, right: bool
+) -> None:
+    assert is_right(scores, label, 5.5) == right
+
+
+@given(
+    st.integers(2, 6).flatmap(
+        lambda size: st.lists(
+            st.lists(st.sampled_from([-1.0, 1.0]), min_size=size, max_size=size),
+            min_size=1,
+            max_size=5,
+        )
+    )
+)
+def test_advantages(rewards: list[list[float]]) -> None:
+    table = np.array(rewards)
+    centred = table - table.mean(1, keepdims=True)
+    deviation = table.std(1, ddof=1, keepdims=True)
+    expected = {
+        "none": centred,
+        "group": centred / (deviation + 1e-4),
+        "batch": centred / (table.std(ddof=1) + 1e-4),
+    }
+    for scaling, values in expected.items():
+        found = advantages(torch.tensor(rewards, dtype=torch.float64), scaling)  # type: ignore[arg-type]
+        np.testing.assert_allclose(found.numpy(), values, rtol=1e-12)
+        assert not found[torch.tensor(deviation[:, 0] == 0)].any()
+
+
+def test_a_group_of_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="over itself"):
+        advantages(torch.ones(3, 1), "none")
+
+
+# -- a step ----------------------------------------------------------------------------------------
+
+
+def a_sample(judge: Judge, order: tuple[int, ...], scores: tuple[int, ...] | None,
+             generator: torch.Generator) -> Sample:  # fmt: skip
+    size = int(torch.randint(1, 30, (), generator=generator))
+    ids = torch.randint(5, 320, (size,), generator=generator).tolist()
+    logp = (-torch.rand(size, generator=generator) - 5).tolist()
+    return Sample(order, "", scores, None, None, size, "eos", ids, logp, logp)
+
+
+@pytest.fixture(scope="module", params=["qwen3", "gemma2"])
+def judge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    """In float64, of a tiny model; one family has soft-caps and windows."""
+    directory = tmp_path_factory.mktemp(request.param)
+    write_model(directory, request.param)
+    (directory / "judge_template.jinja").write_text(JUDGE_TEMPLATE)
+    model, tokenizer = load(directory, dtype=torch.float64)
+    template, settings = read_judge_template(directory), read_judge_settings(directory)
+    return Judge(model, tokenizer, judge_template=template, settings=settings)
+
+
+def groups_of(judge: Judge) -> list[Group]:
+    """Four rows; one group without spread, one with an invalid judgement."""
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for i, rewards in enumerate(([1, -1, -1], [1, 1, 1], [-1, 1, 1], [-1, -1, 1])):
+        row = make_row(f"task {i}", ["a b c", "d e"], id=f"row-{i}", label=i % 2)
+        samples = [
+            a_sample(
+                judge, ((0, 1), (1, 0))[j % 2], None if i == 2 and j == 0 else (1, 2), generator
+            )
+            for j in range(3)
+        ]
+        groups.append(Group(row, samples, [float(r) for r in rewards]))
+    return groups
+
+
+def log_probs(model: Transformer, prompt: list[int], completion: list[int], heat: float) -> Tensor:
+    """Of a completion under plain causal attention, on whole logits."""
+    ids = torch.tensor([*prompt, *completion])
+    hidden = model(ids[:-1], torch.arange(len(ids) - 1), causal_attend(model.config))
+    log_p = torch.log_softmax(model.head(hidden) / heat, -1)
+    return log_p[torch.arange(len(ids) - 1), ids[1:]][len(prompt) - 1 :]
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_step_is_that_of_dense_float64(kind: Any, judge: Judge, tmp_path: Path) -> None:
+    """Sampled groups to updated parameters, in two micro-batches of one window, against sequences
+    one by one, whole logits, the published formulas and autograd."""
+    args = grpo.Args(loss=kind, beta=0.1, temperature=0.7, micro_rows=3, max_new_tokens=40,
+                     clip=0.05, lr=1e-2, weight_decay=0.1)  # fmt: skip
+    groups = groups_of(judge)
+    start, reference = judge.model, deepcopy(judge.model).requires_grad_(False)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.mul_(1.01)
+    dense = deepcopy(start)
+    rewards = torch.tensor([g.rewards for g in groups], dtype=torch.float64)
+    new, old, ref = [], [], []
+    for group in groups:
+        for sample in group.samples:
+            prompt = judge.prompts.render(group.row, sample.order)
+            new.append(log_probs(dense, prompt, sample.token_ids, 0.7))
+            ref.append(log_probs(reference, prompt, sample.token_ids, 0.7).detach())
+            old.append(torch.tensor(sample.sampling_logprobs, dtype=torch.float64))
+    loss = oracle(kind, new, old, ref, advantages(rewards, "group").flatten(), args.options, 40)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(dense.parameters(), args.clip)
+    plain = torch.optim.AdamW(
+        [{"params": [p for p in dense.parameters() if p.dim() > 1], "weight_decay": 0.1},
+         {"params": [p for p in dense.parameters() if p.dim() <= 1], "weight_decay": 0.0}],
+        lr=1e-2, betas=(0.9, 0.95),
+    )  # fmt: skip
+    plain.step()
+
+    ours = Judge(deepcopy(start), judge.tokenizer, judge_template=judge.prompts.judge_template,
+                 settings=judge.settings)  # fmt: skip
+    optimizer = make_optimizer(ours.model, 1e-2, 0.1)
+    (window,) = grpo.windows(ours, reference, groups, args)
+    assert [m.batch.lengths for m in window] == [
+        tuple(len(s.token_ids) for g in some for s in g.samples)
+        for some in (groups[:3], groups[3:])
+    ]
+    found = grpo.add_gradients(ours.model, window, args)
+    metrics = grpo.window_metrics(window, found)
+    # Weights of tokens and what the sampler says are float32.
+    assert abs(metrics["loss"] - loss.item()) < 1e-6
+    for mine, theirs in zip(ours.model.parameters(), dense.parameters(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+    torch.nn.utils.clip_grad_norm_(ours.model.parameters(), args.clip)
+    for mine, theirs in zip(ours.model.parameters(), dense.parameters(), strict=True):
+        assert (mine.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm()  # type: ignore[operator, union-attr]
+    optimizer.step()
+    for before, mine, theirs in zip(
+        start.parameters(), ours.model.parameters(), dense.parameters(), strict=True
+    ):
+        moved = (theirs - before).norm()
+        assert (mine - theirs).norm() <= 1e-3 * moved and moved > 0
+
+
+def test_what_is_told_of_groups(judge: Judge) -> None:
+    told = describe(groups_of(judge))
+    assert told["zero_spread"] == 0.25 and told["invalid"] == 1 / 12
+    assert told["accuracy"] == 7 / 12 and abs(told["reward"] - 2 / 12) < 1e-6
+
+
+def test_the_sampler_has_the_trainers_weights(tmp_path: Path) -> None:
+    """Log-probs of sampler and trainer agree at every step, after weights have moved."""
+    args = grpo.Args(out=tmp_path / "out", steps=3, rows=3, micro_rows=2, lr=1e-3, warmup=1, beta=0)
+    trainer = grpo.Trainer(args)
+    for step in range(3):
+        metrics, seconds = trainer.step(step)
+        assert 0 < metrics["logp_difference"] < 1e-5 and metrics["ratio_off"] == 0
+        assert set(seconds) == {"sample", "reference", "update"}
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> grpo.Args:
+    return grpo.Args(
+        out=tmp_path / "out", steps=4, rows=2, group=3, micro_rows=1, minibatches=2, epochs=2,
+        lr=1e-4, warmup=1, max_new_tokens=220, save_every=2, eval_every=2, eval_rows=3, eval_k=2,
+    )  # fmt: skip
+
+
+def outcome(out: Path) -> tuple[bytes, bytes]:
+    """The bytes of the trained parameters and of the metrics."""
+    return (out / "model.safetensors").read_bytes(), (out / "metrics.jsonl").read_bytes()
+
+
+def test_an_interrupted_run_ends_as_if_it_never_stopped(
+    args: grpo.Args, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = replace(args, out=tmp_path / "whole")
+    grpo.train(whole)
+    lines = [json.loads(line) for line in (whole.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [("dev_vote" in line) for line in lines] == [False, True, False, True]
+    step = grpo.Trainer.step
+
+    def stops(trainer: grpo.Trainer, number: int) -> Any:
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(trainer, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo.Trainer, "step", stops)
+        with pytest.raises(KeyboardInterrupt):
+            grpo.train(args)
+    newest = checkpoint.latest(args.out / "checkpoints")
+    assert newest is not None and checkpoint.read_state(newest)["step"] == 2
+    grpo.train(args)
+    assert outcome(args.out) == outcome(whole.out)
+    trained, first = load(args.out)[0], load(POCKET)[0]
+    assert any(
+        not a.equal(b) for a, b in zip(trained.parameters(), first.parameters(), strict=True)
+    )
+    with pytest.raises(ValueError, match=r"other settings: beta = 0.08, not 0.1"):
+        grpo.train(replace(args, beta=0.1))
+
+
+def test_a_killed_run_resumes_to_the_bit(args: grpo.Args, tmp_path: Path) -> None:
+    args = replace(args, steps=6, save_every=1, eval_every=0)
+    given = (
+        "--steps 6 --rows 2 --group 3 --micro-rows 1 --minibatches 2 --epochs 2 --lr 1e-4 "
+        "--warmup 1 --max-new-tokens 220 --save-every 1 --eval-every 0 --eval-rows 3 --eval-k 2"
+    )
+    command = [sys.executable, "-m", "train.grpo", "--out", str(args.out), *given.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((args.out / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    newest = checkpoint.latest(args.out / "checkpoints")
+    assert newest is not None and 0 < checkpoint.read_state(newest)["step"] < 6
+    grpo.train(args)
+    whole = replace(args, out=tmp_path / "whole")
+    grpo.train(whole)
+    assert outcome(args.out) == outcome(whole.out)
+
+
+def test_what_is_not_finite_stops_the_run_and_names_its_rows(args: grpo.Args) -> None:
+    trainer = grpo.Trainer(args)
+    trainer.reference = None
+    bad = replace(args, beta=0.0, lr=1e37)
+    trainer.args = bad
+    with pytest.raises(
+        FloatingPointError, match=r"step \d: loss .*; rows grpo-0-\d-0, grpo-0-\d-1"
+    ):
+        for step in range(4):
+            trainer.step(step)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group": 1}, "group = 1: a judgement is weighed"),
+        ({"rows": 0}, "rows = 0 is less than 1"),
+        ({"minibatches": 0}, "minibatches = 0 is less than 1"),
+        ({"model": POCKET, "out": POCKET}, "out is the directory of the model"),
+    ],
+)
+def test_settings_out_of_range_are_refused(
+    args: grpo.Args, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        grpo.train(replace(args, **change))
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_file(tmp_path: Path) -> None:
+    """Bad lines and rows without a label are left out and counted, by reason."""
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "p", "responses": ["a", "b"]}
+    lines: list[Any] = [row | {"id": str(i), "label": i % 2} for i in range(5)]
+    lines += [row | {"id": "none"}, row | {"id": "tie", "label": [1, 1]}, "junk"]
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    rows, left_out = file_rows(path, seed=0, rows=2)
+    assert left_out["no label"] == 1 and sum(left_out.values()) == 3
+    assert any("line 7: label" in reason and "two maxima" in reason for reason in left_out)
+    epochs = [row.id for number in range(5) for row in rows(number)]
+    assert sorted(epochs[:5]) == sorted(epochs[5:]) == ["0", "1", "2", "3", "4"]
+    assert epochs[:5] != epochs[5:] and epochs != [r.id for n in range(5) for r in
+                                                    file_rows(path, 1, 2)[0](n)]  # fmt: skip
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="no row with a label"):
+        file_rows(path, 0, 2)
+
+
+def test_rows_of_the_world_are_fresh_and_the_same_again() -> None:
+    rows = world_rows("grpo", 3, 4)
+    assert rows(1) == rows(1) == world_rows("grpo", 3, 4)(1) != rows(2)
+    assert [row.id for row in rows(1)] == [f"grpo-3-1-{i}" for i in range(4)]
+    assert all(row.label is not None for row in rows(0))
