@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import figures, gpu, targets
+from bench import figures, gpu, targets, train_step
 from bench.bench_forest_attention import (
     GRID,
     PACKED,
@@ -47,6 +47,7 @@ from bench.rivals import decode_peers, prefill_peers
 from bench.shapes import SHAPES
 from bench.stage import StageLog
 from bench.timing import num_sets
+from bench.turns import Run, contend, describe
 from kernels.forest_attention import forest_attention
 from kernels.forest_plan import ForestPlan
 from kernels.linear_logprob import LogProbs
@@ -556,6 +557,27 @@ def test_a_gpu_run_writes_down_what_it_saw(
     assert ran == ["tests"] and not line["green"] and written["figures"] == []
     assert written["decode"] == written["loss"] == []
     assert written["tests"]["failed"] == [{"test": "t1", "reason": "r"}]
+
+
+def test_a_training_step_with_and_without_sharing(capsys: pytest.CaptureFixture[str]) -> None:
+    """All contenders find one loss and one gradient, each in a process of its own."""
+    sizes = "--prefix 20 --completion 5 --group 2 --rows 2 --repeats 1"
+    assert train_step.main(["--shape", "pocket", *sizes.split()]) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["token_ratio"] == 2 * 25 / 30
+    assert set(line["contenders"]) == {"packed", "unshared", "whole logits"}
+    for found in line["contenders"].values():
+        assert found["seconds"] > 0 and found["peak_bytes"] >= 0 and found["ratio"] > 0
+
+
+def _fails() -> Run:
+    raise ValueError("no such thing")
+
+
+def test_a_contender_that_fails_says_why() -> None:
+    found = contend({"bad": _fails}, 1, "failing")
+    assert found == {"bad": {"error": "ValueError: no such thing"}}
+    assert "no such thing" in describe(found)
 
 
 def test_a_gpu_run_needs_few_packages() -> None:
