@@ -264,6 +264,7 @@ def test_an_interrupted_run_ends_as_if_it_never_stopped(
         grpo.train(replace(args, beta=0.1))
 
 
+@pytest.mark.soak
 def test_a_killed_run_resumes_to_the_bit(args: grpo.Args, tmp_path: Path) -> None:
     args = replace(args, steps=6, save_every=1, eval_every=0)
     given = (

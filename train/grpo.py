@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 from engine.judge import Judge
 from engine.prompt import read_judge_settings, read_judge_template
-from engine.request import make_row
 from engine.sample import POCKET
 from engine.verdict import Verdict
 from kernels.grpo_loss import GRPOLoss, grpo_loss
@@ -55,6 +54,7 @@ from train.rollout import (
     sample_groups,
     step_seed,
     trajectories_of,
+    world_row,
     world_rows,
 )
 from train.run import Run, check_args
@@ -282,10 +282,8 @@ class Trainer:
         """Share of dev rows of the synthetic world that a vote of `eval_k` gets right, and that one
         judgement does."""
         args = self.args
-        rows = [
-            make_row(row["prompt"], row["responses"], id=f"dev-{i}", label=row["label"])
-            for i, row in enumerate(c.row() for c in islice(cases("grpo", "dev"), args.eval_rows))
-        ]
+        drawn = islice(cases("grpo", "dev"), args.eval_rows)
+        rows = [world_row(case.row(), f"dev-{i}") for i, case in enumerate(drawn)]
         threshold = self.judge.settings.threshold
         votes, singles = 0, 0.0
         for row, outcome in zip(

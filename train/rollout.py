@@ -59,13 +59,14 @@ def world_rows(name: str, seed: int, rows: int) -> Rows:
     def batch(number: int) -> list[Row]:
         drawn = islice(cases(f"{name}-{seed}-{number}", "train"), rows)
         return [
-            _world_row(case.row(), f"{name}-{seed}-{number}-{i}") for i, case in enumerate(drawn)
+            world_row(case.row(), f"{name}-{seed}-{number}-{i}") for i, case in enumerate(drawn)
         ]
 
     return batch
 
 
-def _world_row(fields: dict[str, Any], row_id: str) -> Row:
+def world_row(fields: dict[str, Any], row_id: str) -> Row:
+    """A row of `Case.row` with an id."""
     return make_row(fields["prompt"], fields["responses"], id=row_id, label=fields["label"])
 
 

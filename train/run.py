@@ -17,6 +17,8 @@ from typing import Any, TextIO
 
 import torch
 
+from engine.verdict import fingerprint_of
+from models.scalar_head import ScalarModel
 from models.transformer import Transformer
 from models.weights import save_pretrained
 from train import checkpoint
@@ -32,7 +34,7 @@ class Run:
     def __init__(
         self,
         args: Any,
-        model: Transformer,
+        model: Transformer | ScalarModel,
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """args: a dataclass with model, out, steps, log_every and save_every among its fields.
@@ -95,11 +97,16 @@ def _settings(args: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, value in asdict(args).items():
         if name not in _PLACES:
-            settings[name] = checkpoint.sha256(value) if isinstance(value, Path) else value
+            settings[name] = _digest(value) if isinstance(value, Path) else value
     for path in sorted(args.model.iterdir()):
         if path.is_file():
             settings[f"model/{path.name}"] = checkpoint.sha256(path)
     return settings
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of a model directory."""
+    return fingerprint_of(path) if path.is_dir() else checkpoint.sha256(path)
 
 
 def _diff(old: dict[str, Any], new: dict[str, Any]) -> str:

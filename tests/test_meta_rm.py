@@ -1,0 +1,227 @@
+"""Training of a meta reward model: what it reads, its losses, its AUCs, and runs that resume."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification
+
+from engine.judge import Judge
+from engine.meta import MetaModel, MetaScorer
+from engine.request import Row
+from engine.sample import POCKET
+from engine.verdict import Verdict
+from models import load
+from train import checkpoint, meta_rm
+from train.meta_rm import Labelled, auc, logits_of, loss_of, pairs
+from train.rollout import world_row
+from train.world import cases
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the subprocesses: the order of additions depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> meta_rm.Args:
+    return meta_rm.Args(
+        out=tmp_path / "out", steps=4, rows=3, samples=3, lr=1e-3, warmup=1, max_new_tokens=220,
+        eval_every=2, eval_rows=4, eval_samples=3, save_every=2,
+    )  # fmt: skip
+
+
+def some_rows(count: int) -> list[Row]:
+    return [world_row(c.row(), f"row-{i}") for i, c in enumerate(islice(cases(1, "dev"), count))]
+
+
+def fabricated(right: list[bool], row: list[int]) -> Labelled:
+    return Labelled([], torch.tensor(right, dtype=torch.bool), torch.tensor(row))
+
+
+judged = st.lists(
+    st.tuples(st.booleans(), st.integers(0, 3), st.sampled_from([-1.0, 0.0, 0.5, 2.0])),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(judged)
+def test_losses_and_aucs_are_those_of_all_pairs(samples: list[tuple[bool, int, float]]) -> None:
+    samples = sorted(samples, key=lambda each: each[1])
+    right, row, scores = (list(column) for column in zip(*samples, strict=True))
+    judgements, logits = fabricated(right, row), torch.tensor(scores, dtype=torch.float64)
+    pointwise = [math.log1p(math.exp(-s if r else s)) for r, _, s in samples]
+    expected = sum(pointwise) / len(samples)
+    assert abs(loss_of(logits, judgements, "pointwise").item() - expected) < 1e-12
+
+    everyone = [(a, b) for a in samples for b in samples if a[0] and not b[0]]
+    within = [(a, b) for a, b in everyone if a[1] == b[1]]
+    better, worse = pairs(judgements)
+    assert len(better) == len(worse) == len(within)
+    lost = [math.log1p(math.exp(b[2] - a[2])) for a, b in within]
+    expected = sum(lost) / len(lost) if lost else 0.0
+    assert abs(loss_of(logits, judgements, "pairwise").item() - expected) < 1e-12
+
+    def share(found: list[tuple[Any, Any]]) -> float:
+        wins = [1.0 if a[2] > b[2] else 0.5 if a[2] == b[2] else 0.0 for a, b in found]
+        return sum(wins) / len(wins) if wins else math.nan
+
+    by_row = [[p for p in within if p[0][1] == number] for number in range(4)]
+    rows = [share(found) for found in by_row if found]
+    told = auc(logits, judgements)
+    assert told["rows_with_both"] == len(rows)
+    for found, wanted in (
+        (told["auc"], share(everyone)),
+        (told["auc_within_rows"], sum(rows) / len(rows) if rows else math.nan),
+    ):
+        assert found == pytest.approx(wanted, nan_ok=True)
+
+
+def test_judgements_are_read_as_the_engine_reads_them(args: meta_rm.Args) -> None:
+    """Logits of a packed batch are the scores of `engine.meta`; invalid judgements are left out."""
+    trainer = meta_rm.Trainer(args)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        trainer.model.score.weight.normal_(0, 0.05, generator=generator)
+    rows = some_rows(3)
+    short = replace(args, max_new_tokens=90)  # some are cut off before their scores
+    trainer.args = short
+    judgements = trainer.judgements(rows, 5, 4)
+    scorer = MetaScorer(trainer.meta)
+    verdicts = list(trainer.judge.rows(rows, seed=5, k=4, temperature=1.0, max_new_tokens=90))
+    expected: list[float] = []
+    for row, verdict in zip(rows, verdicts, strict=True):
+        assert isinstance(verdict, Verdict)
+        valid = [(s.order, s.text) for s in verdict.samples if s.scores is not None]
+        expected += scorer.scores(row, valid)
+    assert 0 < len(expected) < 12 and len(judgements.right) == len(expected)
+    found = logits_of(trainer.model, judgements)
+    assert (found - torch.tensor(expected)).abs().max() < 1e-5
+    assert len(set(judgements.row.tolist())) > 1
+
+
+def test_it_learns_to_tell_judgements_apart(args: meta_rm.Args) -> None:
+    for kind in ("pointwise", "pairwise"):
+        trainer = meta_rm.Trainer(replace(args, lr=3e-3))
+        judgements = trainer.judgements(some_rows(2), 3, 4)
+        assert len(pairs(judgements)[0]) > 0
+        first = loss_of(logits_of(trainer.model, judgements), judgements, kind).item()
+        assert abs(first - math.log(2)) < 1e-6  # all logits are 0
+        for _ in range(10):
+            trainer.optimizer.zero_grad()
+            loss = loss_of(logits_of(trainer.model, judgements), judgements, kind)
+            loss.backward()
+            trainer.optimizer.step()
+        assert loss.item() < first / 3
+        told = auc(logits_of(trainer.model, judgements).detach(), judgements)
+        assert told["auc_within_rows"] > 0.9
+
+
+def outcome(out: Path) -> tuple[bytes, bytes]:
+    """The bytes of the trained parameters and of the metrics."""
+    return (out / "model.safetensors").read_bytes(), (out / "metrics.jsonl").read_bytes()
+
+
+def test_what_is_written_judges_in_the_engine_and_in_transformers(args: meta_rm.Args) -> None:
+    meta_rm.train(args)
+    lines = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
+    assert [("dev_auc" in line) for line in lines] == [False, True, False, True]
+    meta = MetaModel.load(args.out)
+    theirs = AutoModelForSequenceClassification.from_pretrained(args.out, dtype=torch.float32)
+    row = some_rows(1)[0]
+    order, text = tuple(range(len(row.responses))), "Scores: \\boxed{7}"
+    (score,) = MetaScorer(meta).scores(row, [(order, text)])
+    ids = [t for segment in meta.prompt(row, order) for t in segment] + [*meta.judgement(text)]
+    with torch.no_grad():
+        logit = theirs(torch.tensor([ids])).logits[0, 0].item()
+    assert abs(score - logit) < 1e-5 and score != 0
+    judge = Judge.load(POCKET, meta=args.out)
+    verdict = next(judge.rows([row], k=4, k_meta=2, max_new_tokens=220))
+    assert isinstance(verdict, Verdict) and verdict.votes == min(2, verdict.valid)
+
+
+def test_an_interrupted_run_ends_as_if_it_never_stopped(
+    args: meta_rm.Args, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = replace(args, out=tmp_path / "whole")
+    meta_rm.train(whole)
+    step = meta_rm.Trainer.step
+
+    def stops(trainer: meta_rm.Trainer, number: int) -> dict[str, float]:
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(trainer, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(meta_rm.Trainer, "step", stops)
+        with pytest.raises(KeyboardInterrupt):
+            meta_rm.train(args)
+    meta_rm.train(args)
+    assert outcome(args.out) == outcome(whole.out)
+    with pytest.raises(ValueError, match="other settings: loss = pointwise, not pairwise"):
+        meta_rm.train(replace(args, loss="pairwise"))
+
+
+@pytest.mark.soak
+def test_a_killed_run_resumes_to_the_bit(args: meta_rm.Args, tmp_path: Path) -> None:
+    args = replace(args, steps=6, save_every=1, eval_every=0)
+    given = (
+        "--steps 6 --rows 3 --samples 3 --lr 1e-3 --warmup 1 --max-new-tokens 220 --eval-every 0 "
+        "--eval-rows 4 --eval-samples 3 --save-every 1"
+    )
+    command = [sys.executable, "-m", "train.meta_rm", "--out", str(args.out), *given.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((args.out / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    newest = checkpoint.latest(args.out / "checkpoints")
+    assert newest is not None and 0 < checkpoint.read_state(newest)["step"] < 6
+    meta_rm.train(args)
+    whole = replace(args, out=tmp_path / "whole")
+    meta_rm.train(whole)
+    assert outcome(args.out) == outcome(whole.out)
+
+
+def test_it_begins_as_its_decoder_and_says_nothing(args: meta_rm.Args) -> None:
+    model, _ = meta_rm.scalar_of(POCKET)
+    decoder, _ = load(POCKET)
+    for ours, theirs in zip(model.model.parameters(), decoder.parameters(), strict=True):
+        assert ours.equal(theirs)
+    assert not model.score.weight.any()
+
+
+def test_no_valid_judgement_is_an_error(args: meta_rm.Args) -> None:
+    trainer = meta_rm.Trainer(replace(args, max_new_tokens=3))
+    with pytest.raises(ValueError, match="step 0: no judgement was valid"):
+        trainer.step(0)
+
+
+def test_what_is_not_finite_stops_the_run_and_names_its_rows(args: meta_rm.Args) -> None:
+    trainer = meta_rm.Trainer(replace(args, lr=1e37))
+    with pytest.raises(FloatingPointError, match=r"step \d: loss .*; rows meta-0-\d-0, meta-0"):
+        for step in range(4):
+            trainer.step(step)
