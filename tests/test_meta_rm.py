@@ -104,11 +104,11 @@ def test_judgements_are_read_as_the_engine_reads_them(args: meta_rm.Args) -> Non
     with torch.no_grad():
         trainer.model.score.weight.normal_(0, 0.05, generator=generator)
     rows = some_rows(3)
-    short = replace(args, max_new_tokens=90)  # some are cut off before their scores
+    short = replace(args, max_new_tokens=115)  # some are cut off before their scores
     trainer.args = short
     judgements = trainer.judgements(rows, 5, 4)
     scorer = MetaScorer(trainer.meta)
-    verdicts = list(trainer.judge.rows(rows, seed=5, k=4, temperature=1.0, max_new_tokens=90))
+    verdicts = list(trainer.judge.rows(rows, seed=5, k=4, temperature=1.0, max_new_tokens=115))
     expected: list[float] = []
     for row, verdict in zip(rows, verdicts, strict=True):
         assert isinstance(verdict, Verdict)
@@ -123,7 +123,7 @@ def test_judgements_are_read_as_the_engine_reads_them(args: meta_rm.Args) -> Non
 def test_it_learns_to_tell_judgements_apart(args: meta_rm.Args) -> None:
     for kind in ("pointwise", "pairwise"):
         trainer = meta_rm.Trainer(replace(args, lr=3e-3))
-        judgements = trainer.judgements(some_rows(2), 3, 4)
+        judgements = trainer.judgements(some_rows(3), 3, 4)
         assert len(pairs(judgements)[0]) > 0
         first = loss_of(logits_of(trainer.model, judgements), judgements, kind).item()
         assert abs(first - math.log(2)) < 1e-6  # all logits are 0
