@@ -328,27 +328,43 @@ def test_hinted_judgements_change_no_other(whole: tuple[Args, Any], tmp_path: Pa
 # -- runs ------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_resumes_to_the_byte(args: Args, whole: tuple[Args, dict[str, bytes]]) -> None:
-    """SIGKILL after some rows, torn lines added, as if the kill had come in the middle of one."""
-    command = [sys.executable, "-m", "train.rft", "--out", str(args.out), "--rows", str(ROWS),
+def kill_and_resume(out: Path, expected: dict[str, bytes], kills: list[int]) -> None:
+    """SIGKILL as soon as progress has so many lines, with torn lines added, as if it had come in
+    the middle of one; again and again, and then a run that nobody disturbs."""
+    command = [sys.executable, "-m", "train.rft", "--out", str(out), "--rows", str(ROWS),
                "--max-new-tokens", str(LONGEST), "--seed", "3", "--chunk-rows", "1",
                "--sample-only"]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    path, expected = args.out / "progress.jsonl", whole[1]
-    deadline = time.monotonic() + 120
-    while not path.exists() or path.read_bytes().count(b"\n") < 4:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = path.read_bytes()
-    assert 4 <= before.count(b"\n") < ROWS + 1 and expected["progress.jsonl"].startswith(before)
-    for name in ("progress.jsonl", "trajectories.jsonl"):
-        with (args.out / name).open("ab") as file:
-            file.write(b'{"id": "torn')
+    path = out / "progress.jsonl"
+    for lines in kills:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not path.exists() or path.read_bytes().count(b"\n") < lines:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        before = path.read_bytes()
+        done = before[: before.rindex(b"\n") + 1]  # a kill may come before a torn line is cut
+        assert lines <= done.count(b"\n") < ROWS + 1
+        assert expected["progress.jsonl"].startswith(done)
+        for name in ("progress.jsonl", "trajectories.jsonl"):
+            with (out / name).open("ab") as file:
+                file.write(b'{"id": "torn')
     subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, check=True)
-    assert files(args.out) == expected
+    assert files(out) == expected
+
+
+def test_a_killed_run_resumes_to_the_byte(args: Args, whole: tuple[Args, dict[str, bytes]]) -> None:
+    kill_and_resume(args.out, whole[1], [4])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kills", [[1, 2, 3, 5, 7, 8], [1, 1, 6], [2, 4, 6, 8]], ids=str)
+def test_runs_killed_many_times_resume_to_the_byte(
+    args: Args, whole: tuple[Args, dict[str, bytes]], kills: list[int]
+) -> None:
+    kill_and_resume(args.out, whole[1], kills)
 
 
 def test_a_run_resumes_from_between_any_two_writes(

@@ -403,10 +403,13 @@ def sample(args: Args) -> Counts:
     return counts
 
 
-def _total(args: Args) -> int | None:
+def _total(args: Args) -> int:
+    """Of the progress bar: rows, or lines of the file where they are fewer."""
     if args.data is None:
         return WORLD_ROWS if args.rows is None else args.rows
-    return args.rows
+    with args.data.open("rb") as lines:
+        found = sum(1 for _ in lines)
+    return found if args.rows is None else min(found, args.rows)
 
 
 def train(args: Args) -> None:
