@@ -9,6 +9,7 @@ samples vote: all of them, or those that a meta model scores highest. Which orde
 how a tie falls, is drawn from streams of its own.
 """
 
+import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,6 +49,7 @@ from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
 DEFAULT_BATCH = 256
+Hint = Callable[[Row, Sequence[int]], str | None]  # a row and a sample's order -> its hint
 
 
 class Judge:
@@ -164,9 +166,12 @@ class Judge:
             raise ValueError(f"order {shown} is not a permutation of the responses")
         return self.prompts.render(row, shown, hint)
 
-    def key(self, row: Row | BadRow, **options: Any) -> str:
+    def key(self, row: Row | BadRow, *, hint: Hint | None = None, **options: Any) -> str:
         """The key of a row's line under the options of `rows`: a hash of all that decides it."""
-        return self._key(row, self._options(options))
+        chosen = self._options(options)
+        if isinstance(row, BadRow):
+            return self._key(row, chosen)
+        return self._key(row, chosen, _hints(row, draw_orders(row, chosen), hint))
 
     def _options(self, given: dict[str, Any]) -> JudgeOptions:
         """The options, checked, with k_meta as it holds where there is a meta model."""
@@ -182,7 +187,9 @@ class Judge:
             )
         return replace(options, k_meta=options.k_meta or (options.k + 1) // 2)
 
-    def _key(self, row: Row | BadRow, options: JudgeOptions) -> str:
+    def _key(
+        self, row: Row | BadRow, options: JudgeOptions, hints: Sequence[str | None] = ()
+    ) -> str:
         weight = self.model.head_weight
         everything = asdict(options) | {
             **asdict(self.settings),
@@ -200,9 +207,13 @@ class Judge:
                 "meta_template": self.meta.prompts.judge_template,
                 "meta_dtype": str(self.meta.model.score.weight.dtype),
             }
+        if any(hint is not None for hint in hints):
+            everything["hints"] = json.dumps(hints)
         return output_key(row, everything, self.fingerprint)
 
-    def rows(self, rows: Iterable[Row], **options: Any) -> Iterator[Verdict | RowFailure]:
+    def rows(
+        self, rows: Iterable[Row], *, hint: Hint | None = None, **options: Any
+    ) -> Iterator[Verdict | RowFailure]:
         """Judge rows, taken as there is room for them; outcomes come in input order.
 
         Options are the fields of `JudgeOptions`. k samples per row at the given temperature (0:
@@ -214,9 +225,10 @@ class Judge:
         until_decided, a probability: a row draws its samples in rounds and stops when it is this
         sure that the vote of all k would fall as it falls now (engine/decided.py); those that it
         draws are the same. k_meta: how many of the valid samples vote, those with the highest meta
-        scores; only with a meta model, and then by default k / 2, rounded up. A row that cannot be
-        judged comes out as a RowFailure in its place. Raises ValueError for options out of range,
-        and for until_decided with a meta model.
+        scores; only with a meta model, and then by default k / 2, rounded up. hint gives the text
+        that the template's `hint` shows a sample, or None for no hint; a meta model sees none. A
+        row that cannot be judged comes out as a RowFailure in its place. Raises ValueError for
+        options out of range, and for until_decided with a meta model.
         """
         chosen = self._options(options)
         sampling = SamplingOptions(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
@@ -236,7 +248,7 @@ class Judge:
             cache_bytes=cache_bytes,
             usage=self.usage,
         )
-        return self._run(generator, scorer, rows, chosen)
+        return self._run(generator, scorer, rows, chosen, hint)
 
     def _scorer(self, meta: MetaModel, options: JudgeOptions) -> tuple[MetaScorer, int]:
         """What scores samples, and the bytes of cache that it leaves to the judge."""
@@ -259,12 +271,14 @@ class Judge:
         scorer: MetaScorer | None,
         rows: Iterable[Row],
         options: JudgeOptions,
+        hint: Hint | None,
     ) -> Iterator[Verdict | RowFailure]:
         flying: deque[_Flight] = deque()
 
         def groups() -> Iterator[Group]:
             for row in rows:
-                flight = _Flight(row, draw_orders(row, options))
+                orders = draw_orders(row, options)
+                flight = _Flight(row, orders, _hints(row, orders, hint))
                 flying.append(flight)
                 prompts: list[list[tuple[int, ...]]] = []
                 try:
@@ -285,15 +299,16 @@ class Judge:
         assert not flying, "a row without an outcome"
 
     def _prompts(self, flight: "_Flight") -> list[list[tuple[int, ...]]]:
-        """Each sample's prompt as segments; samples that see the same order share one list."""
-        by_order: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        for order in flight.orders:
-            if order not in by_order:
-                segments = self.prompts.segments(flight.row, order)
+        """Each sample's prompt as segments; samples that see the same thing share one list."""
+        shown = list(zip(flight.orders, flight.hints, strict=True))
+        prompts: dict[tuple[tuple[int, ...], str | None], list[tuple[int, ...]]] = {}
+        for order, hint in shown:
+            if (order, hint) not in prompts:
+                segments = self.prompts.segments(flight.row, order, hint)
                 if not segments:
                     raise ValueError("the templates make an empty prompt of this row")
-                by_order[order] = [segment.token_ids for segment in segments]
-        return [by_order[order] for order in flight.orders]
+                prompts[order, hint] = [segment.token_ids for segment in segments]
+        return [prompts[each] for each in shown]
 
     def _rounds(
         self, flight: "_Flight", options: JudgeOptions
@@ -353,7 +368,7 @@ class Judge:
         means = votes.mean[0].tolist() if voted else None
         return Verdict(
             id=row.id,
-            key=self._key(row, options),
+            key=self._key(row, options, flight.hints),
             best=best,
             scores=votes.total[0].tolist() if voted else None,
             mean_scores=means,
@@ -391,10 +406,11 @@ class Judge:
 
 @dataclass
 class _Flight:
-    """A row between its arrival and its place in the output, and the orders of its samples."""
+    """A row between its arrival and its place in the output; orders and hints of its samples."""
 
     row: Row
     orders: list[tuple[int, ...]]
+    hints: list[str | None]
     outcome: Verdict | RowFailure | None = None
 
 
@@ -413,6 +429,10 @@ def draw_orders(row: Row, options: JudgeOptions) -> list[tuple[int, ...]]:
     places = torch.arange(n).expand(k, n)
     draws = uniforms(key.expand(k, 2), torch.arange(k), places)
     return [tuple(order) for order in draws.argsort(dim=1, stable=True).tolist()]
+
+
+def _hints(row: Row, orders: Sequence[tuple[int, ...]], hint: Hint | None) -> list[str | None]:
+    return [None if hint is None else hint(row, order) for order in orders]
 
 
 def _in_row_order(generation: Generation, order: tuple[int, ...]) -> tuple[int, ...] | None:

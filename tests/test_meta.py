@@ -403,7 +403,7 @@ def test_a_row_that_the_meta_model_cannot_read_fails_in_its_place(
     directory: Path, judge: Judge
 ) -> None:
     rows = world_rows(4)
-    options = {"k": 3, "max_new_tokens": 300}
+    options: dict[str, Any] = {"k": 3, "max_new_tokens": 300}
     whole = [outcome for outcome in judge.rows(rows, **options) if isinstance(outcome, Verdict)]
     narrow = MetaModel.load(directory)
     shortest = [

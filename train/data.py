@@ -62,13 +62,18 @@ def _world_trajectory(
         reference = case.task.write(case.task.answer)
     text, scores = judge(case, listed)
     if chance > 0.97 and len(scores) > 1 and scores.count(max(scores)) == 1:
-        hint = f"The best response is: Response {scores.index(max(scores)) + 1}"
+        hint = hint_at(scores.index(max(scores)))
     fields = case.row()
     row = make_row(
         fields["prompt"], fields["responses"], reference=reference, principles=principles
     )
     prompt = prompt_segments(builder, row, range(len(row.responses)), hint)
     return Trajectory(prompt, [*builder.tokenizer.encode_text(text), end_id])
+
+
+def hint_at(place: int) -> str:
+    """The hint that the best response is the one shown at this place, counted from 0."""
+    return f"The best response is: Response {place + 1}"
 
 
 def prompt_segments(

@@ -31,7 +31,7 @@ from train.world import cases
 Rows = Callable[[int], list[Row]]  # batch number -> its rows
 Scaling = Literal["none", "group", "batch"]
 _EPS = 1e-4
-_MAX_ROW_BYTES = 1 << 20
+MAX_ROW_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def file_rows(path: Path, seed: int, rows: int) -> tuple[Rows, Counter[str]]:
     kept: list[Row] = []
     left_out: Counter[str] = Counter()
     with path.open("rb") as stream:
-        for row in read_rows(stream, _MAX_ROW_BYTES):
+        for row in read_rows(stream, MAX_ROW_BYTES):
             if isinstance(row, BadRow):
                 left_out[f"line {row.line}: {row.error}"] += 1
             elif row.label is None:

@@ -11,6 +11,7 @@ parameters, same metrics. With other settings, model or data it is refused.
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,14 +41,14 @@ class Run:
         """args: a dataclass with model, out, steps, log_every and save_every among its fields.
         Raises ValueError for settings other than those of the checkpoint."""
         self._args, self._model, self._optimizer = args, model, optimizer
-        self._settings = _settings(args)
+        self._settings = settings_of(asdict(args), args.model)
         self._checkpoints = args.out / "checkpoints"
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         self.state: dict[str, Any] = {"step": 0}
         if newest := checkpoint.latest(self._checkpoints):
             made_with = checkpoint.read_state(newest)["settings"]
             if made_with != self._settings:
-                differ = _diff(made_with, self._settings)
+                differ = differences(made_with, self._settings)
                 raise ValueError(f"{newest} was made with other settings: {differ}")
             self.state = checkpoint.restore(newest, model, optimizer)
         self.first: int = self.state["step"]
@@ -92,13 +93,13 @@ def check_args(args: Any, *at_least_one: str) -> None:
         raise ValueError(f"out is the directory of the model itself, {args.model}")
 
 
-def _settings(args: Any) -> dict[str, Any]:
+def settings_of(args: Mapping[str, Any], model: Path) -> dict[str, Any]:
     """All that decides how a run ends; of files, what they hold and not where they are."""
     settings: dict[str, Any] = {}
-    for name, value in asdict(args).items():
+    for name, value in args.items():
         if name not in _PLACES:
             settings[name] = _digest(value) if isinstance(value, Path) else value
-    for path in sorted(args.model.iterdir()):
+    for path in sorted(model.iterdir()):
         if path.is_file():
             settings[f"model/{path.name}"] = checkpoint.sha256(path)
     return settings
@@ -109,7 +110,8 @@ def _digest(path: Path) -> str:
     return fingerprint_of(path) if path.is_dir() else checkpoint.sha256(path)
 
 
-def _diff(old: dict[str, Any], new: dict[str, Any]) -> str:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two runs' settings, in words."""
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     return ", ".join(f"{name} = {old.get(name)}, not {new.get(name)}" for name in names)
 

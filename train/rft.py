@@ -1,0 +1,439 @@
+"""Rejective fine-tuning: a judge learns from those of its own judgements that are right.
+
+    python -m train.rft [--model DIR] [--out DIR] [--data ROWS.jsonl] [--rows N] ...
+
+Each row is judged --samples times. All of them right: the row is too easy and nothing of it is
+kept. Otherwise a row of two or more responses is judged once more with the best response as a hint,
+shown where that sample's order puts it, and every right judgement is kept, hinted or not. So the
+hinted sample of a row that is too easy, which would go with its row, is not drawn. Right is as in
+`train/rollout.py`: strictly. What becomes of a judgement, its *fate*:
+
+    kept
+    too_easy     as all others of its row it is right
+    truncated    it did not end by itself, whatever it says
+    invalid      it has no valid scores
+    wrong        its scores do not agree with the label
+    garbled      right, but its text is not what was sampled: it holds control tokens, or no UTF-8
+
+    OUT/trajectories.jsonl   what was kept, as `train.data.file_batches` reads it
+    OUT/progress.jsonl       the settings; then a line for each row: the fates of its judgements,
+                             the hinted one's by itself, and where its trajectories end
+    OUT/counts.json          how many rows and judgements had which fate
+    OUT/model                the model fine-tuned on them by `train.sft`, with its checkpoints
+
+A row's trajectories are one write, its line of progress another, after it. A killed run continues
+with the next row and ends with the very same bytes; with other settings, model or data it is
+refused. The hint is left out of the prompt that is learnt from, unless --keep-hint: no one gives a
+hint to the finished judge.
+
+Not done here: several devices.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+import tyro
+from tqdm import tqdm
+
+from engine.judge import Judge
+from engine.output import Output
+from engine.request import BadRow, Row, read_rows
+from engine.sample import POCKET
+from engine.verdict import RowFailure, Sample, Verdict, gold_index
+from models.tokenizer import Tokenizer
+from train import sft
+from train.data import hint_at
+from train.rollout import MAX_ROW_BYTES, is_right, world_rows
+from train.run import check_args, differences, settings_of
+
+WORLD_ROWS = 256  # of the synthetic world, where neither --data nor --rows says how many
+_WORLD_BATCH = 64
+
+Fate = Literal["kept", "too_easy", "truncated", "invalid", "wrong", "garbled"]
+FATES: tuple[Fate, ...] = ("kept", "too_easy", "truncated", "invalid", "wrong", "garbled")
+HintedFate = Fate | Literal["failed"]  # failed: the prompt with the hint cannot be judged
+HINTED_FATES: tuple[HintedFate, ...] = (*FATES, "failed")
+RowFate = Literal["kept", "too_easy", "none_kept", "failed", "no_label", "bad_line"]
+ROW_FATES: tuple[RowFate, ...] = (
+    "kept", "too_easy", "none_kept", "failed", "no_label", "bad_line",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Args:
+    """Rejective fine-tuning of a judge on its own judgements of labelled rows."""
+
+    model: Path = POCKET
+    out: Path = Path("runs/rft")
+    data: Path | None = None  # a JSONL file of labelled rows; the synthetic world when left out
+    rows: int | None = None  # labelled rows at most; all of --data, or 256 of the synthetic world
+    samples: int = 3  # judgements per row, without the hinted one
+    hinted: bool = True  # one more judgement with the best response as a hint
+    keep_hint: bool = False  # learn from hinted judgements with the hint in their prompt
+    temperature: float = 1.0
+    max_new_tokens: int = 512
+    orders: Literal["rotate", "random", "fixed"] = "rotate"
+    deterministic: bool = True  # a resumed run has the same bytes on a GPU too
+    chunk_rows: int = 32  # rows judged together; what a killed run may have to judge again
+    sample_only: bool = False  # no training
+    steps: int = 50
+    step_rows: int = 16  # trajectories per step
+    lr: float = 2e-5
+    warmup: int = 5
+    weight_decay: float = 0.0
+    clip: float = 1.0  # of the gradient's norm
+    autocast: bool = False  # bf16 matmuls over fp32 weights, in training
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 50
+
+    @property
+    def trajectories(self) -> Path:
+        """The file of what was kept."""
+        return self.out / "trajectories.jsonl"
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """All that decides what is kept, besides the model."""
+        names = (
+            "data", "rows", "samples", "hinted", "keep_hint", "temperature", "max_new_tokens",
+            "orders", "deterministic", "seed",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def fine_tuning(self) -> sft.Args:
+        """The settings of `train.sft`."""
+        return sft.Args(
+            self.model, self.out / "model", self.trajectories, self.steps, self.step_rows, self.lr,
+            self.warmup, self.weight_decay, self.clip, self.seed, self.autocast, self.log_every,
+            self.save_every,
+        )  # fmt: skip
+
+
+class _Header(msgspec.Struct):
+    """The first line of progress."""
+
+    settings: dict[str, Any]
+
+
+class Done(msgspec.Struct, kw_only=True):
+    """A row's line of progress. `end`: bytes of trajectories up to and with this row's."""
+
+    id: str | None
+    row: RowFate
+    samples: list[Fate] = []
+    hinted: HintedFate | None = None
+    error: str | None = None
+    end: int = 0
+
+
+# -- what is kept ----------------------------------------------------------------------------------
+
+
+def best_hint(row: Row, order: Sequence[int]) -> str:
+    """The hint at a labelled row's best response, at the place where `order` shows it."""
+    assert row.label is not None and len(row.responses) > 1
+    return hint_at(list(order).index(gold_index(row.label)))
+
+
+def fates(
+    samples: Sequence[Sample], label: int | Sequence[float], threshold: float, tokenizer: Tokenizer
+) -> list[Fate]:
+    """What becomes of a row's judgements without a hint."""
+    if all(is_right(sample.scores, label, threshold) for sample in samples):
+        return ["too_easy"] * len(samples)
+    return [fate(sample, label, threshold, tokenizer) for sample in samples]
+
+
+def fate(
+    sample: Sample, label: int | Sequence[float], threshold: float, tokenizer: Tokenizer
+) -> Fate:
+    """What becomes of one judgement of a row that is not too easy."""
+    if sample.finish == "length":
+        return "truncated"
+    if sample.scores is None:
+        return "invalid"
+    if not is_right(sample.scores, label, threshold):
+        return "wrong"
+    body = sample.token_ids[:-1]  # without the end token
+    if not all(t < tokenizer.size and t not in tokenizer.control_ids for t in body):
+        return "garbled"
+    written = b"".join(tokenizer.token_bytes[t] for t in body)
+    return "kept" if written == sample.text.encode() else "garbled"
+
+
+def trajectory_line(row: Row, sample: Sample, hint: str | None) -> bytes:
+    """A kept judgement's line, newline included."""
+    (first, *others) = row.messages
+    prompt: Any = first.content
+    if others:
+        prompt = [{"role": m.role, "content": m.content} for m in row.messages]
+    fields = {
+        "id": row.id,
+        "prompt": prompt,
+        "responses": row.responses,
+        "label": row.label,
+        "reference": row.reference,
+        "principles": row.principles,
+        "meta": row.meta,
+        "judgement": sample.text,
+        "order": sample.order,
+        "hint": hint,
+    }
+    there = {name: value for name, value in fields.items() if value is not None}
+    return (json.dumps(there, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+
+
+# -- sampling --------------------------------------------------------------------------------------
+
+
+def entries(data: Path | None, rows: int | None, seed: int) -> Iterator[Row | BadRow]:
+    """The rows to sample, up to so many with a label, and what lies between them."""
+    if data is None:
+        batch = world_rows("rft", seed, _WORLD_BATCH)
+        fresh = (row for number in count() for row in batch(number))
+        yield from islice(fresh, WORLD_ROWS if rows is None else rows)
+        return
+    labelled = 0
+    with data.open("rb") as stream:
+        for entry in read_rows(stream, MAX_ROW_BYTES):
+            yield entry
+            labelled += isinstance(entry, Row) and entry.label is not None
+            if labelled == rows:
+                return
+
+
+def hinted_seed(seed: int) -> int:
+    """The seed of hinted judgements: their draws are not those of the others."""
+    digest = hashlib.sha256(f"quorum-rft-hinted-{seed}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def judged(
+    judge: Judge, chunk: Sequence[Row | BadRow], args: Args
+) -> Iterator[tuple[Done, list[bytes]]]:
+    """What becomes of each row of a chunk, and the lines of its trajectories."""
+
+    def draw(rows: Sequence[Row], **more: Any) -> dict[str, Verdict | RowFailure]:
+        outcomes = judge.rows(
+            rows, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
+            orders=args.orders, deterministic=args.deterministic, stop="eos", **more,
+        )  # fmt: skip
+        return dict(zip([row.id for row in rows], outcomes, strict=True))
+
+    asked = [row for row in chunk if isinstance(row, Row) and row.label is not None]
+    plain = draw(asked, k=args.samples, seed=args.seed)
+    several = [row for row in asked if args.hinted and len(row.responses) > 1]
+    hard = [row for row in several if not _too_easy(judge, row, plain[row.id])]
+    hinted = draw(hard, k=1, seed=hinted_seed(args.seed), hint=best_hint)
+    for row in chunk:
+        if isinstance(row, BadRow):
+            yield Done(id=row.id, row="bad_line", error=f"line {row.line}: {row.error}"), []
+        elif row.label is None:
+            yield Done(id=row.id, row="no_label"), []
+        else:
+            yield _decide(judge, row, plain[row.id], hinted.get(row.id), args.keep_hint)
+
+
+def _too_easy(judge: Judge, row: Row, outcome: Verdict | RowFailure) -> bool:
+    """Whether there is nothing that a hint could add: a row that fails counts, too."""
+    assert row.label is not None
+    return isinstance(outcome, RowFailure) or "too_easy" in fates(
+        outcome.samples, row.label, judge.settings.threshold, judge.tokenizer
+    )
+
+
+def _decide(
+    judge: Judge,
+    row: Row,
+    plain: Verdict | RowFailure,
+    hinted: Verdict | RowFailure | None,
+    keep_hint: bool,
+) -> tuple[Done, list[bytes]]:
+    if isinstance(plain, RowFailure):
+        return Done(id=row.id, row="failed", error=plain.error), []
+    assert row.label is not None
+    rule = row.label, judge.settings.threshold, judge.tokenizer
+    found = fates(plain.samples, *rule)
+    lines = [
+        trajectory_line(row, sample, None)
+        for sample, each in zip(plain.samples, found, strict=True)
+        if each == "kept"
+    ]
+    done = Done(id=row.id, row="too_easy", samples=found)
+    if isinstance(hinted, RowFailure):
+        done.hinted, done.error = "failed", f"with the hint: {hinted.error}"
+    elif hinted is not None:
+        (sample,) = hinted.samples
+        done.hinted = fate(sample, *rule)
+        if done.hinted == "kept":
+            hint = best_hint(row, sample.order) if keep_hint else None
+            lines.append(trajectory_line(row, sample, hint))
+    if "too_easy" not in found:
+        done.row = "kept" if lines else "none_kept"
+    return done, lines
+
+
+class Counts:
+    """How many rows and judgements had which fate."""
+
+    def __init__(self) -> None:
+        self._rows: Counter[RowFate] = Counter()
+        self._samples: Counter[Fate] = Counter()
+        self._hinted: Counter[HintedFate] = Counter()
+
+    def add(self, done: Done) -> None:
+        """Count a row."""
+        self._rows[done.row] += 1
+        self._samples.update(done.samples)
+        if done.hinted is not None:
+            self._hinted[done.hinted] += 1
+
+    @property
+    def kept(self) -> int:
+        """Trajectories kept."""
+        return self._samples["kept"] + self._hinted["kept"]
+
+    def table(self) -> dict[str, Any]:
+        """All counts; `all` is the sum of those beside it."""
+        return {
+            "trajectories": self.kept,
+            "rows": {"all": self._rows.total()} | {f: self._rows[f] for f in ROW_FATES},
+            "samples": {"all": self._samples.total()} | {f: self._samples[f] for f in FATES},
+            "hinted": {"all": self._hinted.total()}
+            | {f: self._hinted[f] for f in HINTED_FATES if f != "too_easy"},
+        }
+
+
+class _Files:
+    """Trajectories and progress, locked, and what an earlier run has done of them."""
+
+    def __init__(self, args: Args) -> None:
+        self._trajectories = Output(str(args.trajectories), resume=True)
+        try:
+            self._progress = Output(str(args.out / "progress.jsonl"), resume=True)
+        except (OSError, ValueError):
+            self._trajectories.close()
+            raise
+        self._end = 0
+
+    def resume(self, settings: dict[str, Any]) -> list[Done]:
+        """The rows that are done; cuts off what is torn. Raises ValueError, and changes nothing,
+        where they were done with other settings or the files are not such a run's."""
+        path, size = self._progress.path, Path(self._trajectories.path).stat().st_size
+        lines = list(self._progress.whole_lines())
+        if not lines and size:
+            raise ValueError(f"{self._trajectories.path} is not empty, and {path} is")
+        read: list[Any] = []
+        for number, line in enumerate(lines, 1):
+            try:
+                read.append(msgspec.json.decode(line, type=Done if number > 1 else _Header))
+            except msgspec.MsgspecError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+        if len(lines) < 2:  # no row is done, so nothing is lost
+            self._trajectories.cut(0)
+            self._progress.cut(0)
+            self._progress.write(msgspec.json.encode(_Header(settings=settings)) + b"\n")
+            return []
+        if read[0].settings != settings:
+            differ = differences(read[0].settings, settings)
+            raise ValueError(f"{path} was made with other settings: {differ}")
+        # After a kill all ends are within the trajectories; after a power cut they may not be.
+        done = [each for each in read[1:] if each.end <= size]
+        self._end = done[-1].end if done else 0
+        self._trajectories.cut(self._end)
+        self._progress.cut(sum(map(len, lines[: len(done) + 1])))
+        return done
+
+    def write(self, done: Done, lines: Sequence[bytes]) -> None:
+        """Append a row: its trajectories, then its line of progress."""
+        if lines:
+            self._trajectories.write(b"".join(lines))
+        self._end += sum(map(len, lines))
+        done.end = self._end
+        self._progress.write(msgspec.json.encode(done) + b"\n")
+
+    def close(self) -> None:
+        """Bring both to the disk and give up the locks."""
+        self._trajectories.close()
+        self._progress.close()
+
+
+def sample(args: Args) -> Counts:
+    """Sample all rows, continuing where an earlier run stopped; writes all but OUT/model.
+
+    Raises ValueError for settings other than those of the earlier run.
+    """
+    args.out.mkdir(parents=True, exist_ok=True)
+    counts = Counts()
+    with closing(_Files(args)) as files:
+        done = files.resume(settings_of(args.sampling, args.model))
+        source = entries(args.data, args.rows, args.seed)
+        for each in done:
+            entry = next(source, None)
+            if entry is None or entry.id != each.id:
+                raise ValueError(f"row {each.id!r} of an earlier run is not in its place now")
+            counts.add(each)
+        judge: Judge | None = None
+        with tqdm(total=_total(args), initial=len(done), unit="row") as bar:
+            while chunk := list(islice(source, args.chunk_rows)):
+                judge = judge or Judge.load(args.model, dtype=torch.float32)
+                for each, lines in judged(judge, chunk, args):
+                    files.write(each, lines)
+                    counts.add(each)
+                    if each.error is not None:
+                        bar.write(f"row {each.id!r}: {each.error}", file=sys.stderr)
+                    bar.update()
+                bar.set_postfix(kept=counts.kept)
+    temporary = args.out / ".counts.json.tmp"
+    temporary.write_text(json.dumps(counts.table(), indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, args.out / "counts.json")
+    return counts
+
+
+def _total(args: Args) -> int:
+    """Of the progress bar: rows, or lines of the file where they are fewer."""
+    if args.data is None:
+        return WORLD_ROWS if args.rows is None else args.rows
+    with args.data.open("rb") as lines:
+        found = sum(1 for _ in lines)
+    return found if args.rows is None else min(found, args.rows)
+
+
+def train(args: Args) -> None:
+    """Sample, then fine-tune, each continuing where an earlier run stopped.
+
+    Raises ValueError for settings out of range or other than those of the earlier run, where no
+    trajectory was kept, and as `train.sft.train` does.
+    """
+    check_args(args, "samples", "chunk_rows", "step_rows")
+    if args.rows is not None and args.rows < 1:
+        raise ValueError(f"rows = {args.rows} is less than 1")
+    check_args(args.fine_tuning)
+    counts = sample(args)
+    print(json.dumps(counts.table()), file=sys.stderr)
+    if not counts.kept:
+        raise ValueError(f"no trajectory was kept: {json.dumps(counts.table())}")
+    if not args.sample_only:
+        sft.train(args.fine_tuning)
+
+
+def main() -> None:
+    """The command line."""
+    train(tyro.cli(Args, description=Args.__doc__))
+
+
+if __name__ == "__main__":
+    main()
