@@ -25,3 +25,13 @@ def in_torch() -> Iterator[None]:
     """Operations on CPU run in torch, as where there is no C++ compiler."""
     with native.torch_only():
         yield
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As in the subprocesses that are killed: the order of additions depends on the number of
+    threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -7,9 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +25,10 @@ from engine.verdict import Verdict
 from models import load
 from train import checkpoint, meta_rm
 from train.meta_rm import Labelled, auc, logits_of, loss_of, pairs
-from train.rollout import world_row
-from train.world import cases
+from train.rollout import dev_rows
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the subprocesses: the order of additions depends on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -51,7 +40,7 @@ def args(tmp_path: Path) -> meta_rm.Args:
 
 
 def some_rows(count: int) -> list[Row]:
-    return [world_row(c.row(), f"row-{i}") for i, c in enumerate(islice(cases(1, "dev"), count))]
+    return dev_rows("1", count)
 
 
 def fabricated(right: list[bool], row: list[int]) -> Labelled:

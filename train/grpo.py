@@ -21,9 +21,8 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +40,7 @@ from kernels.linear_logprob import linear_logprob
 from kernels.policy_loss import PolicyLossOptions, token_weights
 from models import load
 from models.transformer import Transformer
-from train.optimizer import cosine_lr, make_optimizer
+from train.optimizer import cosine_lr, make_optimizer, set_lr
 from train.packing import PackedBatch, pack, packed_attention
 from train.rollout import (
     Group,
@@ -49,16 +48,15 @@ from train.rollout import (
     Scaling,
     advantages,
     describe,
+    dev_rows,
     file_rows,
     is_right,
     sample_groups,
     step_seed,
     trajectories_of,
-    world_row,
     world_rows,
 )
 from train.run import Run, check_args
-from train.world import cases
 
 
 @dataclass(frozen=True)
@@ -257,8 +255,7 @@ class Trainer:
         parts = windows(self.judge, self.reference, groups, args)
         clock.lap("reference")
         lr = cosine_lr(number, args.steps, args.lr, args.warmup)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = lr
+        set_lr(self.optimizer, lr)
         metrics: dict[str, float] = {"failed_rows": len(failures), **describe(groups)}
         for epoch in range(args.epochs):
             for i, window in enumerate(parts):
@@ -282,8 +279,7 @@ class Trainer:
         """Share of dev rows of the synthetic world that a vote of `eval_k` gets right, and that one
         judgement does."""
         args = self.args
-        drawn = islice(cases("grpo", "dev"), args.eval_rows)
-        rows = [world_row(case.row(), f"dev-{i}") for i, case in enumerate(drawn)]
+        rows = dev_rows("grpo", args.eval_rows)
         threshold = self.judge.settings.threshold
         votes, singles = 0, 0.0
         for row, outcome in zip(
@@ -327,7 +323,8 @@ def train(args: Args) -> None:
         Run(args, trainer.model, trainer.optimizer) as run,
         (args.out / "timings.jsonl").open("a", encoding="utf-8") as timings,
     ):
-        for step in _progress(args, run.first):
+        steps = range(run.first, args.steps)
+        for step in tqdm(steps, initial=run.first, total=args.steps, unit="step"):
             metrics, seconds = trainer.step(step)
             if args.eval_every and (step + 1) % args.eval_every == 0:
                 metrics |= trainer.dev_votes()
@@ -338,10 +335,6 @@ def train(args: Args) -> None:
     left_out = sum(trainer.left_out.values())
     seconds = {"seconds": round(time.monotonic() - started, 1)}
     print(json.dumps(summary | {"left_out": left_out} | seconds), file=sys.stderr)
-
-
-def _progress(args: Args, first: int) -> Iterator[int]:
-    yield from tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step")
 
 
 def main() -> None:

@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -46,11 +45,10 @@ from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
 from train.data import Trajectory
 from train.grpo import hidden_states
-from train.optimizer import cosine_lr, make_optimizer
+from train.optimizer import cosine_lr, make_optimizer, set_lr
 from train.packing import pack
-from train.rollout import Group, Rows, file_rows, sample_groups, step_seed, world_row, world_rows
+from train.rollout import Group, Rows, dev_rows, file_rows, sample_groups, step_seed, world_rows
 from train.run import Run, check_args
-from train.world import cases
 
 
 @dataclass(frozen=True)
@@ -195,8 +193,7 @@ class Trainer:
         if not judgements.trajectories:
             raise ValueError(f"step {number}: no judgement was valid")
         lr = cosine_lr(number, args.steps, args.lr, args.warmup)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.optimizer.zero_grad()
         logits = logits_of(self.model, judgements)
         loss = loss_of(logits, judgements, args.loss)
@@ -223,8 +220,7 @@ class Trainer:
         """AUCs on judgements of dev rows of the synthetic world, which are sampled once."""
         args = self.args
         if self._dev is None:
-            drawn = islice(cases("meta", "dev"), args.eval_rows)
-            rows = [world_row(case.row(), f"dev-{i}") for i, case in enumerate(drawn)]
+            rows = dev_rows("meta", args.eval_rows)
             self._dev = self.judgements(rows, step_seed(args.seed, -1), args.eval_samples)
         dev = self._dev
         scores = []

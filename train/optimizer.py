@@ -20,6 +20,12 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
     return optimizer
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next steps."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def _mark_changed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """The fused step does not count as a change of its parameters; to what is kept beside them,
     such as weights laid out for sampling, it has to."""

@@ -29,7 +29,6 @@ hint to the finished judge.
 Not done here: several devices.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -54,7 +53,7 @@ from engine.verdict import RowFailure, Sample, Verdict, gold_index
 from models.tokenizer import Tokenizer
 from train import sft
 from train.data import hint_at
-from train.rollout import MAX_ROW_BYTES, is_right, world_rows
+from train.rollout import MAX_ROW_BYTES, is_right, seed_of, world_rows
 from train.run import check_args, differences, settings_of
 
 WORLD_ROWS = 256  # of the synthetic world, where neither --data nor --rows says how many
@@ -217,8 +216,7 @@ def entries(data: Path | None, rows: int | None, seed: int) -> Iterator[Row | Ba
 
 def hinted_seed(seed: int) -> int:
     """The seed of hinted judgements: their draws are not those of the others."""
-    digest = hashlib.sha256(f"quorum-rft-hinted-{seed}".encode()).digest()
-    return int.from_bytes(digest[:6], "big")
+    return seed_of(f"quorum-rft-hinted-{seed}")
 
 
 def judged(

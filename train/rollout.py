@@ -26,7 +26,7 @@ from engine.judge import Judge
 from engine.request import BadRow, Row, make_row, read_rows
 from engine.verdict import RowFailure, Sample, gold_index
 from train.data import Trajectory, permutation, prompt_segments
-from train.world import cases
+from train.world import Split, cases
 
 Rows = Callable[[int], list[Row]]  # batch number -> its rows
 Scaling = Literal["none", "group", "batch"]
@@ -57,17 +57,23 @@ def world_rows(name: str, seed: int, rows: int) -> Rows:
     """Fresh rows of the synthetic world's train split, the same for the same name and seed."""
 
     def batch(number: int) -> list[Row]:
-        drawn = islice(cases(f"{name}-{seed}-{number}", "train"), rows)
-        return [
-            world_row(case.row(), f"{name}-{seed}-{number}-{i}") for i, case in enumerate(drawn)
-        ]
+        stream = f"{name}-{seed}-{number}"
+        return _world_rows(stream, "train", rows, stream)
 
     return batch
 
 
-def world_row(fields: dict[str, Any], row_id: str) -> Row:
-    """A row of `Case.row` with an id."""
-    return make_row(fields["prompt"], fields["responses"], id=row_id, label=fields["label"])
+def dev_rows(name: str, rows: int) -> list[Row]:
+    """Rows of the synthetic world's dev split, the same for the same name."""
+    return _world_rows(name, "dev", rows, "dev")
+
+
+def _world_rows(stream: str, split: Split, rows: int, prefix: str) -> list[Row]:
+    drawn = (case.row() for case in islice(cases(stream, split), rows))
+    return [
+        make_row(row["prompt"], row["responses"], id=f"{prefix}-{i}", label=row["label"])
+        for i, row in enumerate(drawn)
+    ]
 
 
 def file_rows(path: Path, seed: int, rows: int) -> tuple[Rows, Counter[str]]:
@@ -117,8 +123,12 @@ def sample_groups(
 
 def step_seed(seed: int, step: int) -> int:
     """The seed of a step's draws."""
-    digest = hashlib.sha256(f"quorum-step-{seed}-{step}".encode()).digest()
-    return int.from_bytes(digest[:6], "big")
+    return seed_of(f"quorum-step-{seed}-{step}")
+
+
+def seed_of(name: str) -> int:
+    """The seed of draws that have a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
 
 
 def advantages(rewards: Tensor, scaling: Scaling) -> Tensor:

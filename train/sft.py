@@ -31,7 +31,7 @@ from models import load
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from train.data import Batches, file_batches, world_batches
-from train.optimizer import cosine_lr, make_optimizer
+from train.optimizer import cosine_lr, make_optimizer, set_lr
 from train.packing import PackedBatch, pack, packed_attention
 from train.run import Run, check_args
 
@@ -116,8 +116,7 @@ def _steps(
                 f"step {step}: loss {loss.item()}, gradient norm {norm.item()}"
             )
         lr = cosine_lr(step, args.steps, args.lr, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(optimizer, lr)
         optimizer.step()
         metrics = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
         num_tokens = batch.num_tokens
