@@ -24,7 +24,7 @@ from engine.sample import POCKET
 from engine.verdict import Verdict
 from models import load
 from train import checkpoint, meta_rm
-from train.meta_rm import Labelled, auc, logits_of, loss_of, pairs
+from train.meta_rm import Labelled, auc, labelled, logits_of, loss_of, pairs
 from train.rollout import dev_rows
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +95,7 @@ def test_judgements_are_read_as_the_engine_reads_them(args: meta_rm.Args) -> Non
     rows = some_rows(3)
     short = replace(args, max_new_tokens=115)  # some are cut off before their scores
     trainer.args = short
-    judgements = trainer.judgements(rows, 5, 4)
+    judgements = labelled(trainer.meta, trainer.judge_rows(rows, 5, 4))
     scorer = MetaScorer(trainer.meta)
     verdicts = list(trainer.judge.rows(rows, seed=5, k=4, temperature=1.0, max_new_tokens=115))
     expected: list[float] = []
@@ -112,7 +112,7 @@ def test_judgements_are_read_as_the_engine_reads_them(args: meta_rm.Args) -> Non
 def test_it_learns_to_tell_judgements_apart(args: meta_rm.Args) -> None:
     for kind in ("pointwise", "pairwise"):
         trainer = meta_rm.Trainer(replace(args, lr=3e-3))
-        judgements = trainer.judgements(some_rows(3), 3, 4)
+        judgements = labelled(trainer.meta, trainer.judge_rows(some_rows(3), 3, 4))
         assert len(pairs(judgements)[0]) > 0
         first = loss_of(logits_of(trainer.model, judgements), judgements, kind).item()
         assert abs(first - math.log(2)) < 1e-6  # all logits are 0

@@ -26,7 +26,7 @@ from engine.verdict import Sample, Verdict
 from models import load
 from models.tokenizer import Tokenizer
 from train import rft
-from train.data import file_batches
+from train.data import file_batches, file_judgements
 from train.rft import Args
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Args, dict[str, byt
 
 
 def files(out: Path) -> dict[str, bytes]:
-    names = ("trajectories.jsonl", "progress.jsonl", "counts.json")
+    names = ("trajectories.jsonl", "judgements.jsonl", "progress.jsonl", "counts.json")
     return {name: (out / name).read_bytes() for name in names}
 
 
@@ -217,6 +217,27 @@ def test_what_is_kept_is_what_was_sampled(judge: Judge, whole: tuple[Args, Any])
     assert len(expected) > 3 and hinted > 3
 
 
+def test_every_valid_judgement_says_whether_it_is_right(
+    judge: Judge, whole: tuple[Args, Any]
+) -> None:
+    """All those without a hint, of easy rows too, as rows of judgements."""
+    args, _ = whole
+    rows = [row for row in rft.entries(None, ROWS, 3) if isinstance(row, Row)]
+    outcomes = judge.rows(
+        rows, k=3, seed=3, temperature=1.0, max_new_tokens=LONGEST, stop="eos"
+    )  # fmt: skip
+    expected = {}
+    for row, verdict in zip(rows, outcomes, strict=True):
+        assert isinstance(verdict, Verdict)
+        valid = [s for s in verdict.samples if s.scores is not None]
+        expected[row.id] = [(list(s.order), s.text, agrees(s.scores, row.label)) for s in valid]
+    expected = {name: judgements for name, judgements in expected.items() if judgements}
+    found = file_judgements(args.judgements, len(expected), 0)(0)  # one epoch
+    assert {each.row.id: each.judgements for each in found} == expected
+    assert [each.row.id for each in found] != list(expected)  # in another order
+    assert {right for each in found for *_, right in each.judgements} == {False, True}
+
+
 @pytest.mark.parametrize("keep_hint", [False, True])
 def test_the_file_is_read_back_with_the_prompt_that_was_asked_for(
     judge: Judge, whole: tuple[Args, Any], tmp_path: Path, keep_hint: bool
@@ -286,7 +307,7 @@ def test_counts_add_up_to_everything_read_and_sampled(
     assert all(d["hinted"] is None for d in done if d["id"] in {r.id for r in singles})
     kept = args.trajectories.read_bytes()
     assert counts["trajectories"] == samples["kept"] + hinted["kept"] == kept.count(b"\n") > 0
-    assert done[-1]["end"] == len(kept)
+    assert done[-1]["ends"] == [len(kept), len(args.judgements.read_bytes())]
     failed = [d["row"] for d in done if d["error"] is not None]
     assert sorted(failed) == ["bad_line", "bad_line", "failed"]
 
@@ -301,7 +322,7 @@ def test_a_template_without_the_hint_fails_for_hinted_judgements_alone(
     wrong = replace(row, label=1 - row.label)
     args = replace(whole[0], max_new_tokens=8)
     ((done, lines),) = rft.judged(deaf, [wrong], args)
-    assert (done.row, done.hinted, lines) == ("none_kept", "failed", [])
+    assert (done.row, done.hinted, lines.trajectories) == ("none_kept", "failed", [])
     assert done.samples == ["truncated"] * 3
     assert done.error is not None and "every field once, not hint" in done.error
     ((done, _),) = rft.judged(deaf, [wrong], replace(args, hinted=False))
@@ -373,22 +394,24 @@ def test_a_run_resumes_from_between_any_two_writes(
     monkeypatch.setattr(rft, "judged", counted)
     expected = whole[1]
     header, *lines = expected["progress.jsonl"].splitlines(keepends=True)
-    ends = [json.loads(line)["end"] for line in lines]
+    ends = [json.loads(line)["ends"] for line in lines]
     args.out.mkdir()
     for rows in (0, 1, 4, ROWS - 1, ROWS):
-        cut = ends[min(rows, ROWS - 1)]
+        cut, judgements_cut = ends[min(rows, ROWS - 1)]
         args.trajectories.write_bytes(expected["trajectories.jsonl"][:cut])
+        args.judgements.write_bytes(expected["judgements.jsonl"][:judgements_cut])
         (args.out / "progress.jsonl").write_bytes(header + b"".join(lines[:rows]))
         made.clear()
         rft.sample(args)
         assert files(args.out) == expected
         assert made == [json.loads(line)["id"] for line in lines[rows:]]
-    # After a power cut progress may be on the disk and its trajectories not.
-    last = max(i for i in range(ROWS) if ends[i] > (ends[i - 1] if i else 0))
-    args.trajectories.write_bytes(expected["trajectories.jsonl"][: ends[last] - 1])
-    made.clear()
-    rft.sample(args)
-    assert files(args.out) == expected and len(made) == ROWS - last
+    # After a power cut progress may be on the disk and what it counts not.
+    for which, path in enumerate((args.trajectories, args.judgements)):
+        last = max(i for i in range(ROWS) if ends[i][which] > (ends[i - 1][which] if i else 0))
+        path.write_bytes(expected[path.name][: ends[last][which] - 1])
+        made.clear()
+        rft.sample(args)
+        assert files(args.out) == expected and len(made) == ROWS - last
 
 
 def test_end_to_end(args: Args, whole: tuple[Args, dict[str, bytes]]) -> None:

@@ -2,7 +2,8 @@
 
 Two sources: the synthetic world, endless and addressed by batch number, so that a resumed run
 continues with the very next batch; and a JSONL file of rows, each with a `judgement` and perhaps
-the `order` in which the responses were shown and a `hint`, shuffled anew each epoch.
+the `order` in which the responses were shown and a `hint`, shuffled anew each epoch. Lines that say
+whether the judgement is `right` are read as rows of judgements, for a meta model.
 """
 
 import json
@@ -10,9 +11,9 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 
@@ -84,11 +85,12 @@ def prompt_segments(
 
 
 class _Judgement(msgspec.Struct, kw_only=True):
-    """What a line of a trajectory file holds beside its row."""
+    """What a line of such a file holds beside its row. `right`: whether the judgement is."""
 
     judgement: str
     order: list[int] | None = None
     hint: str | None = None
+    right: bool | None = None
 
 
 def file_batches(builder: PromptBuilder, end_id: int, path: Path, rows: int, seed: int) -> Batches:
@@ -96,41 +98,81 @@ def file_batches(builder: PromptBuilder, end_id: int, path: Path, rows: int, see
 
     Raises ValueError naming file and line for a line without a judgement or with a bad row.
     """
-    trajectories = []
+
+    def trajectory(row: Row, judged: _Judgement) -> Trajectory:
+        prompt = prompt_segments(builder, row, _order(row, judged), judged.hint)
+        return Trajectory(prompt, [*builder.tokenizer.encode_text(judged.judgement), end_id])
+
+    trajectories = _read_lines(path, trajectory)
+    if not trajectories:
+        raise ValueError(f"{path} holds no trajectory")
+
+    return lambda number: epochs(trajectories, number, rows, seed)
+
+
+@dataclass(frozen=True)
+class JudgedRow:
+    """A row and some of its judgements: of each the order, the text, and whether it is right."""
+
+    row: Row
+    judgements: list[tuple[Sequence[int], str, bool]]
+
+
+def file_judgements(path: Path, rows: int, seed: int) -> Callable[[int], list[JudgedRow]]:
+    """Batches of rows from a JSONL file of judgements, each of them with `right`; the lines of a
+    row lie together. Every epoch is a new seeded permutation of all rows.
+
+    Raises ValueError naming file and line for a line that is no such judgement.
+    """
+
+    def judgement(row: Row, judged: _Judgement) -> tuple[Row, tuple[Sequence[int], str, bool]]:
+        if judged.right is None:
+            raise ValueError("it does not say whether its judgement is right")
+        return row, (_order(row, judged), judged.judgement, judged.right)
+
+    lines = groupby(_read_lines(path, judgement), key=lambda line: line[0])
+    judged_rows = [JudgedRow(row, [own for _, own in group]) for row, group in lines]
+    if not judged_rows:
+        raise ValueError(f"{path} holds no judgement")
+    return lambda number: epochs(judged_rows, number, rows, seed)
+
+
+_T = TypeVar("_T")
+
+
+def epochs(items: Sequence[_T], number: int, size: int, seed: int) -> list[_T]:
+    """Batch `number`, of `size`, of an endless stream in which every epoch is a new seeded
+    permutation of all items."""
+    places = (divmod(i, len(items)) for i in range(number * size, (number + 1) * size))
+    return [items[permutation(len(items), seed, epoch)[place]] for epoch, place in places]
+
+
+def _read_lines(path: Path, make: Callable[[Row, _Judgement], _T]) -> list[_T]:
+    """What is made of each line of a JSONL file, which holds a row and its judgement."""
+    made = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             place = f"{path}, line {number}"
             fields = parse_json(Path(place), line)
+            own = {key: fields.pop(key) for key in _Judgement.__struct_fields__ if key in fields}
             try:
-                trajectories.append(_file_trajectory(builder, end_id, fields))
+                judged = msgspec.convert(own, _Judgement)
+                made.append(make(parse_row(json.dumps(fields).encode()), judged))
             except (ValueError, msgspec.ValidationError) as error:
                 raise ValueError(f"{place}: {error}") from error
-    if not trajectories:
-        raise ValueError(f"{path} holds no trajectory")
-
-    def batch(number: int) -> list[Trajectory]:
-        chosen = []
-        for i in range(number * rows, (number + 1) * rows):
-            epoch, position = divmod(i, len(trajectories))
-            chosen.append(trajectories[permutation(len(trajectories), seed, epoch)[position]])
-        return chosen
-
-    return batch
+    return made
 
 
-def _file_trajectory(builder: PromptBuilder, end_id: int, fields: dict[str, Any]) -> Trajectory:
-    own = {key: fields.pop(key) for key in _Judgement.__struct_fields__ if key in fields}
-    judged = msgspec.convert(own, _Judgement)
-    row = parse_row(json.dumps(fields).encode())
+def _order(row: Row, judged: _Judgement) -> Sequence[int]:
+    """In which a judgement saw the responses."""
     places = list(range(len(row.responses)))
     order = places if judged.order is None else judged.order
     if sorted(order) != places:
         raise ValueError(f"order {order} is not a permutation of {len(places)} responses")
-    prompt = prompt_segments(builder, row, order, judged.hint)
-    return Trajectory(prompt, [*builder.tokenizer.encode_text(judged.judgement), end_id])
+    return order
 
 
-@lru_cache(maxsize=2)  # a batch may lie across two epochs
+@lru_cache(maxsize=4)  # a batch may lie across two epochs, and two files be read
 def permutation(length: int, seed: int, epoch: int) -> list[int]:
     order = list(range(length))
     random.Random(f"quorum-epoch-{seed}-{epoch}").shuffle(order)

@@ -1,12 +1,13 @@
 """Training of a meta reward model: which of a judge's judgements are right; resumable.
 
-    python -m train.meta_rm [--model DIR] [--judge DIR] [--out DIR] [--data ROWS.jsonl] ...
+    python -m train.meta_rm [--model DIR] [--judge DIR] [--out DIR] [--data ROWS.jsonl]
+                            [--judgements RFT/judgements.jsonl] ...
 
 The meta model begins as the decoder of --model under a new score weight of zeros. A step samples
 judgements of its rows with the judge (by default --model itself), labels the valid ones right or
-wrong by the rule of `train/rollout.py`, and learns to tell them apart, each read as
-`engine/meta.py` reads it: the prompt in its order, the text, the end token. All judgements of a row
-are packed as one tree. Losses:
+wrong by the rule of `train/rollout.py`, adds judgements of other rows that `train.rft` kept, if
+given, and learns to tell them apart, each read as `engine/meta.py` reads it: the prompt in its
+order, the text, the end token. All judgements of a row are packed as one tree. Losses:
 
     pointwise   binary cross-entropy of every judgement's logit with its label
     pairwise    -log sigmoid(right - wrong), over all pairs of a right and a wrong one of a row
@@ -23,7 +24,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -43,7 +44,7 @@ from models import load
 from models.config import read_json
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
-from train.data import Trajectory
+from train.data import JudgedRow, Trajectory, file_judgements
 from train.grpo import hidden_states
 from train.optimizer import cosine_lr, make_optimizer, set_lr
 from train.packing import pack
@@ -60,8 +61,10 @@ class Args:
     out: Path = Path("runs/meta_rm")
     data: Path | None = None  # a JSONL file of labelled rows; the synthetic world when left out
     steps: int = 100
-    rows: int = 16  # per step
+    rows: int = 16  # per step, to be judged
     samples: int = 4  # judgements per row
+    judgements: Path | None = None  # a JSONL file of judgements, right and wrong
+    judged_rows: int = 16  # per step, from that file
     temperature: float = 1.0  # of the judgements
     max_new_tokens: int = 512
     loss: Literal["pointwise", "pairwise"] = "pointwise"
@@ -98,19 +101,32 @@ def scalar_of(directory: Path) -> tuple[ScalarModel, Tokenizer]:
     return model, tokenizer
 
 
-def labelled(meta: MetaModel, groups: Sequence[Group]) -> Labelled:
-    """The valid judgements of groups, as the meta model reads them."""
-    trajectories, right, row = [], [], []
-    for number, group in enumerate(groups):
-        for sample, reward in zip(group.samples, group.rewards, strict=True):
-            if sample.scores is None:
-                continue
-            text = meta.judgement(sample.text)
+def judged(groups: Sequence[Group]) -> list[JudgedRow]:
+    """The valid judgements of groups."""
+    return [
+        JudgedRow(
+            group.row,
+            [
+                (sample.order, sample.text, reward > 0)
+                for sample, reward in zip(group.samples, group.rewards, strict=True)
+                if sample.scores is not None
+            ],
+        )
+        for group in groups
+    ]
+
+
+def labelled(meta: MetaModel, rows: Sequence[JudgedRow]) -> Labelled:
+    """The judgements of rows, as the meta model reads them."""
+    trajectories, right, numbers = [], [], []
+    for number, each in enumerate(rows):
+        for order, text, is_right in each.judgements:
             # The last token of a completion is a target only; it is not read.
-            trajectories.append(Trajectory(meta.prompt(group.row, sample.order), (*text, 0)))
-            right.append(reward > 0)
-            row.append(number)
-    return Labelled(trajectories, torch.tensor(right, dtype=torch.bool), torch.tensor(row))
+            completion = (*meta.judgement(text), 0)
+            trajectories.append(Trajectory(meta.prompt(each.row, order), completion))
+            right.append(is_right)
+            numbers.append(number)
+    return Labelled(trajectories, torch.tensor(right, dtype=torch.bool), torch.tensor(numbers))
 
 
 def logits_of(model: ScalarModel, judgements: Labelled) -> Tensor:
@@ -173,23 +189,30 @@ class Trainer:
         if args.data is not None:
             self.rows, left_out = file_rows(args.data, args.seed, args.rows)
             self.left_out = sum(left_out.values())
+        self.kept: Callable[[int], list[JudgedRow]] | None = None
+        if args.judgements is not None:
+            self.kept = file_judgements(args.judgements, args.judged_rows, args.seed)
         self._dev: Labelled | None = None
 
-    def judgements(self, rows: Sequence[Row], seed: int, samples: int) -> Labelled:
-        """Valid judgements of rows, labelled."""
+    def judge_rows(self, rows: Sequence[Row], seed: int, samples: int) -> list[JudgedRow]:
+        """The judge's valid judgements of rows."""
         args = self.args
+        if not rows:
+            return []
         groups, _ = sample_groups(
             self.judge, rows, seed, k=samples, temperature=args.temperature,
             max_new_tokens=args.max_new_tokens,
         )  # fmt: skip
-        return labelled(self.meta, groups)
+        return judged(groups)
 
     def step(self, number: int) -> dict[str, float]:
         """One step: its metrics. Raises FloatingPointError naming the step and its rows where loss
         or gradients are not finite, and ValueError where no judgement was valid."""
         args = self.args
-        rows = self.rows(number)
-        judgements = self.judgements(rows, step_seed(args.seed, number), args.samples)
+        rows = self.judge_rows(self.rows(number), step_seed(args.seed, number), args.samples)
+        if self.kept is not None:
+            rows += self.kept(number)
+        judgements = labelled(self.meta, rows)
         if not judgements.trajectories:
             raise ValueError(f"step {number}: no judgement was valid")
         lr = cosine_lr(number, args.steps, args.lr, args.warmup)
@@ -200,7 +223,7 @@ class Trainer:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
         if not math.isfinite(loss.item() + norm.item()):
-            named = ", ".join(row.id for row in rows)
+            named = ", ".join(each.row.id for each in rows)
             raise FloatingPointError(
                 f"step {number}: loss {loss.item()}, gradient norm {norm.item()}; rows {named}"
             )
@@ -221,7 +244,8 @@ class Trainer:
         args = self.args
         if self._dev is None:
             rows = dev_rows("meta", args.eval_rows)
-            self._dev = self.judgements(rows, step_seed(args.seed, -1), args.eval_samples)
+            found = self.judge_rows(rows, step_seed(args.seed, -1), args.eval_samples)
+            self._dev = labelled(self.meta, found)
         dev = self._dev
         scores = []
         for number in range(0, int(dev.row.max()) + 1, args.rows):
@@ -241,7 +265,9 @@ def train(args: Args) -> None:
     Raises ValueError for settings out of range or other than those of the checkpoint, and as
     `Trainer.step` does.
     """
-    check_args(args, "rows", "samples", "eval_rows", "eval_samples")
+    check_args(args, "samples", "judged_rows", "eval_rows", "eval_samples")
+    if args.rows < (args.judgements is None):
+        raise ValueError(f"rows = {args.rows}: there is nothing to learn from")
     trainer = Trainer(args)
     started = time.monotonic()
     last: dict[str, float] = {}

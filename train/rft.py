@@ -16,15 +16,17 @@ hinted sample of a row that is too easy, which would go with its row, is not dra
     garbled      right, but its text is not what was sampled: it holds control tokens, or no UTF-8
 
     OUT/trajectories.jsonl   what was kept, as `train.data.file_batches` reads it
+    OUT/judgements.jsonl     every valid judgement without a hint, right or wrong, and which of the
+                             two: what `train.meta_rm --judgements` learns from
     OUT/progress.jsonl       the settings; then a line for each row: the fates of its judgements,
-                             the hinted one's by itself, and where its trajectories end
+                             the hinted one's by itself, and where its lines in the files end
     OUT/counts.json          how many rows and judgements had which fate
     OUT/model                the model fine-tuned on them by `train.sft`, with its checkpoints
 
-A row's trajectories are one write, its line of progress another, after it. A killed run continues
-with the next row and ends with the very same bytes; with other settings, model or data it is
-refused. The hint is left out of the prompt that is learnt from, unless --keep-hint: no one gives a
-hint to the finished judge.
+A row's lines in a file are one write, its line of progress another, after them. A killed run
+continues with the next row and ends with the very same bytes; with other settings, model or data it
+is refused. The hint is left out of the prompt that is learnt from, unless --keep-hint: no one gives
+a hint to the finished judge.
 
 Not done here: several devices.
 """
@@ -34,7 +36,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -103,6 +105,11 @@ class Args:
         return self.out / "trajectories.jsonl"
 
     @property
+    def judgements(self) -> Path:
+        """The file of all valid judgements, right and wrong."""
+        return self.out / "judgements.jsonl"
+
+    @property
     def sampling(self) -> dict[str, Any]:
         """All that decides what is kept, besides the model."""
         names = (
@@ -128,14 +135,23 @@ class _Header(msgspec.Struct):
 
 
 class Done(msgspec.Struct, kw_only=True):
-    """A row's line of progress. `end`: bytes of trajectories up to and with this row's."""
+    """A row's line of progress. `ends`: bytes of trajectories, and of judgements, up to and with
+    this row's."""
 
     id: str | None
     row: RowFate
     samples: list[Fate] = []
     hinted: HintedFate | None = None
     error: str | None = None
-    end: int = 0
+    ends: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What a row adds to the two files."""
+
+    trajectories: list[bytes]
+    judgements: list[bytes]
 
 
 # -- what is kept ----------------------------------------------------------------------------------
@@ -173,8 +189,10 @@ def fate(
     return "kept" if written == sample.text.encode() else "garbled"
 
 
-def trajectory_line(row: Row, sample: Sample, hint: str | None) -> bytes:
-    """A kept judgement's line, newline included."""
+def judgement_line(
+    row: Row, sample: Sample, *, hint: str | None = None, right: bool | None = None
+) -> bytes:
+    """A row with one of its judgements, newline included."""
     (first, *others) = row.messages
     prompt: Any = first.content
     if others:
@@ -190,6 +208,7 @@ def trajectory_line(row: Row, sample: Sample, hint: str | None) -> bytes:
         "judgement": sample.text,
         "order": sample.order,
         "hint": hint,
+        "right": right,
     }
     there = {name: value for name, value in fields.items() if value is not None}
     return (json.dumps(there, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
@@ -219,10 +238,8 @@ def hinted_seed(seed: int) -> int:
     return seed_of(f"quorum-rft-hinted-{seed}")
 
 
-def judged(
-    judge: Judge, chunk: Sequence[Row | BadRow], args: Args
-) -> Iterator[tuple[Done, list[bytes]]]:
-    """What becomes of each row of a chunk, and the lines of its trajectories."""
+def judged(judge: Judge, chunk: Sequence[Row | BadRow], args: Args) -> Iterator[tuple[Done, Lines]]:
+    """What becomes of each row of a chunk, and its lines."""
 
     def draw(rows: Sequence[Row], **more: Any) -> dict[str, Verdict | RowFailure]:
         outcomes = judge.rows(
@@ -238,9 +255,12 @@ def judged(
     hinted = draw(hard, k=1, seed=hinted_seed(args.seed), hint=best_hint)
     for row in chunk:
         if isinstance(row, BadRow):
-            yield Done(id=row.id, row="bad_line", error=f"line {row.line}: {row.error}"), []
+            yield (
+                Done(id=row.id, row="bad_line", error=f"line {row.line}: {row.error}"),
+                Lines([], []),
+            )
         elif row.label is None:
-            yield Done(id=row.id, row="no_label"), []
+            yield Done(id=row.id, row="no_label"), Lines([], [])
         else:
             yield _decide(judge, row, plain[row.id], hinted.get(row.id), args.keep_hint)
 
@@ -259,16 +279,21 @@ def _decide(
     plain: Verdict | RowFailure,
     hinted: Verdict | RowFailure | None,
     keep_hint: bool,
-) -> tuple[Done, list[bytes]]:
+) -> tuple[Done, Lines]:
     if isinstance(plain, RowFailure):
-        return Done(id=row.id, row="failed", error=plain.error), []
+        return Done(id=row.id, row="failed", error=plain.error), Lines([], [])
     assert row.label is not None
     rule = row.label, judge.settings.threshold, judge.tokenizer
     found = fates(plain.samples, *rule)
-    lines = [
-        trajectory_line(row, sample, None)
+    kept = [
+        judgement_line(row, sample)
         for sample, each in zip(plain.samples, found, strict=True)
         if each == "kept"
+    ]
+    valid = [
+        judgement_line(row, sample, right=is_right(sample.scores, *rule[:2]))
+        for sample in plain.samples
+        if sample.scores is not None
     ]
     done = Done(id=row.id, row="too_easy", samples=found)
     if isinstance(hinted, RowFailure):
@@ -278,10 +303,10 @@ def _decide(
         done.hinted = fate(sample, *rule)
         if done.hinted == "kept":
             hint = best_hint(row, sample.order) if keep_hint else None
-            lines.append(trajectory_line(row, sample, hint))
+            kept.append(judgement_line(row, sample, hint=hint))
     if "too_easy" not in found:
-        done.row = "kept" if lines else "none_kept"
-    return done, lines
+        done.row = "kept" if kept else "none_kept"
+    return done, Lines(kept, valid)
 
 
 class Counts:
@@ -316,24 +341,26 @@ class Counts:
 
 
 class _Files:
-    """Trajectories and progress, locked, and what an earlier run has done of them."""
+    """Trajectories, judgements and progress, locked, and what an earlier run has done of them."""
 
     def __init__(self, args: Args) -> None:
-        self._trajectories = Output(str(args.trajectories), resume=True)
-        try:
-            self._progress = Output(str(args.out / "progress.jsonl"), resume=True)
-        except (OSError, ValueError):
-            self._trajectories.close()
-            raise
-        self._end = 0
+        with ExitStack() as stack:
+            outputs = [
+                stack.enter_context(closing(Output(str(path), resume=True)))
+                for path in (args.trajectories, args.judgements, args.out / "progress.jsonl")
+            ]
+            self.close = stack.pop_all().close
+        self._files, self._progress = outputs[:2], outputs[2]
+        self._ends = (0, 0)
 
     def resume(self, settings: dict[str, Any]) -> list[Done]:
         """The rows that are done; cuts off what is torn. Raises ValueError, and changes nothing,
         where they were done with other settings or the files are not such a run's."""
-        path, size = self._progress.path, Path(self._trajectories.path).stat().st_size
+        path, sizes = self._progress.path, [Path(file.path).stat().st_size for file in self._files]
         lines = list(self._progress.whole_lines())
-        if not lines and size:
-            raise ValueError(f"{self._trajectories.path} is not empty, and {path} is")
+        if not lines and any(sizes):
+            full = next(f.path for f, size in zip(self._files, sizes, strict=True) if size)
+            raise ValueError(f"{full} is not empty, and {path} is")
         read: list[Any] = []
         for number, line in enumerate(lines, 1):
             try:
@@ -341,32 +368,34 @@ class _Files:
             except msgspec.MsgspecError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
         if len(lines) < 2:  # no row is done, so nothing is lost
-            self._trajectories.cut(0)
-            self._progress.cut(0)
+            for file in (*self._files, self._progress):
+                file.cut(0)
             self._progress.write(msgspec.json.encode(_Header(settings=settings)) + b"\n")
             return []
         if read[0].settings != settings:
             differ = differences(read[0].settings, settings)
             raise ValueError(f"{path} was made with other settings: {differ}")
-        # After a kill all ends are within the trajectories; after a power cut they may not be.
-        done = [each for each in read[1:] if each.end <= size]
-        self._end = done[-1].end if done else 0
-        self._trajectories.cut(self._end)
+        # After a kill all ends are within the files; after a power cut they may not be.
+        done = [
+            each
+            for each in read[1:]
+            if all(end <= size for end, size in zip(each.ends, sizes, strict=True))
+        ]
+        self._ends = done[-1].ends if done else (0, 0)
+        for file, end in zip(self._files, self._ends, strict=True):
+            file.cut(end)
         self._progress.cut(sum(map(len, lines[: len(done) + 1])))
         return done
 
-    def write(self, done: Done, lines: Sequence[bytes]) -> None:
-        """Append a row: its trajectories, then its line of progress."""
-        if lines:
-            self._trajectories.write(b"".join(lines))
-        self._end += sum(map(len, lines))
-        done.end = self._end
+    def write(self, done: Done, lines: Lines) -> None:
+        """Append a row: its lines, then its line of progress."""
+        texts = b"".join(lines.trajectories), b"".join(lines.judgements)
+        for file, text in zip(self._files, texts, strict=True):
+            if text:
+                file.write(text)
+        first, second = self._ends
+        self._ends = done.ends = first + len(texts[0]), second + len(texts[1])
         self._progress.write(msgspec.json.encode(done) + b"\n")
-
-    def close(self) -> None:
-        """Bring both to the disk and give up the locks."""
-        self._trajectories.close()
-        self._progress.close()
 
 
 def sample(args: Args) -> Counts:

@@ -25,7 +25,7 @@ from torch import Tensor
 from engine.judge import Judge
 from engine.request import BadRow, Row, make_row, read_rows
 from engine.verdict import RowFailure, Sample, gold_index
-from train.data import Trajectory, permutation, prompt_segments
+from train.data import Trajectory, epochs, prompt_segments
 from train.world import Split, cases
 
 Rows = Callable[[int], list[Row]]  # batch number -> its rows
@@ -93,11 +93,7 @@ def file_rows(path: Path, seed: int, rows: int) -> tuple[Rows, Counter[str]]:
     if not kept:
         raise ValueError(f"{path} holds no row with a label: {dict(left_out)}")
 
-    def batch(number: int) -> list[Row]:
-        places = (divmod(i, len(kept)) for i in range(number * rows, (number + 1) * rows))
-        return [kept[permutation(len(kept), seed, epoch)[place]] for epoch, place in places]
-
-    return batch, left_out
+    return lambda number: epochs(kept, number, rows, seed), left_out
 
 
 def sample_groups(
