@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.transformer import Linear, Transformer
+from models.transformer import Attend, Linear, Transformer
 
 _BLOCK = 16
 
@@ -28,6 +28,10 @@ class ScalarModel(nn.Module):
         assert config.tied, "a scalar model has no head over the vocabulary"
         self.model = Transformer(config)
         self.score = Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, at: Tensor) -> Tensor:
+        """Raw logits at the places `at` (R,) of a batch, as in `Transformer.forward`: (R,)."""
+        return self.logits(self.model(token_ids, positions, attend)[at])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Raw logits of hidden states (R, hidden_size) after the final norm: (R,) float32 (float64

@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.gated_act import gated_act
 from kernels.packed_linear import packed_linear, packs
@@ -181,7 +182,11 @@ class DecoderLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder. Parameters are uninitialised until loaded or `init_weights` is called."""
+    """The decoder. Parameters are uninitialised until loaded or `init_weights` is called.
+
+    recompute: with gradients, keep of each layer its input alone, and run it again for the backward
+    (activation checkpointing): a third more time for less memory, and the same bits.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -191,6 +196,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_plus_one)
         if not config.tied:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.recompute = False
         self._inv_freq: dict[torch.device, Tensor] = {}
 
     @property
@@ -226,7 +232,13 @@ class Transformer(nn.Module):
             hidden = hidden * torch.tensor(config.embedding_scale).to(hidden.dtype).item()
         update: Tensor | None = None
         for layer in self.layers:
-            update, hidden = layer(update, hidden, cos, sin, attend, product)
+            inputs = (update, hidden, cos, sin, attend, product)
+            if self.recompute and torch.is_grad_enabled():
+                update, hidden = checkpoint(
+                    layer, *inputs, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                update, hidden = layer(*inputs)
         assert update is not None, "a decoder has at least one layer"
         return self.norm.add(update, hidden)[0]
 

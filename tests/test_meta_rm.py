@@ -2,11 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +18,8 @@ from engine.request import Row
 from engine.sample import POCKET
 from engine.verdict import Verdict
 from models import load
-from train import checkpoint, meta_rm
-from train.meta_rm import Labelled, auc, labelled, logits_of, loss_of, pairs
+from train import meta_rm
+from train.meta_rm import Labelled, auc, labelled, logits_of, losses_of, pairs
 from train.rollout import dev_rows
 
 ROOT = Path(__file__).parent.parent
@@ -61,15 +56,14 @@ def test_losses_and_aucs_are_those_of_all_pairs(samples: list[tuple[bool, int, f
     judgements, logits = fabricated(right, row), torch.tensor(scores, dtype=torch.float64)
     pointwise = [math.log1p(math.exp(-s if r else s)) for r, _, s in samples]
     expected = sum(pointwise) / len(samples)
-    assert abs(loss_of(logits, judgements, "pointwise").item() - expected) < 1e-12
+    assert abs(losses_of(logits, judgements, "pointwise").mean().item() - expected) < 1e-12
 
     everyone = [(a, b) for a in samples for b in samples if a[0] and not b[0]]
     within = [(a, b) for a, b in everyone if a[1] == b[1]]
     better, worse = pairs(judgements)
     assert len(better) == len(worse) == len(within)
     lost = [math.log1p(math.exp(b[2] - a[2])) for a, b in within]
-    expected = sum(lost) / len(lost) if lost else 0.0
-    assert abs(loss_of(logits, judgements, "pairwise").item() - expected) < 1e-12
+    assert abs(losses_of(logits, judgements, "pairwise").sum().item() - sum(lost)) < 1e-12
 
     def share(found: list[tuple[Any, Any]]) -> float:
         wins = [1.0 if a[2] > b[2] else 0.5 if a[2] == b[2] else 0.0 for a, b in found]
@@ -91,7 +85,7 @@ def test_judgements_are_read_as_the_engine_reads_them(args: meta_rm.Args) -> Non
     trainer = meta_rm.Trainer(args)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        trainer.model.score.weight.normal_(0, 0.05, generator=generator)
+        trainer.learner.model.score.weight.normal_(0, 0.05, generator=generator)
     rows = some_rows(3)
     short = replace(args, max_new_tokens=115)  # some are cut off before their scores
     trainer.args = short
@@ -104,31 +98,60 @@ def test_judgements_are_read_as_the_engine_reads_them(args: meta_rm.Args) -> Non
         valid = [(s.order, s.text) for s in verdict.samples if s.scores is not None]
         expected += scorer.scores(row, valid)
     assert 0 < len(expected) < 12 and len(judgements.right) == len(expected)
-    found = logits_of(trainer.model, judgements)
+    found = logits_of(trainer.learner.model, judgements)
     assert (found - torch.tensor(expected)).abs().max() < 1e-5
     assert len(set(judgements.row.tolist())) > 1
 
 
 def test_it_learns_to_tell_judgements_apart(args: meta_rm.Args) -> None:
+    """With gradients that do not depend on how rows are put into micro-batches."""
     for kind in ("pointwise", "pairwise"):
-        trainer = meta_rm.Trainer(replace(args, lr=3e-3))
-        judgements = labelled(trainer.meta, trainer.judge_rows(some_rows(3), 3, 4))
+        trainer = meta_rm.Trainer(replace(args, lr=3e-3, loss=kind, weight_decay=0.0, steps=20))
+        rows = trainer.judge_rows(some_rows(3), 3, 4)
+        judgements = labelled(trainer.meta, rows)
         assert len(pairs(judgements)[0]) > 0
-        first = loss_of(logits_of(trainer.model, judgements), judgements, kind).item()
-        assert abs(first - math.log(2)) < 1e-6  # all logits are 0
-        for _ in range(10):
-            trainer.optimizer.zero_grad()
-            loss = loss_of(logits_of(trainer.model, judgements), judgements, kind)
-            loss.backward()
-            trainer.optimizer.step()
-        assert loss.item() < first / 3
-        told = auc(logits_of(trainer.model, judgements).detach(), judgements)
+        model, gradients = trainer.learner.model, []
+        for micro_rows in (3, 1):
+            trainer.args = replace(trainer.args, micro_rows=micro_rows)
+            trainer.learner.optimizer.zero_grad()
+            told = trainer.add_gradients(rows)
+            assert abs(told["loss"] - math.log(2)) < 1e-6  # all logits are 0
+            assert told["judgements"] == len(judgements.right)
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        losses_of(logits_of(model, judgements), judgements, kind).mean().backward()
+        twice = [p.grad for p in model.parameters() if p.grad is not None]
+        for one, other, added in zip(*gradients, twice, strict=True):
+            assert (one - other).norm() <= 1e-5 * one.norm()
+            assert (added - 2 * one).norm() <= 1e-5 * one.norm()
+        for step in range(10):
+            trainer.learner.optimizer.zero_grad()
+            loss = trainer.add_gradients(rows)["loss"]
+            trainer.learner.update(step, loss)
+        assert loss < math.log(2) / 3
+        told = auc(logits_of(model, judgements).detach(), judgements)
         assert told["auc_within_rows"] > 0.9
 
 
-def outcome(out: Path) -> tuple[bytes, bytes]:
-    """The bytes of the trained parameters and of the metrics."""
-    return (out / "model.safetensors").read_bytes(), (out / "metrics.jsonl").read_bytes()
+def test_judgements_of_a_file_are_learnt_from_too(args: meta_rm.Args, tmp_path: Path) -> None:
+    path = tmp_path / "judgements.jsonl"
+    row = {"prompt": "p", "responses": ["a", "b"], "label": 0}
+    texts = [("Scores: \\boxed{9, 1}", True), ("Scores: \\boxed{1, 9}", False)]
+    lines = [
+        row | {"id": f"r{i}", "judgement": text, "order": [1, 0], "right": right}
+        for i in range(3)
+        for text, right in texts
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    alone = replace(args, judgements=path, rows=0, judged_rows=2, loss="pairwise")
+    metrics, _ = meta_rm.Trainer(alone).step(0)
+    assert (metrics["judgements"], metrics["right"]) == (4, 0.5)
+    both, _ = meta_rm.Trainer(replace(alone, rows=2)).step(0)
+    assert 4 < both["judgements"] <= 4 + 2 * args.samples
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        meta_rm.train(replace(args, rows=0))
+    path.write_text(json.dumps(row | {"judgement": "Scores: "}) + "\n")
+    with pytest.raises(ValueError, match="line 1: it does not say whether its judgement is right"):
+        meta_rm.train(alone)
 
 
 def test_what_is_written_judges_in_the_engine_and_in_transformers(args: meta_rm.Args) -> None:
@@ -147,52 +170,6 @@ def test_what_is_written_judges_in_the_engine_and_in_transformers(args: meta_rm.
     judge = Judge.load(POCKET, meta=args.out)
     verdict = next(judge.rows([row], k=4, k_meta=2, max_new_tokens=220))
     assert isinstance(verdict, Verdict) and verdict.votes == min(2, verdict.valid)
-
-
-def test_an_interrupted_run_ends_as_if_it_never_stopped(
-    args: meta_rm.Args, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = replace(args, out=tmp_path / "whole")
-    meta_rm.train(whole)
-    step = meta_rm.Trainer.step
-
-    def stops(trainer: meta_rm.Trainer, number: int) -> dict[str, float]:
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(trainer, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(meta_rm.Trainer, "step", stops)
-        with pytest.raises(KeyboardInterrupt):
-            meta_rm.train(args)
-    meta_rm.train(args)
-    assert outcome(args.out) == outcome(whole.out)
-    with pytest.raises(ValueError, match="other settings: loss = pointwise, not pairwise"):
-        meta_rm.train(replace(args, loss="pairwise"))
-
-
-@pytest.mark.soak
-def test_a_killed_run_resumes_to_the_bit(args: meta_rm.Args, tmp_path: Path) -> None:
-    args = replace(args, steps=6, save_every=1, eval_every=0)
-    given = (
-        "--steps 6 --rows 3 --samples 3 --lr 1e-3 --warmup 1 --max-new-tokens 220 --eval-every 0 "
-        "--eval-rows 4 --eval-samples 3 --save-every 1"
-    )
-    command = [sys.executable, "-m", "train.meta_rm", "--out", str(args.out), *given.split()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((args.out / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    newest = checkpoint.latest(args.out / "checkpoints")
-    assert newest is not None and 0 < checkpoint.read_state(newest)["step"] < 6
-    meta_rm.train(args)
-    whole = replace(args, out=tmp_path / "whole")
-    meta_rm.train(whole)
-    assert outcome(args.out) == outcome(whole.out)
 
 
 def test_it_begins_as_its_decoder_and_says_nothing(args: meta_rm.Args) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.optimizer import cosine_lr, make_optimizer
+from train.optimizer import Optimizer, cosine_lr
 
 
 class Model(nn.Module):
@@ -19,7 +19,7 @@ class Model(nn.Module):
 
 def test_steps_follow_adamw_and_decay_matrices_only() -> None:
     model = Model()
-    optimizer = make_optimizer(model, lr=1e-2, weight_decay=0.5)
+    optimizer = Optimizer(model, weight_decay=0.5)
     exact = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     first = {name: torch.zeros_like(p) for name, p in exact.items()}
     second = {name: torch.zeros_like(p) for name, p in exact.items()}
@@ -34,18 +34,68 @@ def test_steps_follow_adamw_and_decay_matrices_only() -> None:
             mean = first[name] / (1 - 0.9**step)
             spread = (second[name] / (1 - 0.95**step)).sqrt() + 1e-8
             exact[name] = exact[name] * (1 - 1e-2 * decay) - 1e-2 * mean / spread
-        optimizer.step()
+        optimizer.step(1e-2, clip=1e9, loss=0.0)
     eps = torch.finfo(torch.float32).eps
     for name, p in model.named_parameters():
         # Five steps of a few roundings each, on values and updates of size about 1 and below.
         assert (p.double() - exact[name]).abs().max() < 5 * 4 * eps * exact[name].abs().max()
 
 
-def test_every_parameter_is_trained_once() -> None:
+def test_what_is_frozen_stays() -> None:
     model = Model()
-    groups = make_optimizer(model, 1e-3, 0.1).param_groups
-    trained = [id(p) for group in groups for p in group["params"]]
-    assert sorted(trained) == sorted(id(p) for p in model.parameters())
+    model.norm.requires_grad_(False)
+    before = model.norm.clone()
+    optimizer = Optimizer(model, weight_decay=0.5)
+    assert list(optimizer.optimized) == ["matrix"]
+    model.matrix.grad = torch.ones(4, 3)
+    optimizer.step(0.1, clip=1.0, loss=0.0)
+    assert model.norm.equal(before)
+
+
+def test_gradients_are_clipped_together_and_their_norm_is_told() -> None:
+    model = Model()
+    optimizer = Optimizer(model, weight_decay=0.0)
+    model.matrix.grad, model.norm.grad = torch.full((4, 3), 1.0), torch.full((3,), 2.0)
+    norm = optimizer.step(0.1, clip=0.5, loss=0.0)
+    assert math.isclose(norm, math.sqrt(12 + 12), rel_tol=1e-6)
+    assert math.isclose(float(model.norm.grad.norm()), 0.5 * math.sqrt(0.5), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (1.0, math.inf), (1.0, math.nan)])
+def test_what_is_not_finite_changes_nothing(loss: float, gradient: float) -> None:
+    model = Model()
+    optimizer = Optimizer(model, weight_decay=0.1)
+    before = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
+    model.matrix.grad, model.norm.grad = torch.full((4, 3), gradient), torch.ones(3)
+    with pytest.raises(FloatingPointError, match=f"loss {loss}, gradient norm"):
+        optimizer.step(0.1, clip=1.0, loss=loss)
+    assert all(before[name].equal(tensor) for name, tensor in optimizer.tensors().items())
+
+
+def test_bfloat16_learns_in_float32() -> None:
+    """Gradients of micro-batches are added up in float32, and steps too small for bfloat16 are not
+    lost: as a float32 model with the same gradients, which is then rounded."""
+    wide = Model()
+    with torch.no_grad():
+        for p in wide.parameters():
+            p.copy_(p.bfloat16())
+    low = Model().bfloat16()
+    of_wide, of_low = Optimizer(wide, 0.1), Optimizer(low, 0.1)
+    generator = torch.Generator().manual_seed(2)
+    start = low.matrix.detach().clone()
+    for _ in range(40):
+        of_wide.zero_grad()
+        of_low.zero_grad()
+        for _ in range(3):
+            x = (torch.randn(4, 3, generator=generator) + 2).bfloat16()
+            (wide.matrix * x.float()).sum().backward()
+            (low.matrix * x).sum().backward()
+            assert low.matrix.grad is None
+        of_wide.step(2e-4, 1.0, 0.0)
+        of_low.step(2e-4, 1.0, 0.0)
+        assert of_low.optimized["matrix"].equal(wide.matrix)
+        assert low.matrix.equal(wide.matrix.bfloat16())
+    assert not low.matrix.equal(start)
 
 
 @pytest.mark.parametrize("steps,warmup", [(100, 10), (100, 0), (7, 7), (5, 20), (1, 0)])

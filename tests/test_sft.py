@@ -2,10 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,34 +193,8 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(args: sft.Args, tmp_p
             sft.train(args)
     newest = checkpoint.latest(args.out / "checkpoints")
     assert newest and newest.name == "step-00000006"
-    os.truncate(newest / "optimizer.safetensors", 200)
+    os.truncate(next(newest.glob("shard-*")), 200)
     sft.train(args)
-    assert outcome(args.out) == outcome(whole.out)
-
-
-def test_a_killed_run_resumes_to_the_bit(args: sft.Args, tmp_path: Path) -> None:
-    """SIGKILL between checkpoints, on rows of the synthetic world."""
-    args = replace(args, data=None, steps=30, rows=1, log_every=1, save_every=10)
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()
-               if name not in ("data", "autocast")]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "train.sft", *options],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
-    metrics = args.out / "metrics.jsonl"
-    while process.poll() is None:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= 14:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.001)
-    assert process.wait() == -signal.SIGKILL
-    newest = checkpoint.latest(args.out / "checkpoints")
-    assert newest and checkpoint.read_state(newest)["step"] in (10, 20)
-    sft.train(args)
-    whole = replace(args, out=tmp_path / "whole")
-    sft.train(whole)
     assert outcome(args.out) == outcome(whole.out)
 
 

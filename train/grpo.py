@@ -1,19 +1,19 @@
 """Reinforcement learning of a judge on the rule reward: GRPO and its variants; resumable.
 
     python -m train.grpo [--model DIR] [--out DIR] [--data ROWS.jsonl] [--steps N] ...
+    torchrun --nproc-per-node N -m train.grpo ...
 
 A step samples a group of judgements for each of its rows, with the weights as they are; rewards
 them (`train/rollout.py`); packs each group as its tree and takes gradients of the policy loss
 without ever holding logits; and updates. Without --data the rows are fresh ones of the synthetic
-world. The reference of the KL term is the model that the run began with.
+world; --skip-easy leaves out those rows of --data that a (weak) model has judged right each time,
+as OUT/progress.jsonl of `train.rft --sample-only` knows. The reference of the KL term is the model
+that the run began with: a frozen copy, or under LoRA the model with its adapters off.
 
-OUT/metrics.jsonl has a line every --log-every steps, OUT/timings.jsonl seconds by phase (it varies
-from run to run, so it is no part of what resumes). On-policy, before the first update of a step,
-the ratio is 1 and the loss is near 0 by construction: watch reward, accuracy and dev figures.
+What is written is told in `train/run.py`. On-policy, before the first update of a step, the ratio
+is 1 and the loss is near 0 by construction: watch reward, accuracy and dev figures.
 `logp_difference` is the largest difference between a token's log-prob as the sampler had it and as
 the trainer has it before the first update.
-
-Not done here: several devices, LoRA.
 """
 
 import json
@@ -21,51 +21,53 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.judge import Judge
 from engine.prompt import read_judge_settings, read_judge_template
 from engine.sample import POCKET
-from engine.verdict import Verdict
 from kernels.grpo_loss import GRPOLoss, grpo_loss
 from kernels.linear_logprob import linear_logprob
 from kernels.policy_loss import PolicyLossOptions, token_weights
 from models import load
+from models.lora import adapters_off
 from models.transformer import Transformer
-from train.optimizer import cosine_lr, make_optimizer, set_lr
-from train.packing import PackedBatch, pack, packed_attention
+from train import parallel
+from train.evaluation import VoteArgs, dev_votes, evaluation_rows
+from train.learner import Learner
+from train.packing import PackedBatch, hidden_states, pack
+from train.rft import easy_rows
 from train.rollout import (
     Group,
     Rows,
     Scaling,
     advantages,
     describe,
-    dev_rows,
     file_rows,
-    is_right,
     sample_groups,
     step_seed,
     trajectories_of,
     world_rows,
 )
-from train.run import Run, check_args
+from train.run import Clock, Run, RunArgs, check_args
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(RunArgs, VoteArgs):
     """Reinforcement learning of a judge on the rule reward."""
 
     model: Path = POCKET
     out: Path = Path("runs/grpo")
     data: Path | None = None  # a JSONL file of labelled rows; the synthetic world when left out
+    skip_easy: Path | None = None  # progress of `train.rft` on that file
     steps: int = 12
     rows: int = 16  # prompts per step
     group: int = 4  # judgements per prompt
@@ -79,16 +81,10 @@ class Args:
     minibatches: int = 1  # updates in each of them
     micro_rows: int = 8  # prompts whose gradients are computed together
     temperature: float = 1.0
-    max_new_tokens: int = 512
     orders: Literal["rotate", "random", "fixed"] = "rotate"
     lr: float = 2e-5
     warmup: int = 2
     weight_decay: float = 0.0
-    clip: float = 1.0  # of the gradient's norm
-    eval_every: int = 0  # steps between votes on dev rows of the synthetic world; 0: never
-    eval_rows: int = 200
-    eval_k: int = 8
-    seed: int = 0
     log_every: int = 1
     save_every: int = 50
 
@@ -108,12 +104,34 @@ class Micro:
     weight: Tensor  # carries the normaliser of the whole window
     old_logp: Tensor
     ref_logp: Tensor | None
+    num_tokens: int  # that count, R or 0
+
+    def without_weight(self) -> "Micro":
+        """Of no effect: it keeps step with the micro-batches of other ranks."""
+        return replace(self, weight=torch.zeros_like(self.weight), num_tokens=0)
+
+
+class Reference:
+    """The model of the KL term: frozen, or the trained one with its adapters off."""
+
+    def __init__(self, model: Transformer, adapted: bool) -> None:
+        self._model, self._adapted = model, adapted
+
+    @torch.no_grad()
+    def logp(self, batch: PackedBatch, temperature: float) -> Tensor:
+        """Of the predicted tokens of a batch, (R,) float32."""
+        model = self._model
+        with adapters_off(model) if self._adapted else nullcontext():
+            return linear_logprob(
+                hidden_states(model, batch), model.head_weight, batch.target,
+                model.config.final_softcap, temperature,
+            ).logp  # fmt: skip
 
 
 def windows(
-    judge: Judge, reference: Transformer | None, groups: Sequence[Group], args: Args
+    judge: Judge, reference: Reference | None, groups: Sequence[Group], args: Args
 ) -> list[list[Micro]]:
-    """The groups of a step as the windows of its updates, each of micro-batches."""
+    """The groups of a step as the windows of its updates, each of this rank's micro-batches."""
     rewards = torch.tensor([group.rewards for group in groups])
     advantage = advantages(rewards, args.scaling)
     found = []
@@ -123,19 +141,17 @@ def windows(
         lengths = [len(sample.token_ids) for i in window for sample in groups[i].samples]
         counts = {"num_sequences": len(lengths), "num_tokens": sum(lengths)}
         micros = []
-        for start in range(first, window.stop, args.micro_rows):
-            some = window[start - first : start - first + args.micro_rows]
-            micros.append(
-                _micro(judge, reference, [groups[i] for i in some], advantage[list(some)],
-                       counts, args)
-            )  # fmt: skip
+        for some, counted in parallel.micro_batches(window, args.micro_rows):
+            of_these = [groups[i] for i in some]
+            micro = _micro(judge, reference, of_these, advantage[list(some)], counts, args)
+            micros.append(micro if counted else micro.without_weight())
         found.append(micros)
     return found
 
 
 def _micro(
     judge: Judge,
-    reference: Transformer | None,
+    reference: Reference | None,
     groups: Sequence[Group],
     advantage: Tensor,
     counts: dict[str, int],
@@ -145,27 +161,14 @@ def _micro(
     batch = pack([t for group in groups for t in trajectories_of(judge, group)], device)
     lengths = torch.tensor(batch.lengths, device=device)
     old = [p for group in groups for sample in group.samples for p in sample.sampling_logprobs]
-    ref_logp = None
-    if reference is not None:
-        with torch.no_grad():
-            config = reference.config
-            ref_logp = linear_logprob(
-                hidden_states(reference, batch), reference.head_weight, batch.target,
-                config.final_softcap, args.temperature,
-            ).logp  # fmt: skip
     return Micro(
         batch,
         advantage.flatten().to(device).repeat_interleave(lengths),
         token_weights(args.loss, lengths, max_tokens=args.max_new_tokens, **counts),
         torch.tensor(old, device=device),
-        ref_logp,
+        None if reference is None else reference.logp(batch, args.temperature),
+        len(old),
     )
-
-
-def hidden_states(model: Transformer, batch: PackedBatch) -> Tensor:
-    """Of the tokens before those predicted, (R, H)."""
-    attend = packed_attention(model.config, batch)
-    return model(batch.token_ids, batch.positions, attend)[batch.predicting]
 
 
 def add_gradients(model: Transformer, window: Sequence[Micro], args: Args) -> list[GRPOLoss]:
@@ -180,53 +183,72 @@ def add_gradients(model: Transformer, window: Sequence[Micro], args: Args) -> li
             lengths=torch.tensor(micro.batch.lengths, device=device),
             softcap=model.config.final_softcap, temperature=args.temperature,
         )  # fmt: skip
-        result.loss.backward()
+        (result.loss * parallel.world_size()).backward()
         found.append(result)
     return found
 
 
 def window_metrics(window: Sequence[Micro], found: Sequence[GRPOLoss]) -> dict[str, float]:
-    """Of one update: sums of the loss, means over tokens, extremes."""
-    tokens = torch.tensor([len(micro.advantage) for micro in window], dtype=torch.float64)
-    share = tokens / tokens.sum()
+    """Of one update, over all ranks: sums of the loss, means over tokens, extremes; and how far the
+    trainer's log-probs are from the sampler's."""
+    own = [
+        _micro_metrics(micro, each) | {"tokens": micro.num_tokens}
+        for micro, each in zip(window, found, strict=True)
+        if micro.num_tokens
+    ]
+    parts = parallel.gather(own)
+    tokens = sum(part["tokens"] for part in parts)
 
-    def mean(values: list[Tensor]) -> float:
-        return float((torch.stack([v.double().cpu() for v in values]) * share).sum())
+    def of(name: str) -> float:
+        values = [part[name] for part in parts]
+        if name == "loss":
+            return sum(values)
+        if name in _EXTREMES:
+            return _EXTREMES[name](values)
+        return sum(v * part["tokens"] for v, part in zip(values, parts, strict=True)) / tokens
 
-    terms = [each.terms for each in found]
-    return {
-        "loss": sum(each.loss.item() for each in found),
-        "entropy": mean([each.entropy.mean() for each in found]),
-        "kl": mean([term.kl for term in terms]),
-        "clipped_low": mean([term.clipped_low for term in terms]),
-        "clipped_high": mean([term.clipped_high for term in terms]),
-        "ratio_min": min(term.ratio_min.item() for term in terms),
-        "ratio_max": max(term.ratio_max.item() for term in terms),
-    }
+    return {name: of(name) for name in parts[0] if name != "tokens"}
 
 
-def difference_metrics(window: Sequence[Micro], found: Sequence[GRPOLoss]) -> dict[str, float]:
-    """How far the trainer's log-probs are from the sampler's."""
-    gap = torch.cat([each.logp - m.old_logp for m, each in zip(window, found, strict=True)])
+_EXTREMES: dict[str, Callable[[list[float]], float]] = {
+    "ratio_min": min,
+    "ratio_max": max,
+    "logp_difference": max,
+}
+
+
+def _micro_metrics(micro: Micro, found: GRPOLoss) -> dict[str, float]:
+    terms, gap = found.terms, found.logp - micro.old_logp
     ratio = gap.exp()
-    return {
-        "logp_difference": gap.abs().max().item(),
-        "ratio_off": ((ratio < 0.9) | (ratio > 1.1)).double().mean().item(),
+    values = {
+        "loss": found.loss,
+        "entropy": found.entropy.mean(),
+        "kl": terms.kl,
+        "clipped_low": terms.clipped_low,
+        "clipped_high": terms.clipped_high,
+        "ratio_min": terms.ratio_min,
+        "ratio_max": terms.ratio_max,
+        "logp_difference": gap.abs().max(),
+        "ratio_off": ((ratio < 0.9) | (ratio > 1.1)).double().mean(),
     }
+    return {name: value.item() for name, value in values.items()}
 
 
 class Trainer:
     """The model under training, its judge, and the reference of the KL term."""
 
     def __init__(self, args: Args) -> None:
-        model, tokenizer = load(args.model, dtype=torch.float32)
-        self.args, self.model = args, model
-        self.reference: Transformer | None = None
-        if args.beta:
-            self.reference = load(args.model, dtype=torch.float32)[0].requires_grad_(False)
-        self.optimizer = make_optimizer(model, args.lr, args.weight_decay)
+        model, tokenizer = load(args.model, dtype=args.dtype)
+        self.args, self.learner = args, Learner(model, args)
+        self.reference: Reference | None = None
+        if args.beta and args.lora_rank:
+            self.reference = Reference(self.learner.model, adapted=True)
+        elif args.beta:
+            frozen = load(args.model, dtype=args.dtype)[0].requires_grad_(False)
+            parallel.shard(frozen)
+            self.reference = Reference(frozen, adapted=False)
         self.judge = Judge(
-            model,
+            self.learner.plain,
             tokenizer,
             judge_template=read_judge_template(args.model),
             settings=read_judge_settings(args.model),
@@ -234,7 +256,9 @@ class Trainer:
         self.left_out: Counter[str] = Counter()
         self.rows: Rows = world_rows("grpo", args.seed, args.rows)
         if args.data is not None:
-            self.rows, self.left_out = file_rows(args.data, args.seed, args.rows)
+            skip = easy_rows(args.skip_easy, args.data) if args.skip_easy else frozenset()
+            self.rows, self.left_out = file_rows(args.data, args.seed, args.rows, skip)
+        self.dev = evaluation_rows(args, "grpo")
 
     def step(self, number: int) -> tuple[dict[str, float], dict[str, float]]:
         """One step: its metrics, and the seconds of its phases.
@@ -242,8 +266,9 @@ class Trainer:
         Raises FloatingPointError naming step and rows where loss or gradients are not finite, and
         ValueError where no row of the step could be judged.
         """
-        args = self.args
+        args, learner = self.args, self.learner
         clock = Clock()
+        learner.refresh()
         groups, failures = sample_groups(
             self.judge, self.rows(number), step_seed(args.seed, number), k=args.group,
             temperature=args.temperature, max_new_tokens=args.max_new_tokens, orders=args.orders,
@@ -254,56 +279,22 @@ class Trainer:
         clock.lap("sample")
         parts = windows(self.judge, self.reference, groups, args)
         clock.lap("reference")
-        lr = cosine_lr(number, args.steps, args.lr, args.warmup)
-        set_lr(self.optimizer, lr)
         metrics: dict[str, float] = {"failed_rows": len(failures), **describe(groups)}
+        named = [group.row.id for group in groups]
         for epoch in range(args.epochs):
             for i, window in enumerate(parts):
-                self.optimizer.zero_grad()
-                found = add_gradients(self.model, window, args)
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
-                own = window_metrics(window, found) | {"grad_norm": norm.item()}
-                if not math.isfinite(own["loss"] + own["grad_norm"]):
-                    named = ", ".join(group.row.id for group in groups)
-                    raise FloatingPointError(
-                        f"step {number}: loss {own['loss']}, gradient norm {own['grad_norm']}; "
-                        f"rows {named}"
-                    )
+                learner.optimizer.zero_grad()
+                own = window_metrics(window, add_gradients(learner.model, window, args))
+                own |= learner.update(number, own["loss"], named)
                 if epoch == i == 0:
-                    metrics |= difference_metrics(window, found)
-                self.optimizer.step()
+                    first = {name: own[name] for name in ("logp_difference", "ratio_off")}
         clock.lap("update")
-        return metrics | own | {"lr": lr}, clock.seconds
+        return metrics | own | first, clock.seconds
 
-    def dev_votes(self) -> dict[str, float]:
-        """Share of dev rows of the synthetic world that a vote of `eval_k` gets right, and that one
-        judgement does."""
-        args = self.args
-        rows = dev_rows("grpo", args.eval_rows)
-        threshold = self.judge.settings.threshold
-        votes, singles = 0, 0.0
-        for row, outcome in zip(
-            rows, self.judge.rows(rows, k=args.eval_k, temperature=args.temperature), strict=True
-        ):
-            assert isinstance(outcome, Verdict) and row.label is not None
-            votes += bool(outcome.correct)
-            right = [is_right(sample.scores, row.label, threshold) for sample in outcome.samples]
-            singles += sum(right) / len(right)
-        return {"dev_vote": votes / len(rows), "dev_single": singles / len(rows)}
-
-
-class Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, phase: str) -> None:
-        """What has passed since the last lap belongs to this phase."""
-        now = time.monotonic()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
+    def votes(self) -> dict[str, float]:
+        """Of the model as it is, on dev rows."""
+        self.learner.refresh()
+        return dev_votes(self.judge, self.dev, self.args)
 
 
 def train(args: Args) -> None:
@@ -315,31 +306,35 @@ def train(args: Args) -> None:
     check_args(args, "rows", "group", "epochs", "minibatches", "micro_rows", "eval_rows", "eval_k")
     if args.group < 2:
         raise ValueError(f"group = {args.group}: a judgement is weighed against others of its row")
+    if args.skip_easy and not args.data:
+        raise ValueError("skip_easy is about the rows of a file, and there is no data")
     trainer = Trainer(args)
     started = time.monotonic()
-    for reason, count in trainer.left_out.most_common():
+    for reason, count in trainer.left_out.most_common() if parallel.is_first() else ():
         print(f"left out: {count} x {reason}", file=sys.stderr)
-    with (
-        Run(args, trainer.model, trainer.optimizer) as run,
-        (args.out / "timings.jsonl").open("a", encoding="utf-8") as timings,
-    ):
-        steps = range(run.first, args.steps)
-        for step in tqdm(steps, initial=run.first, total=args.steps, unit="step"):
-            metrics, seconds = trainer.step(step)
-            if args.eval_every and (step + 1) % args.eval_every == 0:
-                metrics |= trainer.dev_votes()
-            timings.write(json.dumps({"step": step + 1, **seconds}) + "\n")
-            run.record(step + 1, metrics)
+    with Run(args, trainer.learner) as run:
+        for step in run.steps():
+            metrics, timings = trainer.step(step)
+            if args.is_due(step + 1):
+                clock = Clock()
+                metrics |= trainer.votes()
+                clock.lap("evaluate")
+                timings |= clock.seconds
+            shown = ("accuracy", "kl", "loss")
+            run.record(step + 1, metrics, timings, shown=shown, score=metrics.get("dev_vote"))
         run.finish()
     summary = {"steps": args.steps, "steps_run": args.steps - run.first}
     left_out = sum(trainer.left_out.values())
     seconds = {"seconds": round(time.monotonic() - started, 1)}
-    print(json.dumps(summary | {"left_out": left_out} | seconds), file=sys.stderr)
+    if parallel.is_first():
+        print(json.dumps(summary | {"left_out": left_out} | seconds), file=sys.stderr)
 
 
 def main() -> None:
     """The command line."""
-    train(tyro.cli(Args, description=Args.__doc__))
+    args = tyro.cli(Args, description=Args.__doc__)
+    with parallel.ranks():
+        train(args)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m train.meta_rm [--model DIR] [--judge DIR] [--out DIR] [--data ROWS.jsonl]
                             [--judgements RFT/judgements.jsonl] ...
+    torchrun --nproc-per-node N -m train.meta_rm ...
 
 The meta model begins as the decoder of --model under a new score weight of zeros. A step samples
 judgements of its rows with the judge (by default --model itself), labels the valid ones right or
@@ -16,14 +17,13 @@ Without --data the rows are fresh ones of the synthetic world. OUT is a sequence
 label, which `engine.sample --meta-model` and transformers load. Evaluation is on dev rows of the
 world, sampled once: the AUC within rows that have right and wrong judgements is what filtering
 gains from; the pooled one can be high by telling hard rows from easy ones.
-
-Not done here: several devices; a score read from the judge's own hidden state.
 """
 
 import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,6 @@ import torch
 import tyro
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
-from tqdm import tqdm
 
 from engine.judge import Judge
 from engine.meta import MetaModel
@@ -44,16 +43,16 @@ from models import load
 from models.config import read_json
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
+from train import parallel
 from train.data import JudgedRow, Trajectory, file_judgements
-from train.grpo import hidden_states
-from train.optimizer import cosine_lr, make_optimizer, set_lr
-from train.packing import pack
+from train.learner import Learner
+from train.packing import pack, packed_attention
 from train.rollout import Group, Rows, dev_rows, file_rows, sample_groups, step_seed, world_rows
-from train.run import Run, check_args
+from train.run import Clock, Run, RunArgs, check_args
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(RunArgs):
     """Training of a meta reward model."""
 
     model: Path = POCKET  # what it begins as: a causal language model
@@ -65,17 +64,14 @@ class Args:
     samples: int = 4  # judgements per row
     judgements: Path | None = None  # a JSONL file of judgements, right and wrong
     judged_rows: int = 16  # per step, from that file
+    micro_rows: int = 32  # rows whose gradients are computed together
     temperature: float = 1.0  # of the judgements
     max_new_tokens: int = 512
     loss: Literal["pointwise", "pairwise"] = "pointwise"
-    lr: float = 1e-4
     warmup: int = 10
-    weight_decay: float = 0.1
-    clip: float = 1.0
     eval_every: int = 0  # steps between evaluations; 0: only after the last
     eval_rows: int = 100
     eval_samples: int = 8
-    seed: int = 0
     log_every: int = 1
     save_every: int = 50
 
@@ -90,11 +86,14 @@ class Labelled:
     row: Tensor  # (S,) int64
 
 
-def scalar_of(directory: Path) -> tuple[ScalarModel, Tokenizer]:
-    """A scalar model with the decoder of a causal language model, in float32; its score is 0."""
-    decoder, tokenizer = load(directory, dtype=torch.float32)
+def scalar_of(
+    directory: Path, dtype: str | torch.dtype = torch.float32
+) -> tuple[ScalarModel, Tokenizer]:
+    """A scalar model with the decoder of a causal language model; its score is 0."""
+    decoder, tokenizer = load(directory, dtype=dtype)
     pad = read_json(directory / "config.json").get("pad_token_id")
-    model = ScalarModel(replace(decoder.config, tied=True, pad_token_id=pad)).float()
+    model = ScalarModel(replace(decoder.config, tied=True, pad_token_id=pad))
+    model = model.to(decoder.head_weight)
     weights = decoder.state_dict()
     model.model.load_state_dict({k: v for k, v in weights.items() if k != "lm_head.weight"})
     torch.nn.init.zeros_(model.score.weight)
@@ -132,20 +131,20 @@ def labelled(meta: MetaModel, rows: Sequence[JudgedRow]) -> Labelled:
 def logits_of(model: ScalarModel, judgements: Labelled) -> Tensor:
     """(S,) float32, with gradient."""
     batch = pack(judgements.trajectories, model.score.weight.device)
-    hidden = hidden_states(model.model, batch)
-    last = torch.tensor(batch.lengths, device=hidden.device).cumsum(0) - 1
-    return model.logits(hidden[last])
+    last = torch.tensor(batch.lengths, device=batch.predicting.device).cumsum(0) - 1
+    attend = packed_attention(model.model.config, batch)
+    logits: Tensor = model(batch.token_ids, batch.positions, attend, batch.predicting[last])
+    return logits
 
 
-def loss_of(logits: Tensor, judgements: Labelled, kind: str) -> Tensor:
-    """The mean loss; 0 where there is nothing to tell apart."""
+def losses_of(logits: Tensor, judgements: Labelled, kind: str) -> Tensor:
+    """The losses: one for each judgement, or one for each pair, of which there may be none."""
     right = judgements.right.to(logits.device)
     if kind == "pointwise":
-        return binary_cross_entropy_with_logits(logits, right.to(logits.dtype))
+        target = right.to(logits.dtype)
+        return binary_cross_entropy_with_logits(logits, target, reduction="none")
     better, worse = pairs(judgements)
-    if not len(better):
-        return 0 * logits.sum()
-    return -logsigmoid(logits[better] - logits[worse]).mean()
+    return -logsigmoid(logits[better] - logits[worse])
 
 
 def pairs(judgements: Labelled) -> tuple[Tensor, Tensor]:
@@ -178,21 +177,21 @@ class Trainer:
     """The meta model under training, and the judge that it reads."""
 
     def __init__(self, args: Args) -> None:
-        model, tokenizer = scalar_of(args.model)
+        model, tokenizer = scalar_of(args.model, args.dtype)
         template, settings = read_judge_template(args.model), read_judge_settings(args.model)
-        self.args, self.model = args, model
-        self.meta = MetaModel(model, tokenizer, judge_template=template, settings=settings)
-        self.judge = Judge.load(args.judge or args.model, dtype=torch.float32)
-        self.optimizer = make_optimizer(model, args.lr, args.weight_decay)
+        self.args, self.learner = args, Learner(model, args)
+        self.meta = MetaModel(
+            self.learner.plain, tokenizer, judge_template=template, settings=settings
+        )
+        self.judge = Judge.load(args.judge or args.model, dtype=args.dtype)
         self.rows: Rows = world_rows("meta", args.seed, args.rows)
-        self.left_out = 0
+        self.left_out: Counter[str] = Counter()
         if args.data is not None:
-            self.rows, left_out = file_rows(args.data, args.seed, args.rows)
-            self.left_out = sum(left_out.values())
+            self.rows, self.left_out = file_rows(args.data, args.seed, args.rows)
         self.kept: Callable[[int], list[JudgedRow]] | None = None
         if args.judgements is not None:
             self.kept = file_judgements(args.judgements, args.judged_rows, args.seed)
-        self._dev: Labelled | None = None
+        self._dev: list[JudgedRow] | None = None
 
     def judge_rows(self, rows: Sequence[Row], seed: int, samples: int) -> list[JudgedRow]:
         """The judge's valid judgements of rows."""
@@ -205,58 +204,71 @@ class Trainer:
         )  # fmt: skip
         return judged(groups)
 
-    def step(self, number: int) -> dict[str, float]:
-        """One step: its metrics. Raises FloatingPointError naming the step and its rows where loss
-        or gradients are not finite, and ValueError where no judgement was valid."""
+    def step(self, number: int) -> tuple[dict[str, float], dict[str, float]]:
+        """One step: its metrics, and the seconds of its phases. Raises FloatingPointError naming
+        the step and its rows where loss or gradients are not finite, and ValueError where no
+        judgement was valid."""
         args = self.args
+        clock = Clock()
         rows = self.judge_rows(self.rows(number), step_seed(args.seed, number), args.samples)
         if self.kept is not None:
             rows += self.kept(number)
-        judgements = labelled(self.meta, rows)
-        if not judgements.trajectories:
+        rows = [row for row in rows if row.judgements]
+        if not rows:
             raise ValueError(f"step {number}: no judgement was valid")
-        lr = cosine_lr(number, args.steps, args.lr, args.warmup)
-        set_lr(self.optimizer, lr)
-        self.optimizer.zero_grad()
-        logits = logits_of(self.model, judgements)
-        loss = loss_of(logits, judgements, args.loss)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
-        if not math.isfinite(loss.item() + norm.item()):
-            named = ", ".join(each.row.id for each in rows)
-            raise FloatingPointError(
-                f"step {number}: loss {loss.item()}, gradient norm {norm.item()}; rows {named}"
-            )
-        self.optimizer.step()
-        right = judgements.right
+        clock.lap("sample")
+        self.learner.optimizer.zero_grad()
+        metrics = self.add_gradients(rows)
+        named = [each.row.id for each in rows]
+        metrics |= self.learner.update(number, metrics["loss"], named)
+        clock.lap("update")
+        return metrics, clock.seconds
+
+    def add_gradients(self, rows: Sequence[JudgedRow]) -> dict[str, float]:
+        """Add the gradients of the mean loss over the judgements of rows, or over their pairs; a
+        rank takes its share. Returns that loss, and what the logits say."""
+        args, model = self.args, self.learner.model
+        rights = [right for each in rows for *_, right in each.judgements]
+        total = len(rights)
+        if args.loss == "pairwise":
+            total = sum(_num_pairs(each) for each in rows)
+        losses, hits = [], []
+        for own, counts in parallel.micro_batches(rows, args.micro_rows):
+            judgements = labelled(self.meta, own)
+            logits = logits_of(model, judgements)
+            loss = losses_of(logits, judgements, args.loss).sum() / max(1, total)
+            (loss * parallel.world_size() * counts).backward()
+            if counts:
+                losses.append(loss.item())
+                hits.append(((logits.detach().cpu() > 0) == judgements.right).sum().item())
         return {
-            "loss": loss.item(),
-            "grad_norm": norm.item(),
-            "lr": lr,
-            "judgements": len(right),
-            "right": right.double().mean().item(),
-            "accuracy": ((logits.detach().cpu() > 0) == right).double().mean().item(),
+            "loss": sum(parallel.gather(losses)),
+            "judgements": len(rights),
+            "right": sum(rights) / len(rights),
+            "accuracy": sum(parallel.gather(hits)) / len(rights),
         }
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """AUCs on judgements of dev rows of the synthetic world, which are sampled once."""
         args = self.args
+        self.learner.refresh()
         if self._dev is None:
             rows = dev_rows("meta", args.eval_rows)
             found = self.judge_rows(rows, step_seed(args.seed, -1), args.eval_samples)
-            self._dev = labelled(self.meta, found)
-        dev = self._dev
-        scores = []
-        for number in range(0, int(dev.row.max()) + 1, args.rows):
-            mine = (dev.row >= number) & (dev.row < number + args.rows)
-            chosen = mine.nonzero()[:, 0].tolist()
-            if chosen:
-                some = Labelled(
-                    [dev.trajectories[i] for i in chosen], dev.right[mine], dev.row[mine]
-                )
-                scores.append(logits_of(self.model, some).cpu())
-        return {f"dev_{name}": value for name, value in auc(torch.cat(scores), dev).items()}
+            self._dev = [row for row in found if row.judgements]
+        scores: list[float] = []
+        own = parallel.share(self._dev)
+        for first in range(0, len(own), args.micro_rows):
+            some = labelled(self.meta, own[first : first + args.micro_rows])
+            scores += logits_of(self.learner.plain, some).tolist()
+        told = auc(torch.tensor(parallel.gather(scores)), labelled(self.meta, self._dev))
+        return {f"dev_{name}": value for name, value in told.items()}
+
+
+def _num_pairs(row: JudgedRow) -> int:
+    right = sum(right for *_, right in row.judgements)
+    return right * (len(row.judgements) - right)
 
 
 def train(args: Args) -> None:
@@ -265,30 +277,38 @@ def train(args: Args) -> None:
     Raises ValueError for settings out of range or other than those of the checkpoint, and as
     `Trainer.step` does.
     """
-    check_args(args, "samples", "judged_rows", "eval_rows", "eval_samples")
+    check_args(args, "samples", "judged_rows", "micro_rows", "eval_rows", "eval_samples")
     if args.rows < (args.judgements is None):
         raise ValueError(f"rows = {args.rows}: there is nothing to learn from")
     trainer = Trainer(args)
     started = time.monotonic()
     last: dict[str, float] = {}
-    with Run(args, trainer.model, trainer.optimizer) as run:
-        steps = range(run.first, args.steps)
-        for step in tqdm(steps, initial=run.first, total=args.steps, unit="step"):
-            metrics = trainer.step(step)
-            is_last = step + 1 == args.steps
+    for reason, count in trainer.left_out.most_common() if parallel.is_first() else ():
+        print(f"left out: {count} x {reason}", file=sys.stderr)
+    with Run(args, trainer.learner) as run:
+        for step in run.steps():
+            metrics, timings = trainer.step(step)
+            is_last, score = step + 1 == args.steps, None
             if is_last or (args.eval_every and (step + 1) % args.eval_every == 0):
+                clock = Clock()
                 last = trainer.evaluate()
-                metrics |= last
-            run.record(step + 1, metrics)
+                clock.lap("evaluate")
+                metrics, timings = metrics | last, timings | clock.seconds
+                score = last["dev_auc_within_rows"]
+            run.record(step + 1, metrics, timings, shown=("loss", "accuracy"), score=score)
         run.finish()
     summary = {"steps": args.steps, "steps_run": args.steps - run.first, **last}
     seconds = round(time.monotonic() - started, 1)
-    print(json.dumps(summary | {"left_out": trainer.left_out, "seconds": seconds}), file=sys.stderr)
+    left_out = sum(trainer.left_out.values())
+    if parallel.is_first():
+        print(json.dumps(summary | {"left_out": left_out, "seconds": seconds}), file=sys.stderr)
 
 
 def main() -> None:
     """The command line."""
-    train(tyro.cli(Args, description=Args.__doc__))
+    args = tyro.cli(Args, description=Args.__doc__)
+    with parallel.ranks():
+        train(args)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,100 @@
-"""AdamW with decay on matrices only, and a cosine schedule with linear warm-up."""
+"""AdamW in float32 over parameters of any dtype, and a cosine schedule with linear warm-up.
+
+A parameter in bfloat16 has a float32 master: gradients are added up in it, moments and the update
+are its own, and the parameter is the master rounded. So a small step is never lost in rounding.
+"""
 
 import math
-from typing import Any
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from train.parallel import whole
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with betas 0.9 and 0.95; vectors (norms, biases) are not decayed."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    optimizer.register_step_post_hook(_mark_changed)
-    return optimizer
+class Optimizer:
+    """AdamW with betas 0.9 and 0.95 over a model's parameters that require gradients; vectors
+    (norms, biases) are not decayed. Weights laid out for sampling are noticed to have changed."""
+
+    def __init__(self, model: nn.Module, weight_decay: float) -> None:
+        self._parameters: dict[str, nn.Parameter] = {}
+        self.optimized: dict[str, Tensor] = {}  # the parameters themselves, or their masters
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            own: Tensor = parameter
+            if parameter.dtype.itemsize < 4:
+                own = parameter.detach().float()
+                parameter.register_post_accumulate_grad_hook(partial(_add_to_master, own))
+            self._parameters[name] = parameter
+            self.optimized[name] = own
+        groups = [
+            {"params": [p for p in self.optimized.values() if (p.dim() > 1) == decays],
+             "weight_decay": weight_decay if decays else 0.0}
+            for decays in (True, False)
+        ]  # fmt: skip
+        groups = [group for group in groups if group["params"]]
+        self._adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+        for own in self.optimized.values():
+            self._adamw.state[own] = {
+                "step": torch.zeros((), device=own.device),
+                "exp_avg": torch.zeros_like(own),
+                "exp_avg_sq": torch.zeros_like(own),
+            }
+
+    def zero_grad(self) -> None:
+        """Begin the next window of gradients."""
+        self._adamw.zero_grad()
+
+    def step(self, lr: float, clip: float, loss: float) -> float:
+        """One update with gradients of norm at most `clip`; returns their norm before that.
+
+        Raises FloatingPointError, with nothing changed, where the loss or the norm is not finite.
+        """
+        found = torch.nn.utils.clip_grad_norm_(self.optimized.values(), clip)
+        norm = float(whole(found))
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+        self._write_back()
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a step reads and changes besides gradients, by name, in place: a checkpoint's
+        content. `loaded` has to follow when they have been filled."""
+        found: dict[str, Tensor] = {}
+        for name, own in self.optimized.items():
+            found[f"weight.{name}"] = own.detach()
+            for slot, value in self._adamw.state[own].items():
+                found[f"{slot}.{name}"] = value
+        return found
+
+    def loaded(self) -> None:
+        """`tensors` have been filled from a checkpoint."""
+        self._write_back()
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        """Bring masters into parameters. The fused step does not count as a change of those that
+        it updates itself; to what is kept beside them it has to."""
+        for name, parameter in self._parameters.items():
+            own = self.optimized[name]
+            if own is parameter:
+                torch.autograd.graph.increment_version(parameter)
+            else:
+                parameter.copy_(own)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of the next steps."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def _mark_changed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """The fused step does not count as a change of its parameters; to what is kept beside them,
-    such as weights laid out for sampling, it has to."""
-    for group in optimizer.param_groups:
-        torch.autograd.graph.increment_version(group["params"])
+@torch.no_grad()
+def _add_to_master(master: Tensor, parameter: Tensor) -> None:
+    """Move a parameter's gradient to its master."""
+    assert parameter.grad is not None
+    gradient = parameter.grad.to(master.dtype)
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    parameter.grad = None
 
 
 def cosine_lr(step: int, steps: int, peak: float, warmup: int, floor: float = 0.02) -> float:

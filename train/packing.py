@@ -22,7 +22,7 @@ from engine.kv_cache import Slab, round_up
 from kernels.forest_attention import forest_attention
 from kernels.forest_plan import ForestPlan
 from models.config import ModelConfig
-from models.transformer import Attend
+from models.transformer import Attend, Transformer
 from train.data import Trajectory
 
 
@@ -142,3 +142,9 @@ def packed_attention(config: ModelConfig, batch: PackedBatch) -> Attend:
         return forest_attention(q, k, v, batch.plan, spec.scale, spec.softcap, spec.window)
 
     return attend
+
+
+def hidden_states(model: Transformer, batch: PackedBatch) -> Tensor:
+    """Of the tokens before those predicted, (R, H)."""
+    attend = packed_attention(model.config, batch)
+    return model(batch.token_ids, batch.positions, attend)[batch.predicting]

@@ -27,23 +27,19 @@ A row's lines in a file are one write, its line of progress another, after them.
 continues with the next row and ends with the very same bytes; with other settings, model or data it
 is refused. The hint is left out of the prompt that is learnt from, unless --keep-hint: no one gives
 a hint to the finished judge.
-
-Not done here: several devices.
 """
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import torch
 import tyro
 from tqdm import tqdm
 
@@ -53,10 +49,12 @@ from engine.request import BadRow, Row, read_rows
 from engine.sample import POCKET
 from engine.verdict import RowFailure, Sample, Verdict, gold_index
 from models.tokenizer import Tokenizer
-from train import sft
+from train import parallel, sft
+from train.checkpoint import sha256
 from train.data import hint_at
+from train.evaluation import VoteArgs
 from train.rollout import MAX_ROW_BYTES, is_right, seed_of, world_rows
-from train.run import check_args, differences, settings_of
+from train.run import RunArgs, check_args, differences, replace_text, settings_of
 
 WORLD_ROWS = 256  # of the synthetic world, where neither --data nor --rows says how many
 _WORLD_BATCH = 64
@@ -71,8 +69,8 @@ ROW_FATES: tuple[RowFate, ...] = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(RunArgs, VoteArgs):
     """Rejective fine-tuning of a judge on its own judgements of labelled rows."""
 
     model: Path = POCKET
@@ -83,19 +81,17 @@ class Args:
     hinted: bool = True  # one more judgement with the best response as a hint
     keep_hint: bool = False  # learn from hinted judgements with the hint in their prompt
     temperature: float = 1.0
-    max_new_tokens: int = 512
     orders: Literal["rotate", "random", "fixed"] = "rotate"
     deterministic: bool = True  # a resumed run has the same bytes on a GPU too
     chunk_rows: int = 32  # rows judged together; what a killed run may have to judge again
     sample_only: bool = False  # no training
     steps: int = 50
     step_rows: int = 16  # trajectories per step
+    micro_rows: int = 16  # trajectories whose gradients are computed together
     lr: float = 2e-5
     warmup: int = 5
     weight_decay: float = 0.0
-    clip: float = 1.0  # of the gradient's norm
     autocast: bool = False  # bf16 matmuls over fp32 weights, in training
-    seed: int = 0
     log_every: int = 10
     save_every: int = 50
 
@@ -114,18 +110,18 @@ class Args:
         """All that decides what is kept, besides the model."""
         names = (
             "data", "rows", "samples", "hinted", "keep_hint", "temperature", "max_new_tokens",
-            "orders", "deterministic", "seed",
+            "orders", "deterministic", "dtype", "seed",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     @property
     def fine_tuning(self) -> sft.Args:
         """The settings of `train.sft`."""
-        return sft.Args(
-            self.model, self.out / "model", self.trajectories, self.steps, self.step_rows, self.lr,
-            self.warmup, self.weight_decay, self.clip, self.seed, self.autocast, self.log_every,
-            self.save_every,
-        )  # fmt: skip
+        shared = {f.name: getattr(self, f.name) for base in (RunArgs, VoteArgs)
+                  for f in fields(base)}  # fmt: skip
+        own = {"out": self.out / "model", "data": self.trajectories, "rows": self.step_rows,
+               "micro_rows": self.micro_rows, "autocast": self.autocast}  # fmt: skip
+        return sft.Args(**shared | own)
 
 
 class _Header(msgspec.Struct):
@@ -398,6 +394,20 @@ class _Files:
         self._progress.write(msgspec.json.encode(done) + b"\n")
 
 
+def easy_rows(progress: Path, data: Path) -> frozenset[str]:
+    """The ids of the rows of a file that were judged right each time, from the progress of a run
+    over it. Raises ValueError where the progress is not one over that file."""
+    header, *lines = progress.read_bytes().splitlines() or [b""]
+    try:
+        made_with = msgspec.json.decode(header, type=_Header).settings
+        done = [msgspec.json.decode(line, type=Done) for line in lines]
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"{progress}: {error}") from None
+    if made_with.get("data") != sha256(data):
+        raise ValueError(f"{progress} is not about {data}")
+    return frozenset(each.id for each in done if each.row == "too_easy" and each.id is not None)
+
+
 def sample(args: Args) -> Counts:
     """Sample all rows, continuing where an earlier run stopped; writes all but OUT/model.
 
@@ -405,8 +415,10 @@ def sample(args: Args) -> Counts:
     """
     args.out.mkdir(parents=True, exist_ok=True)
     counts = Counts()
-    with closing(_Files(args)) as files:
-        done = files.resume(settings_of(args.sampling, args.model))
+    with ExitStack() as stack:
+        files = stack.enter_context(closing(_Files(args))) if parallel.is_first() else None
+        settings = settings_of(args.sampling, args.model)
+        done = parallel.from_first(files.resume(settings) if files else [])
         source = entries(args.data, args.rows, args.seed)
         for each in done:
             entry = next(source, None)
@@ -414,19 +426,23 @@ def sample(args: Args) -> Counts:
                 raise ValueError(f"row {each.id!r} of an earlier run is not in its place now")
             counts.add(each)
         judge: Judge | None = None
-        with tqdm(total=_total(args), initial=len(done), unit="row") as bar:
-            while chunk := list(islice(source, args.chunk_rows)):
-                judge = judge or Judge.load(args.model, dtype=torch.float32)
-                for each, lines in judged(judge, chunk, args):
+        bar = stack.enter_context(
+            tqdm(total=_total(args), initial=len(done), unit="row", disable=files is None)
+        )
+        while chunk := list(islice(source, args.chunk_rows)):
+            judge = judge or Judge.load(args.model, dtype=args.dtype)
+            own = list(judged(judge, parallel.share(chunk), args))
+            for each, lines in parallel.gather(own):
+                counts.add(each)
+                if files is not None:
                     files.write(each, lines)
-                    counts.add(each)
                     if each.error is not None:
                         bar.write(f"row {each.id!r}: {each.error}", file=sys.stderr)
-                    bar.update()
-                bar.set_postfix(kept=counts.kept)
-    temporary = args.out / ".counts.json.tmp"
-    temporary.write_text(json.dumps(counts.table(), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, args.out / "counts.json")
+                bar.update()
+            bar.set_postfix(kept=counts.kept)
+    if parallel.is_first():
+        replace_text(args.out / "counts.json", json.dumps(counts.table(), indent=2) + "\n")
+    parallel.barrier()
     return counts
 
 
@@ -445,12 +461,13 @@ def train(args: Args) -> None:
     Raises ValueError for settings out of range or other than those of the earlier run, where no
     trajectory was kept, and as `train.sft.train` does.
     """
-    check_args(args, "samples", "chunk_rows", "step_rows")
+    check_args(args, "samples", "chunk_rows", "step_rows", "micro_rows", "eval_rows", "eval_k")
     if args.rows is not None and args.rows < 1:
         raise ValueError(f"rows = {args.rows} is less than 1")
     check_args(args.fine_tuning)
     counts = sample(args)
-    print(json.dumps(counts.table()), file=sys.stderr)
+    if parallel.is_first():
+        print(json.dumps(counts.table()), file=sys.stderr)
     if not counts.kept:
         raise ValueError(f"no trajectory was kept: {json.dumps(counts.table())}")
     if not args.sample_only:
@@ -459,7 +476,9 @@ def train(args: Args) -> None:
 
 def main() -> None:
     """The command line."""
-    train(tyro.cli(Args, description=Args.__doc__))
+    args = tyro.cli(Args, description=Args.__doc__)
+    with parallel.ranks():
+        train(args)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from torch import Tensor
 from engine.judge import Judge
 from engine.request import BadRow, Row, make_row, read_rows
 from engine.verdict import RowFailure, Sample, gold_index
+from train import parallel
 from train.data import Trajectory, epochs, prompt_segments
 from train.world import Split, cases
 
@@ -76,10 +77,23 @@ def _world_rows(stream: str, split: Split, rows: int, prefix: str) -> list[Row]:
     ]
 
 
-def file_rows(path: Path, seed: int, rows: int) -> tuple[Rows, Counter[str]]:
-    """Rows of a JSONL file, in a new seeded permutation every epoch, and how many lines were left
-    out for which reason: bad rows, and rows without a label. Raises ValueError where none is left.
-    """
+def file_rows(
+    path: Path, seed: int, rows: int, skip: frozenset[str] = frozenset()
+) -> tuple[Rows, Counter[str]]:
+    """Rows of a JSONL file, in a new seeded permutation every epoch, without those whose ids are in
+    `skip`; and how many lines were left out for which reason. Raises ValueError where no row is
+    left."""
+    found, left_out = labelled_rows(path)
+    kept = [row for row in found if row.id not in skip]
+    left_out["too easy"] = len(found) - len(kept)
+    if not kept:
+        raise ValueError(f"{path}: all {len(found)} rows are to be skipped")
+    return lambda number: epochs(kept, number, rows, seed), +left_out
+
+
+def labelled_rows(path: Path) -> tuple[list[Row], Counter[str]]:
+    """The labelled rows of a JSONL file, and how many lines were left out for which reason: bad
+    rows, and rows without a label. Raises ValueError where there is no labelled row."""
     kept: list[Row] = []
     left_out: Counter[str] = Counter()
     with path.open("rb") as stream:
@@ -92,18 +106,18 @@ def file_rows(path: Path, seed: int, rows: int) -> tuple[Rows, Counter[str]]:
                 kept.append(row)
     if not kept:
         raise ValueError(f"{path} holds no row with a label: {dict(left_out)}")
-
-    return lambda number: epochs(kept, number, rows, seed), left_out
+    return kept, left_out
 
 
 def sample_groups(
     judge: Judge, rows: Iterable[Row], seed: int, **options: Any
 ) -> tuple[list[Group], list[RowFailure]]:
     """The judgements of labelled rows, k of each, with their rewards; and the rows that could not
-    be judged. options: those of `Judge.rows`."""
+    be judged. Every rank samples its share and has the groups of all. options: those of
+    `Judge.rows`."""
     groups: list[Group] = []
     failures: list[RowFailure] = []
-    asked = list(rows)
+    asked = parallel.share(list(rows))
     for row, outcome in zip(asked, judge.rows(asked, seed=seed, **options), strict=True):
         if isinstance(outcome, RowFailure):
             failures.append(outcome)
@@ -114,7 +128,7 @@ def sample_groups(
             for sample in outcome.samples
         ]
         groups.append(Group(row, outcome.samples, rewards))
-    return groups, failures
+    return parallel.gather(groups), parallel.gather(failures)
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -1,46 +1,64 @@
-"""What every training run shares: a directory of metrics and checkpoints, and where it goes on.
+"""What every training run shares: its settings, and a directory of metrics and checkpoints.
 
     OUT/metrics.jsonl    a line every so many steps; nothing in it varies from run to run
-    OUT/checkpoints/     see train/checkpoint.py
+    OUT/timings.jsonl    beside it: seconds by phase, peak memory in bytes, speed
+    OUT/tensorboard/     both, where tensorboard is installed
+    OUT/checkpoints/     the last few, see train/checkpoint.py
+    OUT/best/            the best model of all evaluations so far, and OUT/best.json which that was
     OUT/*                the finished model, a Hugging Face directory
 
 A run continues from the newest whole checkpoint and ends as if it had never stopped: same
-parameters, same metrics. With other settings, model or data it is refused.
+parameters, same metrics. With other settings, model or data it is refused. Under torchrun the first
+rank writes. (With another number of ranks a run continues too, though not to the bit.)
 """
 
 import json
 import os
+import resource
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from tqdm import tqdm
 
 from engine.verdict import fingerprint_of
 from models.scalar_head import ScalarModel
 from models.transformer import Transformer
 from models.weights import save_pretrained
-from train import checkpoint
+from train import checkpoint, parallel
+from train.learner import Learner, LearnerArgs
 
-# What does not decide how a run ends: where its files are, and how often it writes.
-_PLACES = frozenset({"model", "out", "log_every", "save_every"})
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:
+    SummaryWriter = None  # type: ignore[assignment, misc]
+
+# What does not decide how a run ends: where its files are, how often it writes, how it saves room.
+_PLACES = frozenset({"model", "out", "log_every", "save_every", "keep", "recompute"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArgs(LearnerArgs):
+    """The settings of a run."""
+
+    model: Path
+    out: Path
+    log_every: int = 20
+    save_every: int = 500
+    keep: int = 2  # checkpoints, the newest
 
 
 class Run:
     """A run under way, as a context. `first` is the number of steps done, `state` what the newest
-    checkpoint was saved with, besides model and optimizer, which are put back."""
+    checkpoint was saved with, besides the learner's tensors, which are put back."""
 
-    def __init__(
-        self,
-        args: Any,
-        model: Transformer | ScalarModel,
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        """args: a dataclass with model, out, steps, log_every and save_every among its fields.
-        Raises ValueError for settings other than those of the checkpoint."""
-        self._args, self._model, self._optimizer = args, model, optimizer
+    def __init__(self, args: RunArgs, learner: Learner[Transformer] | Learner[ScalarModel]) -> None:
+        """Raises ValueError for settings other than those of the checkpoint."""
+        self._args, self._learner = args, learner
         self._settings = settings_of(asdict(args), args.model)
         self._checkpoints = args.out / "checkpoints"
         self._checkpoints.mkdir(parents=True, exist_ok=True)
@@ -50,47 +68,132 @@ class Run:
             if made_with != self._settings:
                 differ = differences(made_with, self._settings)
                 raise ValueError(f"{newest} was made with other settings: {differ}")
-            self.state = checkpoint.restore(newest, model, optimizer)
+            self.state = checkpoint.restore(newest, learner.optimizer.tensors())
+            learner.loaded()
         self.first: int = self.state["step"]
-        self._log: TextIO | None = None
+        self._best: dict[str, Any] | None = self.state.get("best")
+        self._bar: Any = None
+        self._files: list[TextIO] = []
+        self._board: Any = None
 
     def __enter__(self) -> "Run":
-        path = self._args.out / "metrics.jsonl"
-        _cut_metrics(path, self.first)
-        self._log = path.open("a", encoding="utf-8")
+        if parallel.is_first():
+            out = self._args.out
+            for path in (out / "metrics.jsonl", out / "timings.jsonl"):
+                _cut_metrics(path, self.first)
+                self._files.append(path.open("a", encoding="utf-8"))
+            if SummaryWriter is not None:
+                board = str(out / "tensorboard")
+                self._board = SummaryWriter(board, purge_step=self.first + 1)
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._log is not None
-        self._log.close()
+        for file in self._files:
+            file.close()
+        if self._board is not None:
+            self._board.close()
 
-    def record(self, step: int, metrics: dict[str, Any], **state: Any) -> None:
-        """After `step` steps: log and save, where it is time to. state: for the checkpoint."""
-        assert self._log is not None
+    def steps(self) -> Iterator[int]:
+        """The 0-based steps that are left, with a progress bar."""
+        total = self._args.steps
+        with tqdm(
+            initial=self.first, total=total, unit="step", disable=not parallel.is_first()
+        ) as self._bar:
+            for step in range(self.first, total):
+                yield step
+                self._bar.update()
+
+    def record(
+        self,
+        step: int,
+        metrics: dict[str, Any],
+        timings: dict[str, float],
+        *,
+        shown: tuple[str, ...] = ("loss",),
+        score: float | None = None,
+        **state: Any,
+    ) -> None:
+        """After `step` steps: log and save, where it is time to.
+
+        timings: seconds by phase, and what else varies from run to run. shown: the metrics beside
+        the progress bar. score: what an evaluation has come to, higher is better. state: for the
+        checkpoint. All ranks have to call it.
+        """
+        self._bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown})
         if step % self._args.log_every == 0:
-            self._log.write(json.dumps({"step": step, **metrics}) + "\n")
-            self._log.flush()
+            self._log(step, metrics, timings | {"memory": peak_memory()})
+        if score is not None and (self._best is None or score > self._best["score"]):
+            self._best = {"step": step, "score": score}
+            self._write_model(self._args.out / "best")
+            if parallel.is_first():
+                text = json.dumps(self._best) + "\n"
+                replace_text(self._args.out / "best.json", text)
         if step % self._args.save_every == 0 or step == self._args.steps:
-            os.fsync(self._log.fileno())
-            kept = {"settings": self._settings, **state}
-            checkpoint.save(self._checkpoints, step, self._model, self._optimizer, kept)
+            for file in self._files:
+                os.fsync(file.fileno())
+            kept = {"settings": self._settings, "best": self._best, **state}
+            tensors = self._learner.optimizer.tensors()
+            checkpoint.save(self._checkpoints, step, tensors, kept, self._args.keep)
+
+    def _log(self, step: int, metrics: dict[str, Any], timings: dict[str, float]) -> None:
+        for file, values in zip(self._files, (metrics, timings), strict=False):
+            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.flush()
+        if self._board is not None:
+            for group, values in (("metrics", metrics), ("timings", timings)):
+                for name, value in values.items():
+                    self._board.add_scalar(f"{group}/{name}", value, step)
 
     def finish(self) -> None:
         """Write the finished model, with all that its directory holds besides weights."""
-        args = self._args
-        for path in args.model.iterdir():
-            if path.suffix in (".json", ".jinja") and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, args.out / path.name)
-        save_pretrained(self._model, args.out)
+        self._write_model(self._args.out)
+
+    def _write_model(self, directory: Path) -> None:
+        self._learner.refresh()
+        if parallel.is_first():
+            directory.mkdir(exist_ok=True)
+            for path in self._args.model.iterdir():
+                if path.suffix in (".json", ".jinja") and not path.name.endswith(".index.json"):
+                    shutil.copyfile(path, directory / path.name)
+            save_pretrained(self._learner.plain, directory)
+        parallel.barrier()
 
 
-def check_args(args: Any, *at_least_one: str) -> None:
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        """What has passed since the last lap belongs to this phase."""
+        now = time.monotonic()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had so far: of the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def check_args(args: RunArgs, *at_least_one: str) -> None:
     """Raise ValueError where one of these fields is below 1, or `out` is the model's directory."""
-    for name in ("steps", "log_every", "save_every", *at_least_one):
+    for name in ("steps", "log_every", "save_every", "keep", *at_least_one):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} = {getattr(args, name)} is less than 1")
     if args.out.resolve() == args.model.resolve():
         raise ValueError(f"out is the directory of the model itself, {args.model}")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def settings_of(args: Mapping[str, Any], model: Path) -> dict[str, Any]:
@@ -122,6 +225,4 @@ def _cut_metrics(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, "".join(kept))

@@ -1,66 +1,72 @@
 """Supervised training of a judge on trajectories; resumable bit for bit.
 
     python -m train.sft --model DIR --out DIR [--data FILE.jsonl] [--steps N] ...
+    torchrun --nproc-per-node N -m train.sft ...
 
 Without --data the trajectories are fresh rows of the synthetic world, judged by its teacher. Loss
 is the mean cross-entropy over the tokens of the judgements. The finished model is written to OUT as
-a Hugging Face directory. OUT/metrics.jsonl gets a line every --log-every steps, which holds nothing
-that varies from run to run; speed goes to the progress bar and to the closing line of JSON.
-
-A run continues from the newest whole checkpoint under OUT/checkpoints and ends as if it had never
-stopped: same parameters, same metrics. With other settings, model or data it is refused.
-
-Not done here: several devices, gradient accumulation, LoRA.
+a Hugging Face directory; what else is there, and how a run continues, is told in `train/run.py`.
 """
 
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
-from engine.prompt import PromptBuilder, read_judge_settings, read_judge_template
+from engine.judge import Judge
+from engine.prompt import read_judge_settings, read_judge_template
 from kernels.linear_logprob import linear_logprob
 from models import load
-from models.tokenizer import Tokenizer
 from models.transformer import Transformer
-from train.data import Batches, file_batches, world_batches
-from train.optimizer import cosine_lr, make_optimizer, set_lr
-from train.packing import PackedBatch, pack, packed_attention
-from train.run import Run, check_args
+from train import parallel
+from train.data import Batches, Trajectory, file_batches, world_batches
+from train.evaluation import VoteArgs, dev_votes, evaluation_rows
+from train.learner import Learner
+from train.packing import PackedBatch, hidden_states, pack
+from train.run import Clock, Run, RunArgs, check_args
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(RunArgs, VoteArgs):
     """Supervised training of a judge."""
 
-    model: Path
-    out: Path
     data: Path | None = None  # a JSONL file of trajectories; the synthetic world when left out
-    steps: int = 1000
     rows: int = 20  # rows per step
-    lr: float = 1e-4
-    warmup: int = 100
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    seed: int = 0
+    micro_rows: int = 32  # rows whose gradients are computed together
     autocast: bool = False  # bf16 matmuls over fp32 weights
-    log_every: int = 20
-    save_every: int = 500
 
 
 def loss_of(model: Transformer, batch: PackedBatch) -> Tensor:
     """Mean cross-entropy (nats) over the batch's target tokens, a scalar with gradient."""
-    hidden = model(batch.token_ids, batch.positions, packed_attention(model.config, batch))
+    hidden = hidden_states(model, batch)
     return -linear_logprob(
-        hidden[batch.predicting], model.head_weight, batch.target, model.config.final_softcap
+        hidden, model.head_weight, batch.target, model.config.final_softcap
     ).logp.mean()
+
+
+def add_gradients(
+    model: Transformer, trajectories: Sequence[Trajectory], micro_rows: int, autocast: bool
+) -> tuple[float, int]:
+    """Add the gradients of the mean loss over all target tokens of trajectories, of which each rank
+    takes its share; returns that loss, and how many tokens were run."""
+    device = model.head_weight.device
+    total = sum(len(trajectory.completion) for trajectory in trajectories)
+    losses, tokens = [], []
+    for own, counts in parallel.micro_batches(trajectories, micro_rows):
+        batch = pack(own, device)
+        share = len(batch.target) / total if counts else 0.0
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = loss_of(model, batch) * share
+        (loss * parallel.world_size()).backward()
+        losses.append(loss.item())
+        tokens.append(batch.num_tokens if counts else 0)
+    return sum(parallel.gather(losses)), sum(parallel.gather(tokens))
 
 
 def train(args: Args) -> None:
@@ -69,65 +75,57 @@ def train(args: Args) -> None:
     Raises ValueError for settings out of range or other than those of the checkpoint, and
     FloatingPointError naming the step at which loss or gradients are not finite.
     """
-    check_args(args, "rows")
-    model, tokenizer = load(args.model, dtype=torch.float32)
-    batches = _batches(args, tokenizer, tokenizer.end_id(model.config.eos_token_ids))
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    check_args(args, "rows", "micro_rows", "eval_rows", "eval_k")
+    model, tokenizer = load(args.model, dtype=args.dtype)
+    learner = Learner(model, args)
+    judge = Judge(
+        learner.plain,
+        tokenizer,
+        judge_template=read_judge_template(args.model),
+        settings=read_judge_settings(args.model),
+    )
+    batches = _batches(args, judge)
+    rows = evaluation_rows(args, "sft")
     started = time.monotonic()
-    with Run(args, model, optimizer) as run:
+    with Run(args, learner) as run:
         tokens = run.state.get("tokens", 0)
-        for step, num_tokens, metrics in _steps(args, model, optimizer, batches, run.first):
+        for step in run.steps():
+            clock = Clock()
+            learner.optimizer.zero_grad()
+            loss, num_tokens = add_gradients(
+                learner.model, batches(step), args.micro_rows, args.autocast
+            )
             tokens += num_tokens
-            run.record(step, {"tokens": tokens, **metrics}, tokens=tokens)
+            metrics = {"tokens": tokens, "loss": loss, **learner.update(step, loss)}
+            clock.lap("update")
+            speed = {"tokens_per_s": num_tokens / clock.seconds["update"]}
+            if args.is_due(step + 1):
+                learner.refresh()
+                metrics |= dev_votes(judge, rows, args)
+                clock.lap("evaluate")
+            run.record(
+                step + 1, metrics, clock.seconds | speed, score=metrics.get("dev_vote"),
+                tokens=tokens,
+            )  # fmt: skip
         run.finish()
     seconds = round(time.monotonic() - started, 1)
     summary = {"steps": args.steps, "steps_run": args.steps - run.first, "tokens": tokens}
-    print(json.dumps(summary | {"seconds": seconds}), file=sys.stderr)
+    if parallel.is_first():
+        print(json.dumps(summary | {"seconds": seconds}), file=sys.stderr)
 
 
-def _batches(args: Args, tokenizer: Tokenizer, end_id: int) -> Batches:
-    template = read_judge_template(args.model)
-    builder = PromptBuilder(tokenizer, template, read_judge_settings(args.model))
+def _batches(args: Args, judge: Judge) -> Batches:
+    end_id = judge.tokenizer.end_id(judge.model.config.eos_token_ids)
     if args.data:
-        return file_batches(builder, end_id, args.data, args.rows, args.seed)
-    return world_batches(builder, end_id, args.rows, args.seed)
-
-
-def _steps(
-    args: Args,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    batches: Batches,
-    first: int,
-) -> Iterator[tuple[int, int, dict[str, float]]]:
-    """Run steps first .. args.steps; yields steps done, tokens of this step, and its metrics."""
-    device = model.head_weight.device
-    progress = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step")
-    for step in progress:
-        started = time.monotonic()
-        batch = pack(batches(step), device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
-            loss = loss_of(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise FloatingPointError(
-                f"step {step}: loss {loss.item()}, gradient norm {norm.item()}"
-            )
-        lr = cosine_lr(step, args.steps, args.lr, args.warmup)
-        set_lr(optimizer, lr)
-        optimizer.step()
-        metrics = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
-        num_tokens = batch.num_tokens
-        tokens_per_s = num_tokens / (time.monotonic() - started)
-        progress.set_postfix(loss=f"{metrics['loss']:.3f}", tokens_per_s=f"{tokens_per_s:.0f}")
-        yield step + 1, num_tokens, metrics
+        return file_batches(judge.prompts, end_id, args.data, args.rows, args.seed)
+    return world_batches(judge.prompts, end_id, args.rows, args.seed)
 
 
 def main() -> None:
     """The command line."""
-    train(tyro.cli(Args, description=Args.__doc__))
+    args = tyro.cli(Args, description=Args.__doc__)
+    with parallel.ranks():
+        train(args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,169 @@
+"""Training runs that are killed and resumed, and runs of two processes: the same as if one process
+had never stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import models
+from train import checkpoint, grpo, meta_rm, sft
+from train.run import RunArgs
+
+ROOT = Path(__file__).parent.parent
+POCKET = ROOT / "models" / "pocket"
+pytestmark = pytest.mark.usefixtures("one_thread")
+WEIGHTS = "model.safetensors"
+LONGEST = 220  # tokens of most judgements of the world
+
+RUNS: dict[str, RunArgs] = {
+    "sft": sft.Args(
+        model=POCKET, out=Path("sft"), steps=4, rows=3, micro_rows=2, lr=2e-5, warmup=1,
+        log_every=1, save_every=2, eval_every=2, eval_rows=2, eval_k=2, max_new_tokens=LONGEST,
+    ),
+    "grpo": grpo.Args(
+        out=Path("grpo"), steps=3, rows=2, group=3, micro_rows=1, minibatches=2, epochs=2,
+        lr=2e-5, warmup=1, save_every=1, max_new_tokens=LONGEST,
+    ),
+    "meta_rm": meta_rm.Args(
+        out=Path("meta_rm"), steps=3, rows=3, samples=3, micro_rows=2, lr=2e-5, warmup=1,
+        save_every=1, eval_every=2, eval_rows=3, eval_samples=3, max_new_tokens=LONGEST,
+    ),
+    "adapters": grpo.Args(
+        out=Path("adapters"), steps=2, rows=3, group=2, micro_rows=1, lora_rank=4, recompute=True,
+        lr=1e-4, warmup=1, save_every=1, max_new_tokens=LONGEST,
+    ),
+}  # fmt: skip
+TRAIN: dict[str, Any] = {"sft": sft.train, "grpo": grpo.train, "meta_rm": meta_rm.train}
+TRAIN["adapters"] = grpo.train
+KILLED = ("sft", "grpo", "meta_rm")
+
+
+def options(args: RunArgs) -> list[str]:
+    """A run's settings as its command line has them."""
+    given = {f.name.replace("_", "-"): getattr(args, f.name) for f in fields(args)}
+    words = [f"--{name}={value}" for name, value in given.items()
+             if value is not None and not isinstance(value, bool)]  # fmt: skip
+    return words + [f"--{name}" for name, value in given.items() if value is True]
+
+
+def outcome(out: Path) -> tuple[bytes, bytes]:
+    """The bytes of the trained parameters and of the metrics."""
+    return (out / WEIGHTS).read_bytes(), (out / "metrics.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Where a run of each kind is that nobody disturbs."""
+    root = tmp_path_factory.mktemp("whole")
+    for name, args in RUNS.items():
+        TRAIN[name](replace(args, out=root / name))
+    return {name: root / name for name in RUNS}
+
+
+def metrics_of(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_a_run_leaves_behind(whole: dict[str, Path]) -> None:
+    for name, args in RUNS.items():
+        out = whole[name]
+        assert [line["step"] for line in metrics_of(out)] == list(range(1, args.steps + 1))
+        assert len(list((out / "checkpoints").iterdir())) == args.keep == 2
+        trained, first = load_file(out / "model.safetensors"), load_file(POCKET / WEIGHTS)
+        moved = {key.removeprefix("model.") for key, value in trained.items()
+                 if key in first and not value.equal(first[key])}  # fmt: skip
+        assert "layers.0.self_attn.q_proj.weight" in moved
+        assert ("embed_tokens.weight" in moved) == (name != "adapters")
+        assert set(os.listdir(out)) >= {"config.json", "tokenizer.json", "judge_template.jinja"}
+
+
+def test_the_best_of_all_evaluations_is_kept(whole: dict[str, Path]) -> None:
+    for name, figure in (("sft", "dev_vote"), ("meta_rm", "dev_auc_within_rows")):
+        scores = {m["step"]: m[figure] for m in metrics_of(whole[name]) if figure in m}
+        best = json.loads((whole[name] / "best.json").read_text())
+        assert best == {"step": best["step"], "score": max(scores.values())}
+        assert best["step"] == min(step for step in scores if scores[step] == best["score"])
+        load = models.load_scalar if name == "meta_rm" else models.load
+        load(whole[name] / "best")
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_a_killed_run_resumes_to_the_bit(name: str, whole: dict[str, Path], tmp_path: Path) -> None:
+    """SIGKILL when a checkpoint has been written and a step after it has been logged."""
+    args = replace(RUNS[name], out=tmp_path / name)
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"train.{name}", *options(args)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    metrics, first = args.out / "metrics.jsonl", args.save_every + 1
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < first:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    newest = checkpoint.latest(args.out / "checkpoints")
+    assert newest and 0 < checkpoint.read_state(newest)["step"] < args.steps
+    assert not (args.out / "model.safetensors").exists()
+    with pytest.raises(ValueError, match=r"other settings: lr = .*, not 0\.5"):
+        TRAIN[name](replace(args, lr=0.5))
+    TRAIN[name](args)
+    assert outcome(args.out) == outcome(whole[name])
+    timed = (args.out / "timings.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in timed] == list(range(1, args.steps + 1))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same runs, one after another, by two processes over gloo."""
+    root = tmp_path_factory.mktemp("ranks")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "-m", "tests.two_ranks", str(root)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_are_one_process(name: str, whole: dict[str, Path], ranks: Path) -> None:
+    ours, theirs = (load_file(root / WEIGHTS) for root in (ranks / name, whole[name]))
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert (value - theirs[key]).abs().max() < 1e-6
+    for mine, other in zip(metrics_of(ranks / name), metrics_of(whole[name]), strict=True):
+        assert mine.keys() == other.keys()
+        for key, figure in mine.items():
+            assert figure == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
+    shards = [path.name for path in checkpoint_of(ranks / name).glob("shard-*")]
+    assert len(shards) == 2
+
+
+def checkpoint_of(out: Path) -> Path:
+    newest = checkpoint.latest(out / "checkpoints")
+    assert newest is not None
+    return newest
+
+
+def test_one_process_continues_what_two_have_begun(ranks: Path, whole: dict[str, Path]) -> None:
+    """From the checkpoint before the last one."""
+    args = replace(RUNS["sft"], out=ranks / "sft")
+    shutil.rmtree(checkpoint_of(args.out))
+    sft.train(args)  # type: ignore[arg-type]
+    ours, theirs = (load_file(root / WEIGHTS) for root in (args.out, whole["sft"]))
+    assert all((value - theirs[key]).abs().max() < 1e-6 for key, value in ours.items())
+    assert len(list(checkpoint_of(args.out).glob("shard-*"))) == 1

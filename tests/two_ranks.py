@@ -1,0 +1,16 @@
+"""The runs of `test_resume.py`, as each of several processes runs them under torchrun:
+
+torchrun --nproc-per-node 2 -m tests.two_ranks DIR
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from tests.test_resume import RUNS, TRAIN
+from train import parallel
+
+if __name__ == "__main__":
+    with parallel.ranks():
+        for name, args in RUNS.items():
+            TRAIN[name](replace(args, out=Path(sys.argv[1]) / name))

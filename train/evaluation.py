@@ -1,0 +1,62 @@
+"""Votes on labelled rows while a judge is trained: of the synthetic world's dev split, or a file's.
+
+Every evaluation draws with the same seed on the same rows, so that what changes is the model. Watch
+the vote, not the single judgement alone: training can raise the one and lower the other.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.judge import Judge
+from engine.request import Row
+from engine.verdict import RowFailure
+from train import parallel
+from train.rollout import dev_rows, is_right, labelled_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoteArgs:
+    """Evaluation by votes; the best model of all evaluations is kept as OUT/best."""
+
+    eval_every: int = 0  # steps between votes on dev rows; 0: never
+    eval_data: Path | None = None  # a JSONL file of labelled rows; the synthetic world's, left out
+    eval_rows: int = 200
+    eval_k: int = 8
+    eval_temperature: float = 1.0
+    max_new_tokens: int = 512  # of a judgement
+
+    def is_due(self, step: int) -> bool:
+        """Whether to vote after so many steps."""
+        return self.eval_every > 0 and step % self.eval_every == 0
+
+
+def evaluation_rows(args: VoteArgs, name: str) -> list[Row]:
+    """The rows of a run's evaluations: none where there are no evaluations."""
+    if not args.eval_every:
+        return []
+    if args.eval_data is None:
+        return dev_rows(name, args.eval_rows)
+    return labelled_rows(args.eval_data)[0][: args.eval_rows]
+
+
+def dev_votes(judge: Judge, rows: list[Row], args: VoteArgs) -> dict[str, float]:
+    """Share of rows that a vote of `eval_k` gets right, and that one judgement does; what cannot be
+    judged is wrong."""
+    own = parallel.share(rows)
+    outcomes = judge.rows(
+        own, k=args.eval_k, temperature=args.eval_temperature, max_new_tokens=args.max_new_tokens
+    )
+    votes, singles = [], []
+    for row, outcome in zip(own, outcomes, strict=True):
+        assert row.label is not None
+        if isinstance(outcome, RowFailure):
+            votes.append(False)
+            singles.append(0.0)
+            continue
+        votes.append(bool(outcome.correct))
+        right = [is_right(s.scores, row.label, judge.settings.threshold) for s in outcome.samples]
+        singles.append(sum(right) / len(right))
+    return {
+        "dev_vote": sum(parallel.gather(votes)) / len(rows),
+        "dev_single": sum(parallel.gather(singles)) / len(rows),
+    }

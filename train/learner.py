@@ -1,0 +1,95 @@
+"""A model under training: what learns of it, in which dtype, on how many devices, and its updates.
+
+`model` is what gradients go through: with adapters (LoRA) on a frozen base, or divided among ranks,
+where the settings say so. `plain` is the same model as one whole `Transformer` or `ScalarModel`,
+adapters merged: what samples, and what is saved. On one device without adapters the two are one;
+else `plain` is a copy, which `refresh` brings up to date.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+import torch
+
+from models.lora import AdaptedLinear, add_adapters, merged_weight
+from models.scalar_head import ScalarModel
+from models.transformer import Transformer
+from train import parallel
+from train.optimizer import Optimizer, cosine_lr
+
+M = TypeVar("M", Transformer, ScalarModel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerArgs:
+    """How a model learns: the settings that all training loops share."""
+
+    steps: int = 1000
+    lr: float = 1e-4
+    warmup: int = 100
+    weight_decay: float = 0.1
+    clip: float = 1.0  # of the gradient's norm
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights; optimizer state is float32
+    lora_rank: int = 0  # of adapters on the linear layers, the base frozen; 0: all weights learn
+    lora_alpha: float = 16.0
+    recompute: bool = False  # activations, layer by layer in the backward: less memory, more time
+    seed: int = 0
+
+
+class Learner(Generic[M]):
+    """A model under training and its optimizer."""
+
+    def __init__(self, model: M, args: LearnerArgs) -> None:
+        """model: whole, in the dtype of the settings; it becomes `plain`. Its parameters that
+        require no gradient stay as they are."""
+        self.args = args
+        self.plain: M = model
+        self.model: M = model
+        if args.lora_rank or parallel.world_size() > 1:
+            self.model = deepcopy(model)
+            self.plain.requires_grad_(False)
+        decoder = self.model.model if isinstance(self.model, ScalarModel) else self.model
+        if args.lora_rank:
+            add_adapters(decoder, args.lora_rank, args.lora_alpha, args.seed)
+        decoder.recompute = args.recompute
+        parallel.shard(self.model)
+        self.optimizer = Optimizer(self.model, args.weight_decay)
+        self._is_stale = False
+
+    def update(self, step: int, loss: float, rows: Sequence[str] = ()) -> dict[str, float]:
+        """The update of 0-based `step` with the gradients that have been added up; returns their
+        norm and the learning rate. Raises FloatingPointError naming step and rows where loss or
+        norm is not finite."""
+        args = self.args
+        lr = cosine_lr(step, args.steps, args.lr, args.warmup)
+        try:
+            norm = self.optimizer.step(lr, args.clip, loss)
+        except FloatingPointError as error:
+            named = f"; rows {', '.join(rows)}" if rows else ""
+            raise FloatingPointError(f"step {step}: {error}{named}") from None
+        self._is_stale = self.plain is not self.model
+        return {"grad_norm": norm, "lr": lr}
+
+    def loaded(self) -> None:
+        """The optimizer's tensors have been filled from a checkpoint."""
+        self.optimizer.loaded()
+        self._is_stale = self.plain is not self.model
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring `plain` up to date; all ranks together."""
+        if not self._is_stale:
+            return
+        parallel.reshard(self.model)
+        modules = dict(self.model.named_modules())
+        for name, target in self.plain.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            module = modules[owner]
+            source = parallel.whole(getattr(module, leaf))
+            if isinstance(module, AdaptedLinear) and leaf == "weight":
+                low, high = parallel.whole(module.lora_a), parallel.whole(module.lora_b)
+                source = merged_weight(source, low, high, module.scale)
+            target.copy_(source)
+        self._is_stale = False
