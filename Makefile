@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 # A process for each processor, of one thread each: small models gain nothing from more.
-SUITE := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
+SUITE := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadgroup
 
 .PHONY: sample test check soak bench aot gpu pocket clean
 

@@ -17,16 +17,17 @@ from engine.judge import Judge
 from engine.prompt import read_judge_settings, read_judge_template
 from engine.request import make_row
 from engine.sample import POCKET
-from engine.verdict import Sample
+from engine.verdict import Sample, Verdict
 from kernels.policy_loss import LOSSES
 from models import load
 from models.transformer import Transformer, causal_attend
 from tests.policy_oracle import oracle
 from tests.tiny import write_model
-from train import grpo
+from train import grpo, rft
+from train.evaluation import VoteArgs, dev_votes, evaluation_rows
 from train.learner import Learner
 from train.pocket import JUDGE_TEMPLATE
-from train.rollout import Group, advantages, describe, file_rows, is_right, world_rows
+from train.rollout import Group, advantages, describe, dev_rows, file_rows, is_right, world_rows
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -259,6 +260,54 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match="no row with a label"):
         file_rows(path, 0, 2)
+
+
+def test_easy_rows_of_a_file_are_left_out(tmp_path: Path) -> None:
+    """Those that a run of rejective fine-tuning over that very file found right each time."""
+    data, sampled = tmp_path / "rows.jsonl", tmp_path / "rft"
+    fields = [{"id": r.id, "prompt": r.messages[-1].content, "responses": r.responses,
+               "label": r.label} for r in world_rows("easy", 0, 40)(0)
+              if len(r.messages) == 1]  # fmt: skip
+    data.write_text("".join(json.dumps(each) + "\n" for each in fields))
+    rft.sample(rft.Args(out=sampled, data=data, samples=2, hinted=False, max_new_tokens=220))
+    done = [json.loads(line) for line in (sampled / "progress.jsonl").open()][1:]
+    easy = {d["id"] for d in done if d["samples"] == ["too_easy"] * 2}
+    assert 0 < len(easy) < len(fields)
+    args = grpo.Args(
+        out=tmp_path / "out", data=data, skip_easy=sampled / "progress.jsonl", rows=len(fields)
+    )
+    trainer = grpo.Trainer(args)
+    assert {row.id for row in trainer.rows(0)} == {each["id"] for each in fields} - easy
+    assert trainer.left_out == {"too easy": len(easy)}
+    with pytest.raises(ValueError, match="there is no data"):
+        grpo.train(replace(args, data=None))
+    data.write_text(data.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"progress\.jsonl is not about .*rows\.jsonl"):
+        grpo.Trainer(args)
+
+
+def test_votes_on_rows_of_a_file(tmp_path: Path) -> None:
+    """Counted by hand; a row that cannot be judged is wrong."""
+    rows = dev_rows("votes", 5)
+    rows.append(make_row("p " * 40000, ["a", "b"], label=0))
+    args = VoteArgs(eval_every=1, eval_k=3, max_new_tokens=220)
+    judge = Judge.load(POCKET, dtype=torch.float32)
+    told = dev_votes(judge, rows, args)
+    votes, singles = 0, 0.0
+    for row in rows[:5]:
+        (verdict,) = judge.rows([row], k=3, temperature=1.0, max_new_tokens=220)
+        assert isinstance(verdict, Verdict)
+        votes += bool(verdict.correct)
+        assert row.label is not None
+        singles += sum(is_right(s.scores, row.label, 5.5) for s in verdict.samples) / 3
+    assert told["dev_vote"] == votes / 6 and votes > 0
+    assert abs(told["dev_single"] - singles / 6) < 1e-12
+    path = tmp_path / "rows.jsonl"
+    lines = [{"prompt": f"{i}", "responses": ["a", "b"], "label": i % 2} for i in range(4)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    from_file = replace(args, eval_data=path, eval_rows=3)
+    assert [row.label for row in evaluation_rows(from_file, "")] == [0, 1, 0]
+    assert evaluation_rows(replace(from_file, eval_every=0), "") == []
 
 
 def test_rows_of_the_world_are_fresh_and_the_same_again() -> None:

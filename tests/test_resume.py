@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
-from train import checkpoint, grpo, meta_rm, sft
+from train import checkpoint, grpo, meta_rm, rft, sft
 from train.run import RunArgs
 
 ROOT = Path(__file__).parent.parent
 POCKET = ROOT / "models" / "pocket"
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("resume")]
 WEIGHTS = "model.safetensors"
 LONGEST = 220  # tokens of most judgements of the world
 
@@ -45,6 +47,7 @@ RUNS: dict[str, RunArgs] = {
 }  # fmt: skip
 TRAIN: dict[str, Any] = {"sft": sft.train, "grpo": grpo.train, "meta_rm": meta_rm.train}
 TRAIN["adapters"] = grpo.train
+SAMPLED = rft.Args(out=Path("rft"), rows=5, chunk_rows=3, max_new_tokens=LONGEST, hinted=False)
 KILLED = ("sft", "grpo", "meta_rm")
 
 
@@ -74,6 +77,10 @@ def metrics_of(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def timings_of(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
+
+
 def test_what_a_run_leaves_behind(whole: dict[str, Path]) -> None:
     for name, args in RUNS.items():
         out = whole[name]
@@ -85,6 +92,29 @@ def test_what_a_run_leaves_behind(whole: dict[str, Path]) -> None:
         assert "layers.0.self_attn.q_proj.weight" in moved
         assert ("embed_tokens.weight" in moved) == (name != "adapters")
         assert set(os.listdir(out)) >= {"config.json", "tokenizer.json", "judge_template.jinja"}
+
+
+def test_sampler_and_trainer_agree(whole: dict[str, Path]) -> None:
+    """Also where a copy of the model with merged adapters samples."""
+    for name in ("grpo", "adapters"):
+        for line in metrics_of(whole[name]):
+            assert line["logp_difference"] < 1e-5 and line["ratio_off"] == 0
+    # The reference is the model with its adapters off: nothing has moved before the first update.
+    kl = [line["kl"] for line in metrics_of(whole["adapters"])]
+    assert kl[0] < 1e-9 < kl[1]
+
+
+def test_tensorboard_shows_what_is_logged(whole: dict[str, Path]) -> None:
+    for name in RUNS:
+        events = EventAccumulator(str(whole[name] / "tensorboard"))
+        events.Reload()
+        for figure, values in (("metrics", metrics_of), ("timings", timings_of)):
+            for line in values(whole[name]):
+                for key, value in line.items():
+                    if key != "step":
+                        points = {e.step: e.value for e in events.Scalars(f"{figure}/{key}")}
+                        shown = torch.tensor(points[int(line["step"])])
+                        assert shown.isclose(torch.tensor(float(value)), equal_nan=True)
 
 
 def test_the_best_of_all_evaluations_is_kept(whole: dict[str, Path]) -> None:
@@ -121,8 +151,9 @@ def test_a_killed_run_resumes_to_the_bit(name: str, whole: dict[str, Path], tmp_
         TRAIN[name](replace(args, lr=0.5))
     TRAIN[name](args)
     assert outcome(args.out) == outcome(whole[name])
-    timed = (args.out / "timings.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in timed] == list(range(1, args.steps + 1))
+    timed = timings_of(args.out)
+    assert [line["step"] for line in timed] == list(range(1, args.steps + 1))
+    assert all(line["memory"] > 0 and line["update"] > 0 for line in timed)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +182,12 @@ def test_two_ranks_are_one_process(name: str, whole: dict[str, Path], ranks: Pat
             assert figure == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
     shards = [path.name for path in checkpoint_of(ranks / name).glob("shard-*")]
     assert len(shards) == 2
+
+
+def test_two_ranks_sample_what_one_process_does(ranks: Path, tmp_path: Path) -> None:
+    rft.sample(replace(SAMPLED, out=tmp_path))
+    for name in ("trajectories.jsonl", "judgements.jsonl", "progress.jsonl", "counts.json"):
+        assert (ranks / "rft" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def checkpoint_of(out: Path) -> Path:

@@ -7,10 +7,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tests.test_resume import RUNS, TRAIN
-from train import parallel
+from tests.test_resume import RUNS, SAMPLED, TRAIN
+from train import parallel, rft
 
 if __name__ == "__main__":
+    root = Path(sys.argv[1])
     with parallel.ranks():
         for name, args in RUNS.items():
-            TRAIN[name](replace(args, out=Path(sys.argv[1]) / name))
+            TRAIN[name](replace(args, out=root / name))
+        rft.sample(replace(SAMPLED, out=root / "rft"))

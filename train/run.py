@@ -32,11 +32,6 @@ from models.weights import save_pretrained
 from train import checkpoint, parallel
 from train.learner import Learner, LearnerArgs
 
-try:
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError:
-    SummaryWriter = None  # type: ignore[assignment, misc]
-
 # What does not decide how a run ends: where its files are, how often it writes, how it saves room.
 _PLACES = frozenset({"model", "out", "log_every", "save_every", "keep", "recompute"})
 
@@ -82,9 +77,7 @@ class Run:
             for path in (out / "metrics.jsonl", out / "timings.jsonl"):
                 _cut_metrics(path, self.first)
                 self._files.append(path.open("a", encoding="utf-8"))
-            if SummaryWriter is not None:
-                board = str(out / "tensorboard")
-                self._board = SummaryWriter(board, purge_step=self.first + 1)
+            self._board = _tensorboard(out / "tensorboard", self.first)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -217,6 +210,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What differs between two runs' settings, in words."""
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     return ", ".join(f"{name} = {old.get(name)}, not {new.get(name)}" for name in names)
+
+
+def _tensorboard(directory: Path, step: int) -> Any:
+    """A writer of what comes after `step`, or None where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory), purge_step=step + 1)
 
 
 def _cut_metrics(path: Path, step: int) -> None:

@@ -1,0 +1,117 @@
+"""What learners have in common: recomputed activations, dtypes, and the plain copy that samples."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import load
+from models.transformer import Transformer
+from tests.tiny import FAMILIES, write_model
+from train.data import Trajectory
+from train.learner import Learner, LearnerArgs
+from train.packing import pack
+from train.sft import loss_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BATCH = [Trajectory([(5, 6, 7)], list(range(10, 60))), Trajectory([(5, 6, 7)], [8, 9, 2])]
+
+
+def model_of(directory: Path, family: str = "qwen3", dtype: str = "float32") -> Transformer:
+    write_model(directory, family)
+    return load(directory, dtype=dtype)[0]
+
+
+@contextmanager
+def kept_bytes() -> Iterator[list[int]]:
+    """The bytes that autograd keeps for the backward, each storage once."""
+    seen: dict[int, int] = {}
+    total = [0]
+
+    def pack_hook(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        total[0] = sum(seen.values())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+        yield total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_activations_change_no_bit(family: str, tmp_path: Path) -> None:
+    model = model_of(tmp_path, family)
+    found, kept = [], []
+    for recompute in (False, True):
+        model.zero_grad()
+        learner = Learner(model, LearnerArgs(recompute=recompute))
+        with kept_bytes() as total:
+            loss = loss_of(learner.model, pack(BATCH))
+        kept.append(total[0])
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        assert one.equal(other)
+    assert kept[1] < 0.7 * kept[0]  # of three layers, and what embedding and head keep
+
+
+def test_a_learner_on_one_device_is_the_model_itself(tmp_path: Path) -> None:
+    model = model_of(tmp_path)
+    learner = Learner(model, LearnerArgs())
+    assert learner.model is learner.plain is model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plain_copy_is_the_adapted_model(tmp_path: Path, dtype: str) -> None:
+    model = model_of(tmp_path, dtype=dtype)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    args = LearnerArgs(lora_rank=4, lr=1e-2, warmup=0, steps=9, dtype=dtype)  # type: ignore[arg-type]
+    learner = Learner(model, args)
+    for step in range(3):
+        learner.optimizer.zero_grad()
+        loss = loss_of(learner.model, pack(BATCH))
+        loss.backward()
+        learner.update(step, loss.item())
+    for name, parameter in learner.plain.named_parameters():
+        assert parameter.equal(before[name])  # not refreshed yet
+    learner.refresh()
+    assert learner.plain is model
+    losses = [loss_of(each, pack(BATCH)).item() for each in (model, learner.model)]
+    untouched = loss_of(load(tmp_path, dtype=dtype)[0], pack(BATCH)).item()
+    apart = abs(losses[0] - losses[1])
+    assert apart < (1e-5 if dtype == "float32" else 2e-2) < abs(losses[0] - untouched)
+
+
+def test_bfloat16_weights_follow_float32_ones(tmp_path: Path) -> None:
+    """The same steps from the same rounded weights; what differs is the rounding of activations."""
+    low = model_of(tmp_path, dtype="bfloat16")
+    wide = load(tmp_path, dtype=torch.float32)[0]
+    with torch.no_grad():
+        for p, q in zip(wide.parameters(), low.parameters(), strict=True):
+            p.copy_(q)
+    losses = []
+    for model in (wide, low):
+        args = LearnerArgs(lr=3e-3, warmup=0, steps=12, weight_decay=0.0)
+        learner, own = Learner(model, args), []
+        for step in range(10):
+            learner.optimizer.zero_grad()
+            loss = loss_of(model, pack(BATCH))
+            loss.backward()
+            learner.update(step, loss.item())
+            own.append(loss.item())
+        losses.append(own)
+        assert all(t.dtype == torch.float32 for t in learner.optimizer.tensors().values())
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    assert losses[0][-1] < losses[0][0] / 2
+    for exact, rounded in zip(*losses, strict=True):
+        assert abs(exact - rounded) < 0.03 * exact
+
+
+def test_what_is_not_finite_names_step_and_rows(tmp_path: Path) -> None:
+    learner = Learner(model_of(tmp_path), replace(LearnerArgs(), steps=3))
+    with pytest.raises(FloatingPointError, match=r"step 2: loss nan, gradient norm .*; rows a, b$"):
+        learner.update(2, float("nan"), ["a", "b"])
