@@ -233,9 +233,12 @@ def test_every_valid_judgement_says_whether_it_is_right(
         expected[row.id] = [(list(s.order), s.text, agrees(s.scores, row.label)) for s in valid]
     expected = {name: judgements for name, judgements in expected.items() if judgements}
     found = file_judgements(args.judgements, len(expected), 0)(0)  # one epoch
-    assert {each.row.id: each.judgements for each in found} == expected
+    told = {
+        each.row.id: [(own.order, own.text, own.right) for own in each.judgements] for each in found
+    }
+    assert told == expected
     assert [each.row.id for each in found] != list(expected)  # in another order
-    assert {right for each in found for *_, right in each.judgements} == {False, True}
+    assert {own.right for each in found for own in each.judgements} == {False, True}
 
 
 @pytest.mark.parametrize("keep_hint", [False, True])

@@ -84,7 +84,7 @@ def prompt_segments(
     return [segment.token_ids for segment in builder.segments(row, order, hint)]
 
 
-class _Judgement(msgspec.Struct, kw_only=True):
+class _Line(msgspec.Struct, kw_only=True):
     """What a line of such a file holds beside its row. `right`: whether the judgement is."""
 
     judgement: str
@@ -99,9 +99,9 @@ def file_batches(builder: PromptBuilder, end_id: int, path: Path, rows: int, see
     Raises ValueError naming file and line for a line without a judgement or with a bad row.
     """
 
-    def trajectory(row: Row, judged: _Judgement) -> Trajectory:
-        prompt = prompt_segments(builder, row, _order(row, judged), judged.hint)
-        return Trajectory(prompt, [*builder.tokenizer.encode_text(judged.judgement), end_id])
+    def trajectory(row: Row, line: _Line) -> Trajectory:
+        prompt = prompt_segments(builder, row, _order(row, line), line.hint)
+        return Trajectory(prompt, [*builder.tokenizer.encode_text(line.judgement), end_id])
 
     trajectories = _read_lines(path, trajectory)
     if not trajectories:
@@ -111,11 +111,22 @@ def file_batches(builder: PromptBuilder, end_id: int, path: Path, rows: int, see
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """A judgement of a row: the order that it saw, its text, whether it is right; and its tokens,
+    where it was sampled here."""
+
+    order: Sequence[int]
+    text: str
+    right: bool
+    token_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
 class JudgedRow:
-    """A row and some of its judgements: of each the order, the text, and whether it is right."""
+    """A row and some of its judgements."""
 
     row: Row
-    judgements: list[tuple[Sequence[int], str, bool]]
+    judgements: list[Judgement]
 
 
 def file_judgements(path: Path, rows: int, seed: int) -> Callable[[int], list[JudgedRow]]:
@@ -125,13 +136,16 @@ def file_judgements(path: Path, rows: int, seed: int) -> Callable[[int], list[Ju
     Raises ValueError naming file and line for a line that is no such judgement.
     """
 
-    def judgement(row: Row, judged: _Judgement) -> tuple[Row, tuple[Sequence[int], str, bool]]:
-        if judged.right is None:
+    def judgement(row: Row, line: _Line) -> tuple[Row, Judgement]:
+        if line.right is None:
             raise ValueError("it does not say whether its judgement is right")
-        return row, (_order(row, judged), judged.judgement, judged.right)
+        return row, Judgement(_order(row, line), line.judgement, line.right)
 
-    lines = groupby(_read_lines(path, judgement), key=lambda line: line[0])
-    judged_rows = [JudgedRow(row, [own for _, own in group]) for row, group in lines]
+    lines = groupby(_read_lines(path, judgement), key=lambda line: (line[0].id, line[0].digest))
+    judged_rows = []
+    for _, group in lines:
+        found = list(group)
+        judged_rows.append(JudgedRow(found[0][0], [own for _, own in found]))
     if not judged_rows:
         raise ValueError(f"{path} holds no judgement")
     return lambda number: epochs(judged_rows, number, rows, seed)
@@ -147,26 +161,26 @@ def epochs(items: Sequence[_T], number: int, size: int, seed: int) -> list[_T]:
     return [items[permutation(len(items), seed, epoch)[place]] for epoch, place in places]
 
 
-def _read_lines(path: Path, make: Callable[[Row, _Judgement], _T]) -> list[_T]:
+def _read_lines(path: Path, make: Callable[[Row, _Line], _T]) -> list[_T]:
     """What is made of each line of a JSONL file, which holds a row and its judgement."""
     made = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             place = f"{path}, line {number}"
             fields = parse_json(Path(place), line)
-            own = {key: fields.pop(key) for key in _Judgement.__struct_fields__ if key in fields}
+            own = {key: fields.pop(key) for key in _Line.__struct_fields__ if key in fields}
             try:
-                judged = msgspec.convert(own, _Judgement)
+                judged = msgspec.convert(own, _Line)
                 made.append(make(parse_row(json.dumps(fields).encode()), judged))
             except (ValueError, msgspec.ValidationError) as error:
                 raise ValueError(f"{place}: {error}") from error
     return made
 
 
-def _order(row: Row, judged: _Judgement) -> Sequence[int]:
+def _order(row: Row, line: _Line) -> Sequence[int]:
     """In which a judgement saw the responses."""
     places = list(range(len(row.responses)))
-    order = places if judged.order is None else judged.order
+    order = places if line.order is None else line.order
     if sorted(order) != places:
         raise ValueError(f"order {order} is not a permutation of {len(places)} responses")
     return order

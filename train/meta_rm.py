@@ -17,10 +17,15 @@ Without --data the rows are fresh ones of the synthetic world. OUT is a sequence
 label, which `engine.sample --meta-model` and transformers load. Evaluation is on dev rows of the
 world, sampled once: the AUC within rows that have right and wrong judgements is what filtering
 gains from; the pooled one can be high by telling hard rows from easy ones.
+
+With --head the decoder stays the judge's own, and the score alone is learnt, from the state out of
+which a judgement's last token was drawn. OUT/meta_head.safetensors is then all that is new: what
+`engine.sample --meta-head` reads, at no cost. It is an ablation.
 """
 
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -31,6 +36,7 @@ from typing import Literal
 
 import torch
 import tyro
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
@@ -43,8 +49,9 @@ from models import load
 from models.config import read_json
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
+from models.weights import save_pretrained
 from train import parallel
-from train.data import JudgedRow, Trajectory, file_judgements
+from train.data import JudgedRow, Judgement, Trajectory, file_judgements
 from train.learner import Learner
 from train.packing import pack, packed_attention
 from train.rollout import Group, Rows, dev_rows, file_rows, sample_groups, step_seed, world_rows
@@ -68,6 +75,7 @@ class Args(RunArgs):
     temperature: float = 1.0  # of the judgements
     max_new_tokens: int = 512
     loss: Literal["pointwise", "pairwise"] = "pointwise"
+    head: bool = False  # a score of the judge's own hidden state: the decoder is frozen
     warmup: int = 10
     eval_every: int = 0  # steps between evaluations; 0: only after the last
     eval_rows: int = 100
@@ -106,7 +114,7 @@ def judged(groups: Sequence[Group]) -> list[JudgedRow]:
         JudgedRow(
             group.row,
             [
-                (sample.order, sample.text, reward > 0)
+                Judgement(sample.order, sample.text, reward > 0, sample.token_ids)
                 for sample, reward in zip(group.samples, group.rewards, strict=True)
                 if sample.scores is not None
             ],
@@ -115,15 +123,16 @@ def judged(groups: Sequence[Group]) -> list[JudgedRow]:
     ]
 
 
-def labelled(meta: MetaModel, rows: Sequence[JudgedRow]) -> Labelled:
-    """The judgements of rows, as the meta model reads them."""
+def labelled(meta: MetaModel, rows: Sequence[JudgedRow], head: bool = False) -> Labelled:
+    """The judgements of rows, as the meta model reads them; or as the judge wrote them, for a head
+    that reads the state from which the last token was drawn."""
     trajectories, right, numbers = [], [], []
     for number, each in enumerate(rows):
-        for order, text, is_right in each.judgements:
+        for own in each.judgements:
             # The last token of a completion is a target only; it is not read.
-            completion = (*meta.judgement(text), 0)
-            trajectories.append(Trajectory(meta.prompt(each.row, order), completion))
-            right.append(is_right)
+            completion = own.token_ids if head else (*meta.judgement(own.text), 0)
+            trajectories.append(Trajectory(meta.prompt(each.row, own.order), completion))
+            right.append(own.right)
             numbers.append(number)
     return Labelled(trajectories, torch.tensor(right, dtype=torch.bool), torch.tensor(numbers))
 
@@ -173,11 +182,21 @@ def auc(scores: Tensor, judgements: Labelled) -> dict[str, float]:
     }
 
 
+def save_head(model: ScalarModel, directory: Path) -> None:
+    """Write the score's weight by itself."""
+    path = directory / "meta_head.safetensors"
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({"score.weight": model.score.weight.detach().float()}, temporary)
+    os.replace(temporary, path)
+
+
 class Trainer:
     """The meta model under training, and the judge that it reads."""
 
     def __init__(self, args: Args) -> None:
         model, tokenizer = scalar_of(args.model, args.dtype)
+        if args.head:
+            model.model.requires_grad_(False)
         template, settings = read_judge_template(args.model), read_judge_settings(args.model)
         self.args, self.learner = args, Learner(model, args)
         self.meta = MetaModel(
@@ -228,13 +247,13 @@ class Trainer:
         """Add the gradients of the mean loss over the judgements of rows, or over their pairs; a
         rank takes its share. Returns that loss, and what the logits say."""
         args, model = self.args, self.learner.model
-        rights = [right for each in rows for *_, right in each.judgements]
+        rights = [own.right for each in rows for own in each.judgements]
         total = len(rights)
         if args.loss == "pairwise":
             total = sum(_num_pairs(each) for each in rows)
         losses, hits = [], []
         for own, counts in parallel.micro_batches(rows, args.micro_rows):
-            judgements = labelled(self.meta, own)
+            judgements = labelled(self.meta, own, args.head)
             logits = logits_of(model, judgements)
             loss = losses_of(logits, judgements, args.loss).sum() / max(1, total)
             (loss * parallel.world_size() * counts).backward()
@@ -260,14 +279,14 @@ class Trainer:
         scores: list[float] = []
         own = parallel.share(self._dev)
         for first in range(0, len(own), args.micro_rows):
-            some = labelled(self.meta, own[first : first + args.micro_rows])
+            some = labelled(self.meta, own[first : first + args.micro_rows], args.head)
             scores += logits_of(self.learner.plain, some).tolist()
-        told = auc(torch.tensor(parallel.gather(scores)), labelled(self.meta, self._dev))
+        told = auc(torch.tensor(parallel.gather(scores)), labelled(self.meta, self._dev, args.head))
         return {f"dev_{name}": value for name, value in told.items()}
 
 
 def _num_pairs(row: JudgedRow) -> int:
-    right = sum(right for *_, right in row.judgements)
+    right = sum(own.right for own in row.judgements)
     return right * (len(row.judgements) - right)
 
 
@@ -280,12 +299,14 @@ def train(args: Args) -> None:
     check_args(args, "samples", "judged_rows", "micro_rows", "eval_rows", "eval_samples")
     if args.rows < (args.judgements is None):
         raise ValueError(f"rows = {args.rows}: there is nothing to learn from")
+    if args.head and (args.judge or args.judgements or args.lora_rank):
+        raise ValueError("a head reads what its own, frozen judge has sampled, and nothing else")
     trainer = Trainer(args)
     started = time.monotonic()
     last: dict[str, float] = {}
     for reason, count in trainer.left_out.most_common() if parallel.is_first() else ():
         print(f"left out: {count} x {reason}", file=sys.stderr)
-    with Run(args, trainer.learner) as run:
+    with Run(args, trainer.learner, save_head if args.head else save_pretrained) as run:
         for step in run.steps():
             metrics, timings = trainer.step(step)
             is_last, score = step + 1 == args.steps, None

@@ -17,20 +17,18 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Generic, TextIO
 
 import torch
 from tqdm import tqdm
 
 from engine.verdict import fingerprint_of
-from models.scalar_head import ScalarModel
-from models.transformer import Transformer
 from models.weights import save_pretrained
 from train import checkpoint, parallel
-from train.learner import Learner, LearnerArgs
+from train.learner import Learner, LearnerArgs, M
 
 # What does not decide how a run ends: where its files are, how often it writes, how it saves room.
 _PLACES = frozenset({"model", "out", "log_every", "save_every", "keep", "recompute"})
@@ -47,13 +45,21 @@ class RunArgs(LearnerArgs):
     keep: int = 2  # checkpoints, the newest
 
 
-class Run:
+class Run(Generic[M]):
     """A run under way, as a context. `first` is the number of steps done, `state` what the newest
     checkpoint was saved with, besides the learner's tensors, which are put back."""
 
-    def __init__(self, args: RunArgs, learner: Learner[Transformer] | Learner[ScalarModel]) -> None:
-        """Raises ValueError for settings other than those of the checkpoint."""
-        self._args, self._learner = args, learner
+    def __init__(
+        self,
+        args: RunArgs,
+        learner: Learner[M],
+        save: Callable[[M, Path], None] = save_pretrained,
+    ) -> None:
+        """save: writes a finished model into a directory. Raises ValueError for settings other than
+        those of the checkpoint."""
+        self._args = args
+        self._learner: Learner[M] = learner
+        self._save: Callable[[M, Path], None] = save
         self._settings = settings_of(asdict(args), args.model)
         self._checkpoints = args.out / "checkpoints"
         self._checkpoints.mkdir(parents=True, exist_ok=True)
@@ -71,7 +77,7 @@ class Run:
         self._files: list[TextIO] = []
         self._board: Any = None
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> "Run[M]":
         if parallel.is_first():
             out = self._args.out
             for path in (out / "metrics.jsonl", out / "timings.jsonl"):
@@ -148,7 +154,7 @@ class Run:
             for path in self._args.model.iterdir():
                 if path.suffix in (".json", ".jinja") and not path.name.endswith(".index.json"):
                     shutil.copyfile(path, directory / path.name)
-            save_pretrained(self._learner.plain, directory)
+            self._save(self._learner.plain, directory)
         parallel.barrier()
 
 

@@ -1,0 +1,155 @@
+"""Which votes to count: a meta model's best half beside all votes, and beside other halves.
+
+    python -m bench.filters --meta-model DIR [--model DIR] [--data FILE] [--split dev]
+                            [--rows 1000] [--k 32] [--temperature 1]
+
+Every row is sampled k times, and its judgements are scored by the meta model. For j = 1, 2, 4 ... k
+a vote of j samples is taken over subsets as in `bench.voting`, by
+
+    all        every valid one of the j
+    meta       the j / 2 that the meta model trusts most
+    random     some j / 2: what a filter without knowledge comes to
+    shortest   the j / 2 of the fewest tokens
+    likeliest  the j / 2 with the highest mean log-prob of their tokens
+    oracle     the j / 2 that are right, as far as there are so many: what a perfect one comes to
+
+Differences are to all j votes, on the same subsets; intervals are 95 %, by a bootstrap over rows.
+The meta model's AUC is that within rows which have right and wrong judgements. Ends in one JSON
+line.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from bench.voting import SUBSETS, chance_correct, interval, read_labelled
+from engine.judge import Judge
+from engine.verdict import Sample, Verdict
+from train.rollout import is_right
+from train.world import Split
+
+FILTERS = ("all", "meta", "random", "shortest", "likeliest", "oracle")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measure what filtering votes gains on labelled rows."""
+
+    meta_model: Path
+    model: Path = Path("models/pocket")
+    data: Path | None = None
+    split: Split = "dev"  # of the judging world, when there is no --data
+    rows: int = 1000
+    k: int = 32
+    temperature: float = 1.0
+    max_new_tokens: int = 400
+    seed: int = 0
+
+
+def row_curves(
+    verdict: Verdict, k: int, threshold: float, rng: np.random.Generator
+) -> dict[str, dict[int, float]]:
+    """filter -> j -> the row's chance to be right."""
+    label = verdict.label
+    assert label is not None
+    samples = [sample for sample in verdict.samples if sample.scores is not None]
+
+    def meta(sample: Sample) -> float:
+        return -np.inf if sample.meta is None else sample.meta
+
+    values: dict[str, Callable[[Sample], float]] = {
+        "meta": meta,
+        "random": lambda _: rng.random(),
+        "shortest": lambda sample: -sample.tokens,
+        "likeliest": lambda sample: float(np.mean(sample.logprobs)),
+        "oracle": lambda sample: is_right(sample.scores, label, threshold),
+    }
+    valid = {id(sample) for sample in samples}
+    found: dict[str, dict[int, float]] = {name: {} for name in FILTERS}
+    for size in [1 << i for i in range(k.bit_length()) if 1 << i < k] + [k]:
+        subsets = 1 if size == k else SUBSETS
+        chances = dict.fromkeys(FILTERS, 0.0)
+        for _ in range(subsets):
+            chosen = [verdict.samples[i] for i in rng.choice(k, size, replace=False)]
+            voting = [sample for sample in chosen if id(sample) in valid]
+            for name in FILTERS:
+                kept = voting
+                if name != "all":
+                    kept = sorted(voting, key=values[name], reverse=True)[: max(1, size // 2)]
+                scores = [sample.scores for sample in kept if sample.scores is not None]
+                chances[name] += chance_correct(scores, label, threshold) / subsets
+        for name in FILTERS:
+            found[name][size] = chances[name]
+    return found
+
+
+def auc_within(verdict: Verdict, threshold: float) -> float | None:
+    """The chance that a right judgement of a row is trusted more than a wrong one, a tie being
+    half; None where there are not both."""
+    scored = [sample for sample in verdict.samples if sample.meta is not None]
+    assert verdict.label is not None
+    right = np.array([is_right(s.scores, verdict.label, threshold) for s in scored], dtype=bool)
+    if not len(right) or right.all() or not right.any():
+        return None
+    meta = np.array([sample.meta for sample in scored])
+    gap = meta[right][:, None] - meta[~right]
+    return float(((gap > 0) + (gap == 0) / 2).mean())
+
+
+def table(curves: Sequence[dict[str, dict[int, float]]]) -> dict[str, dict[int, Any]]:
+    """filter -> j -> accuracy and, beside all votes, the difference, with intervals."""
+    found: dict[str, dict[int, Any]] = {}
+    for name in FILTERS:
+        found[name] = {}
+        for size in curves[0][name]:
+            right = np.array([each[name][size] for each in curves])
+            gain = right - [each["all"][size] for each in curves]
+            entry: dict[str, Any] = {"mean": float(right.mean()), "ci95": interval(right)}
+            if name != "all":
+                entry |= {"gain": float(gain.mean()), "gain_ci95": interval(gain)}
+            found[name][size] = entry
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    args = tyro.cli(Args, description=Args.__doc__)
+    rows = read_labelled(args.data, args.split, args.rows, args.seed)
+    judge = Judge.load(args.model, meta=args.meta_model)
+    threshold, rng = judge.settings.threshold, np.random.default_rng(args.seed)
+    outcomes = judge.rows(
+        rows, k=args.k, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+    )  # fmt: skip
+    curves, aucs = [], []
+    for outcome in tqdm(outcomes, total=len(rows), unit="row"):
+        if not isinstance(outcome, Verdict):
+            raise ValueError(f"row {outcome.id}: {outcome.error}")
+        curves.append(row_curves(outcome, args.k, threshold, rng))
+        if (auc := auc_within(outcome, threshold)) is not None:
+            aucs.append(auc)
+    found = table(curves)
+    for name, sizes in found.items():
+        figures = "".join(f"  @{size} {entry['mean']:.3f}" for size, entry in sizes.items())
+        print(f"{name:<10}{figures}", file=sys.stderr)
+    summary = {
+        "model": str(args.model),
+        "meta_model": str(args.meta_model),
+        "rows": len(rows),
+        "temperature": args.temperature,
+        "auc_within_rows": float(np.mean(aucs)),
+        "rows_with_both": len(aucs),
+        "filters": found,
+    }
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
