@@ -26,8 +26,7 @@ from bench.turns import Run, contend, describe
 from kernels.grpo_loss import grpo_loss
 from models.transformer import Transformer
 from train.data import Trajectory
-from train.grpo import hidden_states
-from train.packing import PackedBatch, pack
+from train.packing import PackedBatch, hidden_states, pack
 
 CONTENDERS = ("packed", "unshared", "whole logits")
 

@@ -9,7 +9,7 @@ whether the judgement is `right` are read as rows of judgements, for a meta mode
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import Path
@@ -25,10 +25,12 @@ from train.world import CRITERIA, Case, cases, judge, list_criteria
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One training sequence: a prompt as segments, and what loss falls on, the end token last."""
+    """One training sequence: a prompt as segments, and what loss falls on, the end token last; and
+    where it comes from."""
 
     prompt: Sequence[tuple[int, ...]]
     completion: Sequence[int]
+    name: str = ""
 
 
 Batches = Callable[[int], list[Trajectory]]  # batch number -> its trajectories
@@ -44,13 +46,16 @@ def world_batches(builder: PromptBuilder, end_id: int, rows: int, seed: int) -> 
     def batch(number: int) -> list[Trajectory]:
         rng = random.Random(f"quorum-sft-{seed}-{number}")
         stream = cases(f"sft-{seed}-{number}", "train")
-        return [_world_trajectory(builder, end_id, case, rng) for case in islice(stream, rows)]
+        return [
+            _world_trajectory(builder, end_id, case, rng, f"sft-{seed}-{number}-{i}")
+            for i, case in enumerate(islice(stream, rows))
+        ]
 
     return batch
 
 
 def _world_trajectory(
-    builder: PromptBuilder, end_id: int, case: Case, rng: random.Random
+    builder: PromptBuilder, end_id: int, case: Case, rng: random.Random, name: str
 ) -> Trajectory:
     listed = list_criteria(case, rng)
     principles = reference = hint = None
@@ -69,7 +74,7 @@ def _world_trajectory(
         fields["prompt"], fields["responses"], reference=reference, principles=principles
     )
     prompt = prompt_segments(builder, row, range(len(row.responses)), hint)
-    return Trajectory(prompt, [*builder.tokenizer.encode_text(text), end_id])
+    return Trajectory(prompt, [*builder.tokenizer.encode_text(text), end_id], name)
 
 
 def hint_at(place: int) -> str:
@@ -103,7 +108,8 @@ def file_batches(builder: PromptBuilder, end_id: int, path: Path, rows: int, see
         prompt = prompt_segments(builder, row, _order(row, line), line.hint)
         return Trajectory(prompt, [*builder.tokenizer.encode_text(line.judgement), end_id])
 
-    trajectories = _read_lines(path, trajectory)
+    made = _read_lines(path, trajectory)
+    trajectories = [replace(each, name=f"line {i}") for i, each in enumerate(made, 1)]
     if not trajectories:
         raise ValueError(f"{path} holds no trajectory")
 

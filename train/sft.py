@@ -73,7 +73,7 @@ def train(args: Args) -> None:
     """Train to args.steps, resuming where a checkpoint stands; writes the model to args.out.
 
     Raises ValueError for settings out of range or other than those of the checkpoint, and
-    FloatingPointError naming the step at which loss or gradients are not finite.
+    FloatingPointError naming the step and its rows at which loss or gradients are not finite.
     """
     check_args(args, "rows", "micro_rows", "eval_rows", "eval_k")
     model, tokenizer = load(args.model, dtype=args.dtype)
@@ -92,11 +92,11 @@ def train(args: Args) -> None:
         for step in run.steps():
             clock = Clock()
             learner.optimizer.zero_grad()
-            loss, num_tokens = add_gradients(
-                learner.model, batches(step), args.micro_rows, args.autocast
-            )
+            batch = batches(step)
+            loss, num_tokens = add_gradients(learner.model, batch, args.micro_rows, args.autocast)
             tokens += num_tokens
-            metrics = {"tokens": tokens, "loss": loss, **learner.update(step, loss)}
+            told = learner.update(step, loss, [each.name for each in batch])
+            metrics = {"tokens": tokens, "loss": loss, **told}
             clock.lap("update")
             speed = {"tokens_per_s": num_tokens / clock.seconds["update"]}
             if args.is_due(step + 1):
