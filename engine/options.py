@@ -38,7 +38,7 @@ class JudgeOptions:
     stop: Literal["box", "eos"] = "box"
     """End a sample when its scores are decided (box) or when it ends itself (eos)."""
     k_meta: int | None = None
-    """How many votes the meta model lets through, those that it scores highest (half of k)."""
+    """How many votes a meta model or head lets through, those it scores highest (half of k)."""
     until_decided: float | None = None
     """Draw samples in rounds, until the vote of all k is known with this probability."""
 

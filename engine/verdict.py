@@ -23,10 +23,11 @@ class Sample:
     """One judgement.
 
     `order[j]` is the response shown in position j. `scores` are one integer per response, in the
-    row's own order, or None, and then `invalid` says why. `meta` is the meta RM's score of a valid
-    sample, NaN where it has none and so no vote; None without a meta RM. `tokens` counts generated
-    tokens; `finish` says what ended them. The log-probs, one per generated token, are natural
-    logarithms under the model's own distribution and under the one sampled from.
+    row's own order, or None, and then `invalid` says why. `meta` is the meta RM's or the meta
+    head's score of a valid sample, NaN where it has none and so no vote; None without either.
+    `tokens` counts generated tokens; `finish` says what ended them. The log-probs, one per
+    generated token, are natural logarithms under the model's own distribution and under the one
+    sampled from.
     """
 
     order: tuple[int, ...]

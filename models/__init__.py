@@ -8,7 +8,12 @@ from models.config import DTYPES, ModelConfig, read_config
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
 from models.transformer import Attend, Transformer
-from models.weights import load_scalar_weights, load_weights, save_pretrained
+from models.weights import (
+    load_scalar_weights,
+    load_score_weight,
+    load_weights,
+    save_pretrained,
+)
 
 __all__ = [
     "Attend",
@@ -19,6 +24,7 @@ __all__ = [
     "load",
     "load_scalar",
     "load_scalar_weights",
+    "load_score_weight",
     "load_weights",
     "read_config",
     "save_pretrained",

@@ -40,6 +40,7 @@ _STORED_DTYPES = {
 }
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_SCORE = "score.weight"
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,30 @@ def load_scalar_weights(
     with torch.device("meta"):
         model = ScalarModel(config)
     return _load(model, Path(directory), dtype, device)
+
+
+def load_score_weight(path: str | os.PathLike[str], hidden_size: int) -> Tensor:
+    """The weight of a scalar head alone, (1, hidden_size) float32, from a safetensors file that
+    holds it as `score.weight`, in any dtype of a checkpoint, and nothing else.
+
+    Raises ValueError naming the file for any other file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    stored, shape = _header(path), (1, hidden_size)
+    if set(stored) != {_SCORE}:
+        raise ValueError(f"{path}: must hold {_SCORE} and nothing else, got {sorted(stored)}")
+    if stored[_SCORE].shape != shape:
+        raise ValueError(f"{path}: {_SCORE} must have shape {shape}, got {stored[_SCORE].shape}")
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            weight: Tensor = file.get_tensor(_SCORE).float()
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{path}: {_SCORE} is not finite in float32")
+    return weight
 
 
 def _load(model: Model, root: Path, dtype: torch.dtype | None, device: str | torch.device) -> Model:

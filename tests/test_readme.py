@@ -71,12 +71,12 @@ def options_in(text: str) -> set[str]:
 
 
 def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of `engine.sample`, but in the one command that is another's."""
+    """Of `engine.sample`, but in commands that are another's."""
     from bench import decode
     from engine.sample import Options
 
     (other,) = re.findall(r"python -m bench\.decode --[^`]*", README)
-    named = options_in(README.replace(other, ""))
+    named = options_in(re.sub(r"python -m (bench|train)\.[^`]*", "", README))
     known = {name.replace("_", "-") for name in vars(Options())}
     assert named <= known, named - known
     with pytest.raises(SystemExit):
