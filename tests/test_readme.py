@@ -1,11 +1,13 @@
 """The README's commands and code work as they stand, and what it shows is what one sees."""
 
+import importlib
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -70,15 +72,26 @@ def options_in(text: str) -> set[str]:
     return set(re.findall(r"--([a-z][a-z-]+)", text))
 
 
-def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of `engine.sample`, but in commands that are another's."""
-    from bench import decode
-    from engine.sample import Options
-
-    (other,) = re.findall(r"python -m bench\.decode --[^`]*", README)
-    named = options_in(re.sub(r"python -m (bench|train)\.[^`]*", "", README))
-    known = {name.replace("_", "-") for name in vars(Options())}
-    assert named <= known, named - known
+def options_of(module: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Those of a command."""
+    found = importlib.import_module(module)
+    settings = getattr(found, "Args", None) or getattr(found, "Options", None)
+    if settings is not None:
+        return {field.name.replace("_", "-") for field in fields(settings)}
     with pytest.raises(SystemExit):
-        decode.main(["--help"])
-    assert options_in(other) <= options_in(capsys.readouterr().out)
+        found.main(["--help"])
+    return options_in(capsys.readouterr().out)
+
+
+def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the command that it is named with; else of judging or of one of the training loops."""
+    command = re.compile(r"python -m (\w+\.\w+)((?:[^`\n\\]|\\\n)*)")
+    asked = command.findall(README)
+    assert len(asked) >= 10
+    for module, text in asked:
+        unknown = options_in(text) - options_of(module, capsys)
+        assert not unknown, (module, unknown)
+    rest = options_in(re.sub(r"torchrun[^`\n]*", "", command.sub("", README)))
+    loops = ("engine.sample", "train.sft", "train.rft", "train.grpo", "train.meta_rm")
+    known = set().union(*(options_of(module, capsys) for module in loops))
+    assert rest <= known, rest - known
