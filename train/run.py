@@ -13,6 +13,7 @@ rank writes. (With another number of ranks a run continues too, though not to th
 """
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -119,9 +120,10 @@ class Run(Generic[M]):
         checkpoint. All ranks have to call it.
         """
         self._bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown})
-        if step % self._args.log_every == 0:
+        if step % self._args.log_every == 0 or score is not None:
             self._log(step, metrics, timings | {"memory": peak_memory()})
-        if score is not None and (self._best is None or score > self._best["score"]):
+        better = self._best is None or (score is not None and score > self._best["score"])
+        if score is not None and math.isfinite(score) and better:
             self._best = {"step": step, "score": score}
             self._write_model(self._args.out / "best")
             if parallel.is_first():
