@@ -4,9 +4,10 @@
                                [--rows 1] [--repeats 3] [--contenders NAME ...]
 
 `packed` computes each prompt once for its group, forward and backward, and makes no logits, as
-`train.grpo` does; `unshared` takes the judgements one by one, each with its own prompt; `whole
-logits` is packed, with all logits at once and autograd. Weights are random. What bounds the gain
-from sharing is the ratio of tokens, G (P + R) / (P + G R). Ends in one JSON line.
+`train.grpo` does; `recomputed` does so with activation checkpointing; `unshared` takes the
+judgements one by one, each with its own prompt; `whole logits` is packed, with all logits at once
+and autograd. Weights are random. What bounds the gain from sharing is the ratio of tokens,
+G (P + R) / (P + G R). Ends in one JSON line.
 """
 
 import argparse
@@ -28,12 +29,13 @@ from models.transformer import Transformer
 from train.data import Trajectory
 from train.packing import PackedBatch, hidden_states, pack
 
-CONTENDERS = ("packed", "unshared", "whole logits")
+CONTENDERS = ("packed", "recomputed", "unshared", "whole logits")
 
 
 def make(name: str, shape: str, prefix: int, completion: int, group: int, rows: int) -> Run:
     """Gradients of all parameters; gives the loss and the norm of the head's gradient."""
     model = random_model(config_of(SHAPES[shape], prefix + completion), torch.float32, DEVICE)
+    model.recompute = name == "recomputed"
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> tuple[int, ...]:
