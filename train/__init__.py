@@ -1,1 +1,1 @@
-"""Training: the synthetic judging world and supervised training on its trajectories."""
+"""Training: the synthetic judging world, and loops for judges and meta reward models."""
