@@ -7,7 +7,7 @@ Every row is sampled k times, and its judgements are scored by the meta model. F
 a vote of j samples is taken over subsets as in `bench.voting`, by
 
     all        every valid one of the j
-    meta       the j / 2 that the meta model trusts most
+    meta       the j / 2, rounded up, that the meta model trusts most, as `engine.sample` has it
     random     some j / 2: what a filter without knowledge comes to
     shortest   the j / 2 of the fewest tokens
     likeliest  the j / 2 with the highest mean log-prob of their tokens
@@ -82,7 +82,7 @@ def row_curves(
             for name in FILTERS:
                 kept = voting
                 if name != "all":
-                    kept = sorted(voting, key=values[name], reverse=True)[: max(1, size // 2)]
+                    kept = sorted(voting, key=values[name], reverse=True)[: (size + 1) // 2]
                 scores = [sample.scores for sample in kept if sample.scores is not None]
                 chances[name] += chance_correct(scores, label, threshold) / subsets
         for name in FILTERS:
@@ -144,7 +144,7 @@ def main() -> None:
         "meta_model": str(args.meta_model),
         "rows": len(rows),
         "temperature": args.temperature,
-        "auc_within_rows": float(np.mean(aucs)),
+        "auc_within_rows": float(np.mean(aucs)) if aucs else None,
         "rows_with_both": len(aucs),
         "filters": found,
     }

@@ -99,12 +99,12 @@ def test_file_trajectories_follow_the_line(builder: PromptBuilder, tmp_path: Pat
         1, order=[1, 0], hint="look", reference="ref", principles="calm 5", id="x", label=0,
         meta={"any": "thing"},
     )  # fmt: skip
-    (shown,) = file_batches(builder, END, write_lines(tmp_path / "a", full), 1, 0)(0)
+    (shown,) = file_batches(builder, END, write_lines(tmp_path / "a", full), 1, 0, 4096)(0)
     row = make_row("p1", ["a", "b"], reference="ref", principles="calm 5")
     assert flat(shown) == builder.render(row, [1, 0], "look")
     assert shown.completion == [*builder.tokenizer.encode_text("Scores: \\boxed{1, 1}"), END]
     pair = {"prompt": "p", "chosen": "c", "rejected": "r", "judgement": "<|im_end|>"}
-    (shown,) = file_batches(builder, END, write_lines(tmp_path / "b", pair), 1, 0)(0)
+    (shown,) = file_batches(builder, END, write_lines(tmp_path / "b", pair), 1, 0, 4096)(0)
     assert flat(shown) == builder.render(make_row("p", ["c", "r"]), [0, 1])
     assert shown.completion.count(END) == 1  # the text of a control token is only text
 
@@ -114,14 +114,14 @@ def test_every_epoch_holds_each_line_once_in_a_new_order(
 ) -> None:
     lines = [line(number) for number in range(7)]
     path = write_lines(tmp_path / "a", *lines)
-    batch = file_batches(builder, END, path, 3, seed=5)
+    batch = file_batches(builder, END, path, 3, seed=5, longest=4096)
     stream = [t for number in range(14) for t in batch(number)]  # 42 trajectories, 6 epochs
-    alone = file_batches(builder, END, path, 7, seed=5)(0)
+    alone = file_batches(builder, END, path, 7, seed=5, longest=4096)(0)
     epochs = [[alone.index(t) for t in stream[7 * e : 7 * e + 7]] for e in range(6)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert file_batches(builder, END, path, 3, seed=5)(9) == batch(9)
-    assert [file_batches(builder, END, path, 3, seed=6)(n) for n in range(3)] != [
+    assert file_batches(builder, END, path, 3, seed=5, longest=4096)(9) == batch(9)
+    assert [file_batches(builder, END, path, 3, seed=6, longest=4096)(n) for n in range(3)] != [
         batch(n) for n in range(3)
     ]
 
@@ -155,10 +155,18 @@ def test_a_bad_line_is_named(
 ) -> None:
     path = write_lines(tmp_path / "bad.jsonl", line(0), bad, line(2))
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2: .*{message}"):
-        file_batches(builder, END, path, 1, 0)
+        file_batches(builder, END, path, 1, 0, 4096)
 
 
 def test_an_empty_file_is_refused(builder: PromptBuilder, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("")
     with pytest.raises(ValueError, match="no trajectory"):
-        file_batches(builder, END, tmp_path / "empty", 1, 0)
+        file_batches(builder, END, tmp_path / "empty", 1, 0, 4096)
+
+
+def test_a_line_beyond_the_context_is_named_at_once(tmp_path: Path, builder: PromptBuilder) -> None:
+    path = write_lines(tmp_path / "long", line(0), line(1) | {"judgement": "w " * 300})
+    (first,) = file_batches(builder, END, write_lines(tmp_path / "a", line(0)), 1, 0, 4096)(0)
+    tokens = sum(map(len, first.prompt)) + len(first.completion)
+    with pytest.raises(ValueError, match=rf"long, line 2: it has \d+ tokens, the context {tokens}"):
+        file_batches(builder, END, path, 1, 0, tokens)

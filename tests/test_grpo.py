@@ -308,6 +308,8 @@ def test_votes_on_rows_of_a_file(tmp_path: Path) -> None:
     from_file = replace(args, eval_data=path, eval_rows=3)
     assert [row.label for row in evaluation_rows(from_file, "")] == [0, 1, 0]
     assert evaluation_rows(replace(from_file, eval_every=0), "") == []
+    with pytest.raises(ValueError, match="holds 4 labelled rows, fewer than eval_rows = 9"):
+        evaluation_rows(replace(from_file, eval_rows=9), "")
 
 
 def test_rows_of_the_world_are_fresh_and_the_same_again() -> None:

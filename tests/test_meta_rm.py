@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from engine.judge import Judge
 from engine.meta import MetaModel, MetaScorer
-from engine.request import Row
+from engine.request import Row, make_row
 from engine.sample import POCKET
 from engine.verdict import Verdict
 from models import load
@@ -90,7 +90,7 @@ def test_judgements_are_read_as_the_engine_reads_them(args: meta_rm.Args) -> Non
     rows = some_rows(3)
     short = replace(args, max_new_tokens=115)  # some are cut off before their scores
     trainer.args = short
-    judgements = labelled(trainer.meta, trainer.judge_rows(rows, 5, 4))
+    judgements = labelled(trainer.meta, trainer.judge_rows(rows, 5, 4)[0])
     scorer = MetaScorer(trainer.meta)
     verdicts = list(trainer.judge.rows(rows, seed=5, k=4, temperature=1.0, max_new_tokens=115))
     expected: list[float] = []
@@ -108,7 +108,7 @@ def test_it_learns_to_tell_judgements_apart(args: meta_rm.Args) -> None:
     """With gradients that do not depend on how rows are put into micro-batches."""
     for kind in ("pointwise", "pairwise"):
         trainer = meta_rm.Trainer(replace(args, lr=3e-3, loss=kind, weight_decay=0.0, steps=20))
-        rows = trainer.judge_rows(some_rows(3), 3, 4)
+        rows, _ = trainer.judge_rows(some_rows(3), 3, 4)
         judgements = labelled(trainer.meta, rows)
         assert len(pairs(judgements)[0]) > 0
         model, gradients = trainer.learner.model, []
@@ -146,7 +146,7 @@ def test_a_head_learns_from_the_states_that_the_engine_scores(args: meta_rm.Args
     with torch.no_grad():
         trainer.learner.model.score.weight.copy_(load_file(path)["score.weight"])
     rows = some_rows(3)
-    found = labelled(trainer.meta, trainer.judge_rows(rows, 5, 4), head=True)
+    found = labelled(trainer.meta, trainer.judge_rows(rows, 5, 4)[0], head=True)
     expected: list[float] = []
     for verdict in judge.rows(rows, seed=5, k=4, temperature=1.0, max_new_tokens=220):
         assert isinstance(verdict, Verdict)
@@ -201,6 +201,31 @@ def test_what_is_written_judges_in_the_engine_and_in_transformers(args: meta_rm.
     assert isinstance(verdict, Verdict) and verdict.votes == min(2, verdict.valid)
 
 
+def test_what_does_not_fit_or_cannot_be_judged_is_counted(args: meta_rm.Args) -> None:
+    trainer = meta_rm.Trainer(args)
+    rows, failures = trainer.judge_rows(some_rows(3), 0, 3)
+    meta = trainer.meta
+    lengths = [
+        sum(map(len, meta.prompt(each.row, own.order))) + len(meta.judgement(own.text))
+        for each in rows
+        for own in each.judgements
+    ]
+    assert not failures and trainer.fitting(rows) == (rows, 0)
+    middle = sorted(lengths)[len(lengths) // 2]
+    decoder = trainer.learner.plain.model
+    decoder.config = replace(decoder.config, max_position_embeddings=middle)
+    fitting, too_long = trainer.fitting(rows)
+    assert too_long == sum(length > middle for length in lengths) > 0
+    assert sum(len(each.judgements) for each in fitting) == len(lengths) - too_long
+    decoder.config = replace(decoder.config, max_position_embeddings=4096)
+    trainer.rows = lambda _: [make_row("p " * 40000, ["a", "b"], label=0), *some_rows(2)]
+    metrics, _ = trainer.step(0)
+    assert (metrics["failed_rows"], metrics["too_long"]) == (1, 0)
+    trainer.rows = lambda _: [make_row("p " * 40000, ["a", "b"], label=0)]
+    with pytest.raises(ValueError, match=r"no judgement was valid and fitted; .*tokens"):
+        trainer.step(0)
+
+
 def test_it_begins_as_its_decoder_and_says_nothing(args: meta_rm.Args) -> None:
     model, _ = meta_rm.scalar_of(POCKET)
     decoder, _ = load(POCKET)
@@ -211,7 +236,7 @@ def test_it_begins_as_its_decoder_and_says_nothing(args: meta_rm.Args) -> None:
 
 def test_no_valid_judgement_is_an_error(args: meta_rm.Args) -> None:
     trainer = meta_rm.Trainer(replace(args, max_new_tokens=3))
-    with pytest.raises(ValueError, match="step 0: no judgement was valid"):
+    with pytest.raises(ValueError, match=r"step 0: no judgement was valid and fitted$"):
         trainer.step(0)
 
 

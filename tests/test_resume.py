@@ -42,14 +42,18 @@ RUNS: dict[str, RunArgs] = {
         save_every=1, eval_every=2, eval_rows=3, eval_samples=3, max_new_tokens=LONGEST,
     ),
     "adapters": grpo.Args(
-        out=Path("adapters"), steps=2, rows=3, group=2, micro_rows=1, lora_rank=4, recompute=True,
+        out=Path("adapters"), steps=3, rows=3, group=2, micro_rows=1, lora_rank=4, recompute=True,
         lr=1e-4, warmup=1, save_every=1, max_new_tokens=LONGEST,
     ),
 }  # fmt: skip
 TRAIN: dict[str, Any] = {"sft": sft.train, "grpo": grpo.train, "meta_rm": meta_rm.train}
 TRAIN["adapters"] = grpo.train
+ROUNDED = sft.Args(
+    model=POCKET, out=Path("rounded"), steps=3, rows=3, micro_rows=1, lr=1e-3, warmup=1,
+    dtype="bfloat16",
+)  # fmt: skip
 SAMPLED = rft.Args(out=Path("rft"), rows=5, chunk_rows=3, max_new_tokens=LONGEST, hinted=False)
-KILLED = ("sft", "grpo", "meta_rm")
+KILLED = ("sft", "grpo", "meta_rm", "adapters")
 
 
 def options(args: RunArgs) -> list[str]:
@@ -60,9 +64,10 @@ def options(args: RunArgs) -> list[str]:
     return words + [f"--{name}" for name, value in given.items() if value is True]
 
 
-def outcome(out: Path) -> tuple[bytes, bytes]:
-    """The bytes of the trained parameters and of the metrics."""
-    return (out / WEIGHTS).read_bytes(), (out / "metrics.jsonl").read_bytes()
+def outcome(out: Path) -> dict[str, bytes]:
+    """The bytes of the trained parameters and of the metrics, and of the best model."""
+    names = (WEIGHTS, "metrics.jsonl", "best.json", f"best/{WEIGHTS}")
+    return {name: (out / name).read_bytes() for name in names if (out / name).exists()}
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +131,10 @@ def test_the_best_of_all_evaluations_is_kept(whole: dict[str, Path]) -> None:
         assert best["step"] == min(step for step in scores if scores[step] == best["score"])
         load = models.load_scalar if name == "meta_rm" else models.load
         load(whole[name] / "best")
+        last = load_file(whole[name] / WEIGHTS)
+        kept = load_file(whole[name] / "best" / WEIGHTS)
+        is_last = best["step"] == RUNS[name].steps
+        assert all(kept[key].equal(value) for key, value in last.items()) == is_last
 
 
 @pytest.mark.parametrize("name", KILLED)
@@ -133,7 +142,7 @@ def test_a_killed_run_resumes_to_the_bit(name: str, whole: dict[str, Path], tmp_
     """SIGKILL when a checkpoint has been written and a step after it has been logged."""
     args = replace(RUNS[name], out=tmp_path / name)
     process = subprocess.Popen(
-        [sys.executable, "-m", f"train.{name}", *options(args)],
+        [sys.executable, "-m", type(args).__module__, *options(args)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
@@ -189,6 +198,34 @@ def test_two_ranks_sample_what_one_process_does(ranks: Path, tmp_path: Path) -> 
     rft.sample(replace(SAMPLED, out=tmp_path))
     for name in ("trajectories.jsonl", "judgements.jsonl", "progress.jsonl", "counts.json"):
         assert (ranks / "rft" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_ranks_add_bfloat16_gradients_up_in_float32(ranks: Path, tmp_path: Path) -> None:
+    """What two of them learn is as near to one process as rounding each gradient once allows."""
+    args = replace(ROUNDED, out=tmp_path)
+    sft.train(args)
+    ours, theirs = (load_file(root / WEIGHTS) for root in (ranks / "rounded", tmp_path))
+    start = load_file(POCKET / WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    apart = moved = 0.0
+    for key, value in ours.items():
+        assert value.dtype == torch.bfloat16
+        apart += float((value.float() - theirs[key].float()).square().sum())
+        moved += float((value.float() - start[key].bfloat16().float()).square().sum())
+    assert apart < 0.1 * moved
+
+
+def test_a_model_directory_that_is_a_runs_own(whole: dict[str, Path], tmp_path: Path) -> None:
+    """What another run has left there belongs to it, and decides nothing."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(whole["sft"], base, ignore=shutil.ignore_patterns("checkpoints"))
+    (out / "best").mkdir(parents=True)
+    (out / "best.json").write_text('{"step": 99, "score": 99}')
+    args = sft.Args(model=base, out=out, steps=2, rows=2)
+    sft.train(args)
+    assert not (out / "best").exists() and not (out / "best.json").exists()
+    shutil.copyfile(base / "metrics.jsonl", base / "timings.jsonl")
+    sft.train(args)
 
 
 def checkpoint_of(out: Path) -> Path:

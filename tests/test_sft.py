@@ -254,9 +254,12 @@ def test_a_learning_rate_that_explodes_stops_the_run(args: sft.Args) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"rows": 0}, {"save_every": 0}, {"log_every": -1}], ids=str
-)
-def test_settings_out_of_range_are_refused(args: sft.Args, change: dict[str, int]) -> None:
+    "change",
+    [{"steps": 0}, {"rows": 0}, {"save_every": 0}, {"log_every": -1}, {"clip": -1.0}, {"clip": 0.0},
+     {"lr": 0.0}, {"lr": float("inf")}, {"warmup": -1}, {"lora_rank": -1}, {"eval_every": -1}],
+    ids=str,
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(args: sft.Args, change: dict[str, float]) -> None:
     (name,) = change
     with pytest.raises(ValueError, match=f"{name} = "):
         sft.train(replace(args, **change))  # type: ignore[arg-type]

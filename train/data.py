@@ -98,15 +98,21 @@ class _Line(msgspec.Struct, kw_only=True):
     right: bool | None = None
 
 
-def file_batches(builder: PromptBuilder, end_id: int, path: Path, rows: int, seed: int) -> Batches:
+def file_batches(
+    builder: PromptBuilder, end_id: int, path: Path, rows: int, seed: int, longest: int
+) -> Batches:
     """Batches from a JSONL file; every epoch is a new seeded permutation of all its lines.
 
-    Raises ValueError naming file and line for a line without a judgement or with a bad row.
+    Raises ValueError naming file and line for a line without a judgement, with a bad row, or with
+    more than `longest` tokens.
     """
 
     def trajectory(row: Row, line: _Line) -> Trajectory:
         prompt = prompt_segments(builder, row, _order(row, line), line.hint)
-        return Trajectory(prompt, [*builder.tokenizer.encode_text(line.judgement), end_id])
+        completion = [*builder.tokenizer.encode_text(line.judgement), end_id]
+        if (tokens := sum(map(len, prompt)) + len(completion)) > longest:
+            raise ValueError(f"it has {tokens} tokens, the context {longest}")
+        return Trajectory(prompt, completion)
 
     made = _read_lines(path, trajectory)
     trajectories = [replace(each, name=f"line {i}") for i, each in enumerate(made, 1)]

@@ -31,12 +31,19 @@ class VoteArgs:
 
 
 def evaluation_rows(args: VoteArgs, name: str) -> list[Row]:
-    """The rows of a run's evaluations: none where there are no evaluations."""
+    """The rows of a run's evaluations: none where there are no evaluations. Raises ValueError for a
+    file with fewer labelled rows than are asked for, saying what the other lines are."""
     if not args.eval_every:
         return []
     if args.eval_data is None:
         return dev_rows(name, args.eval_rows)
-    return labelled_rows(args.eval_data)[0][: args.eval_rows]
+    rows, left_out = labelled_rows(args.eval_data)
+    if len(rows) < args.eval_rows:
+        raise ValueError(
+            f"{args.eval_data} holds {len(rows)} labelled rows, fewer than eval_rows = "
+            f"{args.eval_rows}; left out: {dict(left_out)}"
+        )
+    return rows[: args.eval_rows]
 
 
 def dev_votes(judge: Judge, rows: list[Row], args: VoteArgs) -> dict[str, float]:
@@ -44,8 +51,9 @@ def dev_votes(judge: Judge, rows: list[Row], args: VoteArgs) -> dict[str, float]
     judged is wrong."""
     own = parallel.share(rows)
     outcomes = judge.rows(
-        own, k=args.eval_k, temperature=args.eval_temperature, max_new_tokens=args.max_new_tokens
-    )
+        own, k=args.eval_k, temperature=args.eval_temperature, max_new_tokens=args.max_new_tokens,
+        deterministic=True,
+    )  # fmt: skip
     votes, singles = [], []
     for row, outcome in zip(own, outcomes, strict=True):
         assert row.label is not None

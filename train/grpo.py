@@ -32,7 +32,6 @@ import tyro
 from torch import Tensor
 
 from engine.judge import Judge
-from engine.prompt import read_judge_settings, read_judge_template
 from engine.sample import POCKET
 from kernels.grpo_loss import GRPOLoss, grpo_loss
 from kernels.linear_logprob import linear_logprob
@@ -52,6 +51,7 @@ from train.rollout import (
     advantages,
     describe,
     file_rows,
+    judge_of,
     sample_groups,
     step_seed,
     trajectories_of,
@@ -163,7 +163,7 @@ def _micro(
     old = [p for group in groups for sample in group.samples for p in sample.sampling_logprobs]
     return Micro(
         batch,
-        advantage.flatten().to(device).repeat_interleave(lengths),
+        advantage.flatten().to(device).repeat_interleave(lengths, output_size=len(old)),
         token_weights(args.loss, lengths, max_tokens=args.max_new_tokens, **counts),
         torch.tensor(old, device=device),
         None if reference is None else reference.logp(batch, args.temperature),
@@ -231,7 +231,8 @@ def _micro_metrics(micro: Micro, found: GRPOLoss) -> dict[str, float]:
         "logp_difference": gap.abs().max(),
         "ratio_off": ((ratio < 0.9) | (ratio > 1.1)).double().mean(),
     }
-    return {name: value.item() for name, value in values.items()}
+    told = torch.stack([value.double() for value in values.values()]).tolist()  # one host sync
+    return dict(zip(values, told, strict=True))
 
 
 class Trainer:
@@ -247,12 +248,7 @@ class Trainer:
             frozen = load(args.model, dtype=args.dtype)[0].requires_grad_(False)
             parallel.shard(frozen)
             self.reference = Reference(frozen, adapted=False)
-        self.judge = Judge(
-            self.learner.plain,
-            tokenizer,
-            judge_template=read_judge_template(args.model),
-            settings=read_judge_settings(args.model),
-        )
+        self.judge = judge_of(self.learner.plain, tokenizer, args.model)
         self.left_out: Counter[str] = Counter()
         self.rows: Rows = world_rows("grpo", args.seed, args.rows)
         if args.data is not None:
@@ -272,7 +268,7 @@ class Trainer:
         groups, failures = sample_groups(
             self.judge, self.rows(number), step_seed(args.seed, number), k=args.group,
             temperature=args.temperature, max_new_tokens=args.max_new_tokens, orders=args.orders,
-            stop="eos",
+            deterministic=args.deterministic, stop="eos",
         )  # fmt: skip
         if not groups:
             raise ValueError(f"step {number}: no row could be judged: {failures[0].error}")
@@ -306,6 +302,8 @@ def train(args: Args) -> None:
     check_args(args, "rows", "group", "epochs", "minibatches", "micro_rows", "eval_rows", "eval_k")
     if args.group < 2:
         raise ValueError(f"group = {args.group}: a judgement is weighed against others of its row")
+    if not args.temperature > 0:
+        raise ValueError(f"temperature = {args.temperature}: greedy judgements are all the same")
     if args.skip_easy and not args.data:
         raise ValueError("skip_easy is about the rows of a file, and there is no data")
     trainer = Trainer(args)

@@ -87,8 +87,11 @@ class Learner(Generic[M]):
         for name, target in self.plain.named_parameters():
             owner, _, leaf = name.rpartition(".")
             module = modules[owner]
+            is_adapted = isinstance(module, AdaptedLinear) and leaf == "weight"
+            if not is_adapted and not getattr(module, leaf).requires_grad:
+                continue
             source = parallel.whole(getattr(module, leaf))
-            if isinstance(module, AdaptedLinear) and leaf == "weight":
+            if is_adapted:
                 low, high = parallel.whole(module.lora_a), parallel.whole(module.lora_b)
                 source = merged_weight(source, low, high, module.scale)
             target.copy_(source)

@@ -45,6 +45,7 @@ from engine.meta import MetaModel
 from engine.prompt import read_judge_settings, read_judge_template
 from engine.request import Row
 from engine.sample import POCKET
+from engine.verdict import RowFailure
 from models import load
 from models.config import read_json
 from models.scalar_head import ScalarModel
@@ -212,16 +213,33 @@ class Trainer:
             self.kept = file_judgements(args.judgements, args.judged_rows, args.seed)
         self._dev: list[JudgedRow] | None = None
 
-    def judge_rows(self, rows: Sequence[Row], seed: int, samples: int) -> list[JudgedRow]:
-        """The judge's valid judgements of rows."""
+    def judge_rows(
+        self, rows: Sequence[Row], seed: int, samples: int
+    ) -> tuple[list[JudgedRow], list[RowFailure]]:
+        """The judge's valid judgements of rows, and the rows that it could not judge."""
         args = self.args
         if not rows:
-            return []
-        groups, _ = sample_groups(
+            return [], []
+        groups, failures = sample_groups(
             self.judge, rows, seed, k=samples, temperature=args.temperature,
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=args.max_new_tokens, deterministic=args.deterministic,
         )  # fmt: skip
-        return judged(groups)
+        return judged(groups), failures
+
+    def fitting(self, rows: Sequence[JudgedRow]) -> tuple[list[JudgedRow], int]:
+        """Rows with those judgements that fit the meta model's context, and how many do not."""
+        longest = self.learner.plain.model.config.max_position_embeddings
+        found, too_long = [], 0
+        for each in rows:
+            fits = []
+            for own in each.judgements:
+                prompt = sum(map(len, self.meta.prompt(each.row, own.order)))
+                if prompt + len(self.meta.judgement(own.text)) <= longest:
+                    fits.append(own)
+            too_long += len(each.judgements) - len(fits)
+            if fits:
+                found.append(JudgedRow(each.row, fits))
+        return found, too_long
 
     def step(self, number: int) -> tuple[dict[str, float], dict[str, float]]:
         """One step: its metrics, and the seconds of its phases. Raises FloatingPointError naming
@@ -229,15 +247,18 @@ class Trainer:
         judgement was valid."""
         args = self.args
         clock = Clock()
-        rows = self.judge_rows(self.rows(number), step_seed(args.seed, number), args.samples)
+        seed = step_seed(args.seed, number)
+        drawn, failures = self.judge_rows(self.rows(number), seed, args.samples)
         if self.kept is not None:
-            rows += self.kept(number)
-        rows = [row for row in rows if row.judgements]
+            drawn += self.kept(number)
+        rows, too_long = self.fitting(drawn)
         if not rows:
-            raise ValueError(f"step {number}: no judgement was valid")
+            why = f"; {failures[0].error}" if failures else ""
+            raise ValueError(f"step {number}: no judgement was valid and fitted{why}")
         clock.lap("sample")
         self.learner.optimizer.zero_grad()
-        metrics = self.add_gradients(rows)
+        metrics: dict[str, float] = {"failed_rows": len(failures), "too_long": too_long}
+        metrics |= self.add_gradients(rows)
         named = [each.row.id for each in rows]
         metrics |= self.learner.update(number, metrics["loss"], named)
         clock.lap("update")
@@ -274,8 +295,8 @@ class Trainer:
         self.learner.refresh()
         if self._dev is None:
             rows = dev_rows("meta", args.eval_rows)
-            found = self.judge_rows(rows, step_seed(args.seed, -1), args.eval_samples)
-            self._dev = [row for row in found if row.judgements]
+            found, _ = self.judge_rows(rows, step_seed(args.seed, -1), args.eval_samples)
+            self._dev, _ = self.fitting(found)
         scores: list[float] = []
         own = parallel.share(self._dev)
         for first in range(0, len(own), args.micro_rows):

@@ -1,7 +1,8 @@
 """AdamW in float32 over parameters of any dtype, and a cosine schedule with linear warm-up.
 
-A parameter in bfloat16 has a float32 master: gradients are added up in it, moments and the update
-are its own, and the parameter is the master rounded. So a small step is never lost in rounding.
+A parameter in bfloat16 has a float32 master: gradients of micro-batches, each rounded once, are
+added up in it, moments and the update are its own, and the parameter is the master rounded. So a
+small step is never lost in rounding.
 """
 
 import math

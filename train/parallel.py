@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from models.scalar_head import ScalarModel
@@ -38,10 +38,8 @@ def ranks() -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not where this rank has failed: the others may be waiting
 
 
 def world_size() -> int:
@@ -87,13 +85,15 @@ def from_first(value: T) -> T:
 
 def shard(model: Transformer | ScalarModel) -> None:
     """Divide the parameters among the ranks, in place: a layer's are whole while it runs, the rest
-    from the forward to the end of the backward. Gradients come out as the mean over the ranks."""
+    from the forward to the end of the backward. Gradients come out as the mean over the ranks,
+    taken in float32."""
     if world_size() == 1:
         return
     decoder = model.model if isinstance(model, ScalarModel) else model
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for layer in decoder.layers:
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
 
 
 def whole(tensor: Tensor) -> Tensor:

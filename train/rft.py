@@ -82,7 +82,6 @@ class Args(RunArgs, VoteArgs):
     keep_hint: bool = False  # learn from hinted judgements with the hint in their prompt
     temperature: float = 1.0
     orders: Literal["rotate", "random", "fixed"] = "rotate"
-    deterministic: bool = True  # a resumed run has the same bytes on a GPU too
     chunk_rows: int = 32  # rows judged together; what a killed run may have to judge again
     sample_only: bool = False  # no training
     steps: int = 50
@@ -458,8 +457,8 @@ def _total(args: Args) -> int:
 def train(args: Args) -> None:
     """Sample, then fine-tune, each continuing where an earlier run stopped.
 
-    Raises ValueError for settings out of range or other than those of the earlier run, where no
-    trajectory was kept, and as `train.sft.train` does.
+    Raises ValueError for settings out of range or other than those of the earlier run, where there
+    is no trajectory to train on, and as `train.sft.train` does.
     """
     check_args(args, "samples", "chunk_rows", "step_rows", "micro_rows", "eval_rows", "eval_k")
     if args.rows is not None and args.rows < 1:
@@ -468,10 +467,11 @@ def train(args: Args) -> None:
     counts = sample(args)
     if parallel.is_first():
         print(json.dumps(counts.table()), file=sys.stderr)
+    if args.sample_only:
+        return
     if not counts.kept:
         raise ValueError(f"no trajectory was kept: {json.dumps(counts.table())}")
-    if not args.sample_only:
-        sft.train(args.fine_tuning)
+    sft.train(args.fine_tuning)
 
 
 def main() -> None:

@@ -23,8 +23,11 @@ import torch
 from torch import Tensor
 
 from engine.judge import Judge
+from engine.prompt import read_judge_settings, read_judge_template
 from engine.request import BadRow, Row, make_row, read_rows
 from engine.verdict import RowFailure, Sample, gold_index
+from models.tokenizer import Tokenizer
+from models.transformer import Transformer
 from train import parallel
 from train.data import Trajectory, epochs, prompt_segments
 from train.world import Split, cases
@@ -151,6 +154,12 @@ def advantages(rewards: Tensor, scaling: Scaling) -> Tensor:
     if scaling == "batch":
         return centred / (rewards.std() + _EPS)
     return centred
+
+
+def judge_of(model: Transformer, tokenizer: Tokenizer, directory: Path) -> Judge:
+    """The judge that a model under training is, with the templates of where it began."""
+    template, settings = read_judge_template(directory), read_judge_settings(directory)
+    return Judge(model, tokenizer, judge_template=template, settings=settings)
 
 
 def trajectories_of(judge: Judge, group: Group) -> list[Trajectory]:

@@ -9,7 +9,8 @@
 
 A run continues from the newest whole checkpoint and ends as if it had never stopped: same
 parameters, same metrics. With other settings, model or data it is refused. Under torchrun the first
-rank writes. (With another number of ranks a run continues too, though not to the bit.)
+rank writes. (With another number of ranks or threads, device or version of torch a run continues
+too, though not to the bit.)
 """
 
 import json
@@ -33,6 +34,12 @@ from train.learner import Learner, LearnerArgs, M
 
 # What does not decide how a run ends: where its files are, how often it writes, how it saves room.
 _PLACES = frozenset({"model", "out", "log_every", "save_every", "keep", "recompute"})
+# What a model directory holds besides weights.
+_MODEL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "judge.json",
+    "judge_template.jinja",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,7 @@ class RunArgs(LearnerArgs):
     log_every: int = 20
     save_every: int = 500
     keep: int = 2  # checkpoints, the newest
+    deterministic: bool = True  # what is sampled has the same bits in every run on a GPU too
 
 
 class Run(Generic[M]):
@@ -81,6 +89,9 @@ class Run(Generic[M]):
     def __enter__(self) -> "Run[M]":
         if parallel.is_first():
             out = self._args.out
+            if self._best is None:  # what is there is another run's, which left no checkpoint
+                (out / "best.json").unlink(missing_ok=True)
+                shutil.rmtree(out / "best", ignore_errors=True)
             for path in (out / "metrics.jsonl", out / "timings.jsonl"):
                 _cut_metrics(path, self.first)
                 self._files.append(path.open("a", encoding="utf-8"))
@@ -153,9 +164,9 @@ class Run(Generic[M]):
         self._learner.refresh()
         if parallel.is_first():
             directory.mkdir(exist_ok=True)
-            for path in self._args.model.iterdir():
-                if path.suffix in (".json", ".jinja") and not path.name.endswith(".index.json"):
-                    shutil.copyfile(path, directory / path.name)
+            for name in _MODEL_FILES:
+                if (self._args.model / name).exists():
+                    shutil.copyfile(self._args.model / name, directory / name)
             self._save(self._learner.plain, directory)
         parallel.barrier()
 
@@ -169,6 +180,8 @@ class Clock:
 
     def lap(self, phase: str) -> None:
         """What has passed since the last lap belongs to this phase."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         now = time.monotonic()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
@@ -182,10 +195,17 @@ def peak_memory() -> int:
 
 
 def check_args(args: RunArgs, *at_least_one: str) -> None:
-    """Raise ValueError where one of these fields is below 1, or `out` is the model's directory."""
+    """Raise ValueError where one of these fields is below 1, where a rate or a bound is no positive
+    number, or where `out` is the model's directory."""
     for name in ("steps", "log_every", "save_every", "keep", *at_least_one):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} = {getattr(args, name)} is less than 1")
+    for name in ("lr", "clip"):
+        if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
+            raise ValueError(f"{name} = {getattr(args, name)} is not a positive number")
+    for name in ("warmup", "weight_decay", "lora_rank", "eval_every"):
+        if getattr(args, name, 0) < 0:
+            raise ValueError(f"{name} = {getattr(args, name)} is less than 0")
     if args.out.resolve() == args.model.resolve():
         raise ValueError(f"out is the directory of the model itself, {args.model}")
 
@@ -198,13 +218,13 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def settings_of(args: Mapping[str, Any], model: Path) -> dict[str, Any]:
-    """All that decides how a run ends; of files, what they hold and not where they are."""
+    """All settings that decide how a run ends; of files, what they hold and not where they are."""
     settings: dict[str, Any] = {}
     for name, value in args.items():
         if name not in _PLACES:
             settings[name] = _digest(value) if isinstance(value, Path) else value
     for path in sorted(model.iterdir()):
-        if path.is_file():
+        if path.name in _MODEL_FILES or ".safetensors" in path.suffixes:
             settings[f"model/{path.name}"] = checkpoint.sha256(path)
     return settings
 

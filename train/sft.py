@@ -20,7 +20,6 @@ import tyro
 from torch import Tensor
 
 from engine.judge import Judge
-from engine.prompt import read_judge_settings, read_judge_template
 from kernels.linear_logprob import linear_logprob
 from models import load
 from models.transformer import Transformer
@@ -29,6 +28,7 @@ from train.data import Batches, Trajectory, file_batches, world_batches
 from train.evaluation import VoteArgs, dev_votes, evaluation_rows
 from train.learner import Learner
 from train.packing import PackedBatch, hidden_states, pack
+from train.rollout import judge_of
 from train.run import Clock, Run, RunArgs, check_args
 
 
@@ -78,12 +78,7 @@ def train(args: Args) -> None:
     check_args(args, "rows", "micro_rows", "eval_rows", "eval_k")
     model, tokenizer = load(args.model, dtype=args.dtype)
     learner = Learner(model, args)
-    judge = Judge(
-        learner.plain,
-        tokenizer,
-        judge_template=read_judge_template(args.model),
-        settings=read_judge_settings(args.model),
-    )
+    judge = judge_of(learner.plain, tokenizer, args.model)
     batches = _batches(args, judge)
     rows = evaluation_rows(args, "sft")
     started = time.monotonic()
@@ -117,7 +112,8 @@ def train(args: Args) -> None:
 def _batches(args: Args, judge: Judge) -> Batches:
     end_id = judge.tokenizer.end_id(judge.model.config.eos_token_ids)
     if args.data:
-        return file_batches(judge.prompts, end_id, args.data, args.rows, args.seed)
+        longest = judge.model.config.max_position_embeddings
+        return file_batches(judge.prompts, end_id, args.data, args.rows, args.seed, longest)
     return world_batches(judge.prompts, end_id, args.rows, args.seed)
 
 
