@@ -6,8 +6,8 @@ SUITE := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadgroup
 
 .PHONY: sample test check soak bench aot gpu pocket clean
 
-sample: .venv/.stamp    ## judge the bundled rows with the pocket model and print the verdicts
-	$(PY) -m engine.sample
+sample: .venv/.stamp    ## judge the bundled rows with the pocket model and its meta model
+	$(PY) -m engine.sample --meta-model models/pocket-meta
 
 test: .venv/.stamp      ## the suite, without the markers gpu and soak; then Triton's interpreter
 	$(SUITE)

@@ -11,17 +11,21 @@ a vote of j samples is taken over subsets as in `bench.voting`, by
     random     some j / 2: what a filter without knowledge comes to
     shortest   the j / 2 of the fewest tokens
     likeliest  the j / 2 with the highest mean log-prob of their tokens
+    clearest   the j / 2 whose best response leads by most (one response: farthest from the
+               threshold), which needs no model
     oracle     the j / 2 that are right, as far as there are so many: what a perfect one comes to
 
 Differences are to all j votes, on the same subsets; intervals are 95 %, by a bootstrap over rows.
-The meta model's AUC is that within rows which have right and wrong judgements. Ends in one JSON
-line.
+The AUC of the meta model, and that of the lead, is within rows which have right and wrong
+judgements. A tie is a wrong judgement, and a filter that drops ties tells right from wrong without
+knowing any better who deserves to win: compare the two. Ends in one JSON line.
 """
 
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +39,7 @@ from engine.verdict import Sample, Verdict
 from train.rollout import is_right
 from train.world import Split
 
-FILTERS = ("all", "meta", "random", "shortest", "likeliest", "oracle")
+FILTERS = ("all", "meta", "random", "shortest", "likeliest", "clearest", "oracle")
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,12 @@ def row_curves(
     assert label is not None
     samples = [sample for sample in verdict.samples if sample.scores is not None]
 
-    def meta(sample: Sample) -> float:
-        return -np.inf if sample.meta is None else sample.meta
-
     values: dict[str, Callable[[Sample], float]] = {
-        "meta": meta,
+        "meta": _meta,
         "random": lambda _: rng.random(),
         "shortest": lambda sample: -sample.tokens,
         "likeliest": lambda sample: float(np.mean(sample.logprobs)),
+        "clearest": lambda sample: lead(sample, threshold),
         "oracle": lambda sample: is_right(sample.scores, label, threshold),
     }
     valid = {id(sample) for sample in samples}
@@ -90,17 +92,33 @@ def row_curves(
     return found
 
 
-def auc_within(verdict: Verdict, threshold: float) -> float | None:
-    """The chance that a right judgement of a row is trusted more than a wrong one, a tie being
-    half; None where there are not both."""
-    scored = [sample for sample in verdict.samples if sample.meta is not None]
+def lead(sample: Sample, threshold: float) -> float:
+    """By how much a valid judgement's best response is ahead of the next."""
+    assert sample.scores is not None
+    if len(sample.scores) == 1:
+        return abs(sample.scores[0] - threshold)
+    second, first = sorted(sample.scores)[-2:]
+    return first - second
+
+
+def _meta(sample: Sample) -> float:
+    return -np.inf if sample.meta is None or np.isnan(sample.meta) else sample.meta
+
+
+def auc_within(
+    verdict: Verdict, threshold: float, value: Callable[[Sample], float] = _meta
+) -> float | None:
+    """The chance that a right valid judgement of a row has a higher value than a wrong one, a tie
+    being half; None where there are not both."""
+    valid = [sample for sample in verdict.samples if sample.scores is not None]
     assert verdict.label is not None
-    right = np.array([is_right(s.scores, verdict.label, threshold) for s in scored], dtype=bool)
+    right = np.array([is_right(s.scores, verdict.label, threshold) for s in valid], dtype=bool)
     if not len(right) or right.all() or not right.any():
         return None
-    meta = np.array([sample.meta for sample in scored])
-    gap = meta[right][:, None] - meta[~right]
-    return float(((gap > 0) + (gap == 0) / 2).mean())
+    values = np.array([value(sample) for sample in valid])
+    above = values[right][:, None] > values[~right]
+    equal = values[right][:, None] == values[~right]
+    return float((above + equal / 2).mean())
 
 
 def table(curves: Sequence[dict[str, dict[int, float]]]) -> dict[str, dict[int, Any]]:
@@ -128,15 +146,17 @@ def main() -> None:
         rows, k=args.k, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
         seed=args.seed,
     )  # fmt: skip
-    curves, aucs = [], []
+    curves: list[dict[str, dict[int, float]]] = []
+    aucs: dict[str, list[float]] = {"meta": [], "clearest": []}
     for outcome in tqdm(outcomes, total=len(rows), unit="row"):
         if not isinstance(outcome, Verdict):
             raise ValueError(f"row {outcome.id}: {outcome.error}")
         curves.append(row_curves(outcome, args.k, threshold, rng))
-        if (auc := auc_within(outcome, threshold)) is not None:
-            aucs.append(auc)
-    found = table(curves)
-    for name, sizes in found.items():
+        for name, value in (("meta", _meta), ("clearest", partial(lead, threshold=threshold))):
+            if (auc := auc_within(outcome, threshold, value)) is not None:
+                aucs[name].append(auc)
+    tables = table(curves)
+    for name, sizes in tables.items():
         figures = "".join(f"  @{size} {entry['mean']:.3f}" for size, entry in sizes.items())
         print(f"{name:<10}{figures}", file=sys.stderr)
     summary = {
@@ -144,9 +164,11 @@ def main() -> None:
         "meta_model": str(args.meta_model),
         "rows": len(rows),
         "temperature": args.temperature,
-        "auc_within_rows": float(np.mean(aucs)) if aucs else None,
-        "rows_with_both": len(aucs),
-        "filters": found,
+        "auc_within_rows": {
+            name: float(np.mean(found)) if found else None for name, found in aucs.items()
+        },
+        "rows_with_both": len(aucs["meta"]),
+        "filters": tables,
     }
     print(json.dumps(summary))
 

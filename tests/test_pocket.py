@@ -14,14 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench import filters
+from engine.judge import Judge
 from engine.prompt import JudgeSettings, PromptBuilder, read_judge_settings
 from engine.request import make_row
+from engine.sample import POCKET
+from engine.verdict import Verdict
 from models import Tokenizer, load
 from models.config import read_config
 from train import pocket
 from train.pocket import JUDGE_TEMPLATE, SPECIAL_TOKENS, build_tokenizer, write_untrained
-from train.world import cases, judge, list_criteria
+from train.rollout import dev_rows
+from train.world import cases, list_criteria
+from train.world import judge as teach
 
+POCKET_META = POCKET.parent / "pocket-meta"
 SAMPLE = 300  # rows; the shipped tokenizer sees 6000
 
 
@@ -63,7 +70,7 @@ def test_every_token_has_a_use() -> None:
     rng = random.Random(1)
     for case in islice(cases(0, "train"), SAMPLE):
         listed = list_criteria(case, rng)
-        texts = [case.query, judge(case, listed)[0], *(r.text for r in case.responses)]
+        texts = [case.query, teach(case, listed)[0], *(r.text for r in case.responses)]
         texts += [f"{name} 1, {name} 2" for name, _ in listed]
         for text in texts + [turn["content"] for turn in case.history]:
             used.update(tokenizer.encode_text(text))
@@ -108,6 +115,22 @@ def test_the_seed_decides_the_weights_and_nothing_else(tmp_path: Path) -> None:
         assert (tmp_path / "0" / path.name).read_bytes() == path.read_bytes()
         same = (tmp_path / "1" / path.name).read_bytes() == path.read_bytes()
         assert same == (path.name != "model.safetensors")
+
+
+def test_the_bundled_meta_model_knows_good_judgements_of_the_bundled_judge() -> None:
+    """With its own prompts being the judge's; and both are small enough to be bundled."""
+    judge_files, meta_files = (list(p.iterdir()) for p in (POCKET, POCKET_META))
+    assert sum(path.stat().st_size for path in judge_files + meta_files) < 16e6
+    for name in ("tokenizer.json", "tokenizer_config.json", "judge_template.jinja", "judge.json"):
+        assert (POCKET / name).read_bytes() == (POCKET_META / name).read_bytes()
+    judge = Judge.load(POCKET, meta=POCKET_META)
+    rows = dev_rows("bundled", 24)
+    found = []
+    for verdict in judge.rows(rows, k=8, temperature=1.0, max_new_tokens=300):
+        assert isinstance(verdict, Verdict) and verdict.votes == min(4, verdict.valid)
+        if (auc := filters.auc_within(verdict, 5.5)) is not None:
+            found.append(auc)
+    assert len(found) > 12 and sum(found) / len(found) > 0.65  # .79 on many rows
 
 
 def test_the_whole_of_make_pocket_in_two_steps(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -55,8 +56,11 @@ def test_the_command_and_the_row_work(tmp_path: Path) -> None:
 
 
 def test_the_output_shown_is_the_output_seen() -> None:
+    """That of `make sample`."""
+    command = re.search(r"^sample:.*\n\t\$\(PY\) (.*)$", MAKEFILE, re.MULTILINE)
+    assert command is not None
     done = subprocess.run(
-        [sys.executable, "-m", "engine.sample"],
+        [sys.executable, *shlex.split(command[1])],
         cwd=ROOT,
         env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"},
         capture_output=True,
