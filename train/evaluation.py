@@ -16,7 +16,7 @@ from train.rollout import dev_rows, is_right, labelled_rows
 
 @dataclass(frozen=True, kw_only=True)
 class VoteArgs:
-    """Evaluation by votes; the best model of all evaluations is kept as OUT/best."""
+    """Sampling, and evaluation by votes; the best model of all evaluations is kept as OUT/best."""
 
     eval_every: int = 0  # steps between votes on dev rows; 0: never
     eval_data: Path | None = None  # a JSONL file of labelled rows; the synthetic world's, left out
@@ -24,6 +24,7 @@ class VoteArgs:
     eval_k: int = 8
     eval_temperature: float = 1.0
     max_new_tokens: int = 512  # of a judgement
+    deterministic: bool = True  # what is sampled has the same bits in every run on a GPU too
 
     def is_due(self, step: int) -> bool:
         """Whether to vote after so many steps."""
@@ -52,7 +53,7 @@ def dev_votes(judge: Judge, rows: list[Row], args: VoteArgs) -> dict[str, float]
     own = parallel.share(rows)
     outcomes = judge.rows(
         own, k=args.eval_k, temperature=args.eval_temperature, max_new_tokens=args.max_new_tokens,
-        deterministic=True,
+        deterministic=args.deterministic,
     )  # fmt: skip
     votes, singles = [], []
     for row, outcome in zip(own, outcomes, strict=True):

@@ -75,6 +75,7 @@ class Args(RunArgs):
     micro_rows: int = 32  # rows whose gradients are computed together
     temperature: float = 1.0  # of the judgements
     max_new_tokens: int = 512
+    deterministic: bool = True  # what is sampled has the same bits in every run on a GPU too
     loss: Literal["pointwise", "pairwise"] = "pointwise"
     head: bool = False  # a score of the judge's own hidden state: the decoder is frozen
     warmup: int = 10

@@ -51,7 +51,6 @@ class RunArgs(LearnerArgs):
     log_every: int = 20
     save_every: int = 500
     keep: int = 2  # checkpoints, the newest
-    deterministic: bool = True  # what is sampled has the same bits in every run on a GPU too
 
 
 class Run(Generic[M]):
