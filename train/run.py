@@ -129,7 +129,7 @@ class Run(Generic[M]):
         the progress bar. score: what an evaluation has come to, higher is better. state: for the
         checkpoint. All ranks have to call it.
         """
-        self._bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown})
+        self._bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown})
         if step % self._args.log_every == 0 or score is not None:
             self._log(step, metrics, timings | {"memory": peak_memory()})
         better = self._best is None or (score is not None and score > self._best["score"])
