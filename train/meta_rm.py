@@ -72,7 +72,7 @@ class Args(RunArgs):
     samples: int = 4  # judgements per row
     judgements: Path | None = None  # a JSONL file of judgements, right and wrong
     judged_rows: int = 16  # per step, from that file
-    micro_rows: int = 32  # rows whose gradients are computed together
+    micro_rows: int = 8  # rows whose gradients are computed together
     temperature: float = 1.0  # of the judgements
     max_new_tokens: int = 512
     deterministic: bool = True  # what is sampled has the same bits in every run on a GPU too
