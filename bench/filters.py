@@ -30,12 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import tyro
 from tqdm import tqdm
 
 from bench.voting import SUBSETS, chance_correct, interval, read_labelled
 from engine.judge import Judge
 from engine.verdict import Sample, Verdict
+from train.meta_rm import chance_above
 from train.rollout import is_right
 from train.world import Split
 
@@ -112,13 +114,11 @@ def auc_within(
     being half; None where there are not both."""
     valid = [sample for sample in verdict.samples if sample.scores is not None]
     assert verdict.label is not None
-    right = np.array([is_right(s.scores, verdict.label, threshold) for s in valid], dtype=bool)
+    right = torch.tensor([is_right(s.scores, verdict.label, threshold) for s in valid]).bool()
     if not len(right) or right.all() or not right.any():
         return None
-    values = np.array([value(sample) for sample in valid])
-    above = values[right][:, None] > values[~right]
-    equal = values[right][:, None] == values[~right]
-    return float((above + equal / 2).mean())
+    values = torch.tensor([value(sample) for sample in valid], dtype=torch.float64)
+    return chance_above(values[right], values[~right])
 
 
 def table(curves: Sequence[dict[str, dict[int, float]]]) -> dict[str, dict[int, Any]]:

@@ -24,9 +24,10 @@ import tyro
 from tqdm import tqdm
 
 from engine.judge import Judge
-from engine.request import BadRow, Row, make_row, read_rows
+from engine.request import BadRow, Row, read_rows
 from engine.verdict import Verdict, gold_index
-from train.world import Split, cases
+from train.rollout import split_rows
+from train.world import Split
 
 SUBSETS = 32
 BOOTSTRAPS = 2000
@@ -53,11 +54,7 @@ def read_labelled(data: Path | None, split: Split, count: int, seed: int) -> lis
     Raises ValueError for a bad line or a row without a label.
     """
     if data is None:
-        stream = islice(cases(seed, split), count)
-        return [
-            make_row(row["prompt"], row["responses"], id=f"{split}-{i}", label=row["label"])
-            for i, row in enumerate(case.row() for case in stream)
-        ]
+        return split_rows(seed, split, count, split)
     rows = []
     with data.open("rb") as file:
         for row in islice(read_rows(file, 1 << 20), count):

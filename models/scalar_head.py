@@ -19,6 +19,11 @@ from models.transformer import Attend, Linear, Transformer
 _BLOCK = 16
 
 
+def decoder_of(model: "Transformer | ScalarModel") -> Transformer:
+    """The decoder that a model is, or has."""
+    return model.model if isinstance(model, ScalarModel) else model
+
+
 class ScalarModel(nn.Module):
     """A decoder and the weight of its score. Parameters are uninitialised until loaded."""
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.config import ModelConfig, hf_config, parse_json, read_json
-from models.scalar_head import ScalarModel
+from models.scalar_head import ScalarModel, decoder_of
 from models.transformer import Transformer
 
 Model = TypeVar("Model", Transformer, ScalarModel)
@@ -119,7 +119,7 @@ def load_score_weight(path: str | os.PathLike[str], hidden_size: int) -> Tensor:
 
 def _load(model: Model, root: Path, dtype: torch.dtype | None, device: str | torch.device) -> Model:
     """Give a model of the meta device its place and its weights."""
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     config = decoder.config
     stored: dict[str, _Stored] = _stored_tensors(root)
     slots = dict(_slots(model))
@@ -166,12 +166,19 @@ def save_pretrained(model: Transformer | ScalarModel, directory: str | os.PathLi
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     config = replace(decoder.config, dtype=decoder.embed_tokens.weight.dtype)
     text = json.dumps(hf_config(config, isinstance(model, ScalarModel)), indent=2) + "\n"
     tensors = {name: slot.of(parameters).cpu().contiguous() for name, slot in _slots(model)}
     _write(root / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
     _write(root / _SINGLE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def save_score_weight(weight: Tensor, path: Path) -> None:
+    """Write what `load_score_weight` reads: a score's weight (1, hidden_size), in float32. The file
+    is replaced durably or not at all."""
+    tensors = {_SCORE: weight.detach().float().cpu().contiguous()}
+    _write(path, lambda temporary: save_file(tensors, temporary))
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
@@ -191,13 +198,9 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _decoder(model: Transformer | ScalarModel) -> Transformer:
-    return model.model if isinstance(model, ScalarModel) else model
-
-
 def _slots(model: Transformer | ScalarModel) -> Iterator[tuple[str, _Slot]]:
     """Every Hugging Face tensor name of a model with its place in the fused parameters."""
-    config = _decoder(model).config
+    config = decoder_of(model).config
     q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     v = config.num_kv_heads * config.v_head_dim
     fused = {

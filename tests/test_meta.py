@@ -24,6 +24,7 @@ from engine.request import Row, make_row
 from engine.sample import POCKET
 from engine.verdict import RowFailure, Verdict, to_line
 from tests import tiny
+from tests.judges import rebuilt
 from train.world import cases
 
 END = 2  # <|im_end|>
@@ -87,17 +88,7 @@ def meta(directory: Path) -> MetaModel:
 @pytest.fixture(scope="module")
 def judge(meta: MetaModel) -> Judge:
     plain = Judge.load(POCKET)
-    return with_meta(plain, meta)
-
-
-def with_meta(judge: Judge, meta: MetaModel | None, **changes: Any) -> Judge:
-    arguments: dict[str, Any] = {
-        "judge_template": judge.prompts.judge_template,
-        "settings": judge.settings,
-        "fingerprint": judge.fingerprint,
-        "meta": meta,
-    }
-    return Judge(judge.model, judge.tokenizer, **(arguments | changes))
+    return rebuilt(plain, meta=meta)
 
 
 # Scores
@@ -291,7 +282,7 @@ def one(judge: Judge, row: Row = VOTED, **options: Any) -> Verdict:
 
 
 def test_valid_samples_are_scored_and_the_rest_are_not(judge: Judge, meta: MetaModel) -> None:
-    fresh = with_meta(judge, meta)
+    fresh = rebuilt(judge, meta=meta)
     verdict = one(fresh, max_new_tokens=CUT)
     valid = [sample for sample in verdict.samples if sample.scores is not None]
     assert 2 < len(valid) < K
@@ -373,7 +364,7 @@ def test_a_model_that_gives_no_numbers_gives_no_votes(
     broken = MetaModel.load(directory)
     with torch.no_grad():
         broken.model.score.weight[0, 3] = weight
-    verdict = one(with_meta(judge, broken), max_new_tokens=300)
+    verdict = one(rebuilt(judge, meta=broken), max_new_tokens=300)
     assert (verdict.valid, verdict.votes, verdict.best) == (K, 0, None)
     assert all(s.meta is not None and math.isnan(s.meta) for s in verdict.samples)
     assert json.loads(to_line(verdict))["samples"][0]["meta"] is None
@@ -388,9 +379,9 @@ def test_rows_do_not_depend_on_the_batch(judge: Judge, meta: MetaModel) -> None:
 
     together = metas(judge, rows)
     assert [metas(judge, [row])[0] for row in rows] == together
-    assert metas(with_meta(judge, meta, max_batch=4), rows) == together
+    assert metas(rebuilt(judge, meta=meta, max_batch=4), rows) == together
     few = 1 << 23
-    assert metas(with_meta(judge, meta, max_batch=4, cache_bytes=few), rows) == together
+    assert metas(rebuilt(judge, meta=meta, max_batch=4, cache_bytes=few), rows) == together
 
 
 def world_rows(count: int) -> list[Row]:
@@ -413,7 +404,7 @@ def test_a_row_that_the_meta_model_cannot_read_fails_in_its_place(
     context = max(shortest) - 1
     decoder = narrow.model.model
     decoder.config = replace(decoder.config, max_position_embeddings=context)
-    outcomes = list(with_meta(judge, narrow).rows(rows, **options))
+    outcomes = list(rebuilt(judge, meta=narrow).rows(rows, **options))
     failed = [isinstance(outcome, RowFailure) for outcome in outcomes]
     assert failed == [length > context for length in shortest] and sum(failed) == 1
     failure = outcomes[failed.index(True)]
@@ -426,7 +417,7 @@ def test_a_row_that_the_meta_model_cannot_read_fails_in_its_place(
 
 def test_a_template_that_refuses_a_row(judge: Judge, meta: MetaModel) -> None:
     refusing = MetaModel(meta.model, meta.tokenizer, judge_template="{{ messages[0].content }}")
-    (outcome,) = with_meta(judge, refusing).rows([VOTED], k=2, max_new_tokens=300)
+    (outcome,) = rebuilt(judge, meta=refusing).rows([VOTED], k=2, max_new_tokens=300)
     assert isinstance(outcome, RowFailure) and outcome.error.startswith(
         "meta model: the templates must"
     )
@@ -436,7 +427,7 @@ def test_a_template_that_refuses_a_row(judge: Judge, meta: MetaModel) -> None:
 
 
 def test_options_that_are_refused(judge: Judge, meta: MetaModel) -> None:
-    plain = with_meta(judge, None)
+    plain = rebuilt(judge, meta=None)
     for which, options, words in (
         (plain, {"k_meta": 2}, "k_meta = 2 needs a meta model"),
         (judge, {"k": 4, "k_meta": 5}, "k_meta = 5 is more than k = 4"),
@@ -449,7 +440,7 @@ def test_options_that_are_refused(judge: Judge, meta: MetaModel) -> None:
                 refuse()
     zero_one = JudgeSettings(0, 1, 0.5)
     with pytest.raises(ValueError, match=r"\(1, 10\), the judge's from \(0, 1\)"):
-        with_meta(judge, meta, settings=zero_one)
+        rebuilt(judge, meta=meta, settings=zero_one)
 
 
 def test_the_key_names_the_meta_model(judge: Judge, meta: MetaModel) -> None:
@@ -464,7 +455,7 @@ def test_the_key_names_the_meta_model(judge: Judge, meta: MetaModel) -> None:
         meta.model.__class__(meta.model.model.config).to(torch.bfloat16), meta.tokenizer,
         judge_template=meta.prompts.judge_template, fingerprint=meta.fingerprint,
     )  # fmt: skip
-    keys = [with_meta(judge, each).key(VOTED) for each in (None, meta, other, template, half)]
+    keys = [rebuilt(judge, meta=each).key(VOTED) for each in (None, meta, other, template, half)]
     keys += [judge.key(VOTED, k_meta=k_meta) for k_meta in (1, 3)]
     assert len(set(keys)) == len(keys)
     assert judge.key(VOTED, k=8) == judge.key(VOTED, k=8, k_meta=4) == keys[1]

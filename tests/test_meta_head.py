@@ -27,6 +27,7 @@ from kernels.take_token import LiveSamples
 from models import load_score_weight
 from models.transformer import Transformer, causal_attend
 from tests import tiny
+from tests.judges import rebuilt
 from tests.test_meta import VOTED, one
 
 K = 6
@@ -42,16 +43,6 @@ def head(seed: int = 0) -> Tensor:
 @pytest.fixture(scope="module")
 def plain() -> Judge:
     return Judge.load(POCKET)
-
-
-def with_head(judge: Judge, weight: Tensor | None, **changes: Any) -> Judge:
-    arguments: dict[str, Any] = {
-        "judge_template": judge.prompts.judge_template,
-        "settings": judge.settings,
-        "fingerprint": judge.fingerprint,
-        "meta_head": weight,
-    }
-    return Judge(judge.model, judge.tokenizer, **(arguments | changes))
 
 
 def draw(
@@ -230,7 +221,7 @@ def test_the_operation_in_torch_and_cpp(
 
 
 def test_the_best_k_meta_vote(plain: Judge) -> None:
-    judge = with_head(plain, head())
+    judge = rebuilt(plain, meta_head=head())
     verdict = one(judge, max_new_tokens=CUT, k_meta=2)
     assert 2 < verdict.valid < verdict.k and verdict.votes == 2
     assert all((s.meta is None) == (s.scores is None) for s in verdict.samples)
@@ -241,7 +232,7 @@ def test_the_best_k_meta_vote(plain: Judge) -> None:
     line = json.loads(to_line(verdict))
     assert [s["meta"] for s in line["samples"]] == [s.meta for s in verdict.samples]
     assert one(judge, max_new_tokens=CUT).votes == min(verdict.valid, 4)  # half of 8
-    turned = one(with_head(plain, -head()), max_new_tokens=CUT, k_meta=2)
+    turned = one(rebuilt(plain, meta_head=-head()), max_new_tokens=CUT, k_meta=2)
     assert [s.meta for s in turned.samples] == [s.meta and -s.meta for s in verdict.samples]
     assert turned.scores != verdict.scores
     unheaded = one(plain, max_new_tokens=CUT)
@@ -253,7 +244,7 @@ def test_the_best_k_meta_vote(plain: Judge) -> None:
 def test_a_score_that_is_not_finite_is_no_vote(plain: Judge, value: float) -> None:
     weight = torch.zeros(1, 192)
     weight[0, 3] = value
-    verdict = one(with_head(plain, weight), max_new_tokens=CUT)
+    verdict = one(rebuilt(plain, meta_head=weight), max_new_tokens=CUT)
     assert verdict.valid and (verdict.votes, verdict.best, verdict.scores) == (0, None, None)
     assert all(math.isnan(s.meta or 0.0) for s in verdict.samples if s.scores)
     assert {s["meta"] for s in json.loads(to_line(verdict))["samples"]} == {None}
@@ -263,7 +254,7 @@ def test_a_score_that_is_not_finite_is_no_vote(plain: Judge, value: float) -> No
 
 
 def test_options_that_are_refused(plain: Judge) -> None:
-    judge = with_head(plain, head())
+    judge = rebuilt(plain, meta_head=head())
     for options, words in (
         ({"k": 4, "k_meta": 5}, "k_meta = 5 is more than k = 4"),
         ({"until_decided": 0.9}, "until_decided has no meaning with a meta model or head"),
@@ -272,11 +263,11 @@ def test_options_that_are_refused(plain: Judge) -> None:
             judge.key(VOTED, **options)
     for wrong in (head()[0], head()[:, 1:], head().double()):
         with pytest.raises(ValueError, match=r"the meta head must be \(1, 192\) float32, got"):
-            with_head(plain, wrong)
+            rebuilt(plain, meta_head=wrong)
 
 
 def test_the_key_names_the_heads_content(plain: Judge) -> None:
-    first, same, other = (with_head(plain, head(seed)) for seed in (0, 0, 1))
+    first, same, other = (rebuilt(plain, meta_head=head(seed)) for seed in (0, 0, 1))
     assert first.key(VOTED) == same.key(VOTED, k_meta=4)
     keys = [plain.key(VOTED), first.key(VOTED), other.key(VOTED), first.key(VOTED, k_meta=3)]
     assert len(set(keys)) == len(keys)

@@ -90,7 +90,7 @@ def test_judgements_are_read_as_the_engine_reads_them(args: meta_rm.Args) -> Non
     rows = some_rows(3)
     short = replace(args, max_new_tokens=115)  # some are cut off before their scores
     trainer.args = short
-    judgements = labelled(trainer.meta, trainer.judge_rows(rows, 5, 4)[0])
+    judgements = labelled(trainer.read(trainer.judge_rows(rows, 5, 4)[0])[0])
     scorer = MetaScorer(trainer.meta)
     verdicts = list(trainer.judge.rows(rows, seed=5, k=4, temperature=1.0, max_new_tokens=115))
     expected: list[float] = []
@@ -108,8 +108,8 @@ def test_it_learns_to_tell_judgements_apart(args: meta_rm.Args) -> None:
     """With gradients that do not depend on how rows are put into micro-batches."""
     for kind in ("pointwise", "pairwise"):
         trainer = meta_rm.Trainer(replace(args, lr=3e-3, loss=kind, weight_decay=0.0, steps=20))
-        rows, _ = trainer.judge_rows(some_rows(3), 3, 4)
-        judgements = labelled(trainer.meta, rows)
+        rows, _ = trainer.read(trainer.judge_rows(some_rows(3), 3, 4)[0])
+        judgements = labelled(rows)
         assert len(pairs(judgements)[0]) > 0
         model, gradients = trainer.learner.model, []
         for micro_rows in (3, 1):
@@ -146,7 +146,7 @@ def test_a_head_learns_from_the_states_that_the_engine_scores(args: meta_rm.Args
     with torch.no_grad():
         trainer.learner.model.score.weight.copy_(load_file(path)["score.weight"])
     rows = some_rows(3)
-    found = labelled(trainer.meta, trainer.judge_rows(rows, 5, 4)[0], head=True)
+    found = labelled(trainer.read(trainer.judge_rows(rows, 5, 4)[0])[0])
     expected: list[float] = []
     for verdict in judge.rows(rows, seed=5, k=4, temperature=1.0, max_new_tokens=220):
         assert isinstance(verdict, Verdict)
@@ -210,13 +210,18 @@ def test_what_does_not_fit_or_cannot_be_judged_is_counted(args: meta_rm.Args) ->
         for each in rows
         for own in each.judgements
     ]
-    assert not failures and trainer.fitting(rows) == (rows, 0)
+    everything, too_long = trainer.read(rows)
+    assert not failures and too_long == 0
+    assert [each.id for each in everything] == [each.row.id for each in rows]
+    assert [each.right for each in everything] == [
+        [own.right for own in each.judgements] for each in rows
+    ]
     middle = sorted(lengths)[len(lengths) // 2]
     decoder = trainer.learner.plain.model
     decoder.config = replace(decoder.config, max_position_embeddings=middle)
-    fitting, too_long = trainer.fitting(rows)
+    fitting, too_long = trainer.read(rows)
     assert too_long == sum(length > middle for length in lengths) > 0
-    assert sum(len(each.judgements) for each in fitting) == len(lengths) - too_long
+    assert sum(len(each.trajectories) for each in fitting) == len(lengths) - too_long
     decoder.config = replace(decoder.config, max_position_embeddings=4096)
     trainer.rows = lambda _: [make_row("p " * 40000, ["a", "b"], label=0), *some_rows(2)]
     metrics, _ = trainer.step(0)

@@ -16,10 +16,7 @@ is 1 and the loss is near 0 by construction: watch reward, accuracy and dev figu
 the trainer has it before the first update.
 """
 
-import json
 import math
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -28,7 +25,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from engine.judge import Judge
@@ -54,10 +50,11 @@ from train.rollout import (
     judge_of,
     sample_groups,
     step_seed,
+    tell_left_out,
     trajectories_of,
     world_rows,
 )
-from train.run import Clock, Run, RunArgs, check_args
+from train.run import Clock, Run, RunArgs, check_args, command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +97,7 @@ class Micro:
     """Some groups, packed, and what belongs to their R predicted tokens, each (R,) float32."""
 
     batch: PackedBatch
+    lengths: Tensor  # of the trajectories, int64
     advantage: Tensor
     weight: Tensor  # carries the normaliser of the whole window
     old_logp: Tensor
@@ -163,6 +161,7 @@ def _micro(
     old = [p for group in groups for sample in group.samples for p in sample.sampling_logprobs]
     return Micro(
         batch,
+        lengths,
         advantage.flatten().to(device).repeat_interleave(lengths, output_size=len(old)),
         token_weights(args.loss, lengths, max_tokens=args.max_new_tokens, **counts),
         torch.tensor(old, device=device),
@@ -175,12 +174,11 @@ def add_gradients(model: Transformer, window: Sequence[Micro], args: Args) -> li
     """Add the gradients of a window's loss to those of the parameters."""
     found = []
     for micro in window:
-        device = micro.advantage.device
         result = grpo_loss(
             hidden_states(model, micro.batch), model.head_weight, micro.batch.target,
             micro.advantage, micro.weight, args.options,
             old_logp=micro.old_logp, ref_logp=micro.ref_logp,
-            lengths=torch.tensor(micro.batch.lengths, device=device),
+            lengths=micro.lengths,
             softcap=model.config.final_softcap, temperature=args.temperature,
         )  # fmt: skip
         (result.loss * parallel.world_size()).backward()
@@ -307,9 +305,7 @@ def train(args: Args) -> None:
     if args.skip_easy and not args.data:
         raise ValueError("skip_easy is about the rows of a file, and there is no data")
     trainer = Trainer(args)
-    started = time.monotonic()
-    for reason, count in trainer.left_out.most_common() if parallel.is_first() else ():
-        print(f"left out: {count} x {reason}", file=sys.stderr)
+    tell_left_out(trainer.left_out)
     with Run(args, trainer.learner) as run:
         for step in run.steps():
             metrics, timings = trainer.step(step)
@@ -320,19 +316,12 @@ def train(args: Args) -> None:
                 timings |= clock.seconds
             shown = ("accuracy", "kl", "loss")
             run.record(step + 1, metrics, timings, shown=shown, score=metrics.get("dev_vote"))
-        run.finish()
-    summary = {"steps": args.steps, "steps_run": args.steps - run.first}
-    left_out = sum(trainer.left_out.values())
-    seconds = {"seconds": round(time.monotonic() - started, 1)}
-    if parallel.is_first():
-        print(json.dumps(summary | {"left_out": left_out} | seconds), file=sys.stderr)
+        run.finish(left_out=trainer.left_out.total())
 
 
 def main() -> None:
     """The command line."""
-    args = tyro.cli(Args, description=Args.__doc__)
-    with parallel.ranks():
-        train(args)
+    command_line(Args, train)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Generic, Literal, TypeVar
 import torch
 
 from models.lora import AdaptedLinear, add_adapters, merged_weight
-from models.scalar_head import ScalarModel
+from models.scalar_head import ScalarModel, decoder_of
 from models.transformer import Transformer
 from train import parallel
 from train.optimizer import Optimizer, cosine_lr
@@ -50,7 +50,7 @@ class Learner(Generic[M]):
         if args.lora_rank or parallel.world_size() > 1:
             self.model = deepcopy(model)
             self.plain.requires_grad_(False)
-        decoder = self.model.model if isinstance(self.model, ScalarModel) else self.model
+        decoder = decoder_of(self.model)
         if args.lora_rank:
             add_adapters(decoder, args.lora_rank, args.lora_alpha, args.seed)
         decoder.recompute = args.recompute

@@ -23,11 +23,7 @@ which a judgement's last token was drawn. OUT/meta_head.safetensors is then all 
 `engine.sample --meta-head` reads, at no cost. It is an ablation.
 """
 
-import json
 import math
-import os
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,8 +31,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
@@ -50,13 +44,22 @@ from models import load
 from models.config import read_json
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
-from models.weights import save_pretrained
+from models.weights import save_pretrained, save_score_weight
 from train import parallel
 from train.data import JudgedRow, Judgement, Trajectory, file_judgements
 from train.learner import Learner
 from train.packing import pack, packed_attention
-from train.rollout import Group, Rows, dev_rows, file_rows, sample_groups, step_seed, world_rows
-from train.run import Clock, Run, RunArgs, check_args
+from train.rollout import (
+    Group,
+    Rows,
+    dev_rows,
+    file_rows,
+    sample_groups,
+    step_seed,
+    tell_left_out,
+    world_rows,
+)
+from train.run import Clock, Run, RunArgs, check_args, command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +90,18 @@ class Args(RunArgs):
 
 
 @dataclass(frozen=True)
+class ReadRow:
+    """A row's judgements as they are read: trajectories that are read at their last token but one,
+    and whether each is right."""
+
+    id: str
+    trajectories: list[Trajectory]
+    right: list[bool]
+
+
+@dataclass(frozen=True)
 class Labelled:
-    """Judgements, row by row: trajectories that are read at their last token but one, whether each
-    is right, and the number of its row."""
+    """The judgements of rows, one after another, and the number of each one's row."""
 
     trajectories: list[Trajectory]
     right: Tensor  # (S,) bool
@@ -125,18 +137,14 @@ def judged(groups: Sequence[Group]) -> list[JudgedRow]:
     ]
 
 
-def labelled(meta: MetaModel, rows: Sequence[JudgedRow], head: bool = False) -> Labelled:
-    """The judgements of rows, as the meta model reads them; or as the judge wrote them, for a head
-    that reads the state from which the last token was drawn."""
-    trajectories, right, numbers = [], [], []
-    for number, each in enumerate(rows):
-        for own in each.judgements:
-            # The last token of a completion is a target only; it is not read.
-            completion = own.token_ids if head else (*meta.judgement(own.text), 0)
-            trajectories.append(Trajectory(meta.prompt(each.row, own.order), completion))
-            right.append(own.right)
-            numbers.append(number)
-    return Labelled(trajectories, torch.tensor(right, dtype=torch.bool), torch.tensor(numbers))
+def labelled(rows: Sequence[ReadRow]) -> Labelled:
+    """The judgements of rows, side by side."""
+    numbers = [number for number, each in enumerate(rows) for _ in each.right]
+    return Labelled(
+        [own for each in rows for own in each.trajectories],
+        torch.tensor([right for each in rows for right in each.right], dtype=torch.bool),
+        torch.tensor(numbers),
+    )
 
 
 def logits_of(model: ScalarModel, judgements: Labelled) -> Tensor:
@@ -170,26 +178,28 @@ def auc(scores: Tensor, judgements: Labelled) -> dict[str, float]:
     """Chance that a right judgement is scored above a wrong one, a tie being half: of all pairs,
     and the mean over rows that have both of the pairs within. NaN where there is no pair."""
     right = judgements.right
-    win = (scores[:, None] > scores).double() + (scores[:, None] == scores).double() / 2
     within = []
     for number in judgements.row.unique():
         mine = judgements.row == number
         if (mine & right).any() and (mine & ~right).any():
-            within.append(win[mine & right][:, mine & ~right].mean())
-    pooled = win[right][:, ~right]
+            within.append(chance_above(scores[mine & right], scores[mine & ~right]))
     return {
-        "auc": pooled.mean().item(),
-        "auc_within_rows": torch.stack(within).mean().item() if within else math.nan,
+        "auc": chance_above(scores[right], scores[~right]),
+        "auc_within_rows": sum(within) / len(within) if within else math.nan,
         "rows_with_both": len(within),
     }
 
 
+def chance_above(better: Tensor, worse: Tensor) -> float:
+    """The chance that one of the scores `better` is above one of `worse`, a tie being half; NaN
+    where one of them is empty."""
+    above, equal = better[:, None] > worse, better[:, None] == worse
+    return (above.double() + equal.double() / 2).mean().item()
+
+
 def save_head(model: ScalarModel, directory: Path) -> None:
     """Write the score's weight by itself."""
-    path = directory / "meta_head.safetensors"
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({"score.weight": model.score.weight.detach().float()}, temporary)
-    os.replace(temporary, path)
+    save_score_weight(model.score.weight, directory / "meta_head.safetensors")
 
 
 class Trainer:
@@ -212,7 +222,7 @@ class Trainer:
         self.kept: Callable[[int], list[JudgedRow]] | None = None
         if args.judgements is not None:
             self.kept = file_judgements(args.judgements, args.judged_rows, args.seed)
-        self._dev: list[JudgedRow] | None = None
+        self._dev: list[ReadRow] | None = None
 
     def judge_rows(
         self, rows: Sequence[Row], seed: int, samples: int
@@ -227,19 +237,27 @@ class Trainer:
         )  # fmt: skip
         return judged(groups), failures
 
-    def fitting(self, rows: Sequence[JudgedRow]) -> tuple[list[JudgedRow], int]:
-        """Rows with those judgements that fit the meta model's context, and how many do not."""
+    def read(self, rows: Sequence[JudgedRow]) -> tuple[list[ReadRow], int]:
+        """Rows with those judgements that fit the meta model's context, and how many do not: read
+        as the meta model does or, for a head that reads the state from which the last token was
+        drawn, as the judge wrote them."""
         longest = self.learner.plain.model.config.max_position_embeddings
         found, too_long = [], 0
         for each in rows:
-            fits = []
+            fits = ReadRow(each.row.id, [], [])
             for own in each.judgements:
-                prompt = sum(map(len, self.meta.prompt(each.row, own.order)))
-                if prompt + len(self.meta.judgement(own.text)) <= longest:
-                    fits.append(own)
-            too_long += len(each.judgements) - len(fits)
-            if fits:
-                found.append(JudgedRow(each.row, fits))
+                prompt = self.meta.prompt(each.row, own.order)
+                # The last token of a completion is a target only; it is not read.
+                completion = (
+                    own.token_ids if self.args.head else (*self.meta.judgement(own.text), 0)
+                )
+                if sum(map(len, prompt)) + len(completion) - 1 > longest:
+                    too_long += 1
+                    continue
+                fits.trajectories.append(Trajectory(prompt, completion))
+                fits.right.append(own.right)
+            if fits.right:
+                found.append(fits)
         return found, too_long
 
     def step(self, number: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -252,7 +270,7 @@ class Trainer:
         drawn, failures = self.judge_rows(self.rows(number), seed, args.samples)
         if self.kept is not None:
             drawn += self.kept(number)
-        rows, too_long = self.fitting(drawn)
+        rows, too_long = self.read(drawn)
         if not rows:
             why = f"; {failures[0].error}" if failures else ""
             raise ValueError(f"step {number}: no judgement was valid and fitted{why}")
@@ -260,22 +278,21 @@ class Trainer:
         self.learner.optimizer.zero_grad()
         metrics: dict[str, float] = {"failed_rows": len(failures), "too_long": too_long}
         metrics |= self.add_gradients(rows)
-        named = [each.row.id for each in rows]
-        metrics |= self.learner.update(number, metrics["loss"], named)
+        metrics |= self.learner.update(number, metrics["loss"], [each.id for each in rows])
         clock.lap("update")
         return metrics, clock.seconds
 
-    def add_gradients(self, rows: Sequence[JudgedRow]) -> dict[str, float]:
+    def add_gradients(self, rows: Sequence[ReadRow]) -> dict[str, float]:
         """Add the gradients of the mean loss over the judgements of rows, or over their pairs; a
         rank takes its share. Returns that loss, and what the logits say."""
         args, model = self.args, self.learner.model
-        rights = [own.right for each in rows for own in each.judgements]
+        rights = [right for each in rows for right in each.right]
         total = len(rights)
         if args.loss == "pairwise":
             total = sum(_num_pairs(each) for each in rows)
         losses, hits = [], []
         for own, counts in parallel.micro_batches(rows, args.micro_rows):
-            judgements = labelled(self.meta, own, args.head)
+            judgements = labelled(own)
             logits = logits_of(model, judgements)
             loss = losses_of(logits, judgements, args.loss).sum() / max(1, total)
             (loss * parallel.world_size() * counts).backward()
@@ -297,19 +314,19 @@ class Trainer:
         if self._dev is None:
             rows = dev_rows("meta", args.eval_rows)
             found, _ = self.judge_rows(rows, step_seed(args.seed, -1), args.eval_samples)
-            self._dev, _ = self.fitting(found)
+            self._dev, _ = self.read(found)
         scores: list[float] = []
         own = parallel.share(self._dev)
         for first in range(0, len(own), args.micro_rows):
-            some = labelled(self.meta, own[first : first + args.micro_rows], args.head)
+            some = labelled(own[first : first + args.micro_rows])
             scores += logits_of(self.learner.plain, some).tolist()
-        told = auc(torch.tensor(parallel.gather(scores)), labelled(self.meta, self._dev, args.head))
+        told = auc(torch.tensor(parallel.gather(scores)), labelled(self._dev))
         return {f"dev_{name}": value for name, value in told.items()}
 
 
-def _num_pairs(row: JudgedRow) -> int:
-    right = sum(own.right for own in row.judgements)
-    return right * (len(row.judgements) - right)
+def _num_pairs(row: ReadRow) -> int:
+    right = sum(row.right)
+    return right * (len(row.right) - right)
 
 
 def train(args: Args) -> None:
@@ -324,10 +341,8 @@ def train(args: Args) -> None:
     if args.head and (args.judge or args.judgements or args.lora_rank):
         raise ValueError("a head reads what its own, frozen judge has sampled, and nothing else")
     trainer = Trainer(args)
-    started = time.monotonic()
     last: dict[str, float] = {}
-    for reason, count in trainer.left_out.most_common() if parallel.is_first() else ():
-        print(f"left out: {count} x {reason}", file=sys.stderr)
+    tell_left_out(trainer.left_out)
     with Run(args, trainer.learner, save_head if args.head else save_pretrained) as run:
         for step in run.steps():
             metrics, timings = trainer.step(step)
@@ -339,19 +354,12 @@ def train(args: Args) -> None:
                 metrics, timings = metrics | last, timings | clock.seconds
                 score = last["dev_auc_within_rows"]
             run.record(step + 1, metrics, timings, shown=("loss", "accuracy"), score=score)
-        run.finish()
-    summary = {"steps": args.steps, "steps_run": args.steps - run.first, **last}
-    seconds = round(time.monotonic() - started, 1)
-    left_out = sum(trainer.left_out.values())
-    if parallel.is_first():
-        print(json.dumps(summary | {"left_out": left_out, "seconds": seconds}), file=sys.stderr)
+        run.finish(**last, left_out=trainer.left_out.total())
 
 
 def main() -> None:
     """The command line."""
-    args = tyro.cli(Args, description=Args.__doc__)
-    with parallel.ranks():
-        train(args)
+    command_line(Args, train)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from models.scalar_head import ScalarModel
+from models.scalar_head import ScalarModel, decoder_of
 from models.transformer import Transformer
 
 T = TypeVar("T")
@@ -89,9 +89,8 @@ def shard(model: Transformer | ScalarModel) -> None:
     taken in float32."""
     if world_size() == 1:
         return
-    decoder = model.model if isinstance(model, ScalarModel) else model
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for layer in decoder.layers:
+    for layer in decoder_of(model).layers:
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
 

@@ -40,7 +40,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import tyro
 from tqdm import tqdm
 
 from engine.judge import Judge
@@ -54,7 +53,14 @@ from train.checkpoint import sha256
 from train.data import hint_at
 from train.evaluation import VoteArgs
 from train.rollout import MAX_ROW_BYTES, is_right, seed_of, world_rows
-from train.run import RunArgs, check_args, differences, replace_text, settings_of
+from train.run import (
+    RunArgs,
+    check_args,
+    command_line,
+    differences,
+    replace_text,
+    settings_of,
+)
 
 WORLD_ROWS = 256  # of the synthetic world, where neither --data nor --rows says how many
 _WORLD_BATCH = 64
@@ -476,9 +482,7 @@ def train(args: Args) -> None:
 
 def main() -> None:
     """The command line."""
-    args = tyro.cli(Args, description=Args.__doc__)
-    with parallel.ranks():
-        train(args)
+    command_line(Args, train)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ group are equal it is 0.
 """
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -62,17 +63,18 @@ def world_rows(name: str, seed: int, rows: int) -> Rows:
 
     def batch(number: int) -> list[Row]:
         stream = f"{name}-{seed}-{number}"
-        return _world_rows(stream, "train", rows, stream)
+        return split_rows(stream, "train", rows, stream)
 
     return batch
 
 
 def dev_rows(name: str, rows: int) -> list[Row]:
     """Rows of the synthetic world's dev split, the same for the same name."""
-    return _world_rows(name, "dev", rows, "dev")
+    return split_rows(name, "dev", rows, "dev")
 
 
-def _world_rows(stream: str, split: Split, rows: int, prefix: str) -> list[Row]:
+def split_rows(stream: str | int, split: Split, rows: int, prefix: str) -> list[Row]:
+    """The first labelled rows of a stream of the synthetic world's cases; ids are PREFIX-NUMBER."""
     drawn = (case.row() for case in islice(cases(stream, split), rows))
     return [
         make_row(row["prompt"], row["responses"], id=f"{prefix}-{i}", label=row["label"])
@@ -92,6 +94,12 @@ def file_rows(
     if not kept:
         raise ValueError(f"{path}: all {len(found)} rows are to be skipped")
     return lambda number: epochs(kept, number, rows, seed), +left_out
+
+
+def tell_left_out(left_out: Counter[str]) -> None:
+    """Say what lines of a file were left out, and why."""
+    for reason, count in left_out.most_common() if parallel.is_first() else ():
+        print(f"left out: {count} x {reason}", file=sys.stderr)
 
 
 def labelled_rows(path: Path) -> tuple[list[Row], Counter[str]]:

@@ -18,13 +18,15 @@ import math
 import os
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, TextIO
+from typing import Any, Generic, TextIO, TypeVar
 
 import torch
+import tyro
 from tqdm import tqdm
 
 from engine.verdict import fingerprint_of
@@ -53,6 +55,9 @@ class RunArgs(LearnerArgs):
     keep: int = 2  # checkpoints, the newest
 
 
+A = TypeVar("A", bound=RunArgs)
+
+
 class Run(Generic[M]):
     """A run under way, as a context. `first` is the number of steps done, `state` what the newest
     checkpoint was saved with, besides the learner's tensors, which are put back."""
@@ -65,6 +70,7 @@ class Run(Generic[M]):
     ) -> None:
         """save: writes a finished model into a directory. Raises ValueError for settings other than
         those of the checkpoint."""
+        self._started = time.monotonic()
         self._args = args
         self._learner: Learner[M] = learner
         self._save: Callable[[M, Path], None] = save
@@ -132,8 +138,11 @@ class Run(Generic[M]):
         self._bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown})
         if step % self._args.log_every == 0 or score is not None:
             self._log(step, metrics, timings | {"memory": peak_memory()})
-        better = self._best is None or (score is not None and score > self._best["score"])
-        if score is not None and math.isfinite(score) and better:
+        if (
+            score is not None
+            and math.isfinite(score)
+            and (self._best is None or score > self._best["score"])
+        ):
             self._best = {"step": step, "score": score}
             self._write_model(self._args.out / "best")
             if parallel.is_first():
@@ -155,9 +164,14 @@ class Run(Generic[M]):
                 for name, value in values.items():
                     self._board.add_scalar(f"{group}/{name}", value, step)
 
-    def finish(self) -> None:
-        """Write the finished model, with all that its directory holds besides weights."""
+    def finish(self, **summary: Any) -> None:
+        """Write the finished model, with all that its directory holds besides weights; and a line
+        of JSON that sums the run up, with what is given."""
         self._write_model(self._args.out)
+        steps = {"steps": self._args.steps, "steps_run": self._args.steps - self.first}
+        seconds = {"seconds": round(time.monotonic() - self._started, 1)}
+        if parallel.is_first():
+            print(json.dumps(steps | summary | seconds), file=sys.stderr)
 
     def _write_model(self, directory: Path) -> None:
         self._learner.refresh()
@@ -168,6 +182,13 @@ class Run(Generic[M]):
                     shutil.copyfile(self._args.model / name, directory / name)
             self._save(self._learner.plain, directory)
         parallel.barrier()
+
+
+def command_line(settings: type[A], train: Callable[[A], None]) -> None:
+    """Train with the settings of the command line, as one of torchrun's ranks if it is one."""
+    args = tyro.cli(settings, description=settings.__doc__)
+    with parallel.ranks():
+        train(args)
 
 
 class Clock:

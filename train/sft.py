@@ -8,15 +8,11 @@ is the mean cross-entropy over the tokens of the judgements. The finished model 
 a Hugging Face directory; what else is there, and how a run continues, is told in `train/run.py`.
 """
 
-import json
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 
 from engine.judge import Judge
@@ -29,7 +25,7 @@ from train.evaluation import VoteArgs, dev_votes, evaluation_rows
 from train.learner import Learner
 from train.packing import PackedBatch, hidden_states, pack
 from train.rollout import judge_of
-from train.run import Clock, Run, RunArgs, check_args
+from train.run import Clock, Run, RunArgs, check_args, command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +77,6 @@ def train(args: Args) -> None:
     judge = judge_of(learner.plain, tokenizer, args.model)
     batches = _batches(args, judge)
     rows = evaluation_rows(args, "sft")
-    started = time.monotonic()
     with Run(args, learner) as run:
         tokens = run.state.get("tokens", 0)
         for step in run.steps():
@@ -102,11 +97,7 @@ def train(args: Args) -> None:
                 step + 1, metrics, clock.seconds | speed, score=metrics.get("dev_vote"),
                 tokens=tokens,
             )  # fmt: skip
-        run.finish()
-    seconds = round(time.monotonic() - started, 1)
-    summary = {"steps": args.steps, "steps_run": args.steps - run.first, "tokens": tokens}
-    if parallel.is_first():
-        print(json.dumps(summary | {"seconds": seconds}), file=sys.stderr)
+        run.finish(tokens=tokens)
 
 
 def _batches(args: Args, judge: Judge) -> Batches:
@@ -119,9 +110,7 @@ def _batches(args: Args, judge: Judge) -> Batches:
 
 def main() -> None:
     """The command line."""
-    args = tyro.cli(Args, description=Args.__doc__)
-    with parallel.ranks():
-        train(args)
+    command_line(Args, train)
 
 
 if __name__ == "__main__":
