@@ -19,9 +19,13 @@ from bench.forests import Heads, Tree, Workload, make_decode, make_prefill
 from bench.rivals import decode_peers, prefill_peers, sdpa_backward, unshared_gradients
 from bench.shapes import SHAPES
 from bench.timing import ON_GPU, num_sets, randn
-from kernels import forest_attention_backward, forest_attention_cpu
-from kernels.forest_attention import forest_attention, forest_attention_with_lse
-from kernels.forest_plan import ForestPlan
+from kernels.forest_attention import (
+    forest_attention,
+    forest_attention_with_lse,
+    torch_impl,
+    triton_backward,
+)
+from kernels.forest_attention.plan import ForestPlan
 
 QWEN = Heads.of(SHAPES["qwen3-8b"])
 GEMMA_9B, GEMMA_27B = Heads.of(SHAPES["gemma2-9b"]), Heads.of(SHAPES["gemma2-27b"])
@@ -152,7 +156,7 @@ def attend_backward(
     *options: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients alone."""
-    run = forest_attention_backward if ON_GPU else forest_attention_cpu
+    run = triton_backward if ON_GPU else torch_impl
     return run.attend_backward(q, k, v, o, lse, d_o, None, plan, *options)
 
 

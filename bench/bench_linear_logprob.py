@@ -15,8 +15,8 @@ from bench.figures import Figure, Peer, Work, assert_close, calls_on
 from bench.loss_peers import OPTIONS, Batch, Head, liger, unfused
 from bench.shapes import SHAPES, Shape
 from bench.timing import ON_GPU
-from kernels.grpo_loss import grpo_loss
-from kernels.linear_logprob import LogProbs, linear_logprob
+from kernels.logprob import LogProbs, linear_logprob
+from kernels.logprob.linear_policy_loss import grpo_loss
 
 TARGETS = ["gemma2-27b", "qwen3-8b"] if ON_GPU else ["pocket"]
 OTHERS = ["gemma2-9b"] if ON_GPU else ["qwen3-107m"]

@@ -21,7 +21,7 @@ from bench.shapes import Shape
 from bench.timing import DEVICE, randn
 from engine.forest import Forest, Node, decode_items, prefill_items
 from engine.kv_cache import KVCache, round_up
-from kernels.forest_plan import ForestPlan, SuffixTiles
+from kernels.forest_attention.plan import ForestPlan, SuffixTiles
 from models.config import LayerAttention, ModelConfig, Rope
 
 

@@ -18,13 +18,13 @@ from bench.shapes import Shape
 from bench.timing import DEVICE
 from kernels.extract_scores import ScoreAutomaton
 from kernels.forest_attention import forest_attention
-from kernels.forest_attention_backward import attend_backward
+from kernels.forest_attention.triton_backward import attend_backward
 from kernels.gated_act import gated_act, gated_act_backward
-from kernels.grpo_loss import grpo_loss
-from kernels.linear_logprob import linear_logprob
+from kernels.logprob import linear_logprob
+from kernels.logprob.linear_policy_loss import grpo_loss
+from kernels.logprob.policy_loss import PolicyLossOptions
 from kernels.matmul import matmul
 from kernels.merge_states import merge_states
-from kernels.policy_loss import PolicyLossOptions
 from kernels.rms_norm import rms_norm, rms_norm_backward
 from kernels.rope import rope, rope_backward
 from kernels.sample_token import SamplingOptions, sample_token, uniforms

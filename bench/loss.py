@@ -25,7 +25,7 @@ from bench.ceilings import measure_ceilings
 from bench.loss_peers import OPTIONS, Batch, Head, liger, unfused
 from bench.timing import DEVICE, ON_GPU
 from bench.turns import Run, contend, describe
-from kernels.grpo_loss import grpo_loss
+from kernels.logprob.linear_policy_loss import grpo_loss
 
 CONTENDERS = ("fused", "fused in place", "fused small", "unfused", *(["liger"] if ON_GPU else []))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.timing import DEVICE
-from kernels.policy_loss import PolicyLossOptions
+from kernels.logprob.policy_loss import PolicyLossOptions
 
 OPTIONS = PolicyLossOptions(beta=0.04)
 

@@ -24,7 +24,7 @@ from bench.loss_peers import OPTIONS, Batch, unfused
 from bench.shapes import SHAPES
 from bench.timing import DEVICE
 from bench.turns import Run, contend, describe
-from kernels.grpo_loss import grpo_loss
+from kernels.logprob.linear_policy_loss import grpo_loss
 from models.transformer import Transformer
 from train.data import Trajectory
 from train.packing import PackedBatch, hidden_states, pack

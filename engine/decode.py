@@ -36,13 +36,13 @@ from engine.forest import Node, decode_items
 from engine.forward import CachedForward
 from engine.kv_cache import ALIGN, KVCache, round_up
 from engine.meta_head import MetaHead
-from kernels import native
+from kernels import cpp
 from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
 from kernels.forest_attention import keys_per_partial
-from kernels.forest_plan import MAX_SPLIT, ForestPlan, SuffixTiles
-from kernels.forest_schedule import HeadShape, StaticPlan
+from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, SuffixTiles
+from kernels.forest_attention.schedule import HeadShape, StaticPlan
 from kernels.launch import power_of_two, runs_triton, target_of
-from kernels.sample_token import SamplingOptions, sample_token, samples_native, uniforms
+from kernels.sample_token import SamplingOptions, sample_token, samples_cpp, uniforms
 from kernels.take_token import LiveSamples, Moving, Records, take_token
 from models.transformer import Transformer
 
@@ -294,13 +294,13 @@ class Decoder(CachedForward):
         keys = self._table[:, :batch]
         positions = self._live.count[:batch, None] + torch.arange(steps, device=self.device)
         drawn = uniforms(keys[_KEY].T, keys[_SAMPLE], positions).T.contiguous()
-        if self._native is None or not samples_native(self.options, self.config.vocab_size):
+        if self._cpp is None or not samples_cpp(self.options, self.config.vocab_size):
             for uniform in drawn:
                 self._step(plan, batch, uniform)
             return
         uniform = torch.empty_like(drawn[0])
         step = partial(self._step, plan, batch, uniform)
-        for i, _ in enumerate(native.replayed(step, steps)):
+        for i, _ in enumerate(cpp.replayed(step, steps)):
             uniform.copy_(drawn[i])
 
     def _step(self, plan: ForestPlan, batch: int, uniform: Tensor) -> None:

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 
 from engine.kv_cache import KVCache, Slab
-from kernels.forest_plan import MAX_SPLIT, MAX_TILE, WorkItem
+from kernels.forest_attention.plan import MAX_SPLIT, MAX_TILE, WorkItem
 
 TokenIds = tuple[int, ...]
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from engine.forest import Node, prefill_items
 from engine.kv_cache import ALIGN, KVCache
 from kernels.forest_attention import forest_attention
-from kernels.forest_plan import ForestPlan
+from kernels.forest_attention.plan import ForestPlan
 from kernels.launch import runs_triton, to_device
 from kernels.matmul import matmul
 from kernels.write_kv import write_kv
-from models.native_decoder import NativeDecoder, runs_native
+from models.decoder import CppDecoder, runs_cpp
 from models.transformer import Attend, Transformer, linear
 
 Piece = tuple[Node, int, int]  # tokens [first, stop) of a node
@@ -39,18 +39,18 @@ class CachedForward:
         self.device = model.head_weight.device
         on_triton = runs_triton(model.head_weight)
         self.product = matmul if deterministic and on_triton else linear
-        self._native = NativeDecoder(model, cache.k, cache.v) if runs_native(model) else None
+        self._cpp = CppDecoder(model, cache.k, cache.v) if runs_cpp(model) else None
 
     def forward(self, tokens: Tensor, positions: Tensor, cells: Tensor, plan: ForestPlan) -> Tensor:
         """Hidden states of tokens, whose keys and values go into `cells` of the cache."""
-        if self._native is not None:
-            return self._native.forward(tokens, positions, cells, plan)
+        if self._cpp is not None:
+            return self._cpp.forward(tokens, positions, cells, plan)
         return self.model(tokens, positions, self._attend(cells, plan), self.product)
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """The model's raw logits of hidden states."""
-        if self._native is not None:
-            return self._native.head_logits(hidden)
+        if self._cpp is not None:
+            return self._cpp.head_logits(hidden)
         return self.model.head_logits(hidden, self.product)
 
     def prefill(self, pieces: Sequence[Piece]) -> Tensor:

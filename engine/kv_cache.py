@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.cpp import runs_cpp
 from kernels.launch import power_of_two, runs_triton
-from kernels.native import runs_native
 from models.config import ModelConfig
 
 ALIGN = 16
@@ -129,7 +129,7 @@ class KVCache:
         assert self._idle_slots, "no idle slot"
         slot = self._idle_slots.pop()
         first = self.suffix_base + slot * self.suffix_capacity
-        for cache in () if runs_triton(self.v[0]) or runs_native(self.v[0]) else self.v:
+        for cache in () if runs_triton(self.v[0]) or runs_cpp(self.v[0]) else self.v:
             cache[:, first : first + self.suffix_capacity] = 0
         return slot
 

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels import native
+from kernels import cpp
 from kernels.take_token import LiveSamples
 from models.scalar_head import scalar_logits
 
@@ -42,8 +42,8 @@ class MetaHead:
 
     def keep_of(self, live: LiveSamples, hidden: Tensor) -> None:
         """`keep` the scores of the first B hidden states of (R, hidden_size), contiguous."""
-        if native.runs_native(hidden):
-            native.call(
+        if cpp.runs_cpp(hidden):
+            cpp.call(
                 "keep_scores", hidden.dtype, hidden, len(live.slot), hidden.shape[1], self.weight,
                 live.slot, live.finished, self._scores,
             )  # fmt: skip

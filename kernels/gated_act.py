@@ -26,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import native
+from kernels import cpp
+from kernels.cpp import runs_cpp
 from kernels.device_math import tanh
 from kernels.launch import (
     Target,
@@ -37,7 +38,6 @@ from kernels.launch import (
     target_of,
     without_gaps,
 )
-from kernels.native import runs_native
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
@@ -151,10 +151,10 @@ def _run_triton_backward(grad: Tensor, gate_up: Tensor, activation: str) -> Tens
     return out
 
 
-def _run_native(gate_up: Tensor, activation: str) -> Tensor:
+def _run_cpp(gate_up: Tensor, activation: str) -> Tensor:
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, size, dtype=gate_up.dtype)
-    native.call(
+    cpp.call(
         "gated_act", gate_up.dtype, gate_up, gate_up.stride(0), out, tokens, size,
         int(activation == "gelu_tanh"),
     )  # fmt: skip
@@ -229,6 +229,6 @@ def gated_act(gate_up: Tensor, activation: str) -> Tensor:
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"gated_act: activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if runs_native(gate_up):
-        return _run_native(gate_up, activation)
+    if runs_cpp(gate_up):
+        return _run_cpp(gate_up, activation)
     return _GatedAct.apply(gate_up, activation)

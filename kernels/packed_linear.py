@@ -9,7 +9,7 @@ A packed copy is kept beside each weight for as long as the weight lives, and ma
 weight has changed. It doubles the memory of the weights. Rows do not depend on each other.
 
 In float32 nothing is packed: MKL's product over plain weights is as fast at the batch sizes that
-matter. The C++ is in `kernels/native.cpp`. Inference only.
+matter. The C++ is in `kernels/cpp/exports.cpp`. Inference only.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kernels import native
-from kernels.native import runs_native
+from kernels import cpp
+from kernels.cpp import runs_cpp
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def packs(x: Tensor, weight: Tensor) -> bool:
     """Whether `packed_linear` is there for this product: bfloat16, on CPU, in C++, no gradient."""
     # An inference tensor has no version: whether it has changed could not be told.
     usable = x.dtype == torch.bfloat16 and x.is_contiguous() and not weight.is_inference()
-    return usable and runs_native(x, weight)
+    return usable and runs_cpp(x, weight)
 
 
 def packed_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -64,7 +64,7 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     rows, terms = x.shape
     columns = len(weight)
     y = torch.empty(rows, columns, dtype=x.dtype)
-    native.call("linear", x.dtype, x, rows, terms, packed(weight), columns, bias, y)
+    cpp.call("linear", x.dtype, x, rows, terms, packed(weight), columns, bias, y)
     return y
 
 
@@ -75,10 +75,10 @@ def packed(weight: Tensor, paired: bool = False) -> Tensor:
     kept: _Packed | None = _packed.get(weight)
     if kept is None or kept.version != version:
         columns, terms = weight.shape
-        width = native.panel_columns()
+        width = cpp.panel_columns()
         across = columns // 2 if paired else columns
         panels = -(-across // (width // 2 if paired else width))
         laid = torch.empty(panels * width * terms, dtype=weight.dtype)
-        native.call("pack", weight.dtype, weight, columns, terms, int(paired), laid)
+        cpp.call("pack", weight.dtype, weight, columns, terms, int(paired), laid)
         kept = _packed[weight] = _Packed(laid, version)
     return kept.panels

@@ -29,7 +29,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import native
+from kernels import cpp
+from kernels.cpp import runs_cpp
 from kernels.launch import (
     Target,
     check_triton,
@@ -39,7 +40,6 @@ from kernels.launch import (
     target_of,
     without_gaps,
 )
-from kernels.native import runs_native
 
 # Tile and warps of the sum of partial gradients of the weight. Not yet tuned on a device;
 # bench/bench_rms_norm.py is the bench to tune with.
@@ -271,7 +271,7 @@ def _run_triton_backward(
     return d_x, d_residual, d_weight
 
 
-def _run_native(
+def _run_cpp(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, plus_one: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype)
@@ -280,7 +280,7 @@ def _run_native(
     if x.ndim not in (2, 3):
         x = x.reshape(-1, size)
     residual = None if residual is None else residual.contiguous()
-    native.call(
+    cpp.call(
         "rms_norm", x.dtype, x, x.stride(0), x.stride(-2), residual, weight, y, total,
         x.numel() // size, x.shape[1] if x.ndim == 3 else 1, size, eps, int(plus_one),
     )  # fmt: skip
@@ -381,6 +381,6 @@ def rms_norm(
         )
     if not eps > 0:
         raise ValueError(f"rms_norm: eps must be positive, got {eps}")
-    if runs_native(x, weight, *([] if residual is None else [residual])):
-        return _run_native(x, residual, weight, eps, plus_one)
+    if runs_cpp(x, weight, *([] if residual is None else [residual])):
+        return _run_cpp(x, residual, weight, eps, plus_one)
     return _RMSNorm.apply(x, residual, weight, eps, plus_one)

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import native
+from kernels import cpp
+from kernels.cpp import runs_cpp
 from kernels.launch import (
     Target,
     check_triton,
@@ -30,7 +31,6 @@ from kernels.launch import (
     target_of,
     without_gaps,
 )
-from kernels.native import runs_native
 
 
 def rope_cos_sin(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,10 +150,10 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return x[..., :half], x[..., half:]
 
 
-def _run_native(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _run_cpp(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     tokens, heads, dim = x.shape
     y = torch.empty(x.shape, dtype=x.dtype)
-    native.call("rope", x.dtype, x, *x.stride()[:2], cos, sin, y, tokens, heads, dim // 2)
+    cpp.call("rope", x.dtype, x, *x.stride()[:2], cos, sin, y, tokens, heads, dim // 2)
     return y
 
 
@@ -197,6 +197,6 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
             raise ValueError(
                 f"rope: {name} must be {half} float32, got {tuple(table.shape)} {table.dtype}"
             )
-    if not interleaved and runs_native(x) and cos.is_contiguous() and sin.is_contiguous():
-        return _run_native(x, cos, sin)
+    if not interleaved and runs_cpp(x) and cos.is_contiguous() and sin.is_contiguous():
+        return _run_cpp(x, cos, sin)
     return _Rope.apply(x, cos, sin, interleaved)

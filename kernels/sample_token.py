@@ -58,10 +58,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import native
+from kernels import cpp
+from kernels.cpp import runs_cpp
 from kernels.device_math import tanh
 from kernels.launch import Target, launch, power_of_two, runs_triton, target_of
-from kernels.native import runs_native
 
 TILE = 1024
 STREAMS = ("token", "order", "tie")
@@ -217,10 +217,10 @@ def uniforms(keys: Tensor, sample_index: Tensor, positions: Tensor) -> Tensor:
     if runs_triton(keys):
         return _run_triton_uniforms(keys, sample_index, positions)
     uniform = torch.empty(positions.shape)
-    if keys.is_cpu and runs_native(uniform):
+    if keys.is_cpu and runs_cpp(uniform):
         rows, columns = batch, positions.numel() // max(batch, 1)
         contiguous = (x.contiguous() for x in (keys, sample_index, positions))
-        native.call("uniforms", torch.float32, *contiguous, rows, columns, uniform)
+        cpp.call("uniforms", torch.float32, *contiguous, rows, columns, uniform)
         return uniform
     return _torch_uniforms(keys, sample_index, positions)
 
@@ -651,18 +651,18 @@ def _run_triton(
     return token, logprob, sampling_logprob
 
 
-def samples_native(options: SamplingOptions, vocab_size: int) -> bool:
+def samples_cpp(options: SamplingOptions, vocab_size: int) -> bool:
     """Whether these options are there in C++, where that runs at all: no top-k and no top-p."""
     return options.top_p == 1 and not 0 < options.top_k < vocab_size
 
 
-def _run_native(
+def _run_cpp(
     logits: Tensor, uniform: Tensor, options: SamplingOptions, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, vocab_size = logits.shape
     token = torch.empty(batch, dtype=torch.int64)
     logprob, sampling_logprob = torch.empty(batch), torch.empty(batch)
-    native.call(
+    cpp.call(
         "sample_token", logits.dtype, logits, batch, vocab_size, uniform, uniform.stride(0),
         float(options.temperature), float(options.min_p), float(softcap or 0), TILE, token,
         logprob, sampling_logprob,
@@ -697,8 +697,8 @@ def sample_token(
         raise ValueError(f"softcap must be positive and finite, got {softcap}")
     if runs_triton(logits):
         return _run_triton(logits, uniform, options, softcap)
-    if runs_native(logits) and samples_native(options, logits.shape[1]):
-        return _run_native(logits, uniform, options, softcap)
+    if runs_cpp(logits) and samples_cpp(options, logits.shape[1]):
+        return _run_cpp(logits, uniform, options, softcap)
 
     logits = _widened(logits, softcap)
     temperature = options.temperature

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels.forest_attention import forest_attention_with_lse
-from kernels.forest_plan import MAX_SPLIT, MAX_TILE, ForestPlan, WorkItem
+from kernels.forest_attention.plan import MAX_SPLIT, MAX_TILE, ForestPlan, WorkItem
 from kernels.launch import runs_triton
 
 Backend = Literal["triton", "torch", "flash", "xformers"]

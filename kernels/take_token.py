@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import native
+from kernels import cpp
+from kernels.cpp import runs_cpp
 from kernels.extract_scores import (
     DECIDED,
     ScoreAutomaton,
@@ -33,7 +34,6 @@ from kernels.extract_scores import (
     rows_launch,
 )
 from kernels.launch import check_triton, launch, runs_triton, target_of
-from kernels.native import runs_native
 
 # Position, suffix length and cache cell of each row's next token, (at least B,) int64 each.
 Moving = tuple[Tensor, Tensor, Tensor]
@@ -244,7 +244,7 @@ def _run_triton(
 
 
 class _Automaton(ctypes.Structure):
-    """`Automaton` of kernels/native.cpp: `ScoreState.registers` and `ScoreAutomaton.tables`."""
+    """`Automaton` in C++: `ScoreState.registers` and `ScoreAutomaton.tables`."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("value", "count", "items", "n", "reason", "scores")),
@@ -254,7 +254,7 @@ class _Automaton(ctypes.Structure):
     ]
 
 
-def _run_native(
+def _run_cpp(
     live: LiveSamples,
     records: Records,
     drawn: Sequence[Tensor],
@@ -273,7 +273,7 @@ def _run_native(
             for x in (*live.scores.registers(), *automaton.tables())
         )
     )
-    native.call(
+    cpp.call(
         "take_token", torch.float32, *drawn, *live.tensors().values(), records.tokens,
         records.logprobs, records.tokens.shape[1], records.tokens.numel(), end_ids, len(end_ids),
         *(moving or (None, None, None)), len(live.token), live.scores.control, ctypes.byref(state),
@@ -304,9 +304,9 @@ def take_token(
         drawn = (token, logprob, sampling_logprob)
         _run_triton(live, records, drawn, automaton, end_ids, stop_at_box, moving)
         return
-    if runs_native(logprob, sampling_logprob):
+    if runs_cpp(logprob, sampling_logprob):
         drawn = (token, logprob, sampling_logprob)
-        _run_native(live, records, drawn, automaton, end_ids, stop_at_box, moving)
+        _run_cpp(live, records, drawn, automaton, end_ids, stop_at_box, moving)
         return
     going = ~live.finished
     at = live.count.clamp_max(records.tokens.shape[1] - 1)  # a finished sample may be full

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import native
+from kernels import cpp
+from kernels.cpp import runs_cpp
 from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
-from kernels.native import runs_native
 
 
 def write_kv_ref(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -121,8 +121,8 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
             raise ValueError(f"write_kv: {name} is {tensor.dtype}, k is {k.dtype}")
     if slots.dtype != torch.int64:
         raise ValueError(f"write_kv: slots must be int64, got {slots.dtype}")
-    if runs_native(k, v, k_cache, v_cache) and native.distinct_slots(slots, size):
-        native.call(
+    if runs_cpp(k, v, k_cache, v_cache) and cpp.distinct_slots(slots, size):
+        cpp.call(
             "write_kv", k.dtype, k, *k.stride()[:2], v, *v.stride()[:2], k_cache,
             *k_cache.stride()[:2], v_cache, *v_cache.stride()[:2], slots, tokens, heads, dim, v_dim,
         )  # fmt: skip

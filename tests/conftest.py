@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels import native
+from kernels import cpp
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def _poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def in_torch() -> Iterator[None]:
     """Operations on CPU run in torch, as where there is no C++ compiler."""
-    with native.torch_only():
+    with cpp.torch_only():
         yield
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.forest import Node
 from kernels.forest_attention import forest_attention_with_lse
-from kernels.forest_plan import ForestPlan
+from kernels.forest_attention.plan import ForestPlan
 from tests.forests import Grove, Options, Sample, Shape
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.forest import Forest, Node, decode_items, prefill_items
 from engine.kv_cache import KVCache
-from kernels.forest_plan import ForestPlan, SuffixTiles
+from kernels.forest_attention.plan import ForestPlan, SuffixTiles
 from models.config import LayerAttention, ModelConfig, Rope
 
 Array = NDArray[np.floating]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.policy_loss import PolicyLossOptions
+from kernels.logprob.policy_loss import PolicyLossOptions
 
 
 def oracle(

@@ -40,7 +40,7 @@ def names_in(node: ast.AST) -> set[str]:
 def launched_kernels() -> set[str]:
     """Names of all functions compiled by Triton that no other such function calls."""
     jitted: dict[str, ast.FunctionDef] = {}
-    for path in KERNELS.glob("*.py"):
+    for path in KERNELS.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and any(
                 ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list

@@ -49,8 +49,8 @@ from bench.stage import StageLog
 from bench.timing import num_sets
 from bench.turns import Run, contend, describe
 from kernels.forest_attention import forest_attention
-from kernels.forest_plan import ForestPlan
-from kernels.linear_logprob import LogProbs
+from kernels.forest_attention.plan import ForestPlan
+from kernels.logprob import LogProbs
 
 ROOT = Path(__file__).parent.parent
 HEADS = Heads(6, 2, 16, torch.float32)

@@ -10,7 +10,7 @@ import engine.generate as generate
 from engine.decode import Decoder
 from engine.forest import Node
 from engine.generate import Generator
-from kernels.forest_plan import ForestPlan
+from kernels.forest_attention.plan import ForestPlan
 from models import load
 from models.transformer import Transformer
 from tests.test_generate import drawn, make_generator, make_groups, run

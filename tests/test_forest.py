@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.forest import Forest, Node, TokenIds, decode_items, prefill_items
 from engine.kv_cache import ALIGN
-from kernels.forest_plan import MAX_SPLIT, MAX_TILE, WorkItem
+from kernels.forest_attention.plan import MAX_SPLIT, MAX_TILE, WorkItem
 from tests.forests import make_cache
 
 Prompt = tuple[TokenIds, ...]

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import kernels.forest_attention_cpu as module
+import kernels.forest_attention.torch_impl as module
 from engine.forest import Node
 from kernels.forest_attention import forest_attention, forest_attention_ref
-from kernels.forest_plan import ForestPlan, SuffixTiles, WorkItem
+from kernels.forest_attention.plan import ForestPlan, SuffixTiles, WorkItem
 from tests.forests import Grove, Options, Sample, Segment, Shape, Tolerance
 
 PLAIN: Options = (0.25, None, None)

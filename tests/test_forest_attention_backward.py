@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import forest_attention_cpu
-from kernels.forest_attention import forest_attention
-from kernels.forest_backward_plan import key_tiles, query_tiles
-from kernels.forest_plan import ForestPlan, SuffixTiles, WorkItem
-from kernels.native import torch_only
+from kernels.cpp import torch_only
+from kernels.forest_attention import forest_attention, torch_impl
+from kernels.forest_attention.backward_schedule import key_tiles, query_tiles
+from kernels.forest_attention.plan import ForestPlan, SuffixTiles, WorkItem
 from tests.dense_attention import Problem, problem
 from tests.forests import Options, Sample, Segment, Shape
 
@@ -175,7 +174,7 @@ def test_scores_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles of queries where many keys are seen; the gradients are the same."""
     samples = [Sample(9 + i, ((0, 90), (1 + i, 30)), 0) for i in range(3)]
     case = problem(samples, SHAPE, (0.25, 3.0, None), d_lse=False)
-    monkeypatch.setattr(forest_attention_cpu, "_MAX_SCORES", 5 * 3 * len(case.k))
+    monkeypatch.setattr(torch_impl, "_MAX_SCORES", 5 * 3 * len(case.k))
     inputs = case.inputs()
     out, _ = case.attend(*inputs)
     widest = 0

@@ -18,7 +18,7 @@ from engine.prompt import read_judge_settings, read_judge_template
 from engine.request import make_row
 from engine.sample import POCKET
 from engine.verdict import Sample, Verdict
-from kernels.policy_loss import LOSSES
+from kernels.logprob.policy_loss import LOSSES
 from models import load
 from models.transformer import Transformer, causal_attend
 from tests.policy_oracle import oracle

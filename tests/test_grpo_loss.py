@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.grpo_loss import grpo_loss, grpo_loss_ref
-from kernels.linear_logprob import linear_logprob_ref
-from kernels.linear_logprob_cpu import HeadCPU, LogProbGradients
-from kernels.policy_loss import LOSSES, PolicyLossOptions, token_weights
+from kernels.logprob import linear_logprob_ref
+from kernels.logprob.linear_policy_loss import grpo_loss, grpo_loss_ref
+from kernels.logprob.policy_loss import LOSSES, PolicyLossOptions, token_weights
+from kernels.logprob.torch_impl import HeadCPU, LogProbGradients
 from tests.policy_oracle import ADVANTAGES, LENGTHS, MAX_TOKENS, dense
 from tests.test_linear_logprob import assert_as_near, problem, rows_computed
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from engine.kv_cache import ALIGN, KVCache, Slab, cell_bytes, round_up, scratch_cells
-from kernels import native
+from kernels import cpp
 from tests.forests import make_cache, make_config
 
 CELLS = 20 * ALIGN
@@ -73,7 +73,7 @@ class CacheMachine(RuleBasedStateMachine):
             with pytest.raises(AssertionError):
                 self.cache.take_slot()
             return None
-        with native.torch_only():  # whose attention is the one that reads cleared values
+        with cpp.torch_only():  # whose attention is the one that reads cleared values
             slot = self.cache.take_slot()
         assert slot in set(range(SLOTS)) - self.taken
         self.taken.add(slot)

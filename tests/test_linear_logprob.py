@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import linear_logprob_cpu as module
-from kernels.linear_logprob import linear_logprob, linear_logprob_ref
-from kernels.linear_logprob_cpu import HeadCPU, LogProbs
+from kernels.logprob import linear_logprob, linear_logprob_ref
+from kernels.logprob import torch_impl as module
+from kernels.logprob.torch_impl import HeadCPU, LogProbs
 
 
 def problem(

@@ -20,7 +20,7 @@ from engine.meta_head import MetaHead
 from engine.request import Row, make_row
 from engine.sample import POCKET
 from engine.verdict import to_line
-from kernels import native
+from kernels import cpp
 from kernels.extract_scores import ScoreAutomaton
 from kernels.sample_token import SamplingOptions
 from kernels.take_token import LiveSamples
@@ -148,18 +148,18 @@ def test_no_bit_depends_on_company(plain: Judge, monkeypatch: pytest.MonkeyPatch
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which C++ functions were called, those that are only repeated left out."""
     names: list[str] = []
-    call = native.call
+    call = cpp.call
 
     def noted(name: str, dtype: torch.dtype, *arguments: Any) -> None:
         names.append(name)
         call(name, dtype, *arguments)
 
-    monkeypatch.setattr(native, "call", noted)
+    monkeypatch.setattr(cpp, "call", noted)
     return names
 
 
 in_native = pytest.mark.skipif(
-    not native.runs_native(torch.zeros(1)), reason="operations run in torch here"
+    not cpp.runs_cpp(torch.zeros(1)), reason="operations run in torch here"
 )
 
 
@@ -168,7 +168,7 @@ def test_torch_and_cpp_give_the_same_bits(plain: Judge, called: list[str]) -> No
     ours = bits(draw(plain, head(), 20, k=2))
     assert 0 < called.count("keep_scores") < 18  # of 18 steps some were repeated
     del called[:]
-    with native.torch_only():
+    with cpp.torch_only():
         assert bits(draw(plain, head(), 20, k=2)) == ours
     assert not called
 
@@ -202,7 +202,7 @@ def test_the_operation_in_torch_and_cpp(
                 return kept.fetch(live)
 
             ours = run()
-            with native.torch_only():
+            with cpp.torch_only():
                 assert run() == ours
             exact = hidden.double() @ weight[0].double()
             # Each product and each addition is rounded once.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.policy_loss import (
+from kernels.logprob.policy_loss import (
     KL_ESTIMATORS,
     LOSSES,
     PolicyLossOptions,

@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import forest_attention_cpu
-from kernels import forest_schedule as module
-from kernels.forest_attention import forest_attention, forest_attention_with_lse
-from kernels.forest_plan import ForestPlan, SuffixTiles, WorkItem
+from kernels.forest_attention import forest_attention, forest_attention_with_lse, torch_impl
+from kernels.forest_attention import schedule as module
+from kernels.forest_attention.plan import ForestPlan, SuffixTiles, WorkItem
 from kernels.launch import Target, intercept, target_of
 from kernels.merge_states import merge_states, merge_states_ref
 from kernels.segment_attention import segment_attention, segment_attention_ref
@@ -130,7 +129,7 @@ def test_the_same_plan_in_torch(options: Options, per_split: bool) -> None:
         _, again = each.decode() if each is grove else each.prefill(prefill.whole()[:1])
         # Torch multiplies values behind a suffix's last key by 0; Triton does not read them.
         finite = v.nan_to_num()
-        theirs, their_lse = forest_attention_cpu.attend(q, k, finite, again, *options)
+        theirs, their_lse = torch_impl.attend(q, k, finite, again, *options)
         assert plan.executed == again.executed > 0
         # Each is held to float64 by itself; to each other, 16 units of values up to 5.
         eps = torch.finfo(torch.float32).eps

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import forest_attention_cpu
-from kernels.forest_attention import forest_attention
-from kernels.forest_plan import ForestPlan, WorkItem
+from kernels.forest_attention import forest_attention, torch_impl
+from kernels.forest_attention.plan import ForestPlan, WorkItem
 from kernels.launch import intercept
 from tests.dense_attention import Problem, problem
 from tests.forests import Options, Sample, Segment, Shape
@@ -160,9 +159,9 @@ def test_like_torch() -> None:
     plan = ForestPlan(case.plan.items, case.plan.positions.cpu())
     scale, softcap, window = case.options
     caches = k.transpose(0, 1), v.transpose(0, 1)
-    results = forest_attention_cpu.attend(q, *caches, plan, scale, softcap, window)
+    results = torch_impl.attend(q, *caches, plan, scale, softcap, window)
     assert case.d_lse is not None
-    grads = forest_attention_cpu.attend_backward(
+    grads = torch_impl.attend_backward(
         q, *caches, *results, case.d_o.cpu(), case.d_lse.cpu(), plan, scale, softcap, window
     )
     case.check([grads[0], grads[1].transpose(0, 1), grads[2].transpose(0, 1)])

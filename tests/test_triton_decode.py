@@ -16,8 +16,10 @@ import engine.forest as forest
 import engine.generate as generate
 from engine.decode import Decoder, GraphDecoder
 from engine.generate import Generator, Group, GroupResult
-from kernels import forest_attention, forest_plan, forest_schedule
+from kernels import forest_attention
 from kernels.extract_scores import ScoreAutomaton
+from kernels.forest_attention import plan as forest_plan
+from kernels.forest_attention import schedule as forest_schedule
 from kernels.sample_token import SamplingOptions
 from models.config import LayerAttention
 from models.transformer import Transformer

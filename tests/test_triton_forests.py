@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.forest import decode_items
 from kernels.forest_attention import forest_attention
-from kernels.forest_plan import ForestPlan
+from kernels.forest_attention.plan import ForestPlan
 from tests.forests import Grove, Options, Sample, Segment, Shape, Tolerance
 from tests.triton_device import DEVICE, DTYPES, on_triton
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.grpo_loss import grpo_loss
 from kernels.launch import intercept
-from kernels.linear_logprob import LogProbs, linear_logprob, linear_logprob_ref
-from kernels.policy_loss import LOSSES
+from kernels.logprob import LogProbs, linear_logprob, linear_logprob_ref
+from kernels.logprob.linear_policy_loss import grpo_loss
+from kernels.logprob.policy_loss import LOSSES
 from tests.policy_oracle import dense
 from tests.test_grpo_loss import arguments, run, to_dtype
 from tests.test_linear_logprob import assert_as_near, gradients, problem

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from engine.judge import Judge
 from engine.sample import POCKET
-from kernels.grpo_loss import GRPOLoss, grpo_loss
-from kernels.linear_logprob import linear_logprob
-from kernels.policy_loss import PolicyLossOptions, token_weights
+from kernels.logprob import linear_logprob
+from kernels.logprob.linear_policy_loss import GRPOLoss, grpo_loss
+from kernels.logprob.policy_loss import PolicyLossOptions, token_weights
 from models import load
 from models.lora import adapters_off
 from models.transformer import Transformer

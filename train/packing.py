@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.forest import Node, TokenIds, prefill_items
 from engine.kv_cache import Slab, round_up
 from kernels.forest_attention import forest_attention
-from kernels.forest_plan import ForestPlan
+from kernels.forest_attention.plan import ForestPlan
 from models.config import ModelConfig
 from models.transformer import Attend, Transformer
 from train.data import Trajectory

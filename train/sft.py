@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.judge import Judge
-from kernels.linear_logprob import linear_logprob
+from kernels.logprob import linear_logprob
 from models import load
 from models.transformer import Transformer
 from train import parallel

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.linear_logprob import (
+from kernels.logprob import (
     LogProbGradients,
     add_gradients,
     check_linear,
     head_of,
     linear_logprob,
 )
-from kernels.policy_loss import PolicyLoss, PolicyLossOptions, policy_loss
+from kernels.logprob.policy_loss import PolicyLoss, PolicyLossOptions, policy_loss
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import native
+from kernels import cpp
 from kernels.forest_attention import forest_attention_with_lse
 from kernels.gated_act import gated_act
 from kernels.packed_linear import packed_linear, packed_linear_ref, packs
@@ -22,7 +22,7 @@ from kernels.rope import rope, rope_cos_sin
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
 from kernels.write_kv import write_kv
 from models import load
-from models.native_decoder import NativeDecoder
+from models.decoder import CppDecoder
 from models.transformer import Transformer, linear
 from tests.forests import Grove, Options, Shape
 from tests.test_forest_attention import OPTIONS, crowd, forests
@@ -30,7 +30,7 @@ from tests.test_generate import drawn, make_generator, make_groups, run
 from tests.tiny import FAMILIES, write_model
 
 pytestmark = pytest.mark.skipif(
-    not native.runs_native(torch.zeros(1)), reason="operations run in torch here"
+    not cpp.runs_cpp(torch.zeros(1)), reason="operations run in torch here"
 )
 
 
@@ -38,13 +38,13 @@ pytestmark = pytest.mark.skipif(
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each C++ function was called."""
     counter: Counter[str] = Counter()
-    call = native.call
+    call = cpp.call
 
     def counted(name: str, dtype: torch.dtype, *arguments: Any) -> None:
         counter[name] += 1
         call(name, dtype, *arguments)
 
-    monkeypatch.setattr(native, "call", counted)
+    monkeypatch.setattr(cpp, "call", counted)
     return counter
 
 
@@ -59,7 +59,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def same(operation: Callable[[], Any]) -> None:
     """The operation's results, or what it returns of tensors, are those of torch."""
     ours = operation()
-    with native.torch_only():
+    with cpp.torch_only():
         theirs = operation()
     for a, b in zip(
         ours if isinstance(ours, tuple) else (ours,),
@@ -94,7 +94,7 @@ def test_forest_attention(samples: list, shape: Shape, options: Options, num_thr
     torch.set_num_threads(num_threads)
     try:
         for written in (True, False):
-            with native.torch_only():  # clears the slots' values, which torch reads
+            with cpp.torch_only():  # clears the slots' values, which torch reads
                 grove = Grove(samples, shape, capacity=304, written=written)
 
             def attend(grove: Grove = grove, written: bool = written) -> Any:
@@ -264,7 +264,7 @@ def test_the_decoder(family: str, tmp_path: Path, calls: Counter[str]) -> None:
     # Each stands for all the steps between two looks.
     assert calls["decode"] > 10 and calls["take_token"] > 10 and not calls["attend_items"]
     before = calls.copy()
-    with native.torch_only():
+    with cpp.torch_only():
         assert sample() == ours
     assert calls == before
 
@@ -282,7 +282,7 @@ def test_a_model_that_is_trained_between_samples(tmp_path: Path) -> None:
             parameter.mul_(1.5)
     changed = [drawn(r) for r in run(generator, groups)]
     assert changed != first
-    with native.torch_only():
+    with cpp.torch_only():
         assert [drawn(r) for r in run(make_generator(model), groups)] == changed
 
 
@@ -297,7 +297,7 @@ def test_bfloat16_decoder_is_as_exact_as_torch(tmp_path: Path) -> None:
         if name == "native":
             results = run(make_generator(model), groups)
         else:
-            with native.torch_only():
+            with cpp.torch_only():
                 results = run(make_generator(model), groups)
         worst = 0.0
         for group, result in zip(groups, results, strict=True):
@@ -316,7 +316,7 @@ def test_slots_of_a_forward_are_checked(tmp_path: Path) -> None:
     write_model(tmp_path, "qwen3")
     model, _ = load(tmp_path)
     grove = Grove(crowd(), Shape(2, 2, 24, 24), capacity=304)
-    decoder = NativeDecoder(model, grove.cache.k * 3, grove.cache.v * 3)
+    decoder = CppDecoder(model, grove.cache.k * 3, grove.cache.v * 3)
     _, plan = grove.decode()
     tokens = torch.ones(len(plan.positions), dtype=torch.int64)
     with pytest.raises(ValueError, match="distinct and within the cache"):
@@ -326,9 +326,9 @@ def test_slots_of_a_forward_are_checked(tmp_path: Path) -> None:
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.library.cache_clear()
+    cpp.library.cache_clear()
     yield
-    native.library.cache_clear()
+    cpp.library.cache_clear()
 
 
 @pytest.mark.parametrize("fault", ["no compiler", "a broken one", "other bits"])
@@ -346,13 +346,13 @@ def test_without_the_library_torch_runs(
         monkeypatch.setenv("CXX", "false")
         message = "no C\\+\\+ library"
     else:
-        monkeypatch.setattr(native, "_same_bits", lambda _: False)
+        monkeypatch.setattr(cpp, "_same_bits", lambda _: False)
         message = "differ in the last bits"
     with pytest.warns(RuntimeWarning, match=message) as warned:
         out = rms_norm(x, weight, 1e-6)
         rms_norm(x, weight, 1e-6)
     assert len(warned) == 1 and not calls
-    native.library.cache_clear()
+    cpp.library.cache_clear()
     monkeypatch.undo()
     again = rms_norm(x, weight, 1e-6)
     assert isinstance(out, Tensor) and isinstance(again, Tensor) and again.equal(out)
@@ -361,26 +361,26 @@ def test_without_the_library_torch_runs(
 @pytest.mark.usefixtures("without_library")
 def test_it_is_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
-    build = native._run
+    build = cpp._run
 
     def counted(command: list[str]) -> str:
         commands.append(command)
         return build(command)
 
-    monkeypatch.setattr(native, "_run", counted)
-    assert isinstance(native.library(), ctypes.CDLL)
+    monkeypatch.setattr(cpp, "_run", counted)
+    assert isinstance(cpp.library(), ctypes.CDLL)
     (made,) = (tmp_path / "quorum").glob("native-*.so")
-    native.library.cache_clear()
-    assert native.library() is not None
+    cpp.library.cache_clear()
+    assert cpp.library() is not None
     assert sum("-o" in command for command in commands) == 1
     assert [*(tmp_path / "quorum").iterdir()] == [made]  # nothing half made is left
 
 
 def test_other_sums_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check at loading fails for a library whose sums run in another order."""
-    library = native.library()
-    assert library is not None and native._same_bits(library)
-    typed = native._typed(library)
+    library = cpp.library()
+    assert library is not None and cpp._same_bits(library)
+    typed = cpp._typed(library)
     linear_f32 = typed["linear", torch.float32]
 
     def nudged(*arguments: Any) -> None:
@@ -389,8 +389,8 @@ def test_other_sums_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         y = (ctypes.c_float * (rows * columns)).from_address(address)
         y[5] = y[5] * (1 + 2**-22)
 
-    monkeypatch.setattr(native, "_typed", lambda _: typed | {("linear", torch.float32): nudged})
-    assert not native._same_bits(library)
+    monkeypatch.setattr(cpp, "_typed", lambda _: typed | {("linear", torch.float32): nudged})
+    assert not cpp._same_bits(library)
 
 
 def test_transformer_is_the_definition() -> None:

@@ -1,4 +1,4 @@
-// The operations on CPU, each in one pass: see kernels/native.py, which builds, loads and checks this.
+// The operations on CPU, each in one pass: see kernels/cpp, which builds, loads and checks this.
 //
 // Every result is bit for bit that of the torch implementation beside each operation, in float32:
 //   - a product adds its terms in order, with fused multiply-adds, as MKL does; lanes of a vector
@@ -505,7 +505,7 @@ inline void write_partial(const Attention<T> &a, int64_t at, const float *sums, 
     a.lse[at] = lse;
 }
 
-// As `kernels/forest_plan.py` has it: queries, keys, the position of the first key, and the partial of
+// As `kernels/forest_attention/plan.py` has it: queries, keys, the position of the first key, and the partial of
 // the first query.
 struct Item {
     int64_t query, num_queries, key, num_keys, position, partial;

@@ -6,8 +6,8 @@
 
 T queries, Hq query heads in groups of G per key/value head (Hkv of them), D and Dv channels of keys
 and values, N cache slots. Prefill, decode and training differ in the plan only
-(`kernels/forest_plan.py`). Log-sum-exps are natural; scores, partial results and their merge are
-float32 (float64 for float64 input). No T x T mask exists.
+(`kernels/forest_attention/plan.py`). Log-sum-exps are natural; scores, partial results and their
+merge are float32 (float64 for float64 input). No T x T mask exists.
 
 Triton. A program takes a query tile (M rows: queries x the group's heads, of one key/value head)
 along a list of runs of keys and writes one partial for each of its queries; `merge_states` joins
@@ -15,12 +15,12 @@ them in the order of the sequence. Where every query has one partial, that is th
 is no merge. One kernel in two instances: *wide* (M 64 or 128) for nodes that many queries share and
 for prefill, *narrow* (M 16) for few queries and for the leaves' suffixes, which need no list: one
 program for each query and split, whose length is read on the device. Programs, runs and partials
-are laid out in `kernels/forest_schedule.py`.
+are laid out in `kernels/forest_attention/schedule.py`.
 The weights are exp2(x c - m c) with c = scale log2(e) folded into the subtraction: that is one
 multiply-add, and q keeps its bits (a bfloat16 q would lose some if it were scaled beforehand).
 
 Gradients of q, keys and values are those of o and of lse, once; their Triton kernels are in
-`kernels/forest_attention_backward.py`.
+`kernels/forest_attention/triton_backward.py`.
 
 It does not write the cache or choose what is shared.
 """
@@ -33,13 +33,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import forest_attention_backward, forest_attention_cpu, forest_attention_native
+from kernels.cpp import runs_cpp
 from kernels.device_math import tanh
-from kernels.forest_plan import MAX_SPLIT, ForestPlan
-from kernels.forest_schedule import CELLS, HeadShape, Programs, schedule_key, schedules_of
+from kernels.forest_attention import cpp_impl, torch_impl, triton_backward
+from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan
+from kernels.forest_attention.schedule import CELLS, HeadShape, Programs, schedule_key, schedules_of
 from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
 from kernels.merge_states import merge_states
-from kernels.native import runs_native
 
 _LOG2E = 1.4426950408889634
 
@@ -404,10 +404,10 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     if runs_triton(q):
         run = _run_triton
-    elif runs_native(q, k_cache, v_cache):
-        run = forest_attention_native.attend
+    elif runs_cpp(q, k_cache, v_cache):
+        run = cpp_impl.attend
     else:
-        run = forest_attention_cpu.attend
+        run = torch_impl.attend
     return run(q, k_cache, v_cache, plan, scale, softcap, window)
 
 
@@ -437,7 +437,7 @@ class _ForestAttention(torch.autograd.Function):
         ctx: Any, d_o: Tensor | None, d_lse: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
         q, k_cache, v_cache, o, lse = ctx.saved_tensors
-        run = forest_attention_backward if runs_triton(q) else forest_attention_cpu
+        run = triton_backward if runs_triton(q) else torch_impl
         d_q, d_k, d_v = run.attend_backward(
             q, k_cache, v_cache, o, lse, torch.zeros_like(o) if d_o is None else d_o, d_lse,
             *ctx.options,

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import native
-from kernels.forest_attention_native import chunks_of, partials_of
-from kernels.forest_plan import MAX_SPLIT, ForestPlan
+from kernels import cpp
+from kernels.forest_attention.cpp_impl import chunks_of, partials_of
+from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan
 from kernels.launch import power_of_two
 from kernels.packed_linear import packed, packed_linear
 from kernels.rope import rope_cos_sin
@@ -32,7 +32,7 @@ _LAYER_WEIGHTS = (
 
 
 class _Layer(ctypes.Structure):
-    """`Layer` of kernels/native.cpp."""
+    """`Layer` of kernels/cpp/exports.cpp."""
 
     _fields_ = [
         *((name, _POINTER) for name in (*_LAYER_WEIGHTS, "k_cache", "v_cache", "chunks")),
@@ -44,7 +44,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Decoder(ctypes.Structure):
-    """`Decoder` of kernels/native.cpp."""
+    """`Decoder` of kernels/cpp/exports.cpp."""
 
     _fields_ = [
         ("embedding", _POINTER),
@@ -63,7 +63,7 @@ class _Decoder(ctypes.Structure):
 
 
 class _Suffix(ctypes.Structure):
-    """`Suffix` of kernels/native.cpp."""
+    """`Suffix` of kernels/cpp/exports.cpp."""
 
     _fields_ = [
         *((name, _POINTER) for name in ("row", "length", "position")),
@@ -71,15 +71,15 @@ class _Suffix(ctypes.Structure):
     ]
 
 
-def runs_native(model: Transformer) -> bool:
+def runs_cpp(model: Transformer) -> bool:
     """Whether this model's forward can be had as C++: float32 or bfloat16 on CPU, no gradient."""
     parameters = list(model.parameters())
-    return not any(p.is_inference() for p in parameters) and native.runs_native(
+    return not any(p.is_inference() for p in parameters) and cpp.runs_cpp(
         *(p.detach() for p in parameters)
     )
 
 
-class NativeDecoder:
+class CppDecoder:
     """The forward of one model over one cache."""
 
     def __init__(
@@ -106,7 +106,7 @@ class NativeDecoder:
         """
         config = self.model.config
         self._refresh()
-        if not native.distinct_slots(slots, self.k_caches[0].shape[1]):
+        if not cpp.distinct_slots(slots, self.k_caches[0].shape[1]):
             raise ValueError(f"slots must be distinct and within the cache, got {slots.tolist()}")
         assert token_ids.is_contiguous() and positions.is_contiguous()
         cos, sin = self._angles(plan)
@@ -126,7 +126,7 @@ class NativeDecoder:
             if o is None or chunks.num_partials > len(o):
                 o, lse = partials_of(plan, chunks.num_partials, heads, v_dim)
         out = torch.empty(len(token_ids), config.hidden_size, dtype=self.dtype)
-        native.call(
+        cpp.call(
             "decode", self.dtype, ctypes.byref(self._decoder), token_ids, len(token_ids),
             positions, cos, sin, slots, ctypes.byref(suffix), o, lse, out,
         )  # fmt: skip

@@ -3,8 +3,8 @@
 Query rows (queries x the group's heads) are the lanes of its vectors, keys and channels its
 scalars, so nothing is gathered or padded in memory, and a suffix costs what it holds. One partial
 for every item and query, merged in order, as in `forest_attention_cpu.py`, whose float32 bits these
-are. The C++ is in `kernels/native.cpp`; the operation and its reference in
-`kernels/forest_attention.py`.
+are. The C++ is in `kernels/cpp/exports.cpp`; the operation and its reference in
+`kernels/forest_attention`.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import native
-from kernels.forest_plan import (
+from kernels import cpp
+from kernels.forest_attention.plan import (
     MAX_SPLIT,
     ForestPlan,
     WorkItem,
@@ -62,13 +62,13 @@ def attend(
     )  # fmt: skip
     suffix = plan.suffix
     if suffix is not None:
-        native.call(
+        cpp.call(
             "attend_suffixes", q.dtype, *common, suffix.row, suffix.length, suffix.position,
             len(suffix.row), suffix.base, suffix.capacity, MAX_SPLIT, suffix.num_splits,
         )  # fmt: skip
     for items, num_items, index, columns, start, stop in chunks.table.tolist():
-        native.call("attend_items", q.dtype, *common, items, num_items)
-        native.call(
+        cpp.call("attend_items", q.dtype, *common, items, num_items)
+        cpp.call(
             "merge", q.dtype, o, lse, index, stop - start, columns, heads, v_dim, out[start:],
             out_lse[start:],
         )  # fmt: skip

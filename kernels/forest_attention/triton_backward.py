@@ -9,11 +9,12 @@ T queries, Hq query heads in groups of G per key/value head (Hkv of them), D and
 and values, N cache slots. Scores, weights and sums are float32, rounded once; weights and ds enter
 products in the dtype of q. Nothing is added atomically: a program has a tile of queries, or of keys
 for all queries that look at them and all heads of the group, and adds in the order of its list
-(`kernels/forest_backward_plan.py`), so that gradients have the same bits in every run. A query
-without keys has an lse of -inf and gets 0, and so do keys that nobody looks at; these are not read.
+(`kernels/forest_attention/backward_schedule.py`), so that gradients have the same bits in every
+run. A query without keys has an lse of -inf and gets 0, and so do keys that nobody looks at; these
+are not read.
 
 The first kernel computes delta and leaves it to the second. The operation itself is in
-`kernels/forest_attention.py`, the same gradients in torch in `kernels/forest_attention_cpu.py`.
+`kernels/forest_attention`, the same gradients in torch in `kernels/forest_attention/torch_impl.py`.
 """
 
 import torch
@@ -22,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device_math import tanh
-from kernels.forest_backward_plan import TileList, key_tiles, query_tiles
-from kernels.forest_plan import ForestPlan
+from kernels.forest_attention.backward_schedule import TileList, key_tiles, query_tiles
+from kernels.forest_attention.plan import ForestPlan
 from kernels.launch import (
     Target,
     check_triton,

@@ -8,7 +8,7 @@ batch or on the number of threads, and a token's partials are the same in prefil
 
 Items run in batches of bounded size, and partials in chunks of queries, cut where no item reaches
 across (in decode only between trees). The operation itself, its reference and its Triton kernel are
-in `kernels/forest_attention.py`.
+in `kernels/forest_attention`.
 
 The backward goes from query tile to query tile, each at once over all keys that it sees, and adds
 to the gradients of those in the order of the queries.
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels.forest_backward_plan import query_tiles
-from kernels.forest_plan import (
+from kernels.forest_attention.backward_schedule import query_tiles
+from kernels.forest_attention.plan import (
     MAX_SPLIT,
     MAX_TILE,
     ForestPlan,
@@ -309,7 +309,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (T, Hq, D), k_cache (Hkv, N, D) and v_cache (Hkv, N, Dv), the latter two laid
     out as (N, Hkv, ...), from those of o (T, Hq, Dv) and lse (T, Hq), `attend`'s. The formulas are
-    in `kernels/forest_attention_backward.py`."""
+    in `kernels/forest_attention/triton_backward.py`."""
     wide = lse.dtype
     (_, heads, dim), (kv_heads, cells, v_dim) = q.shape, v_cache.shape
     delta = (d_o.to(wide) * o.to(wide)).sum(-1)

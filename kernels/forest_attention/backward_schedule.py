@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.forest_plan import ForestPlan
+from kernels.forest_attention.plan import ForestPlan
 
 _Ints = NDArray[np.int64]
 _FAR = 1 << 40  # beyond any position

@@ -1,10 +1,10 @@
 """The C++ implementations of operations on CPU: built when first used, checked, then called.
 
-`kernels/native.cpp` does each operation in one pass, with results that are bit for bit those of the
-torch implementations in float32. It needs a C++ compiler, an x86 processor with AVX2 and a torch
-that was built with MKL. Where one of them is missing, or where a product, a sum or an exponential
-comes out one bit different from torch's on this machine (`_same_bits`), operations run in torch,
-several times slower, and a warning says why. So the same samples come out either way.
+`kernels/cpp/exports.cpp` does each operation in one pass, with results that are bit for bit those
+of the torch implementations in float32. It needs a C++ compiler, an x86 processor with AVX2 and a
+torch that was built with MKL. Where one of them is missing, or where a product, a sum or an
+exponential comes out one bit different from torch's on this machine (`_same_bits`), operations run
+in torch, several times slower, and a warning says why. So the same samples come out either way.
 
 The library is kept under $XDG_CACHE_HOME/quorum (~/.cache/quorum), named after a hash of all that
 it was made from. QUORUM_NATIVE=0 in the environment turns it off. Where Triton runs, it goes first.
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kernels import launch
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_SOURCE = Path(__file__).with_name("exports.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp")
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # Arguments of each function, without the number of threads: a pointer, a 64-bit int, a float.
@@ -58,7 +58,7 @@ _enabled = os.environ.get("QUORUM_NATIVE", "1") != "0"
 _recording: list[_Call] | None = None
 
 
-def runs_native(*tensors: Tensor) -> bool:
+def runs_cpp(*tensors: Tensor) -> bool:
     """Whether operations on these tensors, all of one dtype, run in C++: float32 or bfloat16 on
     CPU, contiguous in their last dimension, none of them empty, where nothing asks for Triton or a
     gradient."""

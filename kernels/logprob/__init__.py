@@ -44,7 +44,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.device_math import tanh
 from kernels.launch import Target, check_triton, launch, runs_triton, target_of
-from kernels.linear_logprob_cpu import HeadCPU, LogProbGradients, LogProbs
+from kernels.logprob.torch_impl import HeadCPU, LogProbGradients, LogProbs
 
 _CHUNK_SIZE = 4096  # rows on a GPU, unless told otherwise; of 256,000 bfloat16 logits 2.1 GB
 # Rows and parts of the kernel that puts parts together. Not yet tuned on a device;

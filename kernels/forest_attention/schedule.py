@@ -1,11 +1,11 @@
 """What the Triton kernel of forest attention runs: programs, the runs of keys that they walk along,
 and the partial results of every query.
 
-A plan (`kernels/forest_plan.py`) says which keys a query sees. A schedule says who reads them: a
-program takes one query tile along runs of keys and writes one partial for each of its queries.
-Runs are joined where they touch and cut to fill the device, unless the plan asks for one partial
-per split. Suffixes have no list: one program for each query and split, partial j T + i for query i
-and split j of T queries.
+A plan (`kernels/forest_attention/plan.py`) says which keys a query sees. A schedule says who reads
+them: a program takes one query tile along runs of keys and writes one partial for each of its
+queries. Runs are joined where they touch and cut to fill the device, unless the plan asks for one
+partial per split. Suffixes have no list: one program for each query and split, partial j T + i for
+query i and split j of T queries.
 
 A CUDA graph replays launches with the arguments that it has seen. `StaticPlan` is a plan for such
 launches: tensors that stay where they are and take the schedules of one plan after another, with
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.forest_plan import (
+from kernels.forest_attention.plan import (
     MAX_SPLIT,
     ForestPlan,
     SuffixTiles,
