@@ -42,7 +42,7 @@ from kernels.forest_attention import keys_per_partial
 from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, SuffixTiles
 from kernels.forest_attention.schedule import HeadShape, StaticPlan
 from kernels.launch import power_of_two, runs_triton, target_of
-from kernels.sample_token import SamplingOptions, sample_token, samples_cpp, uniforms
+from kernels.sample_token import SamplingOptions, sample_token, uniforms
 from kernels.take_token import LiveSamples, Moving, Records, take_token
 from models.transformer import Transformer
 
@@ -294,7 +294,7 @@ class Decoder(CachedForward):
         keys = self._table[:, :batch]
         positions = self._live.count[:batch, None] + torch.arange(steps, device=self.device)
         drawn = uniforms(keys[_KEY].T, keys[_SAMPLE], positions).T.contiguous()
-        if self._cpp is None or not samples_cpp(self.options, self.config.vocab_size):
+        if self._cpp is None:
             for uniform in drawn:
                 self._step(plan, batch, uniform)
             return

@@ -43,6 +43,13 @@ def rope_cos_sin(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"rope: positions must be (T,) integer, got {tuple(positions.shape)} {positions.dtype}"
         )
+    if positions.dtype == torch.int64 and runs_cpp(inv_freq) and inv_freq.is_contiguous():
+        tokens, half = len(positions), len(inv_freq)
+        cos, sin = torch.empty(tokens, half), torch.empty(tokens, half)
+        cpp.call(
+            "rope_cos_sin", torch.float32, positions.contiguous(), inv_freq, cos, sin, tokens, half
+        )
+        return cos, sin
     angles = positions[:, None].to(torch.float32) * inv_freq.to(torch.float32)
     return angles.cos(), angles.sin()
 

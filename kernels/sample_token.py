@@ -651,11 +651,6 @@ def _run_triton(
     return token, logprob, sampling_logprob
 
 
-def samples_cpp(options: SamplingOptions, vocab_size: int) -> bool:
-    """Whether these options are there in C++, where that runs at all: no top-k and no top-p."""
-    return options.top_p == 1 and not 0 < options.top_k < vocab_size
-
-
 def _run_cpp(
     logits: Tensor, uniform: Tensor, options: SamplingOptions, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -664,8 +659,8 @@ def _run_cpp(
     logprob, sampling_logprob = torch.empty(batch), torch.empty(batch)
     cpp.call(
         "sample_token", logits.dtype, logits, batch, vocab_size, uniform, uniform.stride(0),
-        float(options.temperature), float(options.min_p), float(softcap or 0), TILE, token,
-        logprob, sampling_logprob,
+        float(options.temperature), options.top_k, float(options.top_p), float(options.min_p),
+        float(softcap or 0), TILE, token, logprob, sampling_logprob,
     )  # fmt: skip
     return token, logprob, sampling_logprob
 
@@ -697,7 +692,7 @@ def sample_token(
         raise ValueError(f"softcap must be positive and finite, got {softcap}")
     if runs_triton(logits):
         return _run_triton(logits, uniform, options, softcap)
-    if runs_cpp(logits) and samples_cpp(options, logits.shape[1]):
+    if runs_cpp(logits):
         return _run_cpp(logits, uniform, options, softcap)
 
     logits = _widened(logits, softcap)

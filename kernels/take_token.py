@@ -243,17 +243,6 @@ def _run_triton(
     )  # fmt: skip
 
 
-class _Automaton(ctypes.Structure):
-    """`Automaton` in C++: `ScoreState.registers` and `ScoreAutomaton.tables`."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("value", "count", "items", "n", "reason", "scores")),
-        ("max_n", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("table", "transitions", "symbols", "first", "last")),
-        *((name, ctypes.c_int64) for name in ("num_tokens", "score_min", "score_max", "saturated")),
-    ]
-
-
 def _run_cpp(
     live: LiveSamples,
     records: Records,
@@ -267,7 +256,7 @@ def _run_cpp(
     for x in (*vectors, records.tokens, records.logprobs):
         if not x.is_contiguous():
             raise ValueError(f"take_token: tensors must be contiguous, got {x.stride()}")
-    state = _Automaton(
+    state = cpp.structure("Automaton")(
         *(
             x.data_ptr() if isinstance(x, Tensor) else x
             for x in (*live.scores.registers(), *automaton.tables())

@@ -74,7 +74,9 @@ class Rope:
         The arithmetic, order and precision are those of transformers, so that logits agree.
         """
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
-        inv_freq = 1.0 / (self.theta**exponents)
+        # In float64, rounded once: float32 powers differ between processors.
+        powers = torch.tensor([self.theta**e for e in exponents.tolist()], dtype=torch.float32)
+        inv_freq = 1.0 / powers
         if self.scaling is None:
             return inv_freq
         factor = self.scaling.factor

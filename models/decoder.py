@@ -17,58 +17,12 @@ import torch
 from torch import Tensor
 
 from kernels import cpp
-from kernels.forest_attention.cpp_impl import chunks_of, partials_of
-from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan
+from kernels.forest_attention.cpp_impl import chunks_of, partials_of, suffixes_of
+from kernels.forest_attention.plan import ForestPlan
 from kernels.launch import power_of_two
 from kernels.packed_linear import packed, packed_linear
 from kernels.rope import rope_cos_sin
 from models.transformer import DecoderLayer, RMSNorm, Transformer
-
-_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_LAYER_WEIGHTS = (
-    "input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "post_attention_norm",
-    "pre_feedforward_norm", "post_feedforward_norm", "gate_up", "down",
-)  # fmt: skip
-
-
-class _Layer(ctypes.Structure):
-    """`Layer` of kernels/cpp/exports.cpp."""
-
-    _fields_ = [
-        *((name, _POINTER) for name in (*_LAYER_WEIGHTS, "k_cache", "v_cache", "chunks")),
-        ("num_chunks", _INT),
-        ("window", _INT),
-        ("scale", _FLOAT),
-        ("softcap", _FLOAT),
-    ]
-
-
-class _Decoder(ctypes.Structure):
-    """`Decoder` of kernels/cpp/exports.cpp."""
-
-    _fields_ = [
-        ("embedding", _POINTER),
-        ("norm", _POINTER),
-        ("layers", ctypes.POINTER(_Layer)),
-        *(
-            (name, _INT)
-            for name in (
-                "num_layers", "hidden", "heads", "kv_heads", "dim", "v_dim", "intermediate",
-                "cells", "plus_one", "gelu",
-            )
-        ),
-        ("eps", _FLOAT),
-        ("embedding_scale", _FLOAT),
-    ]  # fmt: skip
-
-
-class _Suffix(ctypes.Structure):
-    """`Suffix` of kernels/cpp/exports.cpp."""
-
-    _fields_ = [
-        *((name, _POINTER) for name in ("row", "length", "position")),
-        *((name, _INT) for name in ("num_slots", "base", "capacity", "max_split", "num_splits")),
-    ]
 
 
 def runs_cpp(model: Transformer) -> bool:
@@ -110,13 +64,7 @@ class CppDecoder:
             raise ValueError(f"slots must be distinct and within the cache, got {slots.tolist()}")
         assert token_ids.is_contiguous() and positions.is_contiguous()
         cos, sin = self._angles(plan)
-        suffix = _Suffix()
-        if plan.suffix is not None:
-            s = plan.suffix
-            suffix = _Suffix(
-                s.row.data_ptr(), s.length.data_ptr(), s.position.data_ptr(), len(s.row), s.base,
-                s.capacity, MAX_SPLIT, s.num_splits,
-            )  # fmt: skip
+        suffixes = suffixes_of(plan)
         heads, v_dim = config.num_heads, config.v_head_dim
         o = lse = None
         for layer, spec in zip(self._layers, config.attention, strict=True):
@@ -128,7 +76,8 @@ class CppDecoder:
         out = torch.empty(len(token_ids), config.hidden_size, dtype=self.dtype)
         cpp.call(
             "decode", self.dtype, ctypes.byref(self._decoder), token_ids, len(token_ids),
-            positions, cos, sin, slots, ctypes.byref(suffix), o, lse, out,
+            positions, cos, sin, slots, None if suffixes is None else ctypes.byref(suffixes), o,
+            lse, out,
         )  # fmt: skip
         return out
 
@@ -157,12 +106,12 @@ class CppDecoder:
         self._versions, self._kept = versions, []
         config = self.model.config
         layers = [self._layer(i) for i in range(config.num_layers)]
-        self._layers = (_Layer * len(layers))(*layers)
+        self._layers = (cpp.structure("Layer") * len(layers))(*layers)
         scale = config.embedding_scale
-        self._decoder = _Decoder(
+        self._decoder = cpp.structure("Decoder")(
             self.model.embed_tokens.weight.data_ptr(),
             self.model.norm.weight.data_ptr(),
-            self._layers,
+            ctypes.addressof(self._layers),
             config.num_layers,
             config.hidden_size,
             config.num_heads,
@@ -177,7 +126,7 @@ class CppDecoder:
             0.0 if scale is None else torch.tensor(scale).to(self.dtype).item(),
         )
 
-    def _layer(self, index: int) -> _Layer:
+    def _layer(self, index: int) -> ctypes.Structure:
         layer: Any = self.model.layers[index]
         assert isinstance(layer, DecoderLayer)
         attention, spec = layer.self_attn, self.model.config.attention[index]
@@ -198,7 +147,7 @@ class CppDecoder:
         ):
             norm = getattr(owner, attribute, None)
             weights[name] = norm.weight if isinstance(norm, RMSNorm) else None
-        return _Layer(
+        return cpp.structure("Layer")(
             **{name: None if w is None else w.data_ptr() for name, w in weights.items()},
             k_cache=self.k_caches[index].data_ptr(),
             v_cache=self.v_caches[index].data_ptr(),

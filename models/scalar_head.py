@@ -13,6 +13,8 @@ It does not choose the position, squash the logit, or know what is scored.
 import torch
 from torch import Tensor, nn
 
+from kernels import cpp
+from kernels.cpp import runs_cpp
 from models.config import ModelConfig
 from models.transformer import Attend, Linear, Transformer
 
@@ -51,6 +53,18 @@ def scalar_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     do not depend on each other, bit for bit, where R is a multiple of 16: they are summed 16 at a
     time, since torch on a GPU cuts a sum by the number of rows.
     """
+    learns = weight.requires_grad and torch.is_grad_enabled()
+    if runs_cpp(hidden) and hidden.is_contiguous() and not learns:
+        out = torch.empty(len(hidden))
+        cpp.call(
+            "row_dots",
+            hidden.dtype,
+            hidden,
+            *hidden.shape,
+            weight.detach().float().contiguous(),
+            out,
+        )
+        return out
     wide = torch.promote_types(hidden.dtype, torch.float32)
     weight = weight.to(wide)
     return torch.cat([(rows.to(wide) * weight).sum(-1) for rows in hidden.split(_BLOCK)])

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels import cpp
 from kernels.forest_attention import forest_attention_with_lse
 from kernels.gated_act import gated_act
-from kernels.packed_linear import packed_linear, packed_linear_ref, packs
+from kernels.packed_linear import packed_linear, packs
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_cos_sin
 from kernels.sample_token import SamplingOptions, sample_token, uniforms

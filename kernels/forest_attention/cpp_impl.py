@@ -7,6 +7,7 @@ are. The C++ is in `kernels/cpp/exports.cpp`; the operation and its reference in
 `kernels/forest_attention`.
 """
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,25 +56,34 @@ def attend(
     o, lse = partials_of(plan, chunks.num_partials, heads, v_dim)
     out = torch.empty(queries, heads, v_dim, dtype=q.dtype)
     out_lse = torch.empty(queries, heads)
-    common = (
-        q, *q.stride()[:2], k_cache, *k_cache.stride()[:2], v_cache, *v_cache.stride()[:2],
-        heads, kv_heads, dim, v_dim, plan.positions, float(scale), float(softcap or 0),
-        window or 0, o, lse,
+    arguments = cpp.structure("AttentionArguments")(
+        q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), *q.stride()[:2],
+        *k_cache.stride()[:2], *v_cache.stride()[:2], heads, kv_heads, dim, v_dim,
+        plan.positions.data_ptr(), float(scale), float(softcap or 0), window or 0, o.data_ptr(),
+        lse.data_ptr(),
     )  # fmt: skip
-    suffix = plan.suffix
-    if suffix is not None:
-        cpp.call(
-            "attend_suffixes", q.dtype, *common, suffix.row, suffix.length, suffix.position,
-            len(suffix.row), suffix.base, suffix.capacity, MAX_SPLIT, suffix.num_splits,
-        )  # fmt: skip
+    suffixes = suffixes_of(plan)
+    if suffixes is not None:
+        cpp.call("attend_suffixes", q.dtype, ctypes.byref(arguments), ctypes.byref(suffixes))
     for items, num_items, index, columns, start, stop in chunks.table.tolist():
-        cpp.call("attend_items", q.dtype, *common, items, num_items)
+        cpp.call("attend_tiles", q.dtype, ctypes.byref(arguments), items, num_items)
         cpp.call(
             "merge", q.dtype, o, lse, index, stop - start, columns, heads, v_dim, out[start:],
             out_lse[start:],
         )  # fmt: skip
     plan.executed += chunks.num_items
     return out, out_lse
+
+
+def suffixes_of(plan: ForestPlan) -> ctypes.Structure | None:
+    """A plan's suffixes as C++ reads them, None where it has none; valid while the plan lives."""
+    s = plan.suffix
+    if s is None:
+        return None
+    return cpp.structure("Suffixes")(
+        s.row.data_ptr(), s.length.data_ptr(), s.position.data_ptr(), len(s.row), s.base,
+        s.capacity, MAX_SPLIT, s.num_splits,
+    )  # fmt: skip
 
 
 def partials_of(plan: ForestPlan, num: int, heads: int, v_dim: int) -> tuple[Tensor, Tensor]:

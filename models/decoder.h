@@ -1,0 +1,151 @@
+// The decoder's forward over a cache, in one call: `Transformer.forward` is its definition.
+
+#pragma once
+
+#include "../kernels/cpp/attention.h"
+#include "../kernels/cpp/interface.h"
+#include "../kernels/cpp/linear.h"
+
+namespace quorum {
+
+// Weights of a layer: matrices packed, a null pointer for what the model does not have. Caches:
+// (kv_heads, cache_size, dim) and (kv_heads, cache_size, v_dim). chunks: (num_chunks, 6) int64: tiles,
+// number of tiles, index, its columns, first and last query. window, softcap 0: none.
+#define QUORUM_LAYER(F)                                                                            \
+    F(const void *, input_norm) F(const void *, qkv) F(const void *, qkv_bias)                     \
+    F(const void *, q_norm) F(const void *, k_norm) F(const void *, o)                             \
+    F(const void *, post_attention_norm) F(const void *, pre_feedforward_norm)                     \
+    F(const void *, post_feedforward_norm) F(const void *, gate_up) F(const void *, down)          \
+    F(void *, k_cache) F(void *, v_cache) F(const int64_t *, chunks) F(int64_t, num_chunks)        \
+    F(int64_t, window) F(float, scale) F(float, softcap)
+QUORUM_STRUCT(Layer, QUORUM_LAYER);
+
+// embedding_scale 0: none.
+#define QUORUM_DECODER(F)                                                                          \
+    F(const void *, embedding) F(const void *, norm) F(const Layer *, layers)                      \
+    F(int64_t, num_layers) F(int64_t, hidden) F(int64_t, heads) F(int64_t, kv_heads)               \
+    F(int64_t, dim) F(int64_t, v_dim) F(int64_t, intermediate) F(int64_t, cache_size)              \
+    F(int64_t, plus_one) F(int64_t, gelu) F(float, eps) F(float, embedding_scale)
+QUORUM_STRUCT(Decoder, QUORUM_DECODER);
+
+// The hidden states (n, hidden) of n tokens after the final norm. cos, sin: tables by position.
+// suffixes: null where there are none. o, lse: room for partial results.
+template <class T>
+void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int64_t *positions,
+            const float *cos, const float *sin, const int64_t *slots, const Suffixes *suffixes,
+            float *o, float *lse, T *out, int64_t threads) {
+    const Decoder &d = *decoder;
+    const int64_t q_size = d.heads * d.dim, k_size = d.kv_heads * d.dim;
+    const int64_t v_size = d.kv_heads * d.v_dim, qkv_size = q_size + k_size + v_size;
+    const int64_t attended_size = d.heads * d.v_dim;
+    const int64_t half = d.dim / 2, stream = n * d.hidden;
+    thread_local std::vector<T> scratch;
+    thread_local std::vector<float> lse_scratch, weight_scratch;
+    thread_local Laid laid;
+    float *merged_lse = room(lse_scratch, n * d.heads);
+    // Two residual streams, since a norm reads one while it writes the other.
+    const int64_t wide = qkv_size + q_size + attended_size + d.intermediate;
+    T *hidden = room(scratch, 3 * stream + n * wide), *next = hidden + stream;
+    T *update = next + stream, *qkv = update + stream, *q = qkv + n * qkv_size;
+    T *attended = q + n * q_size, *active = attended + n * attended_size;
+
+    const auto norm_update = [&](const void *weight) {
+        rms_norm<T>(update, d.hidden, d.hidden, nullptr, (const T *)weight, update, nullptr, n, 1,
+                    d.hidden, d.eps, d.plus_one, threads);
+    };
+    // hidden = hidden + update, and its norm is given row by row to `to`.
+    const auto add_and_norm = [&](const void *weight, bool first, auto to) {
+        const float *w = widened((const T *)weight, d.hidden, weight_scratch);
+        to([&, w](int64_t t, T *y) {
+            const T *old = hidden + t * d.hidden;
+            rms_norm_row(first ? old : update + t * d.hidden, first ? nullptr : old, w, y,
+                         next + t * d.hidden, d.hidden, d.eps, d.plus_one);
+        });
+        if (!first) std::swap(hidden, next);
+    };
+    const auto lay_norm = [&](const void *weight, bool first = false) {
+        laid.resize(n, d.hidden);
+        const int64_t tile = laid.tile;
+        add_and_norm(weight, first, [&](auto norm_row) {
+            laid.fill([&](int64_t t) {
+                thread_local std::vector<T> rows;
+                T *y = room(rows, ROWS * d.hidden) + t % tile * d.hidden;
+                norm_row(t, y);
+                return (const T *)y;
+            }, threads);
+        });
+    };
+    const auto lay_rows = [&](const T *x, int64_t k) {
+        laid.resize(n, k);
+        laid.fill([&](int64_t t) { return x + t * k; }, threads);
+    };
+    // Norms and turns the heads of queries and keys; keys and values go into the cache.
+    const auto turn_and_write = [&](const Layer &layer) {
+        std::vector<float> q_wide, k_wide;
+        const T *q_norm = (const T *)layer.q_norm, *k_norm = (const T *)layer.k_norm;
+        const float *q_weight = q_norm ? widened(q_norm, d.dim, q_wide) : nullptr;
+        const float *k_weight = k_norm ? widened(k_norm, d.dim, k_wide) : nullptr;
+        parallel(n, std::max<int64_t>(1, 4096 / qkv_size), threads, [&](int64_t t) {
+            const float *c = cos + positions[t] * half, *s = sin + positions[t] * half;
+            const T *x = qkv + t * qkv_size;
+            const auto turn = [&](const float *weight, T *y) {
+                if (weight)
+                    rms_norm_row<T>(x, nullptr, weight, y, nullptr, d.dim, d.eps, d.plus_one);
+                rope_head<T>(weight ? y : x, c, s, y, half);
+                x += d.dim;
+            };
+            for (int64_t h = 0; h < d.heads; h++) turn(q_weight, q + t * q_size + h * d.dim);
+            for (int64_t h = 0; h < d.kv_heads; h++)
+                turn(k_weight, (T *)layer.k_cache + (h * d.cache_size + slots[t]) * d.dim);
+            for (int64_t h = 0; h < d.kv_heads; h++, x += d.v_dim)
+                std::copy_n(x, d.v_dim,
+                            (T *)layer.v_cache + (h * d.cache_size + slots[t]) * d.v_dim);
+        });
+    };
+
+    const T *table = (const T *)d.embedding;
+    parallel(n, 16, threads, [&](int64_t t) {
+        const T *from = table + tokens[t] * d.hidden;
+        T *to = hidden + t * d.hidden;
+        if (d.embedding_scale > 0)
+            map_row(d.hidden, to, [&](vec x) { return x * splat(d.embedding_scale); }, from);
+        else
+            std::copy_n(from, d.hidden, to);
+    });
+    for (int64_t i = 0; i < d.num_layers; i++) {
+        const Layer &layer = d.layers[i];
+        lay_norm(layer.input_norm, i == 0);
+        linear(laid, (const T *)layer.qkv, qkv_size, (const T *)layer.qkv_bias, qkv, threads);
+        turn_and_write(layer);
+        const T *k_cache = (const T *)layer.k_cache, *v_cache = (const T *)layer.v_cache;
+        const int64_t k_h = d.cache_size * d.dim, v_h = d.cache_size * d.v_dim;
+        const Attention<T> a(AttentionArguments{
+            q, k_cache, v_cache, q_size, d.dim, k_h, d.dim, v_h, d.v_dim, d.heads, d.kv_heads, d.dim,
+            d.v_dim, positions, layer.scale, layer.softcap, layer.window, o, lse});
+        if (suffixes) attend_suffixes(a, *suffixes, threads);
+        for (int64_t c = 0; c < layer.num_chunks; c++) {
+            const int64_t *chunk = layer.chunks + c * 6, start = chunk[4];
+            attend_tiles(a, (const Tile *)chunk[0], chunk[1], threads);
+            merge(o, lse, (const int64_t *)chunk[2], chunk[5] - start, chunk[3], d.heads, d.v_dim,
+                  attended + start * attended_size, merged_lse + start * d.heads, threads);
+        }
+        lay_rows(attended, attended_size);
+        linear<T>(laid, (const T *)layer.o, d.hidden, nullptr, update, threads);
+        if (layer.pre_feedforward_norm) {
+            norm_update(layer.post_attention_norm);
+            lay_norm(layer.pre_feedforward_norm);
+        } else {
+            lay_norm(layer.post_attention_norm);
+        }
+        linear<T>(laid, (const T *)layer.gate_up, d.intermediate, nullptr, active, threads,
+                  d.gelu ? GELU : SILU);
+        lay_rows(active, d.intermediate);
+        linear<T>(laid, (const T *)layer.down, d.hidden, nullptr, update, threads);
+        if (layer.post_feedforward_norm) norm_update(layer.post_feedforward_norm);
+    }
+    add_and_norm(d.norm, false, [&](auto norm_row) {
+        parallel(n, 16, threads, [&](int64_t t) { norm_row(t, out + t * d.hidden); });
+    });
+}
+
+}  // namespace quorum
