@@ -1,8 +1,8 @@
 """A linear layer over weights that are packed for C++: y = x W^T + b.
 
 T tokens, K terms of a sum, N columns. A sum adds its terms in index order with fused multiply-adds
-in float32, so a row's bits do not depend on the others. bfloat16 weights stay bfloat16 in memory and
-are widened in registers; the sum is rounded once.
+in float32, so a row's bits do not depend on the others. bfloat16 weights stay bfloat16 in memory
+and are widened in registers; the sum is rounded once.
 
 A packed copy is kept beside each weight for as long as the weight lives, and made anew when the
 weight has changed. It doubles the memory of the weights. The C++ is in `kernels/cpp/linear.h`; the

@@ -1,12 +1,18 @@
-"""The C++ operations against torch's, bit for bit in float32, and what happens without them."""
+"""The C++ operations: as exact as torch's, the same bits in any company, and trusted only if ours.
+
+Exact means: no further from float64 than twice torch's own error in the same dtype, plus one
+rounding of the largest result."""
 
 import ctypes
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,15 +20,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import cpp
+from kernels.cpp import build
 from kernels.forest_attention import forest_attention_with_lse
+from kernels.forest_attention.plan import ForestPlan
 from kernels.gated_act import gated_act
 from kernels.packed_linear import packed_linear, packs
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_cos_sin
-from kernels.sample_token import SamplingOptions, sample_token, uniforms
+from kernels.sample_token import SamplingOptions, sample_token, sample_token_ref, uniforms
 from kernels.write_kv import write_kv
 from models import load
 from models.decoder import CppDecoder
+from models.scalar_head import scalar_logits
 from models.transformer import Transformer, linear
 from tests.forests import Grove, Options, Shape
 from tests.test_forest_attention import OPTIONS, crowd, forests
@@ -56,18 +65,25 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def same(operation: Callable[[], Any]) -> None:
-    """The operation's results, or what it returns of tensors, are those of torch."""
-    ours = operation()
+def tuple_of(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def as_exact(operation: Callable[..., Any], *inputs: Tensor) -> None:
+    """The operation's results on these inputs, in C++, against torch in float64 (see above)."""
+    ours = tuple_of(operation(*inputs))
     with cpp.torch_only():
-        theirs = operation()
-    for a, b in zip(
-        ours if isinstance(ours, tuple) else (ours,),
-        theirs if isinstance(theirs, tuple) else (theirs,),
-        strict=True,
-    ):
-        assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        theirs = tuple_of(operation(*inputs))
+        exact = tuple_of(operation(*(x.double() for x in inputs)))
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape == c.shape
+        assert a.isnan().equal(c.isnan()) and a.isinf().equal(c.isinf())
+        finite = c.isfinite()
+        error, own = (
+            (x.double() - c)[finite].abs().max().item() if finite.any() else 0.0 for x in (a, b)
+        )
+        largest = c[finite].abs().max().item() if finite.any() else 0.0
+        assert error <= 2 * own + torch.finfo(a.dtype).eps * largest, (error, own, largest)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -76,8 +92,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 @st.composite
 def head_shapes(draw: st.DrawFn) -> Shape:
-    """Groups that fill a vector in part, wholly, and more than all that are taken together. (Of a
-    head of one or two channels MKL adds in another order, alone among all that were tried.)"""
+    """Groups that fill a vector in part, wholly, and more than all that are taken together."""
     return Shape(
         kv_heads=draw(st.integers(1, 2)),
         groups=draw(st.sampled_from([1, 2, 3, 5, 16])),
@@ -87,7 +102,7 @@ def head_shapes(draw: st.DrawFn) -> Shape:
 
 
 @given(forests(), head_shapes(), OPTIONS, st.sampled_from([1, 2]))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_forest_attention(samples: list, shape: Shape, options: Options, num_threads: int) -> None:
     """Decode and prefill; outputs and log-sum-exps."""
     before = torch.get_num_threads()
@@ -96,13 +111,12 @@ def test_forest_attention(samples: list, shape: Shape, options: Options, num_thr
         for written in (True, False):
             with cpp.torch_only():  # clears the slots' values, which torch reads
                 grove = Grove(samples, shape, capacity=304, written=written)
+            q, plan = grove.decode() if written else grove.prefill(grove.whole())
 
-            def attend(grove: Grove = grove, written: bool = written) -> Any:
-                q, plan = grove.decode() if written else grove.prefill(grove.whole())
-                (k, v), (scale, softcap, window) = grove.caches, options
-                return forest_attention_with_lse(q, k, v, plan, scale, softcap, window)
+            def attend(q: Tensor, k: Tensor, v: Tensor, plan: ForestPlan = plan) -> Any:
+                return forest_attention_with_lse(q, k, v, plan, *options)
 
-            same(attend)
+            as_exact(attend, q, *grove.caches)
     finally:
         torch.set_num_threads(before)
 
@@ -117,7 +131,7 @@ def test_attention_reads_nothing_behind_a_suffix(calls: Counter[str]) -> None:
     assert grove.cache.v[0].isnan().any()
     out, lse = forest_attention_with_lse(q, *grove.caches, plan, 0.25, None, None)
     assert out.isfinite().all() and lse.isfinite().all()
-    assert calls == {"attend_suffixes": 1, "attend_items": 1, "merge": 1}
+    assert calls == {"attend_suffixes": 1, "attend_tiles": 1, "merge": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,25 +139,25 @@ def test_elementwise_operations(dtype: torch.dtype, threads: int, calls: Counter
     """bfloat16 as well: it is computed in float32 by both."""
     for size in (1, 20, 64, 192, 768, 2304, 5000):
         x, residual, weight = (randn(n, size).to(dtype) for n in (50, 50, 1))
-        same(partial(rms_norm, x, weight[0], 1e-6))
-        same(partial(rms_norm, x, weight[0], 1e-5, True, residual))
+        as_exact(lambda x, w: rms_norm(x, w, 1e-6), x, weight[0])
+        as_exact(lambda x, w, r: rms_norm(x, w, 1e-5, True, r), x, weight[0], residual)
     wide = randn(41, 12, 40).to(dtype)
-    same(lambda: rms_norm(wide[:, 2:7], wide[0, 0], 1e-6))
+    as_exact(lambda x, w: rms_norm(x, w, 1e-6), wide[:, 2:7], wide[0, 0])
     cos, sin = rope_cos_sin(torch.arange(41) * 91, torch.rand(20))
-    same(lambda: rope(wide[:, 3:9], cos, sin))
+    as_exact(lambda x: rope(x, cos, sin), wide[:, 3:9])
     for size in (1, 37, 512, 1500):
         gate_up = 3 * randn(30, 2 * size).to(dtype)
-        same(partial(gated_act, gate_up, "silu"))
-        same(partial(gated_act, gate_up, "gelu_tanh"))
-    assert calls == {"rms_norm": 15, "rope": 1, "gated_act": 8}
+        as_exact(lambda x: gated_act(x, "silu"), gate_up)
+        as_exact(lambda x: gated_act(x, "gelu_tanh"), gate_up)
+    assert calls == {"rms_norm": 15, "rope_cos_sin": 1, "rope": 1, "gated_act": 8}
 
 
 @pytest.mark.parametrize("shape", [(64,), (7, 64), (2, 3, 64), (2, 3, 4, 64), (0, 64), (3, 0)])
 def test_norms_of_any_shape(shape: tuple[int, ...]) -> None:
     """Their results have the shape of what came in; nothing is done for nothing."""
     x, residual, weight = randn(*shape), randn(*shape, seed=1), randn(shape[-1])
-    same(partial(rms_norm, x, weight, 1e-6))
-    same(partial(rms_norm, x, weight, 1e-6, False, residual))
+    as_exact(lambda x, w: rms_norm(x, w, 1e-6), x, weight)
+    as_exact(lambda x, w, r: rms_norm(x, w, 1e-6, False, r), x, weight, residual)
 
 
 def test_nothing_is_done_for_nothing() -> None:
@@ -167,7 +181,10 @@ def test_write_kv(calls: Counter[str]) -> None:
         write_kv(k, v, *caches, slots)
         return caches
 
-    same(write)
+    k_cache, v_cache = write()
+    with cpp.torch_only():
+        expected = write()
+    assert k_cache.equal(expected[0]) and v_cache.equal(expected[1])
     for wrong in (torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 30]), torch.tensor([0] * 9)):
         slots = wrong
         with pytest.raises(ValueError, match=r"slots must lie in|written twice"):
@@ -177,6 +194,8 @@ def test_write_kv(calls: Counter[str]) -> None:
 
 @pytest.mark.parametrize("vocab", [1, 475, 1024, 1025, 5000])
 def test_sample_token(vocab: int, threads: int, calls: Counter[str]) -> None:
+    """The token of the reference in float64, unless its uniform lies within rounding of another's;
+    log-probs of float32."""
     logits = 4 * randn(70, vocab)
     logits[3] = 0  # all equal
     logits[4, : vocab // 2] = float("-inf")
@@ -184,13 +203,24 @@ def test_sample_token(vocab: int, threads: int, calls: Counter[str]) -> None:
     logits[6, -1] = logits[6].max()  # a tie for the first
     uniform = torch.rand(70, generator=torch.Generator().manual_seed(1))
     uniform[:3] = torch.tensor([2.0**-24, 1 - 2.0**-24, 0.5])
+    count = 0
     for dtype in (torch.float32, torch.bfloat16):
         rows = logits.to(dtype)
         for temperature in (0.0, 0.5, 0.7, 1.0):
-            for min_p, softcap in ((0.0, None), (0.05, None), (0.0, 30.0)):
-                options = SamplingOptions(temperature, min_p=min_p)
-                same(partial(sample_token, rows, uniform, options, softcap))
-    assert calls == {"sample_token": 24}
+            for filters in ({}, {"min_p": 0.05}, {"top_k": 20}, {"top_p": 0.9}, {"softcap": 30.0}):
+                given: dict[str, Any] = dict(filters)
+                softcap = given.pop("softcap", None)
+                options = SamplingOptions(temperature, **given)
+                found = sample_token(rows, uniform, options, softcap)
+                exact = sample_token_ref(rows.double(), uniform, options, softcap)
+                same = found[0] == exact[0]
+                assert same.float().mean() > 0.97
+                for ours, theirs in zip(found[1:], exact[1:], strict=True):
+                    torch.testing.assert_close(
+                        ours[same].double(), theirs[same], rtol=2e-5, atol=2e-5
+                    )
+                count += 1
+    assert calls == {"sample_token": count}
 
 
 def test_a_row_of_nan_gives_some_token(calls: Counter[str]) -> None:
@@ -209,24 +239,123 @@ def test_uniforms(calls: Counter[str]) -> None:
     keys = torch.randint(2**32, (50, 2), generator=torch.Generator().manual_seed(0))
     index = torch.arange(50) << 30
     positions = torch.arange(50)[:, None] * 2**29 + torch.arange(9)
-    same(lambda: uniforms(keys, index, positions))
-    same(lambda: uniforms(keys, index, positions[:, 3]))
+    for at in (positions, positions[:, 3]):
+        ours = uniforms(keys, index, at)
+        with cpp.torch_only():
+            assert ours.equal(uniforms(keys, index, at))
     assert calls == {"uniforms": 2}
 
 
-@pytest.mark.parametrize("rows", [1, 13, 14, 15, 100])
-def test_packed_linear(rows: int, threads: int) -> None:
-    """In float32 the bits of `linear`; in bfloat16 within rounding of float64."""
-    for columns, terms in ((7, 20), (96, 256), (475, 192), (64, 700)):
-        weight, bias = randn(columns, terms, seed=1), randn(columns, seed=2)
-        x = randn(rows, terms)
-        padded = torch.cat([x, torch.zeros(-rows % 16, terms)])
-        assert packed_linear(x, weight).equal(linear(padded, weight)[:rows])
-        assert packed_linear(x, weight, bias).equal(linear(padded, weight, bias)[:rows])
-        half, w, b = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
-        exact = packed_linear_ref(half.double(), w.double(), b.double())
-        plain = (packed_linear_ref(half, w, b).double() - exact).abs().max()
-        assert (packed_linear(half, w, b).double() - exact).abs().max() <= 1.01 * plain
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 13, 15, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_linear(rows: int, dtype: torch.dtype, threads: int) -> None:
+    """Sums of a few terms and of several blocks of them; columns that fill no panel."""
+    for columns, terms in ((7, 20), (96, 256), (475, 192), (64, 700), (33, 2100)):
+        weight, bias = randn(columns, terms, seed=1).to(dtype), randn(columns, seed=2).to(dtype)
+        x = randn(rows, terms).to(dtype)
+        as_exact(linear, x, weight)
+        as_exact(linear, x, weight, bias)
+        # Each row alone has the same bits.
+        whole = packed_linear(x, weight, bias)
+        for row in {0, rows // 2, rows - 1}:
+            assert packed_linear(x[row : row + 1], weight, bias).equal(whole[row : row + 1])
+
+
+def test_a_product_is_its_definition() -> None:
+    """Blocks of 256 terms, each in index order with one rounding a term; their sums in order."""
+    x, weight = randn(3, 600), randn(5, 600, seed=1)
+    y = packed_linear(x, weight)
+    for row in range(3):
+        for column in range(5):
+            total = Fraction(0)
+            terms = [*zip(x[row].tolist(), weight[column].tolist(), strict=True)]
+            for first in range(0, len(terms), 256):
+                block = Fraction(0)
+                for a, b in terms[first : first + 256]:
+                    block = rounded(Fraction(a) * Fraction(b) + block)
+                total = rounded(total + block)
+            assert Fraction(y[row, column].item()) == total
+
+
+def rounded(x: Fraction) -> Fraction:
+    """The nearest float32, ties to even (normal numbers)."""
+    if x == 0:
+        return x
+    unit = Fraction(2) ** (math.floor(math.log2(abs(x))) - 23)
+    if abs(x) < unit * 2**23:  # the logarithm was rounded up
+        unit /= 2
+    return round(x / unit) * unit
+
+
+def test_a_sum_is_its_definition() -> None:
+    """16 lanes by index, joined 8, 4, 2 and 1 apart."""
+    for size in (1, 15, 16, 17, 200, 2304):
+        x, ones = randn(1, size), torch.ones(1, size)
+        lanes = np.zeros(16, dtype=np.float32)
+        for i, value in enumerate(x[0].numpy()):
+            lanes[i % 16] += value
+        for apart in (8, 4, 2, 1):
+            lanes[:apart] += lanes[apart : 2 * apart]
+        assert scalar_logits(x, ones).item() == float(lanes[0])
+
+
+FUNCTIONS = {
+    "exp": (0, np.exp, 1.0),
+    "log": (1, np.log, 1.0),
+    "tanh": (2, np.tanh, 2.0),
+}
+
+
+def largest_error(name: str, bits: np.ndarray) -> float:
+    """The largest error of a function on the float32 numbers of these bits, in units in the last
+    place of the exact result; infinities, NaN and zeros have to be exact."""
+    number, function, _ = FUNCTIONS[name]
+    x = bits.view(np.float32)
+    y = torch.empty(len(x))
+    cpp.call("elementary", torch.float32, torch.from_numpy(x), y, len(x), number)
+    with np.errstate(all="ignore"):
+        exact = function(x.astype(np.float64))
+        expected, found = exact.astype(np.float32), y.numpy()
+        assert (np.isnan(found) == np.isnan(expected)).all()
+        infinite = np.isinf(expected) | np.isinf(found)
+        near = np.abs(exact[infinite]) > 3.4028e38
+        assert (near | (found[infinite] == expected[infinite])).all()
+        usual = np.isfinite(expected) & np.isfinite(found)
+        unit = np.spacing(np.maximum(np.abs(expected[usual]), np.float32(2**-126)))
+        errors = np.abs(found[usual].astype(np.float64) - exact[usual]) / unit
+    return float(errors.max(initial=0.0))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementary_functions(name: str) -> None:
+    """Some two million numbers of all sizes, and the special ones."""
+    bits = np.arange(0, 2**32, 2053, dtype=np.int64).astype(np.uint32)
+    special = np.array([0, 1 << 31, 0x7F800000, 0xFF800000, 0x7FC00000, 1, 0x80000001])
+    dense = np.linspace(-110, 100, 100_003).astype(np.float32).view(np.uint32)
+    every = np.concatenate([bits, special.astype(np.uint32), dense])
+    assert largest_error(name, every) <= FUNCTIONS[name][2]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementary_functions_of_every_number(name: str) -> None:
+    worst = 0.0
+    for first in range(0, 2**32, 2**24):
+        bits = np.arange(first, first + 2**24, dtype=np.int64).astype(np.uint32)
+        worst = max(worst, largest_error(name, bits))
+    print(f"{name}: {worst:.3f} units in the last place")
+    assert worst <= FUNCTIONS[name][2]
+
+
+def test_cosines_and_sines_are_those_of_float64() -> None:
+    """Rounded once, for angles up to those of a million positions."""
+    positions = torch.cat([torch.arange(5000), torch.arange(0, 1 << 20, 977)])
+    inv_freq = 1 / 10000 ** (torch.arange(24) / 24)
+    angles = (positions[:, None].float() * inv_freq).double()
+    for found, exact in zip(
+        rope_cos_sin(positions, inv_freq), (angles.cos(), angles.sin()), strict=True
+    ):
+        assert found.equal(exact.float())
 
 
 def test_a_changed_weight_is_packed_again(calls: Counter[str]) -> None:
@@ -239,7 +368,7 @@ def test_a_changed_weight_is_packed_again(calls: Counter[str]) -> None:
         weight.mul_(2)
         assert packed_linear(x, weight).equal(2 * first)
         assert calls == {"pack": 2, "linear": 3}
-        assert packs(x, weight) and not packs(x.float(), weight)
+        assert packs(x, weight) and not packs(x.float(), weight)  # of one dtype
     assert not packs(x, weight)  # it would need a gradient
     with torch.inference_mode():
         assert not packs(x, weight.clone())
@@ -262,11 +391,25 @@ def test_the_decoder(family: str, tmp_path: Path, calls: Counter[str]) -> None:
 
     ours = sample()
     # Each stands for all the steps between two looks.
-    assert calls["decode"] > 10 and calls["take_token"] > 10 and not calls["attend_items"]
+    assert calls["decode"] > 10 and calls["take_token"] > 10 and not calls["attend_tiles"]
     before = calls.copy()
     with cpp.torch_only():
-        assert sample() == ours
+        assert_alike(sample(), ours)
     assert calls == before
+
+
+def assert_alike(ours: list, theirs: list) -> None:
+    """The same tokens, and log-probs within float32 rounding of a few layers."""
+    for (tokens, *logprobs, finish), (expected, *exact, end) in zip(
+        flat(ours), flat(theirs), strict=True
+    ):
+        assert (tokens, finish) == (expected, end)
+        for found, right in zip(logprobs, exact, strict=True):
+            np.testing.assert_allclose(found, right, rtol=0, atol=2e-5)
+
+
+def flat(results: list) -> list:
+    return [sample for result in results for sample in result]
 
 
 def test_a_model_that_is_trained_between_samples(tmp_path: Path) -> None:
@@ -283,7 +426,7 @@ def test_a_model_that_is_trained_between_samples(tmp_path: Path) -> None:
     changed = [drawn(r) for r in run(generator, groups)]
     assert changed != first
     with cpp.torch_only():
-        assert [drawn(r) for r in run(make_generator(model), groups)] == changed
+        assert_alike([drawn(r) for r in run(make_generator(model), groups)], changed)
 
 
 def test_bfloat16_decoder_is_as_exact_as_torch(tmp_path: Path) -> None:
@@ -293,8 +436,8 @@ def test_bfloat16_decoder_is_as_exact_as_torch(tmp_path: Path) -> None:
     exact = load(tmp_path, dtype="bfloat16")[0].double()
     model, _ = load(tmp_path, dtype="bfloat16")
     groups = make_groups(2)
-    for name in ("native", "torch"):
-        if name == "native":
+    for name in ("cpp", "torch"):
+        if name == "cpp":
             results = run(make_generator(model), groups)
         else:
             with cpp.torch_only():
@@ -309,7 +452,7 @@ def test_bfloat16_decoder_is_as_exact_as_torch(tmp_path: Path) -> None:
                 error = (expected - torch.tensor(generation.logprobs)).abs().max()
                 worst = max(worst, float(error))
         errors[name] = worst
-    assert errors["native"] <= 2 * errors["torch"], errors
+    assert errors["cpp"] <= 2 * errors["torch"], errors
 
 
 def test_slots_of_a_forward_are_checked(tmp_path: Path) -> None:
@@ -323,76 +466,197 @@ def test_slots_of_a_forward_are_checked(tmp_path: Path) -> None:
         decoder.forward(tokens, plan.positions, tokens, plan)
 
 
+# -- what is loaded --------------------------------------------------------------------------------
+
+TINY = """
+#include "tiny.h"
+#include <cstdint>
+#include <cstring>
+extern "C" int64_t quorum_interface(char *text, int64_t size) {
+    if (size) std::memcpy(text, LINE, sizeof LINE - 1);
+    return sizeof LINE - 1;
+}
+"""
+LINE = '#define LINE "struct Pair 16 first:l:0 second:f:8\\n"'
+
+
 @pytest.fixture
-def without_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A small library in place of ours, built in seconds; gives the folder that libraries go to."""
+    (tmp_path / "tiny.cpp").write_text(TINY)
+    (tmp_path / "tiny.h").write_text(LINE)
+    monkeypatch.setattr(build, "_ROOT", tmp_path)
+    monkeypatch.setattr(build, "_SOURCES", ("tiny.cpp",))
+    monkeypatch.setattr(build, "_HEADERS", (".",))
+    monkeypatch.setattr(build, "_FLAGS", ("-fPIC",))
+    monkeypatch.setattr(build, "_check_bits", lambda *_: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpp.library.cache_clear()
-    yield
-    cpp.library.cache_clear()
+    build.forget()
+    yield tmp_path / "quorum"
+    monkeypatch.undo()
+    build.forget()
 
 
-@pytest.mark.parametrize("fault", ["no compiler", "a broken one", "other bits"])
-@pytest.mark.usefixtures("without_library")
-def test_without_the_library_torch_runs(
-    fault: str, monkeypatch: pytest.MonkeyPatch, calls: Counter[str]
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    counter: Counter[str] = Counter()
+    made = build._build
+
+    def counted(*arguments: Any) -> Path:
+        counter["build"] += 1
+        return made(*arguments)
+
+    monkeypatch.setattr(build, "_build", counted)
+    return counter
+
+
+def loaded_again() -> build.Library:
+    build.forget()
+    library = build.library()
+    assert library is not None and set(library.structures) == {"Pair"}
+    return library
+
+
+def test_it_is_built_once_and_kept(tiny: Path, builds: Counter[str]) -> None:
+    pair = loaded_again().structures["Pair"](3, 0.5)
+    assert (pair.first, pair.second) == (3, 0.5)
+    (made,) = tiny.iterdir()  # nothing half made is left
+    loaded_again()
+    assert builds == {"build": 1} and [*tiny.iterdir()] == [made]
+    (tiny.parent / "tiny.h").write_text(LINE + " ")
+    loaded_again()
+    assert builds == {"build": 2}  # a header has changed
+
+
+@pytest.mark.parametrize("fault", ["cut short", "a bit turned", "planted"])
+def test_a_library_that_is_not_ours_is_built_anew(
+    fault: str, tiny: Path, builds: Counter[str]
 ) -> None:
-    """It says why, once, and gives the same."""
-    x, weight = randn(20, 64), randn(64)
-    if fault == "no compiler":
-        monkeypatch.setenv("PATH", "")
-        monkeypatch.delenv("CXX", raising=False)
-        message = "no C\\+\\+ compiler"
-    elif fault == "a broken one":
-        monkeypatch.setenv("CXX", "false")
-        message = "no C\\+\\+ library"
+    loaded_again()
+    (made,) = tiny.iterdir()
+    content = made.read_bytes()
+    made.unlink()  # what is loaded stays as it was
+    made.write_bytes(content)
+    made.chmod(0o700)
+    if fault == "cut short":
+        made.write_bytes(content[: len(content) // 2])
+    elif fault == "a bit turned":
+        made.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
     else:
-        monkeypatch.setattr(cpp, "_same_bits", lambda _: False)
-        message = "differ in the last bits"
+        made.chmod(0o777)  # somebody else could have written it
+    loaded_again()
+    assert builds == {"build": 2}
+    (again,) = tiny.iterdir()
+    assert again.stat().st_mode & 0o777 == 0o700 and again.read_bytes()[:4] == b"\x7fELF"
+
+
+def test_a_folder_that_others_can_write_is_not_used(tiny: Path, builds: Counter[str]) -> None:
+    tiny.mkdir()
+    tiny.chmod(0o777)
+    with pytest.warns(RuntimeWarning, match="others can write"):
+        loaded_again()
+    assert not [*tiny.iterdir()] and builds == {"build": 1}
+
+
+FAULTS = {
+    "no compiler": ("PATH", "", "no C\\+\\+ compiler"),
+    "a broken one": ("CXX", "false", "false failed"),
+    "no such compiler": ("CXX", "no-such-compiler", "no-such-compiler"),
+    "no such set": ("QUORUM_ISA", "mmx", "QUORUM_ISA must be one of"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_without_the_library_torch_runs(
+    fault: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, calls: Counter[str]
+) -> None:
+    """It says why, once, and gives the same within rounding."""
+    x, weight = randn(20, 64), randn(64)
+    monkeypatch.delenv("CXX", raising=False)
+    variable, value, message = FAULTS[fault]
+    monkeypatch.setenv(variable, value)
     with pytest.warns(RuntimeWarning, match=message) as warned:
         out = rms_norm(x, weight, 1e-6)
         rms_norm(x, weight, 1e-6)
+        assert cpp.implementation() == "torch"
     assert len(warned) == 1 and not calls
-    cpp.library.cache_clear()
-    monkeypatch.undo()
-    again = rms_norm(x, weight, 1e-6)
-    assert isinstance(out, Tensor) and isinstance(again, Tensor) and again.equal(out)
+    assert isinstance(out, Tensor) and out.isfinite().all()
 
 
-@pytest.mark.usefixtures("without_library")
-def test_it_is_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands: list[list[str]] = []
-    build = cpp._run
-
-    def counted(command: list[str]) -> str:
-        commands.append(command)
-        return build(command)
-
-    monkeypatch.setattr(cpp, "_run", counted)
-    assert isinstance(cpp.library(), ctypes.CDLL)
-    (made,) = (tmp_path / "quorum").glob("native-*.so")
-    cpp.library.cache_clear()
-    assert cpp.library() is not None
-    assert sum("-o" in command for command in commands) == 1
-    assert [*(tmp_path / "quorum").iterdir()] == [made]  # nothing half made is left
+def test_a_compiler_may_be_several_words(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env g++")
+    loaded_again()
 
 
-def test_other_sums_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check at loading fails for a library whose sums run in another order."""
-    library = cpp.library()
-    assert library is not None and cpp._same_bits(library)
-    typed = cpp._typed(library)
-    linear_f32 = typed["linear", torch.float32]
+@pytest.mark.parametrize(
+    "line", ["struct Pair 24 first:l:0 second:f:8", "struct Pair 16 first:l:8"]
+)
+def test_another_layout_is_refused(line: str, tiny: Path) -> None:
+    (tiny.parent / "tiny.h").write_text(f'#define LINE "{line}\\n"')
+    with pytest.warns(RuntimeWarning, match="another layout"):
+        assert build.library() is None
+
+
+def test_other_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check at loading fails for a library that is one unit off in one result."""
+    library = build.library()
+    assert library is not None
+    path = Path("cpp.so")
+    build._check_bits(path, library)
+    product = library.functions["linear_f32"]
 
     def nudged(*arguments: Any) -> None:
-        linear_f32(*arguments)
+        product(*arguments)
         address, (rows, columns) = arguments[6], (arguments[1], arguments[4])
         y = (ctypes.c_float * (rows * columns)).from_address(address)
-        y[5] = y[5] * (1 + 2**-22)
+        y[5] = float(np.nextafter(np.float32(y[5]), np.float32(np.inf)))
 
-    monkeypatch.setattr(cpp, "_typed", lambda _: typed | {("linear", torch.float32): nudged})
-    assert not cpp._same_bits(library)
+    other = build.Library({**library.functions, "linear_f32": nudged}, library.structures)
+    with pytest.raises(OSError, match="other results"):
+        build._check_bits(path, other)
+
+
+# -- several threads -------------------------------------------------------------------------------
+
+
+def test_judges_side_by_side(tmp_path: Path) -> None:
+    """Two generators of one model and one of another, each in a thread of its own and under several
+    threads of the pool: each gives what it gives alone."""
+    models = []
+    for family in ("qwen3", "gemma2"):
+        write_model(tmp_path / family, family)
+        models.append(load(tmp_path / family)[0])
+    jobs = [(models[0], 1), (models[0], 2), (models[1], 3)]
+
+    def sample(job: tuple[Transformer, int]) -> list:
+        model, seed = job
+        generator = make_generator(model, max_batch=11, options=SamplingOptions(0.8))
+        return [drawn(result) for result in run(generator, make_groups(4, k=5, seed=seed))]
+
+    alone = [sample(job) for job in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for _ in range(3):
+            assert list(pool.map(sample, jobs)) == alone
+
+
+def test_switches_and_recordings_are_a_threads_own() -> None:
+    with cpp.torch_only(), ThreadPoolExecutor(1) as pool:
+        assert cpp.implementation() == "torch"
+        assert pool.submit(cpp.implementation).result() == "cpp"
+    x, weight, out = randn(4, 64), randn(64), torch.zeros(1)
+
+    def step() -> None:
+        cpp.call("row_dots", torch.float32, x[:1], 1, 64, weight, out)
+        with ThreadPoolExecutor(1) as pool:  # another thread's calls are not recorded
+            pool.submit(rms_norm, x, weight, 1e-6).result()
+
+    results = []
+    for _ in cpp.replayed(step, 3):
+        results.append(float(out))
+        x[0] *= 2
+    assert results[2] == 2 * results[1] != 0 and float(out) == 2 * results[2]
 
 
 def test_transformer_is_the_definition() -> None:
     """It names no C++: what runs there is each operation's to choose, and none is without it."""
-    assert "native" not in Transformer.forward.__code__.co_names
+    assert "cpp" not in Transformer.forward.__code__.co_names

@@ -97,19 +97,21 @@ def replayed(step: Callable[[], None], times: int) -> Iterator[None]:
 
 def panel_columns() -> int:
     """Columns of one panel of packed weights."""
-    columns = torch.empty(1, dtype=torch.int64)
-    call("panel_columns", torch.float32, columns)
-    return int(columns)
+    return _number("panel_columns_f32")
 
 
 def distinct_slots(slots: Tensor, size: int) -> bool:
     """Whether int64 slots are contiguous, distinct and in [0, size)."""
     if not slots.is_contiguous():
         return False
-    result = torch.empty(1, dtype=torch.int64)
-    function = _library().functions["distinct_slots_f32"]
-    function(slots.data_ptr(), len(slots), size, result.data_ptr(), 1)
-    return bool(result)
+    return bool(_number("distinct_slots_f32", slots.data_ptr(), len(slots), size))
+
+
+def _number(name: str, *arguments: Any) -> int:
+    """The number that a function gives; such calls are not recorded."""
+    result = ctypes.c_int64()
+    _library().functions[name](*arguments, ctypes.addressof(result), 1)
+    return result.value
 
 
 def _library() -> build.Library:

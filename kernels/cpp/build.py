@@ -40,7 +40,7 @@ _ISA_FLAGS = {
 }
 _LETTERS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float}
 # SHA-256 of what `_known_results` gives, on every processor.
-_KNOWN_BITS = "f71ee408e8b8399dd1cb4655ea2a8d81e10793a75aff97d2b725c8148d029440"
+_KNOWN_BITS = "a5f20d59fa1b258bac28c82abc8c0e1a22a8abfb412ab78012abf59415387644"
 
 _lock = threading.Lock()
 _loaded: "list[Library | None]" = []
@@ -220,7 +220,7 @@ def _open(path: Path) -> Library:
         else:
             structures[name] = _structure(name, int(rest[0]), rest[1:])
     library = Library(functions, structures)
-    _check_bits(path, loaded, library)
+    _check_bits(path, library)
     return library
 
 
@@ -235,7 +235,7 @@ def _structure(name: str, size: int, fields: Sequence[str]) -> type[ctypes.Struc
     return made
 
 
-def _check_bits(path: Path, loaded: ctypes.CDLL, library: Library) -> None:
+def _check_bits(path: Path, library: Library) -> None:
     digest = hashlib.sha256(_known_results(library).tobytes()).hexdigest()
     if digest != _KNOWN_BITS:
         raise OSError(f"{path} gives other results than on other processors ({digest})")
@@ -247,7 +247,7 @@ def _known_results(library: Library) -> np.ndarray:
     rows, columns, terms = 19, 45, 331
 
     def numbers(n: int, step: int) -> np.ndarray:
-        return ((np.arange(n, dtype=np.int64) * step % 251 - 125) / 64).astype(np.float32)
+        return ((np.arange(n, dtype=np.int64) * step % 251 - 125) / 97).astype(np.float32)
 
     def run(name: str, *arguments: Any) -> None:
         passed = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments]

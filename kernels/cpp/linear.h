@@ -1,9 +1,9 @@
 // Linear layers over packed weights: y = x W^T + bias, or act(x W0^T) * (x W1^T).
 //
-// A sum adds its terms in index order, each with one fused multiply-add, whatever the number of
-// rows. Weights are packed in panels of COLUMNS columns, term by term; rows are laid out in tiles
-// of up to ROWS rows, term by term. A tile's accumulators stay in registers for BLOCK_TERMS terms,
-// during which a block of a panel stays in the first cache for all tiles.
+// A sum adds BLOCK_TERMS terms in index order, each with one fused multiply-add, then the sums of such
+// blocks in order: one chain over thousands of terms would round off several times as much. Weights
+// are packed in panels of COLUMNS columns, term by term; rows are laid out in tiles of up to ROWS
+// rows, term by term. A block of a panel stays in the first cache for all tiles.
 
 #pragma once
 
@@ -12,8 +12,7 @@
 namespace quorum {
 
 constexpr int COLUMNS = 2 * LANES;
-template <class T>
-constexpr int64_t BLOCK_TERMS = 16384 / (COLUMNS * sizeof(T));
+constexpr int64_t BLOCK_TERMS = 256;
 
 // One term of a panel. In bfloat16 a 32-bit word holds columns i and i + LANES, so that one load
 // gives both vectors.
@@ -51,14 +50,13 @@ struct Prefetch {
     int64_t step = 0;  // bytes a term
 };
 
-// sums (M, COLUMNS) += `terms` terms of M rows, laid term by term in x (terms, M), times a panel.
+// sums (M, COLUMNS) += a block of terms of M rows, laid out term by term in x (terms, M), times a
+// panel. The first block starts the sums.
 template <int M, class T>
 [[gnu::noinline]] void linear_tile(const float *x, const T *weight, int64_t terms, bool first,
                                    Prefetch ahead, float *sums) {
     vec sum[M][2];
-    for (int m = 0; m < M; m++)
-        for (int v = 0; v < 2; v++)
-            sum[m][v] = first ? vec{} : load(sums + m * COLUMNS + v * LANES);
+    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = vec{};
     const auto add = [&](int64_t i) {
         vec a, b;
         panel(weight + i * COLUMNS, a, b);
@@ -75,7 +73,10 @@ template <int M, class T>
     }
     for (; i < terms; i++) add(i);
     for (int m = 0; m < M; m++)
-        for (int v = 0; v < 2; v++) store(sums + m * COLUMNS + v * LANES, sum[m][v]);
+        for (int v = 0; v < 2; v++) {
+            float *total = sums + m * COLUMNS + v * LANES;
+            store(total, first ? sum[m][v] : load(total) + sum[m][v]);
+        }
 }
 
 template <int M, class T>
@@ -160,8 +161,8 @@ void linear(const Laid &x, const T *weight, int64_t n, const T *bias, T *y, int6
         if (bias) widen_row(bias + p * COLUMNS, wide_bias, columns);
         Prefetch ahead{(const char *)(mine + COLUMNS * k),
                        COLUMNS * (int64_t)sizeof(T) / ((last - first + tile - 1) / tile)};
-        for (int64_t start = 0; start < k; start += BLOCK_TERMS<T>) {
-            const int64_t terms = std::min(BLOCK_TERMS<T>, k - start);
+        for (int64_t start = 0; start < k; start += BLOCK_TERMS) {
+            const int64_t terms = std::min(BLOCK_TERMS, k - start);
             for (int64_t t = first; t < last; t += tile) {
                 const int64_t here = std::min(tile, m - t);
                 linear_rows<ROWS>(here, laid + t * k + start * here, mine + start * COLUMNS, terms,
