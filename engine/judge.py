@@ -43,6 +43,7 @@ from engine.verdict import (
     is_correct,
     output_key,
 )
+from kernels import cpp
 from kernels.extract_scores import Reason, ScoreAutomaton
 from kernels.sample_token import SamplingOptions, stream_key, uniforms
 from kernels.vote import vote
@@ -219,6 +220,8 @@ class Judge:
             "dtype": str(weight.dtype),
             "device": weight.device.type,
         }
+        if weight.device.type == "cpu":
+            everything["implementation"] = cpp.implementation()
         if options.until_decided is None:  # lines from before there was this option keep their key
             del everything["until_decided"]
         if options.k_meta is None:  # nor do those from before there were meta models
