@@ -15,9 +15,6 @@ once and repeated. On a GPU a step is captured as a CUDA graph and replayed: it
 reads nothing but tensors that stay in place, and the grids of its kernels have room to spare. Where
 a step cannot be captured, that is an error.
 
-A meta head, where there is one, scores every hidden state that a token is drawn from
-(`engine/meta_head.py`).
-
 Letters: B live samples, R >= B rows of a step; the rows behind the samples write scratch cells.
 Which samples are live, and the prompts' own tokens, are the caller's (`engine/generate.py`).
 """
@@ -35,7 +32,6 @@ from torch import Tensor
 from engine.forest import Node, decode_items
 from engine.forward import CachedForward
 from engine.kv_cache import ALIGN, KVCache, round_up
-from engine.meta_head import MetaHead
 from kernels import cpp
 from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
 from kernels.forest_attention import keys_per_partial
@@ -66,8 +62,7 @@ class Leaf(Protocol):
 
 @dataclass
 class Sampled:
-    """What a finished sample has come to; `scores` in shown order, 0 where not valid. `meta` is
-    the meta head's score, NaN where it is not a finite number, None without a head."""
+    """What a finished sample has come to; `scores` in shown order, 0 where not valid."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -76,7 +71,6 @@ class Sampled:
     decided: bool
     reason: Reason
     scores: list[int]
-    meta: float | None
 
 
 class Moment:
@@ -146,11 +140,9 @@ class Decoder(CachedForward):
         max_new_tokens: int,
         max_scores: int,
         deterministic: bool = False,
-        meta_head: Tensor | None = None,
     ) -> None:
         """deterministic: fixed tiles in matrix products and one partial for every split of keys, so
-        that a sample has the same bits in any company on a GPU too. meta_head: the weight of a
-        scalar head, (1, hidden_size) float32 on the model's device."""
+        that a sample has the same bits in any company on a GPU too."""
         super().__init__(model, cache, deterministic)
         self.automaton = automaton
         self.options = options
@@ -168,7 +160,6 @@ class Decoder(CachedForward):
                 model.head_weight.dtype,
             )
         self.records = Records.empty(cache.num_slots, max_new_tokens, self.device)
-        self.meta_head = None if meta_head is None else MetaHead(meta_head, cache.num_slots)
         self.leaves: tuple[Leaf, ...] = ()
         rows = self._rows(cache.num_slots)
         zeros = torch.zeros(rows, dtype=torch.int64)
@@ -241,7 +232,6 @@ class Decoder(CachedForward):
             longest = max(counts)
             tokens = self.records.tokens[live.slot, :longest].cpu()
             logprobs = self.records.logprobs[:, live.slot, :longest].cpu()
-            metas = None if self.meta_head is None else self.meta_head.fetch(live)
             flags = torch.stack([live.ended.long(), live.scores.decided.long(), reasons], 1)
             all_flags, all_scores = flags.tolist(), scores.tolist()
         found = []
@@ -258,7 +248,6 @@ class Decoder(CachedForward):
                     decided=bool(decided),
                     reason=Reason(reason),
                     scores=given,
-                    meta=None if metas is None else metas[i],
                 )
             )
         return found
@@ -311,8 +300,6 @@ class Decoder(CachedForward):
         cells = self._cell[:rows]
         hidden = self.forward(self._live.token[:rows], plan.positions, cells, plan)
         live = self._live.first(batch)
-        if self.meta_head is not None:
-            self.meta_head.keep_of(live, hidden)
         logits = self.head_logits(hidden)[:batch]
         moving = plan.positions, plan.suffix.length, cells
         self.draw(live, logits, uniform, moving)

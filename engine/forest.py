@@ -26,8 +26,7 @@ TokenIds = tuple[int, ...]
 class Node:
     """One segment of some samples' prompts, from logical position `start`. `slab` is its place in
     the cache while it has one; `logits` (V,) are those after its last token, if a leaf starts
-    there, and `meta` () is the meta head's score there, if there is one. `number` grows with
-    creation, so that a node's path of numbers sorts depth-first."""
+    there. `number` grows with creation, so that a node's path of numbers sorts depth-first."""
 
     token_ids: TokenIds
     parent: "Node | None"
@@ -35,7 +34,6 @@ class Node:
     start: int
     slab: Slab | None = None
     logits: Tensor | None = None
-    meta: Tensor | None = None
     above: "tuple[Node, ...]" = field(init=False)  # from the root to the parent
 
     def __post_init__(self) -> None:
@@ -148,7 +146,7 @@ class Forest:
     def _drop(self, node: Node) -> None:
         assert node.slab is not None
         if self.cache.release(node.slab):
-            node.slab = node.logits = node.meta = None
+            node.slab = node.logits = None
             self._kept.pop(node, None)
 
 

@@ -59,8 +59,7 @@ class Group:
 @dataclass
 class Generation:
     """One sample: its tokens (with the end token, if it came) and their log-probs, natural, under
-    the model and under the distribution sampled from; scores in shown order where VALID. `meta` is
-    the meta head's score, NaN where it is not a finite number, None without a head."""
+    the model and under the distribution sampled from; scores in shown order where VALID."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -68,7 +67,6 @@ class Generation:
     finish: Literal["box", "eos", "length"]
     reason: Reason
     scores: tuple[int, ...] | None
-    meta: float | None
 
 
 @dataclass
@@ -156,15 +154,13 @@ class Generator:
         deterministic: bool = False,
         cache_bytes: int | None = None,
         usage: Usage | None = None,
-        meta_head: Tensor | None = None,
     ) -> None:
         """max_batch: most samples decoded together. max_scores: most scores of any group. stop:
         "box" ends a sample as soon as its scores are decided, "eos" lets it end by itself.
         deterministic: results on a GPU have the same bits in any company; on CPU it changes
         nothing. cache_bytes bounds keys and values (default: what memory allows,
-        `engine/memory.py`); a batch that does not fit is made smaller. meta_head: the weight of a
-        scalar head that scores samples, (1, hidden_size) float32 on the model's device. Raises
-        ValueError for limits below 1 or a cache that cannot hold one sample."""
+        `engine/memory.py`); a batch that does not fit is made smaller. Raises ValueError
+        for limits below 1 or a cache that cannot hold one sample."""
         for name, value in (("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
             if value < 1:
                 raise ValueError(f"{name} = {value} is less than 1")
@@ -215,7 +211,6 @@ class Generator:
             max_new_tokens=self.max_new_tokens,
             max_scores=max_scores,
             deterministic=deterministic,
-            meta_head=meta_head,
         )
 
     @torch.inference_mode()
@@ -316,8 +311,7 @@ class Generator:
         self._spans.append(("prefill_seconds", start, Moment(self.device)))
 
     def _prefill_piece(self, room: int) -> None:
-        """Run the next `room` tokens that are to be prefilled, and keep what stands after ends:
-        logits, and with a meta head their scores."""
+        """Run the next `room` tokens that are to be prefilled, and keep the logits after ends."""
         ends = {leaf.end for leaf in self._joining}
         pieces = take_pieces(self._queue, room)
         last = last_rows(pieces, ends)
@@ -326,9 +320,6 @@ class Generator:
             hidden = hidden[self._tensor([*last.values(), *[0] * (-len(last) % ALIGN)])]
             for node, logits in zip(last, self.decoder.head_logits(hidden), strict=False):
                 node.logits = logits.clone()  # a view would keep all rows alive
-            if self.decoder.meta_head is not None:
-                for node, score in zip(last, self.decoder.meta_head.of(hidden), strict=False):
-                    node.meta = score
 
     def _forward_prefill(self, pieces: Sequence[Piece]) -> Tensor:
         self.usage.prefill_tokens += sum(stop - first for _, first, stop in pieces)
@@ -345,10 +336,6 @@ class Generator:
         logits = [leaf.end.logits for leaf in joining]
         first = torch.stack([row for row in logits if row is not None])
         assert len(first) == len(joining), "an end without logits"
-        if self.decoder.meta_head is not None:
-            metas = [leaf.end.meta for leaf in joining]
-            scores = torch.stack([score for score in metas if score is not None])
-            self.decoder.meta_head.keep(fresh, scores)
         keys = torch.tensor([leaf.key for leaf in joining])
         uniform = uniforms(keys[:, :2], keys[:, 2], torch.zeros_like(keys[:, 2]))
         self.decoder.draw(fresh, first, to_device(uniform, self.device))
@@ -439,7 +426,6 @@ class Generator:
             "box" if stopped else "eos" if sampled.ended else "length",
             sampled.reason,
             tuple(scores) if sampled.reason == Reason.VALID else None,
-            sampled.meta,
         )
 
     def _select(self, live: LiveSamples, rows: Sequence[int]) -> None:

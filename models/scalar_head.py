@@ -39,18 +39,13 @@ class ScalarModel(nn.Module):
         return self.logits(self.model(token_ids, positions, attend)[at])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`scalar_logits` of hidden states (R, hidden_size) after the final norm."""
-        return scalar_logits(hidden, self.score.weight)
+        """Raw logits of hidden states (R, hidden_size) after the final norm: (R,) float32 (float64
+        from float64).
 
-
-def scalar_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Raw logits of hidden states (R, hidden_size) under a weight (1, hidden_size): (R,) float32
-    (float64 from float64).
-
-    The sum is in float32 even where the model is not: the digits of bfloat16 would make ties. Rows
-    do not depend on each other, bit for bit, where R is a multiple of 16: they are summed 16 at a
-    time, since torch on a GPU cuts a sum by the number of rows.
-    """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    weight = weight.to(wide)
-    return torch.cat([(rows.to(wide) * weight).sum(-1) for rows in hidden.split(_BLOCK)])
+        The sum is in float32 even where the model is not: the digits of bfloat16 would make ties.
+        Rows do not depend on each other, bit for bit, where R is a multiple of 16: they are summed
+        16 at a time, since torch on a GPU cuts a sum by the number of rows.
+        """
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        weight = self.score.weight.to(wide)
+        return torch.cat([(rows.to(wide) * weight).sum(-1) for rows in hidden.split(_BLOCK)])

@@ -47,7 +47,6 @@ _SIGNATURES = {
     "decode": "ppl" + "pppp" + "p" + "ppp",
     "pack": "plllp",
     "linear": "pllplpp",
-    "keep_scores": "pll" + "pppp",
     "sample_token": "pllpl" + "fff" + "l" + "ppp",
 }
 

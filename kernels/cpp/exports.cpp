@@ -1406,22 +1406,6 @@ int64_t advance(const Automaton &a, int64_t row, int64_t state, int64_t token) {
     return state;
 }
 
-// scores[slot[row]] = weight . hidden[row], for the rows that have not finished: `MetaHead.keep_of`.
-template <class T>
-void keep_scores(const T *hidden, int64_t rows, int64_t size, const float *weight,
-                 const int64_t *slot, const bool *finished, float *scores, int threads) {
-    parallel(rows, std::max<int64_t>(1, 16384 / size), threads, [&](int64_t row) {
-        if (finished[row]) return;
-        thread_local std::vector<float> kept;
-        float *product = room(kept, size);
-        const T *x = hidden + row * size;
-        int64_t i = 0;
-        for (; i + LANES <= size; i += LANES) store(product + i, load(x + i) * load(weight + i));
-        for (; i < size; i++) product[i] = widen(x[i]) * weight[i];
-        scores[slot[row]] = row_sum(product, size);
-    });
-}
-
 }  // namespace
 
 // `take_token`, on one thread: it is a few hundred samples at most.
@@ -1515,11 +1499,6 @@ extern "C" void take_token_f32(
                                const int64_t *slots, const Suffix *suffix, float *o, float *lse,   \
                                T *out, int threads) {                                              \
         decode(*d, tokens, n, positions, cos, sin, slots, *suffix, o, lse, out, threads);          \
-    }                                                                                              \
-    extern "C" void keep_scores_##S(const T *hidden, int64_t rows, int64_t size,                   \
-                                    const float *weight, const int64_t *slot,                      \
-                                    const bool *finished, float *scores, int threads) {            \
-        keep_scores(hidden, rows, size, weight, slot, finished, scores, threads);                  \
     }                                                                                              \
     extern "C" void sample_token_##S(const T *logits, int64_t batch, int64_t vocab,                \
                                      const float *uniform, int64_t uniform_stride,                 \
