@@ -1,6 +1,6 @@
 r"""Read the scores out of generated tokens: an automaton over their bytes, one token at a time.
 
-Dimension letters: B rows (live samples), T tokens, V vocabulary, C control states.
+Dimension letters: B rows (live samples), V vocabulary, C control states.
 
 Language (`parse_scores` is the specification). With an anchor: a line begins with the anchor if
 the anchor's bytes follow the start of the text or a newline; after the first such place the first
@@ -18,9 +18,8 @@ action, which is nearly all: a decode step is one look-up, and only the few rows
 commas or braces of a box before them walk their token symbol by symbol, together.
 Values saturate one above the largest magnitude in range, so integers may have any length.
 
-In Triton a program holds a block of rows; whether any of them must walk is asked by the program
-itself. `advance_rows` is that step, for other kernels too. On CPU torch reads `any` flags instead.
-This file does not un-permute scores or vote, and never sees the prompt.
+`advance_rows` is that step for a block of rows in a Triton kernel; `ScoreAutomaton.advance_ref` is
+the same step in torch. Neither un-permutes scores or votes, and neither sees the prompt.
 """
 
 import re
@@ -34,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Target, check_triton, launch, runs_triton, target_of, to_device
+from kernels.launch import Target, to_device
 
 _BOX = rb"\boxed{"
 _INTEGER = re.compile(rb"[+-]?[0-9]+")
@@ -227,50 +226,6 @@ def advance_rows(
     return following
 
 
-@triton.jit
-def _extract_scores_kernel(
-    tokens_ptr,  # (B, T), strides stride, 1
-    stride,
-    lengths_ptr,  # (B,), or None: all of length 1
-    num_rows,  # B
-    control_ptr,
-    value_ptr,
-    count_ptr,
-    items_ptr,
-    n_ptr,
-    reason_ptr,
-    scores_ptr,
-    max_n,
-    table_ptr,
-    transitions_ptr,
-    symbols_ptr,
-    first_ptr,
-    last_ptr,
-    num_tokens,
-    score_min,
-    score_max,
-    saturated,
-    ROWS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = row < num_rows  # (ROWS,)
-    if lengths_ptr is None:
-        length = there.to(tl.int64)
-    else:
-        length = tl.load(lengths_ptr + row, mask=there, other=0)
-    control = tl.load(control_ptr + row, mask=there, other=0)
-    for t in range(tl.max(length, 0)):
-        at = tokens_ptr + row * stride + t
-        token = tl.load(at, mask=t < length, other=num_tokens - 1)
-        control = advance_rows(
-            control, token, row, there,
-            value_ptr, count_ptr, items_ptr, n_ptr, reason_ptr, scores_ptr, max_n,
-            table_ptr, transitions_ptr, symbols_ptr, first_ptr, last_ptr,
-            num_tokens, score_min, score_max, saturated,
-        )  # fmt: skip
-    tl.store(control_ptr + row, control, mask=there)
-
-
 def rows_launch(target: Target) -> dict[str, int]:
     """Rows of a program of `advance_rows`, and its warps: one row a thread, so that a thread only
     ever loads what it stored itself."""
@@ -402,20 +357,11 @@ class ScoreAutomaton:
             scores=zero[:, None].repeat(1, max_n),
         )
 
-    def advance(self, state: ScoreState, tokens: Tensor) -> None:
-        """Move every row over its next token, in place. tokens (B,) int64, ids below V."""
-        if tokens.shape != state.control.shape or tokens.dtype != torch.int64:
-            raise ValueError(
-                f"tokens must be {tuple(state.control.shape)} int64, "
-                f"got {tuple(tokens.shape)} {tokens.dtype}"
-            )
-        if runs_triton(tokens):
-            self._run_triton(state, tokens[:, None], None)
-        else:
-            self.advance_ref(state, tokens)
-
     def advance_ref(self, state: ScoreState, tokens: Tensor) -> None:
-        """`advance` in torch, on any device; reads `any` flags."""
+        """Move every row past its next token, in place and in torch; reads `any` flags.
+
+        tokens: (B,) int64, ids below V, or V for no token.
+        """
         following = self._table[state.control, tokens].long()
         by_symbol = following == _BY_SYMBOL
         if by_symbol.any():
@@ -423,43 +369,11 @@ class ScoreAutomaton:
             following[rows] = self._advance_by_symbol(state, rows, tokens[rows])
         state.control.copy_(following)
 
-    def extract(self, tokens: Tensor, lengths: Tensor, n: Tensor) -> ScoreState:
-        """The state after whole sequences: tokens (B, T), lengths (B,) at most T, n (B,), all
-        int64. The host reads n, which may be on CPU."""
-        if tokens.ndim != 2 or tokens.shape[0] != len(n) or lengths.shape != n.shape:
-            raise ValueError(
-                f"tokens must be (B, T), lengths and n (B,), got {tuple(tokens.shape)}, "
-                f"{tuple(lengths.shape)} and {tuple(n.shape)}"
-            )
-        if tokens.dtype != torch.int64 or lengths.dtype != torch.int64:
-            raise ValueError(
-                f"tokens and lengths must be int64, got {tokens.dtype} and {lengths.dtype}"
-            )
-        state = self.start(n, int(n.max()) if len(n) else 0)
-        if runs_triton(tokens):
-            self._run_triton(state, tokens, lengths)
-            return state
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        filled = tokens.masked_fill(position >= lengths[:, None], self.vocab_size)
-        for column in filled.unbind(1):
-            self.advance_ref(state, column)
-        return state
-
     def tables(self) -> tuple[Any, ...]:
         """What `advance_rows` takes of an automaton."""
         return (
             self._table, self._transitions, self._symbols, self._first, self._last,
             self.vocab_size + 1, self.score_min, self.score_max, self._saturated,
-        )  # fmt: skip
-
-    def _run_triton(self, state: ScoreState, tokens: Tensor, lengths: Tensor | None) -> None:
-        check_triton("extract_scores", tokens, *([] if lengths is None else [lengths]))
-        options = rows_launch(target_of(tokens))
-        launch(
-            _extract_scores_kernel,
-            (-(-len(tokens) // options["ROWS"]),),
-            tokens, tokens.stride(0), lengths, len(tokens),
-            state.control, *state.registers(), *self.tables(), **options,
         )  # fmt: skip
 
     def _advance_by_symbol(self, state: ScoreState, rows: Tensor, tokens: Tensor) -> Tensor:

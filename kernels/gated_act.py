@@ -29,15 +29,7 @@ from torch.autograd.function import once_differentiable
 from kernels import cpp
 from kernels.cpp import runs_cpp
 from kernels.device_math import tanh
-from kernels.launch import (
-    Target,
-    check_triton,
-    launch,
-    power_of_two,
-    runs_triton,
-    target_of,
-    without_gaps,
-)
+from kernels.launch import check_triton, launch, power_of_two, runs_triton, without_gaps
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
@@ -117,9 +109,8 @@ def _gated_act_backward_kernel(
     tl.store(at + size, d_up.to(d_gate_up_ptr.dtype.element_ty), mask=there)
 
 
-def _launch(size: int, target: Target) -> dict[str, int]:
-    """Rows and columns of a program, and its warps: 1,024 elements. Not yet tuned on a device;
-    bench/bench_gated_act.py is the bench to tune with."""
+def _launch(size: int) -> dict[str, int]:
+    """Rows and columns of a program, and its warps: 1,024 elements."""
     columns = min(power_of_two(size, 16), 1024)
     return {"ROWS": 1024 // columns, "COLUMNS": columns, "num_warps": 4}
 
@@ -128,10 +119,10 @@ def _run_triton(gate_up: Tensor, activation: str) -> Tensor:
     check_triton("gated_act", gate_up)
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, size, dtype=gate_up.dtype, device=gate_up.device)
-    options = _launch(size, target_of(gate_up))
+    options = _launch(size)
     launch(
         _gated_act_kernel,
-        (-(-tokens // options["ROWS"]), -(-size // options["COLUMNS"])),
+        (triton.cdiv(tokens, options["ROWS"]), triton.cdiv(size, options["COLUMNS"])),
         gate_up, out, tokens, size, gate_up.stride(0), GELU=activation == "gelu_tanh", **options,
     )  # fmt: skip
     return out
@@ -141,10 +132,10 @@ def _run_triton_backward(grad: Tensor, gate_up: Tensor, activation: str) -> Tens
     check_triton("gated_act", grad, gate_up)
     tokens, size = grad.shape
     out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-    options = _launch(size, target_of(gate_up))
+    options = _launch(size)
     launch(
         _gated_act_backward_kernel,
-        (-(-tokens // options["ROWS"]), -(-size // options["COLUMNS"])),
+        (triton.cdiv(tokens, options["ROWS"]), triton.cdiv(size, options["COLUMNS"])),
         grad, gate_up, out, tokens, size, grad.stride(0), gate_up.stride(0),
         GELU=activation == "gelu_tanh", **options,
     )  # fmt: skip

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import cpp
+from kernels.checks import check
 from kernels.cpp import runs_cpp
 from kernels.launch import (
     Target,
@@ -41,8 +42,7 @@ from kernels.launch import (
     without_gaps,
 )
 
-# Tile and warps of the sum of partial gradients of the weight. Not yet tuned on a device;
-# bench/bench_rms_norm.py is the bench to tune with.
+# Tile and warps of the sum of partial gradients of the weight.
 _SUM_LAUNCH = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4}
 
 
@@ -176,9 +176,8 @@ def _sum_partials_kernel(
     tl.store(out_ptr + column, out, mask=column < size)
 
 
-def _launch(size: int, target: Target) -> dict[str, int]:
-    """Rows and columns of a program, and its warps: 2,048 elements or one row. Not yet tuned on a
-    device; bench/bench_rms_norm.py is the bench to tune with."""
+def _launch(size: int) -> dict[str, int]:
+    """Rows and columns of a program, and its warps: 2,048 elements or one row."""
     columns = power_of_two(size, 16)
     return {
         "ROWS": max(1, 2048 // columns),
@@ -189,12 +188,11 @@ def _launch(size: int, target: Target) -> dict[str, int]:
 
 def _launch_backward(num_rows: int, size: int, target: Target) -> tuple[int, dict[str, int]]:
     """How many programs share the rows, 32 warps for each processor; and what each of them holds at
-    a time: as in the forward, on twice the warps, since it is several tensors. Not yet tuned on a
-    device; bench/bench_rms_norm.py is the bench to tune with."""
-    options = _launch(size, target)
+    a time: as in the forward, on twice the warps, since it is several tensors."""
+    options = _launch(size)
     options["num_warps"] = min(2 * options["num_warps"], 16 if target.is_hip else 32)
     programs = target.num_processors * (32 // options["num_warps"])
-    return min(-(-num_rows // options["ROWS"]), programs), options
+    return min(triton.cdiv(num_rows, options["ROWS"]), programs), options
 
 
 def _folded(shape: torch.Size) -> tuple[int, int, int]:
@@ -216,10 +214,10 @@ def _run_triton(
     y = torch.empty(shape, dtype=dtype, device=x.device)
     total = x.view(shape) if residual is None else torch.empty_like(y)
     rstd = torch.empty(*shape[:-1], 1, dtype=torch.float32, device=x.device)
-    options = _launch(size, target_of(x))
+    options = _launch(size)
     launch(
         _rms_norm_kernel,
-        (-(-rstd.numel() // options["ROWS"]),),
+        (triton.cdiv(rstd.numel(), options["ROWS"]),),
         x, added, weight, y, total, rstd, rstd.numel(), inner,
         x.stride(0), x.stride(1), added.stride(0), added.stride(1), eps,
         H=size, PLUS_ONE=plus_one, RESIDUAL=residual is not None, **options,
@@ -265,7 +263,7 @@ def _run_triton_backward(
     d_weight = torch.empty_like(weight)
     launch(
         _sum_partials_kernel,
-        (-(-size // _SUM_LAUNCH["COLUMNS"]),),
+        (triton.cdiv(size, _SUM_LAUNCH["COLUMNS"]),),
         partial, d_weight, programs, size, **_SUM_LAUNCH,
     )  # fmt: skip
     return d_x, d_residual, d_weight
@@ -371,14 +369,10 @@ def rms_norm(
     differentiable once.
     Raises ValueError for other shapes or dtypes and for eps that is not positive.
     """
-    if not x.is_floating_point():
-        raise ValueError(f"rms_norm: x must be floating, got {x.dtype}")
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight must be ({x.shape[-1]},), got {tuple(weight.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"rms_norm: residual must be {tuple(x.shape)}, got {tuple(residual.shape)}"
-        )
+    check("rms_norm: x", x, x.shape, "floating")
+    check("rms_norm: weight", weight, x.shape[-1:], "floating")
+    if residual is not None:
+        check("rms_norm: residual", residual, x.shape, "floating")
     if not eps > 0:
         raise ValueError(f"rms_norm: eps must be positive, got {eps}")
     if runs_cpp(x, weight, *([] if residual is None else [residual])):

@@ -45,7 +45,7 @@ Log-probs are natural logarithms: `logprob` of softmax(logits), `sampling_logpro
 distribution drawn from (tempered, filtered, renormalised; 0 when greedy).
 
 A row whose maximum is NaN or infinite gets some token in [0, V) and NaN log-probs (when greedy,
-only `logprob` is NaN); `check_logits` is the explicit, synchronising test for such rows.
+only `logprob` is NaN).
 This file does not apply repetition penalties or logit biases, and does not choose stop tokens.
 """
 
@@ -59,6 +59,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import cpp
+from kernels.checks import check
 from kernels.cpp import runs_cpp
 from kernels.device_math import tanh
 from kernels.launch import Target, launch, power_of_two, runs_triton, target_of
@@ -176,7 +177,7 @@ def _run_triton_uniforms(keys: Tensor, sample_index: Tensor, positions: Tensor) 
     block = min(256, power_of_two(uniform.numel(), 16))
     launch(
         _uniforms_kernel,
-        (-(-uniform.numel() // block),),
+        (triton.cdiv(uniform.numel(), block),),
         keys, sample_index, at, uniform, uniform.numel(), at.shape[1],
         *keys.stride(), *sample_index.stride(), *at.stride(), BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -204,16 +205,10 @@ def uniforms(keys: Tensor, sample_index: Tensor, positions: Tensor) -> Tensor:
     300 small operations whatever P is, so a decode loop should draw a block of positions at a time.
     """
     batch = keys.shape[0]
-    if keys.shape != (batch, 2) or sample_index.shape != (batch,):
-        raise ValueError(
-            f"keys must be (B, 2) and sample_index (B,), got {tuple(keys.shape)} "
-            f"and {tuple(sample_index.shape)}"
-        )
-    if positions.dim() not in (1, 2) or positions.shape[0] != batch:
-        raise ValueError(f"positions must be ({batch},) or ({batch}, P), got {positions.shape}")
-    for name, tensor in (("keys", keys), ("sample_index", sample_index), ("positions", positions)):
-        if tensor.dtype != torch.int64:
-            raise ValueError(f"{name} must be int64, got {tensor.dtype}")
+    check("uniforms: keys", keys, ("B", 2), torch.int64)
+    check("uniforms: sample_index", sample_index, (batch,), torch.int64)
+    shape = (batch,) if positions.ndim == 1 else (batch, "P")
+    check("uniforms: positions", positions, shape, torch.int64)
     if runs_triton(keys):
         return _run_triton_uniforms(keys, sample_index, positions)
     uniform = torch.empty(positions.shape)
@@ -223,15 +218,6 @@ def uniforms(keys: Tensor, sample_index: Tensor, positions: Tensor) -> Tensor:
         cpp.call("uniforms", torch.float32, *contiguous, rows, columns, uniform)
         return uniform
     return _torch_uniforms(keys, sample_index, positions)
-
-
-def check_logits(logits: Tensor) -> None:
-    """Raise ValueError naming the first row whose maximum is NaN or infinite (synchronises)."""
-    maximum = logits.amax(-1)
-    bad = (~maximum.isfinite()).nonzero()
-    if len(bad):
-        row = int(bad[0, 0])
-        raise ValueError(f"the largest logit of row {row} is {maximum[row].item()}, not finite")
 
 
 def _widened(logits: Tensor, softcap: float | None) -> Tensor:
@@ -584,8 +570,7 @@ def _choose_kernel(
 
 def _launch(vocab_size: int, target: Target) -> dict[str, int]:
     """Tokens that a row's program reads at a time in search of the cutoff, and its warps: many,
-    since it is alone on its processor and nothing else hides its loads. Not yet tuned on a
-    device; bench/bench_sample_token.py is the bench to tune with."""
+    since it is alone on its processor and nothing else hides its loads."""
     block = min(4096, power_of_two(vocab_size, TILE))
     return {"BLOCK": block, "num_warps": max(4, block // (512 if target.is_hip else 256))}
 
@@ -594,7 +579,7 @@ def _run_triton(
     logits: Tensor, uniform: Tensor, options: SamplingOptions, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, vocab_size = logits.shape
-    num_tiles = -(-vocab_size // TILE)
+    num_tiles = triton.cdiv(vocab_size, TILE)
     greedy = options.temperature == 0
     # A factor that float32 rounds to 0 would make NaN of -inf.
     scale = 1.0 if greedy else max(1 / options.temperature, _FLOAT32.tiny)
@@ -683,18 +668,14 @@ def sample_token(
     """
     if logits.dim() != 2 or logits.shape[1] == 0 or logits.dtype not in _DTYPES:
         raise ValueError(
-            f"logits must be (B, V) float32, bfloat16 or float16, got {tuple(logits.shape)} "
-            f"{logits.dtype}"
+            "sample_token: logits must be (B, V) float32, bfloat16 or float16, got "
+            f"{tuple(logits.shape)} {logits.dtype}"
         )
     if not logits.is_contiguous():
-        raise ValueError(f"logits must be contiguous, got strides {logits.stride()}")
-    if uniform.shape != logits.shape[:1] or uniform.dtype != torch.float32:
-        raise ValueError(
-            f"uniform must be ({logits.shape[0]},) float32, "
-            f"got {tuple(uniform.shape)} {uniform.dtype}"
-        )
+        raise ValueError(f"sample_token: logits must be contiguous, got strides {logits.stride()}")
+    check("sample_token: uniform", uniform, logits.shape[:1], torch.float32)
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+        raise ValueError(f"sample_token: softcap must be positive and finite, got {softcap}")
     if runs_triton(logits):
         return _run_triton(logits, uniform, options, softcap)
     if runs_cpp(logits) and samples_cpp(options, logits.shape[1]):

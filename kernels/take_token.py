@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import cpp
+from kernels.checks import check
 from kernels.cpp import runs_cpp
 from kernels.extract_scores import (
     DECIDED,
@@ -235,7 +236,7 @@ def _run_triton(
     num_rows = len(live.token)
     launch(
         _take_token_kernel,
-        (-(-num_rows // options["ROWS"]),),
+        (triton.cdiv(num_rows, options["ROWS"]),),
         *vectors, records.tokens, records.logprobs, records.tokens.shape[1],
         records.tokens.numel(), end_ids, len(end_ids), *(moving or (None, None, None)), num_rows,
         live.scores.control, *live.scores.registers(), *automaton.tables(),
@@ -334,24 +335,17 @@ def _check(
     moving: Moving | None,
 ) -> None:
     batch = len(live.token)
-    slots = records.tokens.shape
-    expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
-        "token": (drawn[0], (batch,), torch.int64),
-        "logprob": (drawn[1], (batch,), torch.float32),
-        "sampling_logprob": (drawn[2], (batch,), torch.float32),
-        "records.tokens": (records.tokens, slots, torch.int64),
-        "records.logprobs": (records.logprobs, (2, *slots), torch.float32),
-        "end_ids": (end_ids, (end_ids.numel(),), torch.int64),
-    }
+    token, logprob, sampling_logprob = drawn
+    check("take_token: token", token, (batch,), torch.int64)
+    check("take_token: logprob", logprob, (batch,), torch.float32)
+    check("take_token: sampling_logprob", sampling_logprob, (batch,), torch.float32)
+    check("take_token: records.tokens", records.tokens, "SM", torch.int64)
+    shape = (2, *records.tokens.shape)
+    check("take_token: records.logprobs", records.logprobs, shape, torch.float32)
+    check("take_token: end_ids", end_ids, "E", torch.int64)
     for name, value in live.tensors().items():
         dtype = torch.bool if name in ("finished", "ended") else torch.int64
-        expected[f"live.{name}"] = (value, (batch,), dtype)
-    for name, (tensor, shape, dtype) in expected.items():
-        if tensor.shape != shape or tensor.dtype != dtype:
-            raise ValueError(
-                f"take_token: {name} must be {tuple(shape)} {dtype}, "
-                f"got {tuple(tensor.shape)} {tensor.dtype}"
-            )
+        check(f"take_token: live.{name}", value, (batch,), dtype)
     for place in moving or ():
         if place.ndim != 1 or len(place) < batch or place.dtype != torch.int64:
             raise ValueError(

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import cpp
+from kernels.checks import check
 from kernels.cpp import runs_cpp
-from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
+from kernels.launch import check_triton, launch, power_of_two, runs_triton
 
 
 def write_kv_ref(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -67,10 +68,9 @@ def _write_kv_kernel(
     tl.store(v_cache_ptr + to, v, mask=mask)
 
 
-def _launch(dim: int, target: Target) -> dict[str, int]:
+def _launch(dim: int) -> dict[str, int]:
     """Rows and columns of a program, and its warps: 2,048 elements or one row, of keys and of
-    values, `dim` the wider of them. Not yet tuned on a device; bench/bench_write_kv.py is the bench
-    to tune with."""
+    values; `dim` is the wider of the two."""
     columns = power_of_two(dim, 16)
     return {"ROWS": max(1, 2048 // columns), "COLUMNS": columns, "num_warps": 4}
 
@@ -78,10 +78,10 @@ def _launch(dim: int, target: Target) -> dict[str, int]:
 def _run_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     check_triton("write_kv", k, v, k_cache, v_cache, slots)
     tokens, heads, dim = k.shape
-    options = _launch(max(dim, v.shape[-1]), target_of(k))
+    options = _launch(max(dim, v.shape[-1]))
     launch(
         _write_kv_kernel,
-        (-(-tokens * heads // options["ROWS"]),),
+        (triton.cdiv(tokens * heads, options["ROWS"]),),
         k, v, k_cache, v_cache, slots, tokens * heads, heads,
         *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2],
         D=dim, V_D=v.shape[-1], **options,
@@ -99,28 +99,16 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     the cache; on a GPU the contents of `slots` are not looked at, since that would wait for the
     device.
     """
-    for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if tensor.ndim != 3 or not tensor.is_floating_point():
-            raise ValueError(
-                f"write_kv: {name} must be 3-D floating, got {tuple(tensor.shape)} {tensor.dtype}"
-            )
+    check("write_kv: k", k, "THD", "floating")
     tokens, heads, dim = k.shape
+    check("write_kv: v", v, (tokens, heads, "Dv"), k.dtype)
+    check("write_kv: k_cache", k_cache, (heads, "N", dim), k.dtype)
     size, v_dim = k_cache.shape[1], v.shape[-1]
-    for name, tensor, shape in (
-        ("v", v, (tokens, heads, v_dim)),
-        ("k_cache", k_cache, (heads, size, dim)),
-        ("v_cache", v_cache, (heads, size, v_dim)),
-        ("slots", slots, (tokens,)),
-    ):
-        if tensor.shape != shape:
-            raise ValueError(f"write_kv: {name} must be {shape}, got {tuple(tensor.shape)}")
+    check("write_kv: v_cache", v_cache, (heads, size, v_dim), k.dtype)
+    check("write_kv: slots", slots, (tokens,), torch.int64)
+    for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("slots", slots)):
         if tensor.device != k.device:
             raise ValueError(f"write_kv: {name} is on {tensor.device}, k on {k.device}")
-    for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if tensor.dtype != k.dtype:
-            raise ValueError(f"write_kv: {name} is {tensor.dtype}, k is {k.dtype}")
-    if slots.dtype != torch.int64:
-        raise ValueError(f"write_kv: slots must be int64, got {slots.dtype}")
     if runs_cpp(k, v, k_cache, v_cache) and cpp.distinct_slots(slots, size):
         cpp.call(
             "write_kv", k.dtype, k, *k.stride()[:2], v, *v.stride()[:2], k_cache,

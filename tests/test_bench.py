@@ -38,7 +38,6 @@ from bench.bench_sample_token import OPTIONS, make_step
 from bench.bench_sample_token import make_work as sample_token_work
 from bench.bench_segment_attention import Case as Segments
 from bench.bench_segment_attention import make_work as segments_work
-from bench.bench_vote import make_work as vote_work
 from bench.bench_write_kv import make_work as write_kv_work
 from bench.ceilings import Ceilings
 from bench.figures import Figure, NotLikeReference, Peer, PeerFigure, Work, measure
@@ -217,16 +216,6 @@ def test_a_wrong_result_is_refused(name: str) -> None:
     work.check(out, 4)
     with pytest.raises(NotLikeReference):
         work.check(altered(out), 16)
-
-
-def test_a_wrong_verdict_is_refused() -> None:
-    for meta in (False, True):
-        work = vote_work(8, 6, 3, meta)
-        out = work.calls[0]()
-        work.check(out, 4)
-        out.best[0] += 1  # type: ignore[attr-defined]
-        with pytest.raises(NotLikeReference):
-            work.check(out, 4)
 
 
 def test_unwritten_keys_are_refused() -> None:

@@ -169,7 +169,7 @@ def test_the_weights_gradient_is_added_up_in_float32_and_rounded_once() -> None:
     [
         ({"hidden": torch.zeros(3, 5)}, "must be"),
         ({"weight": torch.zeros(9, 4).half()}, "of one dtype"),
-        ({"target": torch.zeros(2, dtype=torch.int64)}, r"target must be \(3,\) int64"),
+        ({"target": torch.zeros(2, dtype=torch.int64)}, r"target must be \(3,\) torch.int64"),
         ({"target": torch.tensor([0, 9, 1])}, r"targets must be in \[0, 9\)"),
         ({"target": torch.tensor([0, -1, 1])}, r"targets must be in \[0, 9\)"),
         ({"softcap": 0.0}, "softcap must be positive"),

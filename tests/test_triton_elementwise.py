@@ -256,14 +256,13 @@ GATED_SHAPES = [(1, 1), (63, 192), (64, 64), (129, 20), (2, 1030), (0, 8), (3, 0
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*ROPE_SHAPES, (3, 0, 8)])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rope(shape: tuple[int, ...], dtype: torch.dtype, interleaved: bool) -> None:
+def test_rope(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, (cos, sin) = draw(shape, dtype), tables(shape[0], shape[-1])
     with counted() as counts:
-        y = rope(x, cos, sin, interleaved)
+        y = rope(x, cos, sin)
     assert counts["_rope_kernel"] == (x.numel() > 0)
     assert y.is_contiguous()
-    assert_like_reference(y, rope_ref, x, cos, sin, interleaved)
+    assert_like_reference(y, rope_ref, x, cos, sin)
 
 
 def test_shapes_lead_to_every_tiling() -> None:
@@ -285,48 +284,45 @@ def test_shapes_lead_to_every_tiling() -> None:
     assert any(pieces > 1 for _, _, pieces in grids["_gated_act_kernel"])
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rope_of_slices(interleaved: bool) -> None:
+def test_rope_of_slices() -> None:
     """Of a fused projection, and of wider tables."""
     heads, dim = 3, 24
     x = draw((65, 7 + heads * dim + 5), torch.float32)[:, 7 : 7 + heads * dim]
     x = x.unflatten(-1, (heads, dim))
     cos, sin = tables(65, 50)[0][:, 3 : 3 + dim // 2], tables(65, 60)[1][:, 1 : 1 + dim // 2]
     assert not any(a.is_contiguous() for a in (x, cos, sin)) and cos.stride() != sin.stride()
-    y = rope(x, cos, sin, interleaved)
-    assert y.equal(rope(x.contiguous(), cos.contiguous(), sin.contiguous(), interleaved))
-    assert_like_reference(y, rope_ref, x, cos, sin, interleaved)
+    y = rope(x, cos, sin)
+    assert y.equal(rope(x.contiguous(), cos.contiguous(), sin.contiguous()))
+    assert_like_reference(y, rope_ref, x, cos, sin)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*ROPE_SHAPES, (3, 0, 8)])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rope_backward(shape: tuple[int, ...], dtype: torch.dtype, interleaved: bool) -> None:
+def test_rope_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, grad, (cos, sin) = draw(shape, dtype), draw(shape, dtype, 1), tables(shape[0], shape[-1])
     with counted() as counts:
-        assert_like_gradients(*with_tables(cos, sin, interleaved), [x], [grad])
+        assert_like_gradients(*with_tables(cos, sin), [x], [grad])
     assert counts["_rope_kernel"] == 2 * (x.numel() > 0)
 
 
 def with_tables(
-    cos: Tensor, sin: Tensor, interleaved: bool
+    cos: Tensor, sin: Tensor
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """The operation and its reference as functions of x alone."""
     return (
-        lambda x: rope(x, cos, sin, interleaved),
-        lambda x: rope_ref(x, cos.cpu(), sin.cpu(), interleaved),
+        lambda x: rope(x, cos, sin),
+        lambda x: rope_ref(x, cos.cpu(), sin.cpu()),
     )
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rope_backward_of_slices(interleaved: bool) -> None:
+def test_rope_backward_of_slices() -> None:
     """Of gradients of any layout and of wider tables; nothing beside them is read."""
     shape, half = (33, 3, 20), (33, 10)
     cos, sin = (in_nan(half, torch.float32, 0).copy_(table) for table in tables(33, 20))
     x = draw(shape, torch.float32)
     for grad in layouts(shape, torch.float32):
         with counted() as counts:
-            assert_like_gradients(*with_tables(cos, sin, interleaved), [x], [grad])
+            assert_like_gradients(*with_tables(cos, sin), [x], [grad])
         assert counts["_rope_kernel"] == 2
 
 

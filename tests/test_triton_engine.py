@@ -85,7 +85,6 @@ def test_engine_sample_runs_every_kernel_and_gives_the_samples_of_torch(
         "_choose_kernel": steps + 1,
         "_take_token_kernel": steps + 1,
         "_uniforms_kernel": 2,
-        "_vote_kernel": 1,
     }.items():
         assert counts.pop(name) >= least, name
     assert not counts

@@ -1,4 +1,4 @@
-"""The Triton score automaton against the plain parser, and `take_token` against its reference."""
+"""`take_token` in Triton against its reference, and its automaton against the plain parser."""
 
 import random
 from copy import deepcopy
@@ -20,11 +20,10 @@ from tests.live_samples import (
     PIECES,
     SPECIAL_IDS,
     assert_same,
-    assert_same_scores,
     draw_tokens,
     make_live,
 )
-from tests.score_texts import ANCHOR, CASES, FRAGMENTS, ITEMS, Outcome, bytes_of, outcomes, run
+from tests.score_texts import ANCHOR, CASES, FRAGMENTS, ITEMS, Outcome, bytes_of, read, run
 from tests.triton_device import DEVICE, ON_GPU, counted, on_triton
 
 pytestmark = on_triton
@@ -53,7 +52,7 @@ def test_written_cases_under_every_tokenization() -> None:
     expected = [(reason, scores) for _, _, reason, scores in CASES] * 3
     with counted() as counts:
         found = run([*texts, *whole, *pieces], n, device=DEVICE)
-    assert counts == {"_extract_scores_kernel": 1}
+    assert counts == {"_take_token_kernel": max(map(len, texts))}
     assert found == expected
     assert max(map(len, texts)) > 75 and {reason for reason, _ in found} > {Reason.RANGE}
 
@@ -116,7 +115,7 @@ def test_hostile_texts_under_every_tokenization(anchor: str | None) -> None:
     rows = [row for each in zip(*tokenizations, strict=True) for row in each]
     with counted() as counts:
         found = run(rows, numbers * 3, anchor, False, bounds, DEVICE)
-    assert counts == {"_extract_scores_kernel": 1}
+    assert counts == {"_take_token_kernel": max(map(len, rows))}
     assert found == expected * 3
     assert len({reason for reason, _ in found}) > 3
 
@@ -140,33 +139,6 @@ def automaton(anchor: str | None = ANCHOR) -> ScoreAutomaton:
     return ScoreAutomaton(PIECES, SPECIAL_IDS, anchor, 1, 10, DEVICE)
 
 
-@pytest.mark.parametrize("batch", [1, 32, 70])
-@pytest.mark.parametrize("anchor", [ANCHOR, None])
-def test_every_step_equals_torch(batch: int, anchor: str | None) -> None:
-    """The whole state after every token, with blocks in which some row walks its token
-    symbol by symbol and blocks in which none does."""
-    scores = automaton(anchor)
-    generator = torch.Generator().manual_seed(batch)
-    state = scores.start(torch.randint(4, (batch,), generator=generator), 3)
-    expected = deepcopy(state)
-    walked = set()
-    with counted() as counts:
-        for step in range(8):
-            tokens = torch.randint(len(PIECES), (batch,), generator=generator)
-            if step % 4 == 3:
-                tokens.fill_(PIECES.index(b"the "))
-            else:
-                tokens[-1] = PIECES.index((b"Scores: ", b"\\boxed{", b"11")[step % 4])
-            tokens = tokens.to(DEVICE)
-            walks = scores._table[state.control, tokens] < 0
-            walked |= {bool(block.any()) for block in walks.split(BLOCK)}
-            scores.advance(state, tokens)
-            scores.advance_ref(expected, tokens)
-            assert_same_scores(state, expected)
-    assert counts == {"_extract_scores_kernel": 8}
-    assert walked == {True, False}
-
-
 def test_only_a_walk_reads_symbols_and_registers() -> None:
     """The branch is the block's: with symbols that are all wrong, plain words still end where they
     should, and a box does not."""
@@ -180,50 +152,20 @@ def test_only_a_walk_reads_symbols_and_registers() -> None:
     wrong._transitions[:, 1:] = 1
 
     def control(scores: ScoreAutomaton, tokens: Tensor) -> Tensor:
-        lengths = torch.full((4,), tokens.shape[1], device=DEVICE)
-        return scores.extract(tokens.to(DEVICE), lengths, torch.ones(4, dtype=torch.int64)).control
+        return read(scores, tokens.tolist(), torch.ones(4, dtype=torch.int64)).control
 
     assert control(right, plain).equal(control(wrong, plain))
     assert control(right, boxed).unique().numel() == 1
     assert not control(right, boxed).equal(control(wrong, boxed))
 
 
-def test_lengths_end_a_row_and_nothing_is_nothing() -> None:
-    scores = automaton()
-    box = [PIECES.index(piece) for piece in (b"Scores: ", b"\\boxed{", b"1", b"}")]
-    tokens = torch.tensor([box] * 5, device=DEVICE)
-    lengths = torch.arange(5, device=DEVICE)
-    state = scores.extract(tokens, lengths, torch.ones(5, dtype=torch.int64))
-    assert state.decided.tolist() == [False] * 4 + [True]
-    # Columns of something wider.
-    wide = torch.cat([tokens, tokens], 1)[:, :4]
-    assert scores.extract(wide, lengths, torch.ones(5, dtype=torch.int64)).control.equal(
-        state.control
-    )
-    none = torch.zeros(5, dtype=torch.int64)
-    assert (
-        outcomes(scores.extract(tokens[:, :0], none.to(DEVICE), none), True)
-        == [(Reason.MISSING, ())] * 5
-    )
-    with counted() as counts:
-        assert len(scores.extract(tokens[:0], none[:0].to(DEVICE), none[:0]).control) == 0
-    assert not counts
-
-
 def test_what_is_not_contiguous_is_refused() -> None:
-    scores = automaton()
-    n = torch.ones(4, dtype=torch.int64)
-    tokens = torch.zeros(4, 6, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match=r"contiguous, got shape \(4, 3\)"):
-        scores.extract(tokens[:, ::2], n.to(DEVICE), n)
-    with pytest.raises(ValueError, match=r"contiguous, got shape \(4,\)"):
-        scores.extract(tokens, tokens[:, 0], n)
-    state = scores.start(n, 2)
-    state.items = state.items.T.contiguous().T
-    with pytest.raises(ValueError, match="items must be contiguous"):
-        scores.advance(state, tokens[:, 0])
     live, records = make_live(4, 5, automaton())
     step = draw_tokens(random.Random(0), live)
+    live.scores.items = live.scores.items.T.contiguous().T
+    with pytest.raises(ValueError, match="items must be contiguous"):
+        take_token(live, records, *step, automaton(), END_IDS.to(DEVICE), True)
+    live, records = make_live(4, 5, automaton())
     records.logprobs = records.logprobs.transpose(1, 2)
     records.tokens = records.tokens.T
     with pytest.raises(ValueError, match="records must be contiguous"):

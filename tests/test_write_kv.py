@@ -62,12 +62,15 @@ def test_takes_slices_of_wider_tensors_and_caches() -> None:
         ({"slots": torch.tensor([-1, 2])}, "got -1 to 2"),
         ({"slots": torch.tensor([0, 1], dtype=torch.int32)}, "int32"),
         ({"slots": torch.tensor([0, 1, 2])}, r"slots must be \(2,\)"),
-        ({"k": torch.zeros(2, HEADS)}, "k must be 3-D"),
-        ({"k": torch.zeros(2, HEADS, DIM, dtype=torch.float64)}, "k is torch.float64"),
+        ({"k": torch.zeros(2, HEADS)}, r"k must be \(T, H, D\) floating"),
+        ({"k": torch.zeros(2, HEADS, DIM, dtype=torch.float64)}, r"must be .* torch.float64, got"),
         ({"v": torch.zeros(2, HEADS + 1, V_DIM)}, "v must be"),
         ({"k_cache": torch.zeros(HEADS, SIZE, DIM + 1)}, "k_cache must be"),
         ({"v_cache": torch.zeros(HEADS, SIZE - 1, V_DIM)}, "v_cache must be"),
-        ({"v_cache": torch.zeros(HEADS, SIZE, V_DIM).bfloat16()}, "v_cache is torch.bfloat16"),
+        (
+            {"v_cache": torch.zeros(HEADS, SIZE, V_DIM).bfloat16()},
+            r"v_cache must be .* torch.float32, got .*bfloat16",
+        ),
     ],
 )
 def test_bad_arguments_write_nothing(change: dict[str, Tensor], message: str) -> None:

@@ -42,13 +42,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.checks import check
 from kernels.device_math import tanh
 from kernels.launch import Target, check_triton, launch, runs_triton, target_of
 from kernels.logprob.torch_impl import HeadCPU, LogProbGradients, LogProbs
 
 _CHUNK_SIZE = 4096  # rows on a GPU, unless told otherwise; of 256,000 bfloat16 logits 2.1 GB
-# Rows and parts of the kernel that puts parts together. Not yet tuned on a device;
-# bench/bench_linear_logprob.py is the bench to tune with.
+# Rows and parts of the kernel that puts parts together.
 _JOIN_LAUNCH = {"ROWS": 32, "PARTS": 32, "num_warps": 4}
 _GRADIENT_ROWS = 16
 _PARTS = 4  # of a tile of logits: what is done to a whole one takes too many registers
@@ -397,7 +397,7 @@ def _weight_gradient_kernel(
 
 def _launch(dtype: torch.dtype, target: Target) -> dict[str, int]:
     """Tiles, warps and stages of the products: one choice for all sizes, so that no sum depends on
-    them. Not yet tuned on a device; bench/bench_linear_logprob.py is the bench to tune with."""
+    them."""
     if dtype == torch.float32:  # products in float32 are unrolled into registers
         tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}
         return tile | {"num_warps": 4, "num_stages": 2}
@@ -441,14 +441,14 @@ class HeadTriton:
         check_triton("linear_logprob", hidden)
         (rows, size), vocab = hidden.shape, len(self._weight)
         options = self._options
-        tiles = -(-vocab // options["BLOCK_N"])
+        tiles = triton.cdiv(vocab, options["BLOCK_N"])
         partials = hidden.new_empty(3, _PARTS * tiles, rows, dtype=torch.float32)
         z_target = hidden.new_full((rows,), math.nan, dtype=torch.float32)
         found = LogProbs(*hidden.new_empty(3, rows, dtype=torch.float32).unbind())
         held = self._room(hidden) if hold else None
         launch(
             _logits_kernel,
-            (-(-rows // options["BLOCK_M"]) * tiles,),
+            (triton.cdiv(rows, options["BLOCK_M"]) * tiles,),
             hidden, self._weight, target, held, *partials.unbind(), z_target, limit,
             rows, vocab, size, hidden.stride(0), self._weight.stride(0),
             0 if held is None else held.stride(0), self._softcap or 0.0, self._temperature,
@@ -457,7 +457,7 @@ class HeadTriton:
         )  # fmt: skip
         launch(
             _join_kernel,
-            (-(-rows // _JOIN_LAUNCH["ROWS"]),),
+            (triton.cdiv(rows, _JOIN_LAUNCH["ROWS"]),),
             *partials.unbind(), z_target, *found, limit, rows, _PARTS * tiles, **_JOIN_LAUNCH,
         )  # fmt: skip
         self._held = (hidden, target, partials[0], found) if hold else None
@@ -484,20 +484,20 @@ class HeadTriton:
             unit = torch.where(largest > 0, largest.log2().ceil().exp2(), 1)
         launch(
             _logit_gradients_kernel,
-            (-(-rows // _GRADIENT_ROWS), -(-vocab // part)),
+            (triton.cdiv(rows, _GRADIENT_ROWS), triton.cdiv(vocab, part)),
             held, top, target, *found, *given, unit, limit, rows, vocab, held.stride(0),
             self._softcap or 0.0, self._temperature,
             ROWS=_GRADIENT_ROWS, N=part, SOFTCAP=self._softcap is not None,
             num_warps=4,
         )  # fmt: skip
 
-        columns = -(-size // options["BLOCK_N"])
+        columns = triton.cdiv(size, options["BLOCK_N"])
         d_hidden = None
         if needs_hidden:
             d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
             launch(
                 _hidden_gradient_kernel,
-                (-(-rows // options["BLOCK_M"]) * columns,),
+                (triton.cdiv(rows, options["BLOCK_M"]) * columns,),
                 held, self._weight, d_hidden, unit, limit, rows, vocab, size,
                 held.stride(0), self._weight.stride(0),
                 EVEN=vocab % options["BLOCK_K"] == 0, GROUP=8, **options,
@@ -505,7 +505,7 @@ class HeadTriton:
         if d_weight is not None:
             launch(
                 _weight_gradient_kernel,
-                (-(-vocab // options["BLOCK_M"]) * columns,),
+                (triton.cdiv(vocab, options["BLOCK_M"]) * columns,),
                 held, hidden, d_weight, unit, limit, rows, vocab, size,
                 held.stride(0), hidden.stride(0), GROUP=8, **options,
             )  # fmt: skip
@@ -613,11 +613,7 @@ def check_linear(
             f"{name}: hidden and weight must be floating and of one dtype, got {hidden.dtype} and "
             f"{weight.dtype}"
         )
-    if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(
-            f"{name}: target must be ({len(hidden)},) int64, got {tuple(target.shape)} "
-            f"{target.dtype}"
-        )
+    check(f"{name}: target", target, hidden.shape[:1], torch.int64)
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{name}: softcap must be positive and finite, got {softcap}")
     if not 0 < temperature < math.inf:

@@ -35,6 +35,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.checks import check
+
 LOSSES = ("grpo", "dr_grpo", "dapo", "gspo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
@@ -124,11 +126,7 @@ def policy_loss(
     named |= {} if old_logp is None else {"old_logp": old_logp}
     named |= {} if ref_logp is None else {"ref_logp": ref_logp}
     for name, tensor in named.items():
-        if tensor.shape != (len(logp),) or not tensor.is_floating_point():
-            raise ValueError(
-                f"policy_loss: {name} must be ({len(logp)},) floating, got "
-                f"{tuple(tensor.shape)} {tensor.dtype}"
-            )
+        check(f"policy_loss: {name}", tensor, (len(logp),), "floating")
     if options.beta and ref_logp is None:
         raise ValueError(f"policy_loss: beta = {options.beta} needs ref_logp")
     if options.level == "sequence" and lengths is None:
