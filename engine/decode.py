@@ -37,9 +37,10 @@ from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
 from kernels.forest_attention import keys_per_partial
 from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, SuffixTiles
 from kernels.forest_attention.schedule import HeadShape, StaticPlan
-from kernels.launch import power_of_two, runs_triton, target_of
+from kernels.launch import runs_triton
 from kernels.sample_token import SamplingOptions, sample_token, samples_cpp, uniforms
 from kernels.take_token import LiveSamples, Moving, Records, take_token
+from kernels.target import power_of_two, target_of
 from models.transformer import Transformer
 
 # Rows of a buffer of int64, (5, R).

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from engine.forest import Node, prefill_items
 from engine.kv_cache import ALIGN, KVCache
+from kernels.device import to_device
 from kernels.forest_attention import forest_attention
 from kernels.forest_attention.plan import ForestPlan
-from kernels.launch import runs_triton, to_device
+from kernels.launch import runs_triton
 from kernels.matmul import matmul
 from kernels.write_kv import write_kv
 from models.decoder import CppDecoder, runs_cpp

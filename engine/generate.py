@@ -28,8 +28,8 @@ from engine.forest import Forest, Node, TokenIds, tree_tokens
 from engine.forward import Piece, last_rows, take_pieces
 from engine.kv_cache import ALIGN, KVCache, cell_bytes, round_up, scratch_cells
 from engine.memory import cache_budget, is_out_of_memory
+from kernels.device import to_device
 from kernels.extract_scores import Reason, ScoreAutomaton
-from kernels.launch import to_device
 from kernels.sample_token import SamplingOptions, uniforms
 from kernels.take_token import LiveSamples
 from models.config import ModelConfig

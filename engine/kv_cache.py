@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from kernels.cpp import runs_cpp
-from kernels.launch import power_of_two, runs_triton
+from kernels.launch import runs_triton
+from kernels.target import power_of_two
 from models.config import ModelConfig
 
 ALIGN = 16

@@ -33,7 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Target, to_device
+from kernels.device import to_device
+from kernels.target import Target
 
 _BOX = rb"\boxed{"
 _INTEGER = re.compile(rb"[+-]?[0-9]+")

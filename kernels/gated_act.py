@@ -27,9 +27,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import cpp
+from kernels.checks import check_triton, without_gaps
 from kernels.cpp import runs_cpp
 from kernels.device_math import tanh
-from kernels.launch import check_triton, launch, power_of_two, runs_triton, without_gaps
+from kernels.launch import launch, runs_triton
+from kernels.target import power_of_two
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)

@@ -30,17 +30,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import cpp
-from kernels.checks import check
+from kernels.checks import check, check_triton, without_gaps
 from kernels.cpp import runs_cpp
-from kernels.launch import (
-    Target,
-    check_triton,
-    launch,
-    power_of_two,
-    runs_triton,
-    target_of,
-    without_gaps,
-)
+from kernels.launch import launch, runs_triton
+from kernels.target import Target, power_of_two, target_of
 
 # Tile and warps of the sum of partial gradients of the weight.
 _SUM_LAUNCH = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4}

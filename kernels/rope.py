@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import cpp
-from kernels.checks import check
+from kernels.checks import check, check_triton, without_gaps
 from kernels.cpp import runs_cpp
-from kernels.launch import check_triton, launch, power_of_two, runs_triton, without_gaps
+from kernels.launch import launch, runs_triton
+from kernels.target import power_of_two
 
 
 def rope_cos_sin(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,8 @@ from kernels import cpp
 from kernels.checks import check
 from kernels.cpp import runs_cpp
 from kernels.device_math import tanh
-from kernels.launch import Target, launch, power_of_two, runs_triton, target_of
+from kernels.launch import launch, runs_triton
+from kernels.target import Target, power_of_two, target_of
 
 TILE = 1024
 STREAMS = ("token", "order", "tie")

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import cpp
-from kernels.checks import check
+from kernels.checks import check, check_triton
 from kernels.cpp import runs_cpp
 from kernels.extract_scores import (
     DECIDED,
@@ -34,7 +34,8 @@ from kernels.extract_scores import (
     advance_rows,
     rows_launch,
 )
-from kernels.launch import check_triton, launch, runs_triton, target_of
+from kernels.launch import launch, runs_triton
+from kernels.target import target_of
 
 # Position, suffix length and cache cell of each row's next token, (at least B,) int64 each.
 Moving = tuple[Tensor, Tensor, Tensor]

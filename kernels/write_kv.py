@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import cpp
-from kernels.checks import check
+from kernels.checks import check, check_triton
 from kernels.cpp import runs_cpp
-from kernels.launch import check_triton, launch, power_of_two, runs_triton
+from kernels.launch import launch, runs_triton
+from kernels.target import power_of_two
 
 
 def write_kv_ref(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

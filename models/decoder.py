@@ -19,9 +19,9 @@ from torch import Tensor
 from kernels import cpp
 from kernels.forest_attention.cpp_impl import chunks_of, partials_of
 from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan
-from kernels.launch import power_of_two
 from kernels.packed_linear import packed, packed_linear
 from kernels.rope import rope_cos_sin
+from kernels.target import power_of_two
 from models.transformer import DecoderLayer, RMSNorm, Transformer
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float

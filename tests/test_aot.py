@@ -24,8 +24,9 @@ from bench.aot import (
 )
 from bench.launches import OPERATIONS
 from bench.shapes import SHAPES
-from kernels.launch import INTERPRETED, TARGETS
+from kernels.launch import INTERPRETED
 from kernels.matmul import matmul
+from kernels.target import TARGETS
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kernels.gated_act import ACTIVATIONS, gated_act, gated_act_ref
-from kernels.launch import TARGETS, Target, intercept
+from kernels.launch import intercept
 from kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_ref
 from kernels.rope import rope, rope_cos_sin, rope_ref
+from kernels.target import TARGETS, Target
 from kernels.write_kv import write_kv, write_kv_ref
 from tests.triton_device import (
     DEVICE,

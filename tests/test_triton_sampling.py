@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import kernels.sample_token as module
-from kernels.launch import INTERPRETED, TARGETS
+from kernels.launch import INTERPRETED
 from kernels.sample_token import TILE, SamplingOptions, sample_token, sample_token_ref, uniforms
+from kernels.target import TARGETS
 from tests.sampling_oracle import python_distribution
 from tests.triton_device import DEVICE, ON_GPU, assert_like_reference, counted, on_triton
 

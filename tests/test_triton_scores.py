@@ -13,8 +13,8 @@ from kernels.extract_scores import (
     extract_scores_ref,
     rows_launch,
 )
-from kernels.launch import TARGETS
 from kernels.take_token import take_token, take_token_ref
+from kernels.target import TARGETS
 from tests.live_samples import (
     END_IDS,
     PIECES,

@@ -33,13 +33,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.checks import check_triton
 from kernels.cpp import runs_cpp
 from kernels.device_math import tanh
 from kernels.forest_attention import cpp_impl, torch_impl, triton_backward
 from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan
 from kernels.forest_attention.schedule import CELLS, HeadShape, Programs, schedule_key, schedules_of
-from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
+from kernels.launch import launch, runs_triton
 from kernels.merge_states import merge_states
+from kernels.target import Target, power_of_two, target_of
 
 _LOG2E = 1.4426950408889634
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.device import to_device
 from kernels.forest_attention.plan import (
     MAX_SPLIT,
     ForestPlan,
@@ -29,7 +30,7 @@ from kernels.forest_attention.plan import (
     cut_between_queries,
     partial_table,
 )
-from kernels.launch import Target, power_of_two, to_device
+from kernels.target import Target, power_of_two
 
 _MAX_PARTIAL_BYTES = 256 << 20  # of one part of a prefill's outputs, with one partial per split
 

@@ -42,10 +42,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.checks import check
+from kernels.checks import check, check_triton
 from kernels.device_math import tanh
-from kernels.launch import Target, check_triton, launch, runs_triton, target_of
+from kernels.launch import launch, runs_triton
 from kernels.logprob.torch_impl import HeadCPU, LogProbGradients, LogProbs
+from kernels.target import Target, target_of
 
 _CHUNK_SIZE = 4096  # rows on a GPU, unless told otherwise; of 256,000 bfloat16 logits 2.1 GB
 # Rows and parts of the kernel that puts parts together.
