@@ -21,7 +21,7 @@ from kernels.forest_attention import forest_attention
 from kernels.forest_attention.triton_backward import attend_backward
 from kernels.gated_act import gated_act, gated_act_backward
 from kernels.logprob import linear_logprob
-from kernels.logprob.linear_policy_loss import grpo_loss
+from kernels.logprob.linear_policy_loss import linear_policy_loss
 from kernels.logprob.policy_loss import PolicyLossOptions
 from kernels.matmul import matmul
 from kernels.merge_states import merge_states
@@ -154,7 +154,7 @@ def linear_logprob_calls(shape: Shape) -> Calls:
                 yield f"{rows} rows, {dtype}, backward", partial(_backward, log_probs, sums, x)
             for level in ("token", "sequence"):
                 loss = partial(
-                    grpo_loss, x, w, target, row, row, PolicyLossOptions(level=level),
+                    linear_policy_loss, x, w, target, row, row, PolicyLossOptions(level=level),
                     lengths=target + 1, softcap=shape.final_softcap, weight_grad=d_w,
                 )  # fmt: skip
                 yield (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.logprob import linear_logprob, linear_logprob_ref
 from kernels.logprob import torch_impl as module
-from kernels.logprob.torch_impl import HeadCPU, LogProbs
+from kernels.logprob.torch_impl import LogProbs, TorchLogitHead
 
 
 def problem(
@@ -107,14 +107,14 @@ def test_a_rows_results_do_not_depend_on_its_company() -> None:
 def rows_computed() -> Iterator[list[int]]:
     """How many rows of logits are made, each time that some are."""
     rows: list[int] = []
-    made = HeadCPU.log_probs
+    made = TorchLogitHead.log_probs
 
-    def counted(head: HeadCPU, hidden: Tensor, *more: Any, **named: Any) -> LogProbs:
+    def counted(head: TorchLogitHead, hidden: Tensor, *more: Any, **named: Any) -> LogProbs:
         rows.append(len(hidden))
         return made(head, hidden, *more, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HeadCPU, "log_probs", counted)
+        patch.setattr(TorchLogitHead, "log_probs", counted)
         yield rows
 
 
