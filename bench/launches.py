@@ -16,6 +16,7 @@ from torch import Tensor
 from bench.forests import Heads, Tree, Workload, make_decode, make_prefill
 from bench.shapes import Shape
 from bench.timing import DEVICE
+from kernels.accept_token import LiveSamples, Records, accept_token
 from kernels.extract_scores import ScoreAutomaton
 from kernels.forest_attention import forest_attention
 from kernels.forest_attention.triton_backward import attend_backward
@@ -29,7 +30,6 @@ from kernels.rms_norm import rms_norm, rms_norm_backward
 from kernels.rope import rope, rope_backward
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
 from kernels.segment_attention import segment_attention
-from kernels.take_token import LiveSamples, Records, take_token
 from kernels.write_kv import write_kv
 
 Calls = Iterator[tuple[str, Callable[[], object]]]
@@ -289,7 +289,7 @@ def _automaton(anchor: str | None) -> ScoreAutomaton:
     return ScoreAutomaton(texts, [0], anchor, 1, 10, DEVICE)
 
 
-def take_token_calls(shape: Shape) -> Calls:
+def accept_token_calls(shape: Shape) -> Calls:
     """In decode and after prefill; with no, one and more end tokens."""
     automaton = _automaton("Scores:")
     for batch, ends, stop_at_box, moves in product(
@@ -300,12 +300,12 @@ def take_token_calls(shape: Shape) -> Calls:
         logprob = _empty(batch, dtype=torch.float32)
         records = Records.empty(batch, 1024, DEVICE)
         padded = -(-batch // 16) * 16
-        moving = (_int64(padded), _int64(padded), _int64(padded)) if moves else None
+        cursor = (_int64(padded), _int64(padded), _int64(padded)) if moves else None
         yield (
             f"{batch} rows, {ends} end tokens",
             partial(
-                take_token, live, records, _int64(batch), logprob, logprob, automaton,
-                _int64(ends), stop_at_box, moving,
+                accept_token, live, records, _int64(batch), logprob, logprob, automaton,
+                _int64(ends), stop_at_box, cursor,
             ),
         )  # fmt: skip
 
@@ -322,5 +322,5 @@ OPERATIONS: dict[str, Callable[[Shape], Calls]] = {
     "segment_attention": segment_attention_calls,
     "merge_states": merge_states_calls,
     "sample_token": sample_token_calls,
-    "take_token": take_token_calls,
+    "accept_token": accept_token_calls,
 }

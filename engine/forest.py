@@ -49,7 +49,7 @@ class Node:
         return [*self.above, self]
 
     def key_runs(self, tokens: int | None = None) -> Iterator[tuple[int, int, int]]:
-        """The splits of the segment, or of its first `tokens`, as (cache slot, keys, position)."""
+        """The splits of the segment, or of its first `tokens`, as (cache index, keys, position)."""
         assert self.slab is not None
         end = len(self.token_ids) if tokens is None else tokens
         for offset in range(0, end, MAX_SPLIT):
@@ -160,7 +160,7 @@ def prefill_items(pieces: Sequence[tuple[Node, int, int]]) -> list[WorkItem]:
     """Work items of a prefill whose queries are tokens [first, stop) of nodes, laid side by side.
 
     A query tile reads all splits of the nodes above its own and, of its own, those up to its last
-    token; what lies behind a query's position is masked by position.
+    token; keys past a query's position are masked by position.
     """
     items = []
     row = 0

@@ -3,17 +3,13 @@
     silu(g)      = g / (1 + exp(-g))
     gelu_tanh(g) = g/2 * (1 + tanh(sqrt(2/pi) * (g + 0.044715 g^3)))
 
-T tokens, I the intermediate size; gate and up lie side by side in one tensor (T, 2I). Computed in
+T tokens, I the intermediate size; gate and up are the halves of one tensor (T, 2I). Computed in
 float32 (float64 for float64 input) and rounded once.
 
-ATen's fused `silu`, `sigmoid` and `gelu` round differently in the vector body and the scalar tail
-of their loops, and the tail lies where the work is cut between threads, so a row's bits change with
-the number of rows. `exp`, `tanh`, products, sums and quotients do not have this fault: the forward
-is composed of those (and is faster for it). The backward in torch is not bound by this. In Triton a
-program holds a piece of one long row, or several short rows; the backward writes the gradients of
-gate and up side by side, as they lie in the input. Since (1 + tanh(u)) / 2 = sigmoid(2u), both
-activations are g sigmoid(z) there, with one slope, sigmoid(z) (1 + g z' sigmoid(-z)), in which
-nothing cancels but what is zero.
+In Triton a program has a piece of one long row, or several short rows. Its backward writes the
+gradients of gate and up side by side, as in the input. Since (1 + tanh(u)) / 2 = sigmoid(2u), both
+activations are g sigmoid(z) there, with the slope sigmoid(z) (1 + g z' sigmoid(-z)), which is free
+of cancellation.
 """
 
 import math
@@ -35,7 +31,7 @@ from kernels.target import power_of_two
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
-_SLOPE = tl.constexpr(_SQRT_2_OVER_PI)
+_GELU_SCALE = tl.constexpr(_SQRT_2_OVER_PI)
 
 
 def gated_act_ref(gate_up: Tensor, activation: str) -> Tensor:
@@ -61,16 +57,16 @@ def _gated_act_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = (row < num_rows)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
-    at = gate_up_ptr + (row * gate_up_t)[:, None] + column[None, :]
-    gate = tl.load(at, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(at + size, mask=there, other=0.0).to(tl.float32)
+    mask = (row < num_rows)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
+    gate_ptrs = gate_up_ptr + (row * gate_up_t)[:, None] + column[None, :]
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + size, mask=mask, other=0.0).to(tl.float32)
     if GELU:
-        active = gate * 0.5 * (1 + tanh(gate * _SLOPE * (1 + 0.044715 * gate * gate)))
+        active = gate * 0.5 * (1 + tanh(gate * _GELU_SCALE * (1 + 0.044715 * gate * gate)))
     else:
         active = gate / (1 + tl.exp(-gate))
     out = (active * up).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (row * size)[:, None] + column[None, :], out, mask=there)
+    tl.store(out_ptr + (row * size)[:, None] + column[None, :], out, mask=mask)
 
 
 @triton.jit
@@ -88,27 +84,27 @@ def _gated_act_backward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = (row < num_rows)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
-    at = gate_up_ptr + (row * gate_up_t)[:, None] + column[None, :]
-    gate = tl.load(at, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(at + size, mask=there, other=0.0).to(tl.float32)
-    at = grad_ptr + (row * grad_t)[:, None] + column[None, :]
-    grad = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    mask = (row < num_rows)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
+    gate_ptrs = gate_up_ptr + (row * gate_up_t)[:, None] + column[None, :]
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + size, mask=mask, other=0.0).to(tl.float32)
+    grad_ptrs = grad_ptr + (row * grad_t)[:, None] + column[None, :]
+    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
     z = gate
-    turn = gate  # g z'
+    g_dz = gate  # g z'
     if GELU:
         square = tl.minimum(gate * gate, 256.0)  # beyond it the sigmoid is 0 or 1 all the same
-        z = 2 * _SLOPE * gate * (1 + 0.044715 * square)
-        turn = 2 * _SLOPE * gate * (1 + 3 * 0.044715 * square)
+        z = 2 * _GELU_SCALE * gate * (1 + 0.044715 * square)
+        g_dz = 2 * _GELU_SCALE * gate * (1 + 3 * 0.044715 * square)
     small = tl.exp(-tl.abs(z))
     large = 1 / (1 + small)
     small *= large
-    sigmoid, opposite = tl.where(z < 0, small, large), tl.where(z < 0, large, small)
-    d_gate = grad * up * (sigmoid * (1 + turn * opposite))
+    sigmoid, complement = tl.where(z < 0, small, large), tl.where(z < 0, large, small)
+    d_gate = grad * up * (sigmoid * (1 + g_dz * complement))
     d_up = grad * (gate * sigmoid)
-    at = d_gate_up_ptr + (row * (2 * size))[:, None] + column[None, :]
-    tl.store(at, d_gate.to(d_gate_up_ptr.dtype.element_ty), mask=there)
-    tl.store(at + size, d_up.to(d_gate_up_ptr.dtype.element_ty), mask=there)
+    d_gate_ptrs = d_gate_up_ptr + (row * (2 * size))[:, None] + column[None, :]
+    tl.store(d_gate_ptrs, d_gate.to(d_gate_up_ptr.dtype.element_ty), mask=mask)
+    tl.store(d_gate_ptrs + size, d_up.to(d_gate_up_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(size: int) -> dict[str, int]:
@@ -154,10 +150,28 @@ def _run_cpp(gate_up: Tensor, activation: str) -> Tensor:
     return out
 
 
-def _forward(gate_up: Tensor, activation: str) -> Tensor:
-    """In torch, the reference with one buffer instead of one per operation."""
-    if runs_triton(gate_up):
-        return _run_triton(gate_up, activation)
+def gated_act(gate_up: Tensor, activation: str) -> Tensor:
+    """Apply the activation to the first half of the last dimension and multiply by the second.
+
+    gate_up: (T, 2I) floating; in Triton rows may lie apart, their elements may not. activation:
+    "silu" or "gelu_tanh".
+    Returns (T, I) in the dtype of gate_up; differentiable once. Raises ValueError for anything
+    else.
+    """
+    if gate_up.ndim != 2 or gate_up.shape[1] % 2 or not gate_up.is_floating_point():
+        raise ValueError(
+            f"gated_act: gate_up must be (T, 2I) floating, got {tuple(gate_up.shape)} "
+            f"{gate_up.dtype}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"gated_act: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if runs_cpp(gate_up):
+        return _run_cpp(gate_up, activation)
+    return _GatedAct.apply(gate_up, activation)
+
+
+def _run_torch(gate_up: Tensor, activation: str) -> Tensor:
+    """The reference with one buffer instead of one per operation."""
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
     if activation == "silu":
         out = gate.neg().exp_().add_(1)
@@ -173,7 +187,8 @@ class _GatedAct(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.activation = activation
-        return _forward(gate_up, activation)
+        run = _run_triton if runs_triton(gate_up) else _run_torch
+        return run(gate_up, activation)
 
     @staticmethod
     @once_differentiable
@@ -205,23 +220,3 @@ def gated_act_backward(grad: Tensor, gate_up: Tensor, activation: str) -> Tensor
         torch.mul(grad, F.gelu(gate, approximate="tanh"), out=d_up)
         d_gate.copy_(torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"))
     return out.to(gate_up.dtype)
-
-
-def gated_act(gate_up: Tensor, activation: str) -> Tensor:
-    """Apply the activation to the first half of the last dimension and multiply by the second.
-
-    gate_up: (T, 2I) floating; in Triton rows may lie apart, their elements may not. activation:
-    "silu" or "gelu_tanh".
-    Returns (T, I) in the dtype of gate_up; differentiable once. Raises ValueError for anything
-    else.
-    """
-    if gate_up.ndim != 2 or gate_up.shape[1] % 2 or not gate_up.is_floating_point():
-        raise ValueError(
-            f"gated_act: gate_up must be (T, 2I) floating, got {tuple(gate_up.shape)} "
-            f"{gate_up.dtype}"
-        )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"gated_act: activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if runs_cpp(gate_up):
-        return _run_cpp(gate_up, activation)
-    return _GatedAct.apply(gate_up, activation)

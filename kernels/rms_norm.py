@@ -9,14 +9,10 @@
 T tokens (or tokens x heads), H the normalised size. Everything after the sum is computed in
 float32 (float64 for float64 input) and rounded once at the end.
 
-Row results do not depend on the other rows: the mean runs within a row, and squares, `rsqrt` and
-products round alike in the vector body and the scalar tail of ATen's loops. The Triton kernels hold
-whole rows: several short ones (heads) or one long one at a time.
-
-In the backward in Triton each of P programs takes every P-th block of rows and leaves its part of
-dw in its row of a float32 buffer, which a second kernel sums. Nothing is added atomically, so dw
-has the same bits in every run; its order of summation depends on the number of rows and on P, and
-so on the device.
+A Triton program has whole rows: several short ones (heads) or one long one at a time. In the
+backward each of P programs takes every P-th block of rows and stores its part of dw in its row of a
+float32 buffer, which a second kernel sums. Without atomics dw has the same bits in every run; its
+order of summation depends on the number of rows and on P, and so on the device.
 
 It does not subtract a mean and has no bias.
 """
@@ -74,16 +70,16 @@ def _rms_norm_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    there = (row < num_rows)[:, None] & (column < H)[None, :]  # (ROWS, COLUMNS)
+    mask = (row < num_rows)[:, None] & (column < H)[None, :]  # (ROWS, COLUMNS)
     t, a = row // inner, row % inner
-    at = (t * x_t + a * x_a)[:, None] + column[None, :]
+    offset = (t * x_t + a * x_a)[:, None] + column[None, :]
     out = row[:, None] * H + column[None, :]
-    x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     if RESIDUAL:
-        at = (t * r_t + a * r_a)[:, None] + column[None, :]
-        x += tl.load(residual_ptr + at, mask=there, other=0.0).to(tl.float32)
+        offset = (t * r_t + a * r_a)[:, None] + column[None, :]
+        x += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         total = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + out, total, mask=there)
+        tl.store(sum_ptr + out, total, mask=mask)
         x = total.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, 1) / H + eps)  # (ROWS,)
     tl.store(rstd_ptr + row, rstd, mask=row < num_rows)
@@ -91,7 +87,7 @@ def _rms_norm_kernel(
     if PLUS_ONE:
         weight += 1
     y = x * rstd[:, None] * weight[None, :]
-    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=there)
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -125,26 +121,26 @@ def _rms_norm_backward_kernel(
     d_weight = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(program * ROWS, num_rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
-        there = (row < num_rows)[:, None] & (column < H)[None, :]  # (ROWS, COLUMNS)
+        mask = (row < num_rows)[:, None] & (column < H)[None, :]  # (ROWS, COLUMNS)
         t, a = row // inner, row % inner
-        at = (t * grad_t + a * grad_a)[:, None] + column[None, :]
-        grad = tl.load(grad_ptr + at, mask=there, other=0.0).to(tl.float32)
-        at = (t * total_t + a * total_a)[:, None] + column[None, :]
-        total = tl.load(total_ptr + at, mask=there, other=0.0).to(tl.float32)
+        offset = (t * grad_t + a * grad_a)[:, None] + column[None, :]
+        grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        offset = (t * total_t + a * total_a)[:, None] + column[None, :]
+        total = tl.load(total_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)  # (ROWS,)
         normed = total * rstd[:, None]
         d_weight += grad * normed
         grad *= weight[None, :]
-        along = tl.sum(grad * normed, 1) / H  # (ROWS,)
-        d_total = (grad - normed * along[:, None]) * rstd[:, None]
+        projection = tl.sum(grad * normed, 1) / H  # (ROWS,)
+        d_total = (grad - normed * projection[:, None]) * rstd[:, None]
         if grad_total_ptr is not None:
-            at = (t * grad_total_t + a * grad_total_a)[:, None] + column[None, :]
-            d_total += tl.load(grad_total_ptr + at, mask=there, other=0.0).to(tl.float32)
+            offset = (t * grad_total_t + a * grad_total_a)[:, None] + column[None, :]
+            d_total += tl.load(grad_total_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         out = row[:, None] * H + column[None, :]
-        tl.store(d_x_ptr + out, d_total.to(d_x_ptr.dtype.element_ty), mask=there)
+        tl.store(d_x_ptr + out, d_total.to(d_x_ptr.dtype.element_ty), mask=mask)
         if d_residual_ptr is not None:
             d_residual = d_total.to(d_residual_ptr.dtype.element_ty)
-            tl.store(d_residual_ptr + out, d_residual, mask=there)
+            tl.store(d_residual_ptr + out, d_residual, mask=mask)
     if partial_ptr is not None:
         tl.store(partial_ptr + program * H + column, tl.sum(d_weight, 0), mask=column < H)
 
@@ -162,9 +158,9 @@ def _sum_partials_kernel(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, num_partials, ROWS):
         row = first + tl.arange(0, ROWS)
-        there = (row < num_partials)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
-        at = row.to(tl.int64)[:, None] * size + column[None, :]
-        total += tl.load(partial_ptr + at, mask=there, other=0.0)
+        mask = (row < num_partials)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
+        offset = row.to(tl.int64)[:, None] * size + column[None, :]
+        total += tl.load(partial_ptr + offset, mask=mask, other=0.0)
     out = tl.sum(total, 0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + column, out, mask=column < size)
 
@@ -278,20 +274,48 @@ def _run_cpp(
     return y if total is None else (y, total)
 
 
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalise `x`, or `x + residual`, to unit root mean square and scale it.
+
+    x: (..., H), floating. weight: (H,), any floating dtype. residual: shape of x; its dtype may be
+    wider than x's (mixed precision keeps the residual stream in float32). In Triton at most the
+    last two dimensions may be a slice of something wider, and the last is contiguous.
+    Returns y, or (y, x + residual) when a residual is given, both in the dtype of the sum;
+    differentiable once.
+    Raises ValueError for other shapes or dtypes and for eps that is not positive.
+    """
+    check("rms_norm: x", x, x.shape, "floating")
+    check("rms_norm: weight", weight, x.shape[-1:], "floating")
+    if residual is not None:
+        check("rms_norm: residual", residual, x.shape, "floating")
+    if not eps > 0:
+        raise ValueError(f"rms_norm: eps must be positive, got {eps}")
+    if runs_cpp(x, weight, *([] if residual is None else [residual])):
+        return _run_cpp(x, residual, weight, eps, plus_one)
+    return _RMSNorm.apply(x, residual, weight, eps, plus_one)
+
+
+def _run_torch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, plus_one: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps))
+    y = (wide * rstd).mul_(_scale(weight, plus_one, wide.dtype)).to(total.dtype)
+    return y, total, rstd
+
+
 class _RMSNorm(torch.autograd.Function):
-    """Gives y, and s where there is a residual."""
+    """Returns y and, if there is a residual, s."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, plus_one: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if runs_triton(x):
-            y, total, rstd = _run_triton(x, residual, weight, eps, plus_one)
-        else:
-            total = x if residual is None else x + residual
-            wide = total.to(torch.promote_types(total.dtype, torch.float32))
-            rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps))
-            y = (wide * rstd).mul_(_scale(weight, plus_one, wide.dtype)).to(total.dtype)
+        run = _run_triton if runs_triton(x) else _run_torch
+        y, total, rstd = run(x, residual, weight, eps, plus_one)
         ctx.save_for_backward(total, weight, rstd)
         ctx.plus_one = plus_one
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
@@ -338,8 +362,8 @@ def rms_norm_backward(
     if weight_grad:
         d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
     grad = grad * _scale(weight, plus_one, rstd.dtype)
-    along = (grad * normed).mean(-1, keepdim=True)
-    d_total = grad.sub_(normed.mul_(along)).mul_(rstd).to(total.dtype)
+    projection = (grad * normed).mean(-1, keepdim=True)
+    d_total = grad.sub_(normed.mul_(projection)).mul_(rstd).to(total.dtype)
     if grad_total is not None:
         d_total = d_total + grad_total
     d_residual = None if residual_dtype is None else d_total.to(residual_dtype)
@@ -348,26 +372,3 @@ def rms_norm_backward(
 
 def _scale(weight: Tensor, plus_one: bool, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) + 1 if plus_one else weight.to(dtype)
-
-
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Normalise `x`, or `x + residual`, to unit root mean square and scale it.
-
-    x: (..., H), floating. weight: (H,), any floating dtype. residual: shape of x; its dtype may be
-    wider than x's (mixed precision keeps the residual stream in float32). In Triton at most the
-    last two dimensions may be a slice of something wider, and the last is contiguous.
-    Returns y, or (y, x + residual) when a residual is given, both in the dtype of the sum;
-    differentiable once.
-    Raises ValueError for other shapes or dtypes and for eps that is not positive.
-    """
-    check("rms_norm: x", x, x.shape, "floating")
-    check("rms_norm: weight", weight, x.shape[-1:], "floating")
-    if residual is not None:
-        check("rms_norm: residual", residual, x.shape, "floating")
-    if not eps > 0:
-        raise ValueError(f"rms_norm: eps must be positive, got {eps}")
-    if runs_cpp(x, weight, *([] if residual is None else [residual])):
-        return _run_cpp(x, residual, weight, eps, plus_one)
-    return _RMSNorm.apply(x, residual, weight, eps, plus_one)

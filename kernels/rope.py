@@ -68,19 +68,19 @@ def _rope_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     pair = tl.arange(0, PAIRS)
-    there = (row < num_rows)[:, None] & (pair < HALF)[None, :]  # (ROWS, PAIRS)
+    mask = (row < num_rows)[:, None] & (pair < HALF)[None, :]  # (ROWS, PAIRS)
     t, h = row // heads, row % heads
-    cos = tl.load(cos_ptr + (t * cos_t)[:, None] + pair[None, :], mask=there, other=0.0)
-    sin = tl.load(sin_ptr + (t * sin_t)[:, None] + pair[None, :], mask=there, other=0.0)
+    cos = tl.load(cos_ptr + (t * cos_t)[:, None] + pair[None, :], mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + (t * sin_t)[:, None] + pair[None, :], mask=mask, other=0.0)
     if CONJUGATE:
         sin = -sin
     x_row = x_ptr + (t * x_t + h * x_h)[:, None]
     y_row = y_ptr + row[:, None] * (2 * HALF)
-    a = tl.load(x_row + pair[None, :], mask=there, other=0.0).to(tl.float32)
-    b = tl.load(x_row + HALF + pair[None, :], mask=there, other=0.0).to(tl.float32)
+    a = tl.load(x_row + pair[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x_row + HALF + pair[None, :], mask=mask, other=0.0).to(tl.float32)
     first, second = a * cos - b * sin, b * cos + a * sin
-    tl.store(y_row + pair[None, :], first.to(y_ptr.dtype.element_ty), mask=there)
-    tl.store(y_row + HALF + pair[None, :], second.to(y_ptr.dtype.element_ty), mask=there)
+    tl.store(y_row + pair[None, :], first.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_row + HALF + pair[None, :], second.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(half: int) -> dict[str, int]:

@@ -140,7 +140,7 @@ class CppDecoder:
         """Tables of cosines and sines, (positions, D / 2), that reach as far as a plan's tokens."""
 
         def furthest() -> int:
-            grows = plan.suffix.capacity if plan.moving and plan.suffix is not None else 0
+            grows = plan.suffix.capacity if plan.advancing and plan.suffix is not None else 0
             return max(plan.first_position, default=0) + grows
 
         last = plan.compiled("native positions", furthest)

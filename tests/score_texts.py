@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.accept_token import LiveSamples, Records, accept_token
 from kernels.extract_scores import Reason, ScoreAutomaton, ScoreState, scores_of
-from kernels.take_token import LiveSamples, Records, take_token
 
 ANCHOR = "Scores:"
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -38,7 +38,7 @@ def run(
 
 def read(automaton: ScoreAutomaton, rows: Sequence[Sequence[int]], n: Tensor) -> ScoreState:
     """The state after rows of tokens, of any lengths, which expect n (B,) scores: each row is a
-    sample that `take_token` gives its tokens, one a step, up to its length."""
+    sample that `accept_token` gives its tokens, one a step, up to its length."""
     state = automaton.start(n, max(n.tolist(), default=0))
     device = state.control.device
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
@@ -52,7 +52,7 @@ def read(automaton: ScoreAutomaton, rows: Sequence[Sequence[int]], n: Tensor) ->
     logprob = torch.zeros(len(rows), device=device)
     no_ends = torch.empty(0, dtype=torch.int64, device=device)
     for token in tokens.T.contiguous():
-        take_token(live, records, token, logprob, logprob, automaton, no_ends, False)
+        accept_token(live, records, token, logprob, logprob, automaton, no_ends, False)
     return state
 
 

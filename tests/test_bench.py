@@ -344,7 +344,7 @@ def test_every_target_names_a_case() -> None:
     cases |= {f"prefill attention: {case.prefill_name}" for case in [PREFILL_8K, *PREFILLS]}
     cases.add(f"attention backward: {PREFILL_8K.prefill_name}")
     cases.add(f"attention forward + backward, packed: {PACKED.prefill_name}")
-    cases.add("sample_token + take_token: qwen3-8b 32 rows")
+    cases.add("sample_token + accept_token: qwen3-8b 32 rows")
     assert len(cases) == len(TARGETS) + len(GRID) + len(PREFILLS) + 4, "two cases with one name"
     for name in ("gemma2-27b", "qwen3-8b"):
         cases |= {f"{op}: {name} head, 8192 tokens" for op in ("linear_logprob", "policy loss")}

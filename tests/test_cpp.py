@@ -170,7 +170,7 @@ def test_write_kv(calls: Counter[str]) -> None:
     same(write)
     for wrong in (torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 30]), torch.tensor([0] * 9)):
         slots = wrong
-        with pytest.raises(ValueError, match=r"slots must lie in|written twice"):
+        with pytest.raises(ValueError, match=r"cache_index must lie in|written twice"):
             write()
     assert calls == {"write_kv": 1}
 
@@ -262,7 +262,7 @@ def test_the_decoder(family: str, tmp_path: Path, calls: Counter[str]) -> None:
 
     ours = sample()
     # Each stands for all the steps between two looks.
-    assert calls["decode"] > 10 and calls["take_token"] > 10 and not calls["attend_items"]
+    assert calls["decode"] > 10 and calls["accept_token"] > 10 and not calls["attend_items"]
     before = calls.copy()
     with cpp.torch_only():
         assert sample() == ours

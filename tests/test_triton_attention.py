@@ -215,7 +215,7 @@ def test_one_static_plan_after_another(options: Options, per_split: bool) -> Non
             plan.items,
             positions,
             SuffixTiles(suffix.base, suffix.capacity, suffix.row, lengths, starts, 270),
-            moving=True,
+            advancing=True,
             per_split=per_split,
         )
         for schedule in static._schedules.values():

@@ -199,12 +199,12 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(decoder, name, call)
 
-    for name in ("load", "run", "look", "forward", "draw"):
+    for name in ("load", "run", "poll", "forward", "draw"):
         guard(name)
     captured = {key: bucket.replay for key, bucket in decoder._buckets.items()}
     again = sampled(generator, groups)
     assert {key: bucket.replay for key, bucket in decoder._buckets.items()} == captured
-    assert set(guarded) == {"load", "run", "look", "forward", "draw"}
+    assert set(guarded) == {"load", "run", "poll", "forward", "draw"}
     assert len(again) == 6
     with pytest.raises(RuntimeError, match="synchroniz"):
         torch.cuda.set_sync_debug_mode("error")

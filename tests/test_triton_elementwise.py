@@ -430,13 +430,13 @@ def test_write_kv(tokens: int, dims: tuple[int, int], dtype: torch.dtype) -> Non
     qkv = draw((tokens, 5 + heads * (dim + v_dim)), dtype)
     k, v = qkv[:, 5:].split((heads * dim, heads * v_dim), -1)
     k, v = k.unflatten(-1, (heads, dim)), v.unflatten(-1, (heads, v_dim))
-    slots = torch.randperm(size, generator=torch.Generator().manual_seed(tokens))[:tokens]
+    cache_index = torch.randperm(size, generator=torch.Generator().manual_seed(tokens))[:tokens]
     whole = torch.full((2, heads, size, dim + 3 + v_dim), math.nan, dtype=dtype, device=DEVICE)
     expected = whole.clone()
     for cache, op in ((whole, write_kv), (expected, write_kv_ref)):
         k_cache, v_cache = cache[1, ..., 1 : 1 + dim], cache[1, ..., 2 + dim : 2 + dim + v_dim]
         with counted() as counts:
-            op(k, v, k_cache, v_cache, slots.to(DEVICE))
+            op(k, v, k_cache, v_cache, cache_index.to(DEVICE))
         assert counts["_write_kv_kernel"] == (op is write_kv and tokens > 0)
     assert bits(whole).equal(bits(expected))
 
@@ -451,38 +451,38 @@ def test_write_kv_beyond_two_to_the_31_elements() -> None:
     k_cache = whole.transpose(0, 1)
     v_cache = torch.zeros(2, size, 1, dtype=torch.float16, device=DEVICE)
     k, v = draw((2, 2, dim), torch.float16), draw((2, 2, 1), torch.float16)
-    slots = torch.tensor([size - 1, 2], device=DEVICE)
+    cache_index = torch.tensor([size - 1, 2], device=DEVICE)
     assert (size - 1) * k_cache.stride(1) > 2**31
-    write_kv(k, v, k_cache, v_cache, slots)
-    assert k_cache[:, slots].equal(k.transpose(0, 1))
-    assert v_cache[:, slots].equal(v.transpose(0, 1))
+    write_kv(k, v, k_cache, v_cache, cache_index)
+    assert k_cache[:, cache_index].equal(k.transpose(0, 1))
+    assert v_cache[:, cache_index].equal(v.transpose(0, 1))
 
 
 def test_write_kv_refuses_what_it_cannot_write() -> None:
     x = draw((4, 2, 8), torch.float32)
     strided = x.mT.contiguous().mT
     cache = torch.full((2, 9, 8), math.nan, device=DEVICE)
-    slots = torch.tensor([3, 0, 8, 5], device=DEVICE)
+    cache_index = torch.tensor([3, 0, 8, 5], device=DEVICE)
     for k, v in ((strided, x), (x, strided)):
         with pytest.raises(ValueError, match=r"contiguous, got shape \(4, 2, 8\)"):
-            write_kv(k, v, cache, cache, slots)
+            write_kv(k, v, cache, cache, cache_index)
     for k_cache, v_cache in ((cache.mT.contiguous().mT, cache), (cache, cache.mT.contiguous().mT)):
         with pytest.raises(ValueError, match=r"contiguous, got shape \(2, 9, 8\)"):
-            write_kv(x, x, k_cache, v_cache, slots)
+            write_kv(x, x, k_cache, v_cache, cache_index)
     with pytest.raises(ValueError, match=r"contiguous, got shape \(4,\) with strides \(2,\)"):
-        write_kv(x, x, cache, cache, slots.repeat_interleave(2)[::2])
+        write_kv(x, x, cache, cache, cache_index.repeat_interleave(2)[::2])
     with pytest.raises(ValueError, match="float64"):
-        write_kv(x.double(), x.double(), cache.double(), cache.double(), slots)
+        write_kv(x.double(), x.double(), cache.double(), cache.double(), cache_index)
     assert cache.isnan().all()
 
 
-@pytest.mark.skipif(ON_GPU, reason="contents of slots are looked at on CPU only")
-def test_write_kv_looks_at_slots_on_cpu() -> None:
+@pytest.mark.skipif(ON_GPU, reason="indices are checked on CPU only")
+def test_write_kv_checks_indices_on_cpu() -> None:
     x, cache = draw((2, 2, 8), torch.float32), torch.full((2, 9, 8), math.nan)
-    for slots, message in (
-        ([4, 4], "slot 4 is written twice"),
+    for cache_index, message in (
+        ([4, 4], "index 4 is written twice"),
         ([0, 9], r"in \[0, 9\), got 0 to 9"),
     ):
         with counted() as counts, pytest.raises(ValueError, match=message):
-            write_kv(x, x, cache, cache, torch.tensor(slots))
+            write_kv(x, x, cache, cache, torch.tensor(cache_index))
         assert not counts

@@ -388,8 +388,8 @@ def forest_attention_with_lse(
     (float64 for float64 input), -inf for a query without any key."""
     _check(q, k_cache, v_cache, plan, scale, softcap, window)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
-        if plan.suffix is not None or plan.moving:
-            kind = "moving positions" if plan.suffix is None else "suffixes"
+        if plan.suffix is not None or plan.advancing:
+            kind = "advancing positions" if plan.suffix is None else "suffixes"
             raise ValueError(f"forest_attention: no gradient for a plan with {kind}")
         return _ForestAttention.apply(q, k_cache, v_cache, plan, scale, softcap, window)
     return _run(q, k_cache, v_cache, plan, scale, softcap, window)

@@ -158,7 +158,7 @@ def schedules_of(plan: ForestPlan, window: int | None, shape: HeadShape) -> list
     partials; in decode they are few."""
     items = plan.needed(window)
     queries = len(plan.first_position)
-    if plan.moving or not plan.per_split:
+    if plan.advancing or not plan.per_split:
         return [_schedule(plan, items, 0, queries, shape)]
     largest = _MAX_PARTIAL_BYTES // (4 * shape.groups * shape.kv_heads * shape.v_dim)
     return [
@@ -263,7 +263,7 @@ class StaticPlan:
 
     def load(self, plan: ForestPlan) -> bool:
         """Take a plan's items; whether `self.plan` is another one by it."""
-        assert plan.suffix is not None and plan.moving and plan.per_split == self._per_split
+        assert plan.suffix is not None and plan.advancing and plan.per_split == self._per_split
         assert plan.suffix.num_splits == self._suffix.num_splits
         assert len(plan.positions) == len(self._positions)
         splits = plan.suffix.num_splits
