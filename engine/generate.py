@@ -401,7 +401,7 @@ class Generator:
             if len(pending.done) < pending.num_requested:
                 continue
             if further := pending.next_round():
-                waiting.extendleft(reversed(further))  # what is held needs no room
+                waiting.extendleft(reversed(further))  # their prompts are retained and need no room
                 continue
             self._let_go(pending)
             generations = [pending.done[j] for j in range(pending.num_requested)]

@@ -282,36 +282,6 @@ def _run_cpp(
     )  # fmt: skip
 
 
-def accept_token(
-    live: LiveSamples,
-    records: Records,
-    token: Tensor,
-    logprob: Tensor,
-    sampling_logprob: Tensor,
-    automaton: ScoreAutomaton,
-    end_ids: Tensor,
-    stop_at_box: bool,
-    cursor: Cursor | None = None,
-) -> None:
-    """Append to every live sample its next token, in place (see the module's docstring).
-
-    token: (B,) int64; logprob, sampling_logprob: (B,) float32, as `sample_token` returns them.
-    end_ids: (E,) int64. cursor: position, suffix length and cache index of the next tokens, each
-    (at least B,) int64; the first B advance. Slots are distinct and limits are at most M: this is
-    not checked, since that would wait for the device. Raises ValueError for other shapes and
-    dtypes.
-    """
-    drawn = token, logprob, sampling_logprob
-    _check(live, records, drawn, end_ids, cursor)
-    if runs_triton(token):
-        run = _run_triton
-    elif runs_cpp(logprob, sampling_logprob):
-        run = _run_cpp
-    else:
-        run = _run_torch
-    run(live, records, drawn, automaton, end_ids, stop_at_box, cursor)
-
-
 def _run_torch(
     live: LiveSamples,
     records: Records,
@@ -336,6 +306,36 @@ def _run_torch(
         live.finished |= live.scores.decided
     for column in cursor or ():
         column[: len(active)] += active
+
+
+def accept_token(
+    live: LiveSamples,
+    records: Records,
+    token: Tensor,
+    logprob: Tensor,
+    sampling_logprob: Tensor,
+    automaton: ScoreAutomaton,
+    end_ids: Tensor,
+    stop_at_box: bool,
+    cursor: Cursor | None = None,
+) -> None:
+    """Append to every live sample its next token, in place (see the module's docstring).
+
+    token: (B,) int64; logprob, sampling_logprob: (B,) float32, as `sample_token` returns them.
+    end_ids: (E,) int64. cursor: position, suffix length and cache index of the next tokens, each
+    (at least B,) int64; the first B advance. Slots are distinct and limits are at most M: this is
+    not checked, since that would wait for the device. Raises ValueError for other shapes and
+    dtypes.
+    """
+    drawn = token, logprob, sampling_logprob
+    _check(live, records, drawn, end_ids, cursor)
+    arguments = live, records, drawn, automaton, end_ids, stop_at_box, cursor
+    if runs_triton(token):
+        _run_triton(*arguments)
+    elif runs_cpp(logprob, sampling_logprob):
+        _run_cpp(*arguments)
+    else:
+        _run_torch(*arguments)
 
 
 def _check(

@@ -104,7 +104,7 @@ def _after_anchor(data: bytes, anchor: bytes) -> int:
 
 
 def _integer(item: bytes) -> int:
-    """The integer, or beyond every range one of the same sign: int() refuses 5000 digits."""
+    """The integer; one of the same sign out of every range for many digits: int() refuses 5000."""
     digits = item.lstrip(b"+-").lstrip(b"0") or b"0"
     magnitude = int(digits) if len(digits) < 18 else _BOUND
     return -magnitude if item.startswith(b"-") else magnitude

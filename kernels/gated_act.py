@@ -150,6 +150,18 @@ def _run_cpp(gate_up: Tensor, activation: str) -> Tensor:
     return out
 
 
+def _run_torch(gate_up: Tensor, activation: str) -> Tensor:
+    """The reference with one buffer instead of one per operation."""
+    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
+    if activation == "silu":
+        out = gate.neg().exp_().add_(1)
+        out = torch.div(gate, out, out=out)
+    else:
+        out = (gate * gate).mul_(0.044715).add_(1).mul_(gate).mul_(_SQRT_2_OVER_PI)
+        out = out.tanh_().add_(1).mul_(gate).mul_(0.5)
+    return out.mul_(up).to(gate_up.dtype)
+
+
 def gated_act(gate_up: Tensor, activation: str) -> Tensor:
     """Apply the activation to the first half of the last dimension and multiply by the second.
 
@@ -170,25 +182,14 @@ def gated_act(gate_up: Tensor, activation: str) -> Tensor:
     return _GatedAct.apply(gate_up, activation)
 
 
-def _run_torch(gate_up: Tensor, activation: str) -> Tensor:
-    """The reference with one buffer instead of one per operation."""
-    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
-    if activation == "silu":
-        out = gate.neg().exp_().add_(1)
-        out = torch.div(gate, out, out=out)
-    else:
-        out = (gate * gate).mul_(0.044715).add_(1).mul_(gate).mul_(_SQRT_2_OVER_PI)
-        out = out.tanh_().add_(1).mul_(gate).mul_(0.5)
-    return out.mul_(up).to(gate_up.dtype)
-
-
 class _GatedAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.activation = activation
-        run = _run_triton if runs_triton(gate_up) else _run_torch
-        return run(gate_up, activation)
+        if runs_triton(gate_up):
+            return _run_triton(gate_up, activation)
+        return _run_torch(gate_up, activation)
 
     @staticmethod
     @once_differentiable
@@ -200,8 +201,8 @@ class _GatedAct(torch.autograd.Function):
 def gated_act_backward(grad: Tensor, gate_up: Tensor, activation: str) -> Tensor:
     """The gradient of gate_up from that of the result.
 
-    grad: (T, I) of any strides, in the dtype of gate_up. gate_up, activation: what `gated_act` was
-    given. Returns (T, 2I) in the dtype of gate_up.
+    grad: (T, I) of any strides, in the dtype of gate_up. gate_up, activation: as for `gated_act`.
+    Returns (T, 2I) in the dtype of gate_up.
     """
     if runs_triton(gate_up):
         return _run_triton_backward(without_gaps(grad), gate_up, activation)

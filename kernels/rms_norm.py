@@ -176,8 +176,8 @@ def _launch(size: int) -> dict[str, int]:
 
 
 def _launch_backward(num_rows: int, size: int, target: Target) -> tuple[int, dict[str, int]]:
-    """How many programs share the rows, 32 warps for each processor; and what each of them holds at
-    a time: as in the forward, on twice the warps, since it is several tensors."""
+    """The number of programs, 32 warps per multiprocessor; and a program's tile: the forward's, on
+    twice the warps, since it has several tensors."""
     options = _launch(size)
     options["num_warps"] = min(2 * options["num_warps"], 16 if target.is_hip else 32)
     programs = target.num_processors * (32 // options["num_warps"])
@@ -185,7 +185,7 @@ def _launch_backward(num_rows: int, size: int, target: Target) -> tuple[int, dic
 
 
 def _folded(shape: torch.Size) -> tuple[int, int, int]:
-    """(T, A, H): a view's leading dimensions but the last as one."""
+    """(T, A, H): all but the last two dimensions as one."""
     inner = shape[-2] if len(shape) > 2 else 1
     return shape.numel() // max(inner * shape[-1], 1), inner, shape[-1]
 
@@ -274,6 +274,16 @@ def _run_cpp(
     return y if total is None else (y, total)
 
 
+def _run_torch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, plus_one: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps))
+    y = (wide * rstd).mul_(_scale(weight, plus_one, wide.dtype)).to(total.dtype)
+    return y, total, rstd
+
+
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -297,16 +307,6 @@ def rms_norm(
     return _RMSNorm.apply(x, residual, weight, eps, plus_one)
 
 
-def _run_torch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, plus_one: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    total = x if residual is None else x + residual
-    wide = total.to(torch.promote_types(total.dtype, torch.float32))
-    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps))
-    y = (wide * rstd).mul_(_scale(weight, plus_one, wide.dtype)).to(total.dtype)
-    return y, total, rstd
-
-
 class _RMSNorm(torch.autograd.Function):
     """Returns y and, if there is a residual, s."""
 
@@ -314,8 +314,10 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, plus_one: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        run = _run_triton if runs_triton(x) else _run_torch
-        y, total, rstd = run(x, residual, weight, eps, plus_one)
+        if runs_triton(x):
+            y, total, rstd = _run_triton(x, residual, weight, eps, plus_one)
+        else:
+            y, total, rstd = _run_torch(x, residual, weight, eps, plus_one)
         ctx.save_for_backward(total, weight, rstd)
         ctx.plus_one = plus_one
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
@@ -346,11 +348,11 @@ def rms_norm_backward(
     residual_dtype: torch.dtype | None = None,
     weight_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x, residual and weight from those of y and, where it was a result, s.
+    """The gradients of x, residual and weight from those of y and, with a residual, of s.
 
     grad, grad_total: (..., H) of any strides. total: s. rstd: (..., 1), 1 / sqrt(mean(s^2) + eps)
-    in the dtype of accumulation. dtype, residual_dtype: those of x and residual (None: there was
-    none), in which their gradients are returned; one of weight is None unless `weight_grad`.
+    in the dtype of accumulation. dtype, residual_dtype: those of x and residual (None: no
+    residual), and of their gradients. Without `weight_grad` that of weight is None.
     """
     if runs_triton(total):
         return _run_triton_backward(

@@ -132,7 +132,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rope_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The gradient of x from that of the result: the transpose of a rotation is its conjugate.
 
-    grad: (T, H, D) of any strides, floating. cos, sin: as given to `rope`.
+    grad: (T, H, D) of any strides, floating. cos, sin: as for `rope`.
     Returns (T, H, D) in the dtype of grad.
     """
     grad = without_gaps(grad)
