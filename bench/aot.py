@@ -36,7 +36,8 @@ from triton.runtime.jit import mangle_type
 
 from bench.launches import OPERATIONS
 from bench.shapes import SHAPES, Shape
-from kernels.launch import TARGETS, Target, intercept
+from kernels.launch import intercept
+from kernels.target import TARGETS, Target
 
 _ALIGNED = [["tt.divisibility", 16]]
 

@@ -16,7 +16,7 @@ from bench.loss_peers import OPTIONS, Batch, Head, liger, unfused
 from bench.shapes import SHAPES, Shape
 from bench.timing import ON_GPU
 from kernels.logprob import LogProbs, linear_logprob
-from kernels.logprob.linear_policy_loss import grpo_loss
+from kernels.logprob.linear_policy_loss import linear_policy_loss
 
 TARGETS = ["gemma2-27b", "qwen3-8b"] if ON_GPU else ["pocket"]
 OTHERS = ["gemma2-9b"] if ON_GPU else ["qwen3-107m"]
@@ -89,7 +89,7 @@ def loss_work(shape: Shape, chunk_size: int | None = None) -> Work:
         weight_grad = torch.zeros_like(batch.weight, dtype=torch.float32)
 
     def ours() -> Tensor:
-        return grpo_loss(
+        return linear_policy_loss(
             batch.hidden, batch.weight, batch.target, batch.advantage, batch.token_weight,
             OPTIONS, old_logp=batch.old_logp, ref_logp=batch.ref_logp, softcap=softcap,
             chunk_size=chunk_size, weight_grad=weight_grad,

@@ -1,5 +1,5 @@
 """Drawing a step's tokens from raw logits, and with it all that follows from them: scores, records,
-stopping (`take_token`)."""
+stopping (`accept_token`)."""
 
 import random
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from torch import Tensor
 from bench.figures import Figure, NotLikeReference, Peer, Work, assert_close, calls_on
 from bench.shapes import SHAPES, Shape
 from bench.timing import DEVICE, ON_GPU, num_sets, rand, randn
+from kernels.accept_token import LiveSamples, Records, accept_token
 from kernels.extract_scores import ScoreAutomaton
 from kernels.sample_token import TILE, SamplingOptions, sample_token, sample_token_ref
-from kernels.take_token import LiveSamples, Records, take_token
 
 OPTIONS = {
     "greedy": SamplingOptions(temperature=0),
@@ -148,21 +148,21 @@ def make_step(shape: Shape, rows: int) -> Work:
             torch.arange(rows, device=DEVICE),
             automaton.start(torch.full((rows,), 4), 4),
         )
-        moving = tuple(torch.zeros(rows, dtype=torch.int64, device=DEVICE) for _ in range(3))
+        cursor = tuple(torch.zeros(rows, dtype=torch.int64, device=DEVICE) for _ in range(3))
         records = Records.empty(rows, MAX_TOKENS, DEVICE)
-        sets.append((logits, uniform, live, records, moving))
+        sets.append((logits, uniform, live, records, cursor))
 
     def ours(logits: Tensor, uniform: Tensor, live: LiveSamples, *rest: object) -> Tensor:
         drawn = draw.ours(logits, uniform)
-        records, moving = rest
-        take_token(live, records, *drawn, automaton, end_ids, True, moving)  # type: ignore[arg-type]
+        records, cursor = rest
+        accept_token(live, records, *drawn, automaton, end_ids, True, cursor)  # type: ignore[arg-type]
         return drawn[0]
 
     def check(token: Tensor, factor: float) -> None:
         logits, uniform, live, records, _ = sets[0]
         draw.check(logits, uniform, token, records.logprobs[0, :, 0])
         if not records.tokens[:, 0].equal(token) or not live.count.eq(1).all():
-            raise NotLikeReference("take_token: the tokens drawn are not those recorded")
+            raise NotLikeReference("accept_token: the tokens drawn are not those recorded")
 
     def eager(logits: Tensor, uniform: Tensor, live: LiveSamples, *rest: object) -> Tensor:
         token, logprob, sampling_logprob = draw.eager(logits, uniform)
@@ -176,7 +176,7 @@ def make_step(shape: Shape, rows: int) -> Work:
 
     num_bytes, flops = cost(shape, rows)
     return Work(
-        "sample_token + take_token",
+        "sample_token + accept_token",
         f"{shape.name} {rows} rows",
         num_bytes + 150 * rows,
         flops,

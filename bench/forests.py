@@ -326,7 +326,7 @@ def make_decode(tree: Tree, heads: Heads, layers: int, filled: bool = True) -> W
             for i, end in enumerate(ends)
         ]
     at = stops + max(suffix_length, 1) - 1
-    plan = ForestPlan(decode_items(ends), at, suffix, moving=True)
+    plan = ForestPlan(decode_items(ends), at, suffix, advancing=True)
     return _workload(heads, cache, k, plan, spans, filled)
 
 

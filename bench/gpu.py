@@ -56,7 +56,6 @@ BENCHES = [
         "gated_act",
         "rope",
         "write_kv",
-        "vote",
     )
 ]
 

@@ -16,12 +16,13 @@ from torch import Tensor
 from bench.forests import Heads, Tree, Workload, make_decode, make_prefill
 from bench.shapes import Shape
 from bench.timing import DEVICE
+from kernels.accept_token import LiveSamples, Records, accept_token
 from kernels.extract_scores import ScoreAutomaton
 from kernels.forest_attention import forest_attention
 from kernels.forest_attention.triton_backward import attend_backward
 from kernels.gated_act import gated_act, gated_act_backward
 from kernels.logprob import linear_logprob
-from kernels.logprob.linear_policy_loss import grpo_loss
+from kernels.logprob.linear_policy_loss import linear_policy_loss
 from kernels.logprob.policy_loss import PolicyLossOptions
 from kernels.matmul import matmul
 from kernels.merge_states import merge_states
@@ -29,8 +30,6 @@ from kernels.rms_norm import rms_norm, rms_norm_backward
 from kernels.rope import rope, rope_backward
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
 from kernels.segment_attention import segment_attention
-from kernels.take_token import LiveSamples, Records, take_token
-from kernels.vote import vote
 from kernels.write_kv import write_kv
 
 Calls = Iterator[tuple[str, Callable[[], object]]]
@@ -113,11 +112,10 @@ def rope_calls(shape: Shape) -> Calls:
     for label, dtype, rows in _each(shape):
         cos, sin = _empty(2, rows, shape.head_dim // 2, dtype=torch.float32).unbind()
         for x in _slices(shape, rows, dtype)[:2]:
-            for interleaved in (False, True):
-                yield label, partial(rope, x, cos, sin, interleaved)
-                yield label, partial(rope, x.contiguous(), cos, sin, interleaved)
-                backward = partial(rope_backward, x.contiguous(), cos, sin, interleaved)
-                yield f"{label}, backward", backward
+            yield label, partial(rope, x, cos, sin)
+            yield label, partial(rope, x.contiguous(), cos, sin)
+            backward = partial(rope_backward, x.contiguous(), cos, sin)
+            yield f"{label}, backward", backward
 
 
 def gated_act_calls(shape: Shape) -> Calls:
@@ -156,7 +154,7 @@ def linear_logprob_calls(shape: Shape) -> Calls:
                 yield f"{rows} rows, {dtype}, backward", partial(_backward, log_probs, sums, x)
             for level in ("token", "sequence"):
                 loss = partial(
-                    grpo_loss, x, w, target, row, row, PolicyLossOptions(level=level),
+                    linear_policy_loss, x, w, target, row, row, PolicyLossOptions(level=level),
                     lengths=target + 1, softcap=shape.final_softcap, weight_grad=d_w,
                 )  # fmt: skip
                 yield (
@@ -291,19 +289,7 @@ def _automaton(anchor: str | None) -> ScoreAutomaton:
     return ScoreAutomaton(texts, [0], anchor, 1, 10, DEVICE)
 
 
-def extract_scores_calls(shape: Shape) -> Calls:
-    """One token, and whole sequences, with and without an anchor."""
-    for anchor in ("Scores:", None):
-        automaton = _automaton(anchor)
-        for batch in BATCHES:
-            n = _int64(batch)
-            for max_n in (1, _MAX_SCORES):
-                state = automaton.start(n, max_n)
-                yield f"{batch} rows", partial(automaton.advance, state, _int64(batch))
-            yield f"{batch} rows", partial(automaton.extract, _int64(batch, 100), n + 100, n + 4)
-
-
-def take_token_calls(shape: Shape) -> Calls:
+def accept_token_calls(shape: Shape) -> Calls:
     """In decode and after prefill; with no, one and more end tokens."""
     automaton = _automaton("Scores:")
     for batch, ends, stop_at_box, moves in product(
@@ -314,27 +300,14 @@ def take_token_calls(shape: Shape) -> Calls:
         logprob = _empty(batch, dtype=torch.float32)
         records = Records.empty(batch, 1024, DEVICE)
         padded = -(-batch // 16) * 16
-        moving = (_int64(padded), _int64(padded), _int64(padded)) if moves else None
+        cursor = (_int64(padded), _int64(padded), _int64(padded)) if moves else None
         yield (
             f"{batch} rows, {ends} end tokens",
             partial(
-                take_token, live, records, _int64(batch), logprob, logprob, automaton,
-                _int64(ends), stop_at_box, moving,
+                accept_token, live, records, _int64(batch), logprob, logprob, automaton,
+                _int64(ends), stop_at_box, cursor,
             ),
         )  # fmt: skip
-
-
-def vote_calls(shape: Shape) -> Calls:
-    """A row and many, few and many samples and responses, with and without meta scores."""
-    for rows, samples, responses in product((1, 64), (1, 8, 32, 1000), (1, 2, 4, 32)):
-        shown = _int64(rows, samples, responses)
-        meta = _empty(rows, samples, dtype=torch.float32)
-        judge = partial(
-            vote, shown, shown, shown[..., 0].bool(), _int64(rows), _empty(rows, dtype=meta.dtype)
-        )
-        label = f"{rows} rows of {samples}, {responses} responses"
-        yield label, judge
-        yield f"{label}, meta", partial(judge, meta, 4)
 
 
 OPERATIONS: dict[str, Callable[[Shape], Calls]] = {
@@ -349,7 +322,5 @@ OPERATIONS: dict[str, Callable[[Shape], Calls]] = {
     "segment_attention": segment_attention_calls,
     "merge_states": merge_states_calls,
     "sample_token": sample_token_calls,
-    "extract_scores": extract_scores_calls,
-    "take_token": take_token_calls,
-    "vote": vote_calls,
+    "accept_token": accept_token_calls,
 }

@@ -3,9 +3,9 @@
     python -m bench.loss [--tokens 1024 4096] [--hidden 512] [--vocab 151936] [--softcap C]
                          [--dtype float32] [--small 1024] [--repeats 3]
 
-`unfused` makes all logits and lets autograd do the rest; `fused` is `grpo_loss`; `fused in place`
-adds the weight's gradient to a float32 buffer that is already there, `fused small` does that with
---small rows of logits at a time; `liger` is Liger-Kernel's loss, on a GPU where it is installed.
+`unfused` makes all logits and lets autograd do the rest; `fused` is `linear_policy_loss`; `fused in
+place` adds the weight's gradient to a float32 buffer that is already there, `fused small` does that
+with --small rows of logits at a time; `liger` is Liger-Kernel's loss, on a GPU where there is one.
 Each runs in a process of its own, all in turn, round by round; the first round is not counted.
 Loss and gradients have to agree. What is given as memory is the peak above what was there before:
 gradients included, but for the weight's where it is added in place. Floor: three matrix products at
@@ -25,7 +25,7 @@ from bench.ceilings import measure_ceilings
 from bench.loss_peers import OPTIONS, Batch, Head, liger, unfused
 from bench.timing import DEVICE, ON_GPU
 from bench.turns import Run, contend, describe
-from kernels.logprob.linear_policy_loss import grpo_loss
+from kernels.logprob.linear_policy_loss import linear_policy_loss
 
 CONTENDERS = ("fused", "fused in place", "fused small", "unfused", *(["liger"] if ON_GPU else []))
 
@@ -42,7 +42,7 @@ def make(name: str, head: Head, small: int) -> Run:
         elif name == "liger":
             loss = liger(batch, head.softcap)
         else:
-            loss = grpo_loss(
+            loss = linear_policy_loss(
                 batch.hidden, batch.weight, batch.target, batch.advantage, batch.token_weight,
                 OPTIONS, old_logp=batch.old_logp, ref_logp=batch.ref_logp, softcap=head.softcap,
                 chunk_size=small if name == "fused small" else None, weight_grad=weight_grad,

@@ -106,7 +106,7 @@ TARGETS = [
     ),
     Target(
         f"sampling and extraction, 32 rows: share of a step of {STEP_FLOOR_MS} ms",
-        "sample_token + take_token: qwen3-8b 32 rows", 3, "%",
+        "sample_token + accept_token: qwen3-8b 32 rows", 3, "%",
         lambda f: 100 * f.ms / STEP_FLOOR_MS, at_most=True,
     ),
     Target(

@@ -24,7 +24,7 @@ from bench.loss_peers import OPTIONS, Batch, unfused
 from bench.shapes import SHAPES
 from bench.timing import DEVICE
 from bench.turns import Run, contend, describe
-from kernels.logprob.linear_policy_loss import grpo_loss
+from kernels.logprob.linear_policy_loss import linear_policy_loss
 from models.transformer import Transformer
 from train.data import Trajectory
 from train.packing import PackedBatch, hidden_states, pack
@@ -80,7 +80,7 @@ def loss_of(
     if whole:
         tensors = Batch(hidden, weight, batch.target, advantage, token_weight, near, near)
         return unfused(tensors, None)
-    return grpo_loss(
+    return linear_policy_loss(
         hidden, weight, batch.target, advantage, token_weight, OPTIONS, old_logp=near, ref_logp=near
     ).loss
 

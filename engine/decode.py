@@ -1,25 +1,21 @@
-"""The decode step of all live samples: a forward, a draw and a `take_token`, and nothing else.
+"""The decode step of all live samples: a forward, a draw and an `accept_token`, and nothing else.
 
-    load    the live set has changed: the state of its samples goes into buffers that stay where
-            they are, and with it where each next token stands
-    run     some steps of all rows; positions, suffix lengths and cache cells move on the device
-    look    how far the samples are, on its way to the host
-    fetch   what finished samples have come to
+    load    make samples the live set: copy their state and their cursors into fixed buffers
+    run     some steps of all rows; cursors (position, suffix length, cache index) advance on the
+            device
+    poll    start a copy of the samples' counts and finished flags to the host
+    fetch   the results of finished samples
 
-Attention's plan is made when the live set has changed, and when a suffix comes to a split that the
-plan has none for (every MAX_SPLIT tokens). In between the host only counts steps: an unfinished
-sample has gained one token with each, so its length needs no look at the device.
+Attention's plan is made anew when the live set changes, and when a suffix needs another split
+(every MAX_SPLIT tokens). In between the host counts steps: an unfinished sample gains one token per
+step, so its length is known without waiting for the device.
 
-On CPU the host launches every step; in C++ the steps between two looks are one list of calls, made
-once and repeated. On a GPU a step is captured as a CUDA graph and replayed: it
-reads nothing but tensors that stay in place, and the grids of its kernels have room to spare. Where
-a step cannot be captured, that is an error.
+On CPU the host launches every step; in C++ the steps between two polls are one list of calls, made
+once and replayed. On a GPU a step is captured as a CUDA graph and replayed: it reads tensors at
+fixed addresses only, and its grids have room to spare. A step that cannot be captured is an error.
 
-A meta head, where there is one, scores every hidden state that a token is drawn from
-(`engine/meta_head.py`).
-
-Letters: B live samples, R >= B rows of a step; the rows behind the samples write scratch cells.
-Which samples are live, and the prompts' own tokens, are the caller's (`engine/generate.py`).
+Letters: B live samples, R >= B rows of a step; rows past the samples write scratch cells. Which
+samples are live, and the tokens of prompts, are up to the caller (`engine/generate.py`).
 """
 
 import time
@@ -35,25 +31,25 @@ from torch import Tensor
 from engine.forest import Node, decode_items
 from engine.forward import CachedForward
 from engine.kv_cache import ALIGN, KVCache, round_up
-from engine.meta_head import MetaHead
 from kernels import cpp
+from kernels.accept_token import Cursor, LiveSamples, Records, accept_token
 from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
 from kernels.forest_attention import keys_per_partial
 from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, SuffixTiles
 from kernels.forest_attention.schedule import HeadShape, StaticPlan
-from kernels.launch import power_of_two, runs_triton, target_of
+from kernels.launch import runs_triton
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
-from kernels.take_token import LiveSamples, Moving, Records, take_token
+from kernels.target import power_of_two, target_of
 from models.transformer import Transformer
 
 # Rows of a buffer of int64, (5, R).
-_PROMPT, _CELL, _KEY, _SAMPLE = 0, 1, slice(2, 4), 4
+_PROMPT, _CACHE_INDEX, _KEY, _SAMPLE = 0, 1, slice(2, 4), 4
 
 
 class Leaf(Protocol):
     """What the host knows of a live sample: the node above it, its slot, the key of its uniforms
-    (row and index), most tokens, and its tokens so far; `count` is too high once it has finished
-    and nobody has looked."""
+    (row and index), its limit of tokens, and its tokens so far. `count` is too high between the
+    sample's end and the next poll."""
 
     end: Node
     slot: int
@@ -66,8 +62,7 @@ class Leaf(Protocol):
 
 @dataclass
 class Sampled:
-    """What a finished sample has come to; `scores` in shown order, 0 where not valid. `meta` is
-    the meta head's score, NaN where it is not a finite number, None without a head."""
+    """The result of a finished sample; `scores` in shown order, 0 where not valid."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -76,11 +71,10 @@ class Sampled:
     decided: bool
     reason: Reason
     scores: list[int]
-    meta: float | None
 
 
-class Moment:
-    """A point in what a device does; on CPU, in time."""
+class DeviceEvent:
+    """A point in a device's stream of work; on CPU, in time."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
@@ -91,7 +85,7 @@ class Moment:
 
     @property
     def is_over(self) -> bool:
-        """Whether the device is past it."""
+        """Whether the device has passed it."""
         return self._event is None or self._event.query()
 
     def wait(self) -> None:
@@ -100,20 +94,20 @@ class Moment:
             self._event.synchronize()
 
     def precedes(self, stream: torch.cuda.Stream) -> None:
-        """Let what comes next on a stream wait for it."""
+        """Let later work on a stream wait for it."""
         if self._event is not None:
             stream.wait_event(self._event)
 
-    def seconds_since(self, earlier: "Moment") -> float:
-        """Seconds between two moments that are over."""
+    def seconds_since(self, earlier: "DeviceEvent") -> float:
+        """Seconds between two events that are over."""
         if self._event is not None and earlier._event is not None:
             return earlier._event.elapsed_time(self._event) / 1000
         return self._time - earlier._time
 
 
-class Look:
-    """How many tokens each sample has, and whether it has finished, at one moment; on its way to
-    the host, which need not wait for it."""
+class StatusPoll:
+    """How many tokens each sample has, and whether it has finished, at one point in time: a copy on
+    its way to the host, which need not wait for it."""
 
     def __init__(self, live: LiveSamples) -> None:
         state = torch.stack([live.count, live.finished.long()])
@@ -122,11 +116,11 @@ class Look:
             self._state.copy_(state, non_blocking=True)
         else:
             self._state = state
-        self.moment = Moment(state.device)
+        self.event = DeviceEvent(state.device)
 
     def read(self) -> tuple[list[int], list[bool]]:
         """Counts and finished flags, when they have arrived."""
-        self.moment.wait()
+        self.event.wait()
         counts, finished = self._state.tolist()
         return counts, [bool(flag) for flag in finished]
 
@@ -146,11 +140,9 @@ class Decoder(CachedForward):
         max_new_tokens: int,
         max_scores: int,
         deterministic: bool = False,
-        meta_head: Tensor | None = None,
     ) -> None:
-        """deterministic: fixed tiles in matrix products and one partial for every split of keys, so
-        that a sample has the same bits in any company on a GPU too. meta_head: the weight of a
-        scalar head, (1, hidden_size) float32 on the model's device."""
+        """deterministic: fixed tiles in matrix products and one partial per split of keys, so that
+        on a GPU too a sample's bits do not depend on the rest of the batch."""
         super().__init__(model, cache, deterministic)
         self.automaton = automaton
         self.options = options
@@ -168,7 +160,6 @@ class Decoder(CachedForward):
                 model.head_weight.dtype,
             )
         self.records = Records.empty(cache.num_slots, max_new_tokens, self.device)
-        self.meta_head = None if meta_head is None else MetaHead(meta_head, cache.num_slots)
         self.leaves: tuple[Leaf, ...] = ()
         rows = self._rows(cache.num_slots)
         zeros = torch.zeros(rows, dtype=torch.int64)
@@ -177,13 +168,13 @@ class Decoder(CachedForward):
             zeros.to(self.device, copy=True),
             automaton.start(zeros, max_scores),
         )
-        self._position, self._length, self._cell = (
+        self._position, self._length, self._cache_index = (
             torch.zeros(rows, dtype=torch.int64, device=self.device) for _ in range(3)
         )
         self._table = torch.zeros(5, rows, dtype=torch.int64, device=self.device)
         self._plan: ForestPlan | None = None
         self._reader = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._loaded_at = Moment(self.device)
+        self._loaded_at = DeviceEvent(self.device)
 
     @property
     def live(self) -> LiveSamples:
@@ -205,82 +196,79 @@ class Decoder(CachedForward):
             [leaf.end.stop, self.cache.suffix_base + leaf.slot * capacity, *leaf.key]
             for leaf in leaves
         ]
-        # Without a token they stand one before these: at position 0, in the scratch cells.
+        # With count 0 the cursors of idle rows are one less: position 0, the scratch cells.
         table += [[1, cell + 1, 0, 0, 0] for cell in range(rows - batch)]
         self._table[:, :rows] = self._tensor(table).view(rows, 5).T
-        # A leaf with c tokens has c - 1 of them in the cache and now writes the last.
+        # Of a leaf's c tokens c - 1 are in the cache; the next step writes the last.
         count = self._live.count[:rows]
         self._length[:rows] = count
         self._position[:rows] = self._table[_PROMPT, :rows] + (count - 1)
-        self._cell[:rows] = self._table[_CELL, :rows] + (count - 1)
-        self._loaded_at = Moment(self.device)
+        self._cache_index[:rows] = self._table[_CACHE_INDEX, :rows] + (count - 1)
+        self._loaded_at = DeviceEvent(self.device)
 
     def run(self, steps: int) -> None:
-        """Some steps of all live samples; those that have finished gain nothing. Nothing waits for
-        the device. One of them at least has to be short of its limit by `steps`."""
+        """Some steps of all live samples; finished ones do not change, and the host does not wait.
+        At least one sample must be short of its limit by `steps`."""
         longest = max(leaf.count for leaf in self.leaves)
-        reach = min(longest + steps, self.cache.suffix_capacity)
+        max_length = min(longest + steps, self.cache.suffix_capacity)
         plan = self._plan
-        if plan is None or plan.suffix is None or not plan.suffix.reach(reach):
-            plan = self._plan = self._make_plan(reach)
+        if plan is None or plan.suffix is None or not plan.suffix.grow_to(max_length):
+            plan = self._plan = self._make_plan(max_length)
         self._steps(plan, steps)
         for leaf in self.leaves:
             leaf.count = min(leaf.count + steps, leaf.limit)
 
-    def look(self) -> Look:
-        """How far the live samples are after all that has been run."""
-        return Look(self.live)
+    def poll(self) -> StatusPoll:
+        """The live samples' counts and flags after all steps so far."""
+        return StatusPoll(self.live)
 
-    def fetch(self, rows: Sequence[int], counts: Sequence[int], look: Look) -> list[Sampled]:
-        """What the samples at `rows` of the live ones have come to, which `look` found finished
-        with these many tokens. Steps that have been launched since need not be over: nothing that
-        belongs to a finished sample changes any more."""
-        with self._beside(look):
+    def fetch(self, rows: Sequence[int], counts: Sequence[int], poll: StatusPoll) -> list[Sampled]:
+        """The results of the samples at `rows` of the live ones, which `poll` found finished with
+        `counts` tokens. Later steps need not be over: they do not change a finished sample."""
+        with self._reading_after(poll):
             live = self.live.index_select(self._tensor(rows))
             scores, reasons = scores_of(live.scores, live.ended)
             longest = max(counts)
             tokens = self.records.tokens[live.slot, :longest].cpu()
             logprobs = self.records.logprobs[:, live.slot, :longest].cpu()
-            metas = None if self.meta_head is None else self.meta_head.fetch(live)
             flags = torch.stack([live.ended.long(), live.scores.decided.long(), reasons], 1)
             all_flags, all_scores = flags.tolist(), scores.tolist()
-        found = []
-        for i, ((ended, decided, reason), given) in enumerate(
+        results = []
+        for i, ((ended, decided, reason), shown) in enumerate(
             zip(all_flags, all_scores, strict=True)
         ):
-            own, own_sampling = logprobs[:, i, : counts[i]].tolist()
-            found.append(
+            logprob, sampling_logprob = logprobs[:, i, : counts[i]].tolist()
+            results.append(
                 Sampled(
                     token_ids=tokens[i, : counts[i]].tolist(),
-                    logprobs=own,
-                    sampling_logprobs=own_sampling,
+                    logprobs=logprob,
+                    sampling_logprobs=sampling_logprob,
                     ended=bool(ended),
                     decided=bool(decided),
                     reason=Reason(reason),
-                    scores=given,
-                    meta=None if metas is None else metas[i],
+                    scores=shown,
                 )
             )
-        return found
+        return results
 
     @contextmanager
-    def _beside(self, look: Look) -> Iterator[None]:
-        """On a GPU a stream of its own, which waits for a look and for the last `load` alone."""
+    def _reading_after(self, poll: StatusPoll) -> Iterator[None]:
+        """On a GPU a stream of its own, which waits only for a poll and for the last `load`."""
         if self._reader is None:
             yield
             return
         with torch.cuda.stream(self._reader):
-            look.moment.precedes(self._reader)
+            poll.event.precedes(self._reader)
             self._loaded_at.precedes(self._reader)
             yield
 
     def draw(
-        self, live: LiveSamples, logits: Tensor, uniform: Tensor, moving: Moving | None = None
+        self, live: LiveSamples, logits: Tensor, uniform: Tensor, cursor: Cursor | None = None
     ) -> None:
-        """Draw the next token of each sample from the model's raw logits, and take it."""
+        """Draw the next token of each sample from the model's raw logits, and accept it."""
         drawn = sample_token(logits, uniform, self.options, self.config.final_softcap)
-        take_token(
-            live, self.records, *drawn, self.automaton, self.end_ids, self.stop_at_box, moving
+        accept_token(
+            live, self.records, *drawn, self.automaton, self.end_ids, self.stop_at_box, cursor
         )
 
     # -- one step ----------------------------------------------------------------------------------
@@ -304,22 +292,20 @@ class Decoder(CachedForward):
             uniform.copy_(drawn[i])
 
     def _step(self, plan: ForestPlan, batch: int, uniform: Tensor) -> None:
-        """One step of the first `batch` rows, of as many as the plan has. Everything that differs
-        from one step to the next is on the device."""
+        """One step of the first `batch` of the plan's rows. Everything that differs from step to
+        step is on the device."""
         assert plan.suffix is not None
         rows = len(plan.positions)
-        cells = self._cell[:rows]
-        hidden = self.forward(self._live.token[:rows], plan.positions, cells, plan)
+        cache_index = self._cache_index[:rows]
+        hidden = self.forward(self._live.token[:rows], plan.positions, cache_index, plan)
         live = self._live.first(batch)
-        if self.meta_head is not None:
-            self.meta_head.keep_of(live, hidden)
         logits = self.head_logits(hidden)[:batch]
-        moving = plan.positions, plan.suffix.length, cells
-        self.draw(live, logits, uniform, moving)
+        cursor = plan.positions, plan.suffix.length, cache_index
+        self.draw(live, logits, uniform, cursor)
 
-    def _make_plan(self, reach: int) -> ForestPlan:
-        """The plan of all steps until the live set changes or a suffix is longer than `reach`, and
-        than the splits that it takes."""
+    def _make_plan(self, max_length: int) -> ForestPlan:
+        """A plan for all steps until the live set changes or a suffix outgrows the splits of
+        `max_length` tokens."""
         rows = self._rows(len(self.leaves))
         at = [leaf.end.stop + leaf.count - 1 for leaf in self.leaves]
         row_of_slot = [-1] * (1 + max(leaf.slot for leaf in self.leaves))
@@ -328,20 +314,20 @@ class Decoder(CachedForward):
         return ForestPlan(
             decode_items([leaf.end for leaf in self.leaves], self.keys_per_partial),
             self._position[:rows],
-            self._suffix(self._tensor(row_of_slot), rows, reach),
-            moving=True,
+            self._suffix(self._tensor(row_of_slot), rows, max_length),
+            advancing=True,
             per_split=self.deterministic,
             host_positions=at + [0] * (rows - len(at)),
         )
 
-    def _suffix(self, row_of_slot: Tensor, rows: int, reach: int) -> SuffixTiles:
+    def _suffix(self, row_of_slot: Tensor, rows: int, max_length: int) -> SuffixTiles:
         return SuffixTiles(
             base=self.cache.suffix_base,
             capacity=self.cache.suffix_capacity,
             row=row_of_slot,
             length=self._length[:rows],
             position=self._table[_PROMPT, :rows],
-            max_length=reach,
+            max_length=max_length,
         )
 
 
@@ -404,9 +390,9 @@ class GraphDecoder(Decoder):
     def _rows(self, batch: int) -> int:
         return power_of_two(batch, ALIGN)
 
-    def _make_plan(self, reach: int) -> ForestPlan:
+    def _make_plan(self, max_length: int) -> ForestPlan:
         """With room for a power of two of splits."""
-        splits = power_of_two(-(-reach // MAX_SPLIT))
+        splits = power_of_two(-(-max_length // MAX_SPLIT))
         return super()._make_plan(min(splits * MAX_SPLIT, self.cache.suffix_capacity))
 
     def _steps(self, plan: ForestPlan, steps: int) -> None:

@@ -26,8 +26,7 @@ TokenIds = tuple[int, ...]
 class Node:
     """One segment of some samples' prompts, from logical position `start`. `slab` is its place in
     the cache while it has one; `logits` (V,) are those after its last token, if a leaf starts
-    there, and `meta` () is the meta head's score there, if there is one. `number` grows with
-    creation, so that a node's path of numbers sorts depth-first."""
+    there. `number` grows with creation, so that a node's path of numbers sorts depth-first."""
 
     token_ids: TokenIds
     parent: "Node | None"
@@ -35,7 +34,6 @@ class Node:
     start: int
     slab: Slab | None = None
     logits: Tensor | None = None
-    meta: Tensor | None = None
     above: "tuple[Node, ...]" = field(init=False)  # from the root to the parent
 
     def __post_init__(self) -> None:
@@ -51,7 +49,7 @@ class Node:
         return [*self.above, self]
 
     def key_runs(self, tokens: int | None = None) -> Iterator[tuple[int, int, int]]:
-        """The splits of the segment, or of its first `tokens`, as (cache slot, keys, position)."""
+        """The splits of the segment, or of its first `tokens`, as (cache index, keys, position)."""
         assert self.slab is not None
         end = len(self.token_ids) if tokens is None else tokens
         for offset in range(0, end, MAX_SPLIT):
@@ -148,7 +146,7 @@ class Forest:
     def _drop(self, node: Node) -> None:
         assert node.slab is not None
         if self.cache.release(node.slab):
-            node.slab = node.logits = node.meta = None
+            node.slab = node.logits = None
             self._kept.pop(node, None)
 
 
@@ -162,7 +160,7 @@ def prefill_items(pieces: Sequence[tuple[Node, int, int]]) -> list[WorkItem]:
     """Work items of a prefill whose queries are tokens [first, stop) of nodes, laid side by side.
 
     A query tile reads all splits of the nodes above its own and, of its own, those up to its last
-    token; what lies behind a query's position is masked by position.
+    token; keys past a query's position are masked by position.
     """
     items = []
     row = 0

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from engine.forest import Node, prefill_items
 from engine.kv_cache import ALIGN, KVCache
+from kernels.device import to_device
 from kernels.forest_attention import forest_attention
 from kernels.forest_attention.plan import ForestPlan
-from kernels.launch import runs_triton, to_device
+from kernels.launch import runs_triton
 from kernels.matmul import matmul
 from kernels.write_kv import write_kv
 from models.decoder import CppDecoder, runs_cpp
@@ -41,11 +42,13 @@ class CachedForward:
         self.product = matmul if deterministic and on_triton else linear
         self._cpp = CppDecoder(model, cache.k, cache.v) if runs_cpp(model) else None
 
-    def forward(self, tokens: Tensor, positions: Tensor, cells: Tensor, plan: ForestPlan) -> Tensor:
-        """Hidden states of tokens, whose keys and values go into `cells` of the cache."""
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cache_index: Tensor, plan: ForestPlan
+    ) -> Tensor:
+        """Hidden states of tokens, whose keys and values are written at `cache_index`."""
         if self._cpp is not None:
-            return self._cpp.forward(tokens, positions, cells, plan)
-        return self.model(tokens, positions, self._attend(cells, plan), self.product)
+            return self._cpp.forward(tokens, positions, cache_index, plan)
+        return self.model(tokens, positions, self._attend(cache_index, plan), self.product)
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """The model's raw logits of hidden states."""
@@ -54,34 +57,34 @@ class CachedForward:
         return self.model.head_logits(hidden, self.product)
 
     def prefill(self, pieces: Sequence[Piece]) -> Tensor:
-        """Hidden states of the tokens of pieces, side by side, and of the padding behind them. The
+        """Hidden states of the tokens of pieces, side by side, and of the padding past them. The
         nodes have their slabs; what stands before a piece has been computed, or stands before it
         here."""
         tokens: list[int] = []
         positions: list[int] = []
-        cells: list[int] = []
+        cache_index: list[int] = []
         for node, first, stop in pieces:
             assert node.slab is not None
             tokens += node.token_ids[first:stop]
             positions += range(node.start + first, node.start + stop)
-            cells += range(node.slab.start + first, node.slab.start + stop)
+            cache_index += range(node.slab.start + first, node.slab.start + stop)
         padding = -len(tokens) % ALIGN
-        cells += range(padding)
+        cache_index += range(padding)
         positions += [0] * padding
         at = self._tensor(positions)
         return self.forward(
             self._tensor(tokens + [0] * padding),
             at,
-            self._tensor(cells),
+            self._tensor(cache_index),
             ForestPlan(
                 prefill_items(pieces), at, per_split=self.deterministic, host_positions=positions
             ),
         )
 
-    def _attend(self, cells: Tensor, plan: ForestPlan) -> Attend:
+    def _attend(self, cache_index: Tensor, plan: ForestPlan) -> Attend:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-            write_kv(k, v, k_cache, v_cache, cells)
+            write_kv(k, v, k_cache, v_cache, cache_index)
             spec = self.config.attention[layer]
             return forest_attention(
                 q, k_cache, v_cache, plan, spec.scale, spec.softcap, spec.window

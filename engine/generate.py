@@ -3,9 +3,9 @@
     admit   rows are pulled as slots come free; segments that are not yet in the cache are prefilled
             together, in pieces between which others decode; each new leaf gets its first token from
             the last token of its prompt
-    decode  a few steps of all live leaves (`engine/decode.py`); the host looks at the finished
-            flags after these steps only, and on a GPU while the next ones are run
-    retire  finished leaves leave, their segments are let go of, the rest is put in order again
+    decode  a few steps of all live leaves (`engine/decode.py`); the host polls the finished flags
+            after these steps only, and on a GPU while the next ones run
+    retire  finished leaves leave, their segments are released, the rest is put in order again
 
 A sample depends on its own prompt, key and index only: the rows of a matmul are padded to a
 multiple of 16, keys are partitioned by the sample's own segments, uniforms are keyed by row, sample
@@ -23,19 +23,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engine.decode import Look, Moment, Sampled, make_decoder
+from engine.decode import DeviceEvent, Sampled, StatusPoll, make_decoder
 from engine.forest import Forest, Node, TokenIds, tree_tokens
 from engine.forward import Piece, last_rows, take_pieces
 from engine.kv_cache import ALIGN, KVCache, cell_bytes, round_up, scratch_cells
 from engine.memory import cache_budget, is_out_of_memory
+from kernels.accept_token import LiveSamples
+from kernels.device import to_device
 from kernels.extract_scores import Reason, ScoreAutomaton
-from kernels.launch import to_device
 from kernels.sample_token import SamplingOptions, uniforms
-from kernels.take_token import LiveSamples
 from models.config import ModelConfig
 from models.transformer import Transformer
 
-SYNC_STEPS = 8  # decode steps between two looks at the finished flags
+SYNC_STEPS = 8  # decode steps between two polls of the finished flags
 PREFILL_TOKENS = 4096  # tokens of one prefill forward
 INTERLEAVED_TOKENS = 2048  # of one between two blocks of decode steps, on a GPU
 
@@ -59,8 +59,7 @@ class Group:
 @dataclass
 class Generation:
     """One sample: its tokens (with the end token, if it came) and their log-probs, natural, under
-    the model and under the distribution sampled from; scores in shown order where VALID. `meta` is
-    the meta head's score, NaN where it is not a finite number, None without a head."""
+    the model and under the distribution sampled from; scores in shown order where VALID."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -68,7 +67,6 @@ class Generation:
     finish: Literal["box", "eos", "length"]
     reason: Reason
     scores: tuple[int, ...] | None
-    meta: float | None
 
 
 @dataclass
@@ -98,29 +96,29 @@ class Usage:
 
 @dataclass
 class _Pending:
-    """A group under way: its ends in the forest, those that it holds itself until its last sample
-    has a slot (so that no prompt is computed twice), how many samples it has asked for, and those
+    """A group under way: its ends in the forest, the ends that it retains until its last sample has
+    a slot (so that no prompt is computed twice), how many samples it has requested, and the samples
     that are done."""
 
     group: Group
     ends: list[Node]
-    held: set[Node] = field(default_factory=set)
-    asked: int = 0
+    retained: set[Node] = field(default_factory=set)
+    num_requested: int = 0
     done: dict[int, Generation] = field(default_factory=dict)
 
     def next_round(self) -> list[tuple["_Pending", int]]:
-        """Ask for the samples to draw next, when all that were asked for are done."""
-        first, left = self.asked, len(self.group.prompts) - self.asked
+        """Request the samples to draw next, when all earlier ones are done."""
+        first, left = self.num_requested, len(self.group.prompts) - self.num_requested
         if left and self.group.next_round is not None:
             left = min(left, self.group.next_round([self.done[j] for j in range(first)]))
-        self.asked += left
-        return [(self, sample) for sample in range(first, self.asked)]
+        self.num_requested += left
+        return [(self, sample) for sample in range(first, self.num_requested)]
 
 
 @dataclass(eq=False)
 class _Leaf:
     """A live sample: its group, its index in it, where its prompt ends, its slot, its limit; its
-    tokens as `engine.decode` counts them, and as of the last look."""
+    tokens as `engine.decode` counts them, and as of the last poll."""
 
     pending: _Pending
     sample: int
@@ -156,15 +154,13 @@ class Generator:
         deterministic: bool = False,
         cache_bytes: int | None = None,
         usage: Usage | None = None,
-        meta_head: Tensor | None = None,
     ) -> None:
         """max_batch: most samples decoded together. max_scores: most scores of any group. stop:
         "box" ends a sample as soon as its scores are decided, "eos" lets it end by itself.
         deterministic: results on a GPU have the same bits in any company; on CPU it changes
         nothing. cache_bytes bounds keys and values (default: what memory allows,
-        `engine/memory.py`); a batch that does not fit is made smaller. meta_head: the weight of a
-        scalar head that scores samples, (1, hidden_size) float32 on the model's device. Raises
-        ValueError for limits below 1 or a cache that cannot hold one sample."""
+        `engine/memory.py`); a batch that does not fit is made smaller. Raises ValueError
+        for limits below 1 or a cache that cannot hold one sample."""
         for name, value in (("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
             if value < 1:
                 raise ValueError(f"{name} = {value} is less than 1")
@@ -200,11 +196,11 @@ class Generator:
         self.leaves: list[_Leaf] = []
         self._joining: list[_Leaf] = []  # those whose prompts are being prefilled
         self._queue: deque[tuple[Node, int]] = deque()  # what is left of that, from which token on
-        # How many looks the host leaves unread while it prepares what the device does next. A
-        # sample that has finished unseen idles; on CPU there is nothing to gain.
+        # How many polls the host leaves unread while it prepares the device's next work. A sample
+        # that has finished meanwhile idles; on CPU there is nothing to gain.
         self.ahead = 1 if self.device.type == "cuda" else 0
-        self._looks: deque[tuple[tuple[_Leaf, ...], Look]] = deque()
-        self._spans: deque[tuple[str, Moment, Moment]] = deque()
+        self._polls: deque[tuple[tuple[_Leaf, ...], StatusPoll]] = deque()
+        self._spans: deque[tuple[str, DeviceEvent, DeviceEvent]] = deque()
         self.decoder = make_decoder(
             model,
             automaton,
@@ -215,7 +211,6 @@ class Generator:
             max_new_tokens=self.max_new_tokens,
             max_scores=max_scores,
             deterministic=deterministic,
-            meta_head=meta_head,
         )
 
     @torch.inference_mode()
@@ -229,7 +224,7 @@ class Generator:
             self._prefill()
             if not self.leaves and not self._joining:
                 assert not waiting
-                # What is left are looks at leaves that have been taken out since.
+                # Polls that are left are of leaves that have been taken out since.
                 yield from self._retire(0, waiting)
                 return
             yield from self._retire(self._decode(), waiting)
@@ -266,7 +261,7 @@ class Generator:
             if nodes is None:
                 if self.leaves or joining:
                     break  # room comes when others retire
-                holder = next((other for other, _ in reversed(waiting) if other.held), None)
+                holder = next((other for other, _ in reversed(waiting) if other.retained), None)
                 if holder is not None:  # nothing is live: whoever holds room, waits here
                     self._let_go(holder)
                     continue
@@ -280,9 +275,9 @@ class Generator:
             fresh += nodes
             if sample == len(pending.ends) - 1:
                 self._let_go(pending)
-            elif end not in pending.held:
+            elif end not in pending.retained:
                 self.forest.allocate(end)
-                pending.held.add(end)
+                pending.retained.add(end)
             limit = min(self.max_new_tokens, self.config.max_position_embeddings - end.stop)
             joining.append(_Leaf(pending, sample, end, self.cache.take_slot(), limit))
         self._joining = joining
@@ -293,9 +288,9 @@ class Generator:
         self._queue.extend((end, len(end.token_ids) - 1) for end in old if end.logits is None)
 
     def _let_go(self, pending: _Pending) -> None:
-        for end in pending.held:
+        for end in pending.retained:
             self.forest.release(end)
-        pending.held.clear()
+        pending.retained.clear()
 
     def _prefill(self) -> None:
         """Run what the joining leaves need, parents first, and let them join when all of it is in
@@ -303,7 +298,7 @@ class Generator:
         stand still meanwhile."""
         if not self._joining:
             return
-        start = Moment(self.device)
+        start = DeviceEvent(self.device)
         waiting = bool(self.leaves)
         small = waiting and self.device.type == "cuda"
         while self._queue:
@@ -313,11 +308,10 @@ class Generator:
         if not self._queue:
             joining, self._joining = self._joining, []
             self._join(joining)
-        self._spans.append(("prefill_seconds", start, Moment(self.device)))
+        self._spans.append(("prefill_seconds", start, DeviceEvent(self.device)))
 
     def _prefill_piece(self, room: int) -> None:
-        """Run the next `room` tokens that are to be prefilled, and keep what stands after ends:
-        logits, and with a meta head their scores."""
+        """Run the next `room` tokens that are to be prefilled, and keep the logits after ends."""
         ends = {leaf.end for leaf in self._joining}
         pieces = take_pieces(self._queue, room)
         last = last_rows(pieces, ends)
@@ -326,9 +320,6 @@ class Generator:
             hidden = hidden[self._tensor([*last.values(), *[0] * (-len(last) % ALIGN)])]
             for node, logits in zip(last, self.decoder.head_logits(hidden), strict=False):
                 node.logits = logits.clone()  # a view would keep all rows alive
-            if self.decoder.meta_head is not None:
-                for node, score in zip(last, self.decoder.meta_head.of(hidden), strict=False):
-                    node.meta = score
 
     def _forward_prefill(self, pieces: Sequence[Piece]) -> Tensor:
         self.usage.prefill_tokens += sum(stop - first for _, first, stop in pieces)
@@ -345,10 +336,6 @@ class Generator:
         logits = [leaf.end.logits for leaf in joining]
         first = torch.stack([row for row in logits if row is not None])
         assert len(first) == len(joining), "an end without logits"
-        if self.decoder.meta_head is not None:
-            metas = [leaf.end.meta for leaf in joining]
-            scores = torch.stack([score for score in metas if score is not None])
-            self.decoder.meta_head.keep(fresh, scores)
         keys = torch.tensor([leaf.key for leaf in joining])
         uniform = uniforms(keys[:, :2], keys[:, 2], torch.zeros_like(keys[:, 2]))
         self.decoder.draw(fresh, first, to_device(uniform, self.device))
@@ -360,31 +347,30 @@ class Generator:
 
     def _decode(self) -> int:
         """SYNC_STEPS steps of all live leaves, or fewer when the longest can only do fewer, and a
-        look at them. Returns how many looks may stay unread: none where there was no step to run.
-        """
+        poll. Returns how many polls may stay unread: none if there was no step to run."""
         if not self.leaves:
             return 0
-        start = Moment(self.device)
+        start = DeviceEvent(self.device)
         steps = min(SYNC_STEPS, max(leaf.limit - leaf.count for leaf in self.leaves))
         if not self.ahead and bool(self.decoder.live.finished.all()):
             steps = 0
         if steps:
             self.decoder.run(steps)
             self.usage.idle_tokens += steps * len(self.leaves)  # until it is known who was
-        look = self.decoder.look()
-        self._looks.append((tuple(self.leaves), look))
-        self._spans.append(("decode_seconds", start, look.moment))
+        poll = self.decoder.poll()
+        self._polls.append((tuple(self.leaves), poll))
+        self._spans.append(("decode_seconds", start, poll.event))
         return self.ahead if steps else 0
 
     # -- retirement ------------------------------------------------------------------------------
 
     def _retire(self, ahead: int, waiting: deque[tuple[_Pending, int]]) -> Iterator[GroupResult]:
-        """Read all looks but the last `ahead`, and take out the leaves that had finished. A group
+        """Read all polls but the last `ahead`, and take out the leaves that had finished. A group
         whose round is complete by it asks for its next one, ahead of new groups; yields those that
         ask for no more."""
-        while len(self._looks) > ahead:
-            leaves, look = self._looks.popleft()
-            counts, finished = look.read()
+        while len(self._polls) > ahead:
+            leaves, poll = self._polls.popleft()
+            counts, finished = poll.read()
             self._take_times()
             for leaf, count in zip(leaves, counts, strict=True):
                 self.usage.decode_tokens += count - leaf.kept
@@ -392,34 +378,34 @@ class Generator:
                 leaf.kept = count
             done = {leaf for leaf, flag in zip(leaves, finished, strict=True) if flag}
             yield from self._take_out(
-                [i for i, leaf in enumerate(self.leaves) if leaf in done], look, waiting
+                [i for i, leaf in enumerate(self.leaves) if leaf in done], poll, waiting
             )
 
     def _take_out(
-        self, rows: Sequence[int], look: Look, waiting: deque[tuple[_Pending, int]]
+        self, rows: Sequence[int], poll: StatusPoll, waiting: deque[tuple[_Pending, int]]
     ) -> list[GroupResult]:
-        """Take the leaves at `rows` out, which `look` found finished; the groups that are complete
-        by it."""
+        """Take out the leaves at `rows`, which `poll` found finished. Returns the groups that this
+        completes."""
         if not rows:
             return []
         leaving = [self.leaves[i] for i in rows]
-        found = self.decoder.fetch(rows, [leaf.kept for leaf in leaving], look)
+        outcomes = self.decoder.fetch(rows, [leaf.kept for leaf in leaving], poll)
         staying = set(range(len(self.leaves))).difference(rows)
         self._select(self.decoder.live, sorted(staying))
         results = []
-        for leaf, sampled in zip(leaving, found, strict=True):
+        for leaf, sampled in zip(leaving, outcomes, strict=True):
             pending = leaf.pending
             pending.done[leaf.sample] = self._generation(leaf, sampled)
             self.cache.free_slot(leaf.slot)
             self.forest.release(leaf.end)
-            if len(pending.done) < pending.asked:
+            if len(pending.done) < pending.num_requested:
                 continue
             if further := pending.next_round():
-                waiting.extendleft(reversed(further))  # what is held needs no room
+                waiting.extendleft(reversed(further))  # their prompts are retained and need no room
                 continue
             self._let_go(pending)
-            generations = [pending.done[j] for j in range(pending.asked)]
-            tokens = tree_tokens(pending.ends[: pending.asked])
+            generations = [pending.done[j] for j in range(pending.num_requested)]
+            tokens = tree_tokens(pending.ends[: pending.num_requested])
             results.append(GroupResult(pending.group, generations, tokens))
         return results
 
@@ -439,7 +425,6 @@ class Generator:
             "box" if stopped else "eos" if sampled.ended else "length",
             sampled.reason,
             tuple(scores) if sampled.reason == Reason.VALID else None,
-            sampled.meta,
         )
 
     def _select(self, live: LiveSamples, rows: Sequence[int]) -> None:

@@ -5,11 +5,10 @@
     verdict = judge("What is 2 + 2?", ["4", "5"], k=8, seed=0)
 
 A row becomes k prompts (one per order of its responses), `generate` samples them, and the valid
-samples vote: all of them, or those that a meta model, or a meta head, scores highest. Which order a
-sample sees, and how a tie falls, is drawn from streams of its own.
+samples vote: all of them, or those that a meta model scores highest. Which order a sample sees, and
+how a tie falls, is drawn from streams of its own.
 """
 
-import hashlib
 import json
 import math
 from collections import deque
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from engine.decided import samples_to_draw
 from engine.generate import (
@@ -47,7 +45,7 @@ from kernels import cpp
 from kernels.extract_scores import Reason, ScoreAutomaton
 from kernels.sample_token import SamplingOptions, stream_key, uniforms
 from kernels.vote import vote
-from models import load, load_score_weight
+from models import load
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
@@ -69,13 +67,10 @@ class Judge:
         max_batch: int | None = None,
         cache_bytes: int | None = None,
         meta: MetaModel | None = None,
-        meta_head: Tensor | None = None,
     ) -> None:
         """`fingerprint` identifies the model in keys. max_batch: most samples decoded together
         (default 256). cache_bytes bounds keys and values; by default free memory does. meta:
-        chooses which samples vote; ValueError where it takes scores to be in another range.
-        meta_head: chooses them instead (`engine/meta_head.py`); its weight, (1, hidden_size)
-        float32, is copied, and ValueError for any other, or beside a meta model."""
+        chooses which samples vote; ValueError where it takes scores to be in another range."""
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings or JudgeSettings()
@@ -91,19 +86,6 @@ class Judge:
                 f"the meta model's scores are from {_range(meta.settings)}, the judge's from "
                 f"{_range(self.settings)}: see judge.json of each"
             )
-        self.meta_head: Tensor | None = None
-        if meta_head is not None:
-            if meta is not None:
-                raise ValueError("a meta model and a meta head exclude each other")
-            shape = (1, model.config.hidden_size)
-            if meta_head.shape != shape or meta_head.dtype != torch.float32:
-                raise ValueError(
-                    f"the meta head must be {shape} float32, got {tuple(meta_head.shape)} "
-                    f"{meta_head.dtype}"
-                )
-            content = meta_head.detach().cpu().numpy().tobytes()
-            self._meta_head_fingerprint = hashlib.sha256(content).hexdigest()
-            self.meta_head = meta_head.detach().to(model.head_weight.device, copy=True)
         self.usage = Usage()
         vocab = model.config.vocab_size
         self._automaton = ScoreAutomaton(
@@ -126,20 +108,17 @@ class Judge:
         max_batch: int | None = None,
         cache_bytes: int | None = None,
         meta: str | Path | None = None,
-        meta_head: str | Path | None = None,
     ) -> "Judge":
         """Load a model directory in Hugging Face layout.
 
         template: a judge template file in place of the directory's own judge_template.jinja or the
         default. dtype "auto" is the stored one; device "auto" is a GPU where there is one;
         max_batch and cache_bytes as for the constructor. meta: the directory of a meta reward
-        model, a sequence classifier of one label, with a template of its own. meta_head: instead,
-        the safetensors file of a scalar head, `score.weight` (1, hidden_size). Raises ValueError
+        model, a sequence classifier of one label, with a template of its own. Raises ValueError
         naming the file for anything that cannot be read or is not supported.
         """
         directory = Path(directory)
         model, tokenizer = load(directory, dtype=dtype, device=device)
-        hidden_size = model.config.hidden_size
         own = Path(template).read_text(encoding="utf-8") if template else None
         return cls(
             model.eval(),
@@ -150,7 +129,6 @@ class Judge:
             max_batch=max_batch,
             cache_bytes=cache_bytes,
             meta=None if meta is None else MetaModel.load(meta, dtype=dtype, device=device),
-            meta_head=None if meta_head is None else load_score_weight(meta_head, hidden_size),
         )
 
     def __call__(
@@ -197,16 +175,16 @@ class Judge:
         return self._key(row, chosen, _hints(row, draw_orders(row, chosen), hint))
 
     def _options(self, given: dict[str, Any]) -> JudgeOptions:
-        """The options, checked, with k_meta as it holds where there is a meta model or head."""
+        """The options, checked, with k_meta as it holds where there is a meta model."""
         options = JudgeOptions(**given)
-        if self.meta is None and self.meta_head is None:
+        if self.meta is None:
             if options.k_meta is not None:
-                raise ValueError(f"k_meta = {options.k_meta} needs a meta model or a meta head")
+                raise ValueError(f"k_meta = {options.k_meta} needs a meta model")
             return options
         if options.until_decided is not None:
             raise ValueError(
-                "until_decided has no meaning with a meta model or head: which samples vote is not "
-                "known before all k are there"
+                "until_decided has no meaning with a meta model: which samples vote is not known "
+                "before all k are there"
             )
         return replace(options, k_meta=options.k_meta or (options.k + 1) // 2)
 
@@ -226,8 +204,6 @@ class Judge:
             del everything["until_decided"]
         if options.k_meta is None:  # nor do those from before there were meta models
             del everything["k_meta"]
-        if self.meta_head is not None:
-            everything["meta_head"] = self._meta_head_fingerprint
         if self.meta is not None:
             everything |= {
                 "meta_fingerprint": self.meta.fingerprint,
@@ -252,10 +228,10 @@ class Judge:
         until_decided, a probability: a row draws its samples in rounds and stops when it is this
         sure that the vote of all k would fall as it falls now (engine/decided.py); those that it
         draws are the same. k_meta: how many of the valid samples vote, those with the highest meta
-        scores; only with a meta model or head, and then by default k / 2, rounded up. hint gives
+        scores; only with a meta model, and then by default k / 2, rounded up. hint gives
         the text that the template's `hint` shows a sample, or None for no hint; a meta model sees
         none. A row that cannot be judged comes out as a RowFailure in its place. Raises ValueError
-        for options out of range, and for until_decided with a meta model or head.
+        for options out of range, and for until_decided with a meta model.
         """
         chosen = self._options(options)
         sampling = SamplingOptions(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
@@ -274,7 +250,6 @@ class Judge:
             deterministic=chosen.deterministic,
             cache_bytes=cache_bytes,
             usage=self.usage,
-            meta_head=self.meta_head,
         )
         return self._run(generator, scorer, rows, chosen, hint)
 
@@ -424,7 +399,7 @@ class Judge:
             text=self.tokenizer.decode([t for t in generation.token_ids if t < size]),
             scores=_in_row_order(generation, order),
             invalid=None if generation.reason == Reason.VALID else generation.reason.label,
-            meta=None if generation.scores is None else generation.meta,
+            meta=None,
             tokens=len(generation.token_ids),
             finish=generation.finish,
             token_ids=generation.token_ids,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from kernels.cpp import runs_cpp
-from kernels.launch import power_of_two, runs_triton
+from kernels.launch import runs_triton
+from kernels.target import power_of_two
 from models.config import ModelConfig
 
 ALIGN = 16
@@ -23,7 +24,7 @@ ALIGN = 16
 
 @dataclass(eq=False)
 class Slab:
-    """`length` cells from cache slot `start`, held by `holders`."""
+    """`length` cells from cache index `start` on, shared by `holders`."""
 
     start: int
     length: int
@@ -124,8 +125,8 @@ class KVCache:
         return True
 
     def take_slot(self) -> int:
-        """An idle sample slot. In torch attention multiplies what lies behind a sample's last key
-        with weight 0, and 0 * NaN is NaN: there its values are cleared."""
+        """An idle sample slot. Attention in torch multiplies values past a sample's last key with
+        weight 0, and 0 * NaN is NaN: for torch the slot's values are cleared."""
         assert self._idle_slots, "no idle slot"
         slot = self._idle_slots.pop()
         first = self.suffix_base + slot * self.suffix_capacity

@@ -46,8 +46,6 @@ class Options(JudgeOptions):
     """Model directory in Hugging Face layout."""
     meta_model: Path | None = None
     """Directory of a meta reward model, which scores judgements; the best k_meta of them vote."""
-    meta_head: Path | None = None
-    """File of a meta head, which scores judgements by the judge's own state, for an ablation."""
     data: str | None = None
     """Rows as lines of JSON; - is standard input, none the bundled rows."""
     out: str | None = None
@@ -160,7 +158,6 @@ class _Run:
             device=options.device,
             max_batch=options.max_batch,
             meta=options.meta_model,
-            meta_head=options.meta_head,
         )
         self.sampling: dict[str, Any] = {
             field.name: getattr(options, field.name) for field in dataclasses.fields(JudgeOptions)

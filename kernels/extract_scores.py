@@ -1,26 +1,22 @@
 r"""Read the scores out of generated tokens: an automaton over their bytes, one token at a time.
 
-Dimension letters: B rows (live samples), T tokens, V vocabulary, C control states.
+Dimension letters: B rows (live samples), V vocabulary, C control states.
 
-Language (`parse_scores` is the specification). With an anchor: a line begins with the anchor if
-the anchor's bytes follow the start of the text or a newline; after the first such place the first
-complete `\boxed{` ... `}` decides, valid or not. Without an anchor: the last complete box of the
-text. A box ends at the first `}`. Its content must be exactly n integers (one optional sign and
-ASCII digits), separated by commas, with blanks (space, tab, CR, LF) around them, each within
-[score_min, score_max]. A special token has no bytes and resets the automaton: the text starts
-anew after it, and an undecided row forgets all it saw. A decided row (anchor only) stays decided.
+Language (`parse_scores` is the specification). With an anchor: after the first line that begins
+with the anchor, the first complete `\boxed{` ... `}` decides, valid or not. Without an anchor: the
+last complete box of the text. A box ends at the first `}`. Its content must be exactly n integers
+(one optional sign and ASCII digits), separated by commas, with blanks (space, tab, CR, LF) around
+them, each within [score_min, score_max]. A special token has no bytes and resets an undecided row:
+the text starts anew after it. A decided row (anchor only) stays decided.
 
-Design. The control state is one small integer: place in the anchor, in `\boxed{`, or in the
-content. A table over (state, symbol) gives the next state and the action of the symbol on the
-registers: item value, item count, events. Symbols are the 256 bytes, RESET (a special token) and
-PAD (nothing). A second table, over (state, token), composes whole tokens whose path has no
-action, which is nearly all: a decode step is one look-up, and only the few rows with digits,
-commas or braces of a box before them walk their token symbol by symbol, together.
-Values saturate one above the largest magnitude in range, so integers may have any length.
+Design. The control state is an integer: the position in the anchor, in `\boxed{`, or in the
+content. A table over (state, symbol) has the next state and the symbol's action on the registers:
+item value, item count, event. Symbols are the 256 bytes, RESET (a special token) and PAD. A second
+table, over (state, token), has the next state of whole tokens without an action, which are nearly
+all: a decode step is one look-up, and only rows inside a box walk their token symbol by symbol.
 
-In Triton a program holds a block of rows; whether any of them must walk is asked by the program
-itself. `advance_rows` is that step, for other kernels too. On CPU torch reads `any` flags instead.
-This file does not un-permute scores or vote, and never sees the prompt.
+`advance_rows` is that step for a block of rows in a Triton kernel; `ScoreAutomaton.advance_ref` is
+the same step in torch. Neither un-permutes scores or votes, and neither sees the prompt.
 """
 
 import re
@@ -34,7 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Target, check_triton, launch, runs_triton, target_of, to_device
+from kernels.device import to_device
+from kernels.target import Target
 
 _BOX = rb"\boxed{"
 _INTEGER = re.compile(rb"[+-]?[0-9]+")
@@ -46,7 +43,7 @@ _ANCHOR = _SEARCH + len(_BOX)
 _CLOSE, _CLOSE_BAD, _FORGET = 1, 2, 3  # events
 _BY_SYMBOL = -1  # in the token table: the token has an action
 _MAX_ANCHOR = 256  # bytes; the token table has a row for each
-_BOUND = 10**17  # scores stay below it, so that ten times a value fits in int64
+_BOUND = 10**17  # of scores, so that ten times a value fits in int64
 
 
 class Reason(IntEnum):
@@ -107,7 +104,7 @@ def _after_anchor(data: bytes, anchor: bytes) -> int:
 
 
 def _integer(item: bytes) -> int:
-    """The integer, or beyond every range one of the same sign: int() refuses 5000 digits."""
+    """The integer; one of the same sign out of every range for many digits: int() refuses 5000."""
     digits = item.lstrip(b"+-").lstrip(b"0") or b"0"
     magnitude = int(digits) if len(digits) < 18 else _BOUND
     return -magnitude if item.startswith(b"-") else magnitude
@@ -173,7 +170,7 @@ def advance_rows(
     control,  # (ROWS,) int64
     token,  # (ROWS,) int64, num_tokens - 1 for none
     row,  # (ROWS,) int64
-    there,  # (ROWS,) bool
+    mask,  # (ROWS,) bool
     value_ptr,  # (B,) int64, as the next five: the registers of a `ScoreState`
     count_ptr,
     items_ptr,  # (B, max_n + 1)
@@ -191,89 +188,45 @@ def advance_rows(
     score_max,
     saturated,
 ):
-    """The control states of a block of rows after one more token each; their registers, in memory,
-    are touched only where a token has an action."""
-    at = table_ptr + control * num_tokens + token
-    following = tl.load(at, mask=there, other=0).to(tl.int64)  # (ROWS,)
+    """The control states of a block of rows after one more token each. Registers stay in memory and
+    are read only if a token has an action."""
+    table_ptrs = table_ptr + control * num_tokens + token
+    following = tl.load(table_ptrs, mask=mask, other=0).to(tl.int64)  # (ROWS,)
     walks = following == _WALKS
     if tl.max(walks.to(tl.int32), 0) > 0:
         value = tl.load(value_ptr + row, mask=walks, other=0)
         count = tl.load(count_ptr + row, mask=walks, other=0)
-        place = tl.load(first_ptr + token, mask=walks, other=0).to(tl.int32)
+        symbol_index = tl.load(first_ptr + token, mask=walks, other=0).to(tl.int32)
         last = tl.load(last_ptr + token, mask=walks, other=0).to(tl.int32)
         state = control.to(tl.int32)
-        for _ in range(tl.max(last - place, 0)):
-            symbol = tl.load(symbols_ptr + place, mask=walks, other=0).to(tl.int32)
-            edge = transitions_ptr + (state * _SYMBOLS + symbol) * 6
-            state = tl.load(edge, mask=walks, other=0).to(tl.int32)
-            # The item's slot always holds the value so far: when it ends, it is there.
-            item_at = items_ptr + row * (max_n + 1) + tl.minimum(count, max_n)
-            tl.store(item_at, value, mask=walks)
-            value *= tl.load(edge + 1, mask=walks, other=0)
-            value += tl.load(edge + 2, mask=walks, other=0)
+        for _ in range(tl.max(last - symbol_index, 0)):
+            symbol = tl.load(symbols_ptr + symbol_index, mask=walks, other=0).to(tl.int32)
+            edge_ptrs = transitions_ptr + (state * _SYMBOLS + symbol) * 6
+            state = tl.load(edge_ptrs, mask=walks, other=0).to(tl.int32)
+            # The item under way is stored with every symbol, so it is complete when it ends.
+            item_ptrs = items_ptr + row * (max_n + 1) + tl.minimum(count, max_n)
+            tl.store(item_ptrs, value, mask=walks)
+            value *= tl.load(edge_ptrs + 1, mask=walks, other=0)
+            value += tl.load(edge_ptrs + 2, mask=walks, other=0)
             value = tl.minimum(tl.maximum(value, -saturated), saturated)
-            count *= tl.load(edge + 3, mask=walks, other=0)
-            count += tl.load(edge + 4, mask=walks, other=0)
-            event = tl.load(edge + 5, mask=walks, other=0).to(tl.int32)
+            count *= tl.load(edge_ptrs + 3, mask=walks, other=0)
+            count += tl.load(edge_ptrs + 4, mask=walks, other=0)
+            event = tl.load(edge_ptrs + 5, mask=walks, other=0).to(tl.int32)
             if tl.max(event, 0) > 0:
                 _record_rows(
                     event, count, row,
                     items_ptr, n_ptr, reason_ptr, scores_ptr, max_n, score_min, score_max,
                 )  # fmt: skip
-            place = tl.minimum(place + 1, last)
+            symbol_index = tl.minimum(symbol_index + 1, last)
         tl.store(value_ptr + row, value, mask=walks)
         tl.store(count_ptr + row, count, mask=walks)
         following = tl.where(walks, state.to(tl.int64), following)
     return following
 
 
-@triton.jit
-def _extract_scores_kernel(
-    tokens_ptr,  # (B, T), strides stride, 1
-    stride,
-    lengths_ptr,  # (B,), or None: all of length 1
-    num_rows,  # B
-    control_ptr,
-    value_ptr,
-    count_ptr,
-    items_ptr,
-    n_ptr,
-    reason_ptr,
-    scores_ptr,
-    max_n,
-    table_ptr,
-    transitions_ptr,
-    symbols_ptr,
-    first_ptr,
-    last_ptr,
-    num_tokens,
-    score_min,
-    score_max,
-    saturated,
-    ROWS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = row < num_rows  # (ROWS,)
-    if lengths_ptr is None:
-        length = there.to(tl.int64)
-    else:
-        length = tl.load(lengths_ptr + row, mask=there, other=0)
-    control = tl.load(control_ptr + row, mask=there, other=0)
-    for t in range(tl.max(length, 0)):
-        at = tokens_ptr + row * stride + t
-        token = tl.load(at, mask=t < length, other=num_tokens - 1)
-        control = advance_rows(
-            control, token, row, there,
-            value_ptr, count_ptr, items_ptr, n_ptr, reason_ptr, scores_ptr, max_n,
-            table_ptr, transitions_ptr, symbols_ptr, first_ptr, last_ptr,
-            num_tokens, score_min, score_max, saturated,
-        )  # fmt: skip
-    tl.store(control_ptr + row, control, mask=there)
-
-
 def rows_launch(target: Target) -> dict[str, int]:
-    """Rows of a program of `advance_rows`, and its warps: one row a thread, so that a thread only
-    ever loads what it stored itself."""
+    """Rows of a program of `advance_rows`, and its warps: one row per thread, so that a thread only
+    loads what it stored itself."""
     return {"ROWS": 64 if target.is_hip else 32, "num_warps": 1}
 
 
@@ -284,7 +237,7 @@ class ScoreState:
     control: Tensor  # (B,) int64
     value: Tensor  # (B,) int64, the item being read
     count: Tensor  # (B,) int64, items of the box being read that are complete
-    items: Tensor  # (B, max_n + 1) int64, those items; the last column takes what is too many
+    items: Tensor  # (B, max_n + 1) int64, these items; those past max_n go into the last column
     n: Tensor  # (B,) int64, scores expected
     reason: Tensor  # (B,) int64, of the box that decides so far, else UNDECIDED
     scores: Tensor  # (B, max_n) int64, its scores if VALID, else 0
@@ -366,6 +319,7 @@ class ScoreAutomaton:
         if len(anchor_bytes or b"") > _MAX_ANCHOR:
             raise ValueError(f"anchor must have at most {_MAX_ANCHOR} bytes, got {anchor!r}")
         self.score_min, self.score_max = score_min, score_max
+        # Values saturate here, so integers may have any length.
         self._saturated = max(abs(score_min), abs(score_max)) + 1
         self.vocab_size = len(token_bytes)
         transitions, self._start = _transitions(anchor_bytes)
@@ -402,48 +356,17 @@ class ScoreAutomaton:
             scores=zero[:, None].repeat(1, max_n),
         )
 
-    def advance(self, state: ScoreState, tokens: Tensor) -> None:
-        """Move every row over its next token, in place. tokens (B,) int64, ids below V."""
-        if tokens.shape != state.control.shape or tokens.dtype != torch.int64:
-            raise ValueError(
-                f"tokens must be {tuple(state.control.shape)} int64, "
-                f"got {tuple(tokens.shape)} {tokens.dtype}"
-            )
-        if runs_triton(tokens):
-            self._run_triton(state, tokens[:, None], None)
-        else:
-            self.advance_ref(state, tokens)
-
     def advance_ref(self, state: ScoreState, tokens: Tensor) -> None:
-        """`advance` in torch, on any device; reads `any` flags."""
+        """Move every row past its next token, in place and in torch; reads `any` flags.
+
+        tokens: (B,) int64, ids below V, or V for no token.
+        """
         following = self._table[state.control, tokens].long()
         by_symbol = following == _BY_SYMBOL
         if by_symbol.any():
             rows = by_symbol.nonzero()[:, 0]
             following[rows] = self._advance_by_symbol(state, rows, tokens[rows])
         state.control.copy_(following)
-
-    def extract(self, tokens: Tensor, lengths: Tensor, n: Tensor) -> ScoreState:
-        """The state after whole sequences: tokens (B, T), lengths (B,) at most T, n (B,), all
-        int64. The host reads n, which may be on CPU."""
-        if tokens.ndim != 2 or tokens.shape[0] != len(n) or lengths.shape != n.shape:
-            raise ValueError(
-                f"tokens must be (B, T), lengths and n (B,), got {tuple(tokens.shape)}, "
-                f"{tuple(lengths.shape)} and {tuple(n.shape)}"
-            )
-        if tokens.dtype != torch.int64 or lengths.dtype != torch.int64:
-            raise ValueError(
-                f"tokens and lengths must be int64, got {tokens.dtype} and {lengths.dtype}"
-            )
-        state = self.start(n, int(n.max()) if len(n) else 0)
-        if runs_triton(tokens):
-            self._run_triton(state, tokens, lengths)
-            return state
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        filled = tokens.masked_fill(position >= lengths[:, None], self.vocab_size)
-        for column in filled.unbind(1):
-            self.advance_ref(state, column)
-        return state
 
     def tables(self) -> tuple[Any, ...]:
         """What `advance_rows` takes of an automaton."""
@@ -452,33 +375,23 @@ class ScoreAutomaton:
             self.vocab_size + 1, self.score_min, self.score_max, self._saturated,
         )  # fmt: skip
 
-    def _run_triton(self, state: ScoreState, tokens: Tensor, lengths: Tensor | None) -> None:
-        check_triton("extract_scores", tokens, *([] if lengths is None else [lengths]))
-        options = rows_launch(target_of(tokens))
-        launch(
-            _extract_scores_kernel,
-            (-(-len(tokens) // options["ROWS"]),),
-            tokens, tokens.stride(0), lengths, len(tokens),
-            state.control, *state.registers(), *self.tables(), **options,
-        )  # fmt: skip
-
     def _advance_by_symbol(self, state: ScoreState, rows: Tensor, tokens: Tensor) -> Tensor:
         """Walk the tokens of some rows, with their actions; returns the control states."""
         control, value, count = state.control[rows], state.value[rows], state.count[rows]
         items = state.items[rows]
-        place, last = self._first[tokens], self._last[tokens]
-        for _ in range(int((last - place).max())):
-            symbol = self._symbols[place]
+        symbol_index, last = self._first[tokens], self._last[tokens]
+        for _ in range(int((last - symbol_index).max())):
+            symbol = self._symbols[symbol_index]
             control, value_scale, digit, count_scale, ended, event = self._transitions[
                 control * _ALPHABET + symbol
             ].unbind(1)
-            # The item's slot always holds the value so far: when it ends, it is there.
+            # The item under way is stored with every symbol, so it is complete when it ends.
             items.scatter_(1, count.clamp(max=items.shape[1] - 1)[:, None], value[:, None])
             value = (value * value_scale + digit).clamp_(-self._saturated, self._saturated)
             count = count * count_scale + ended
             if event.any():
                 self._record(state, rows, event, count, items[:, :-1])
-            place = torch.minimum(place + 1, last)
+            symbol_index = torch.minimum(symbol_index + 1, last)
         state.value[rows], state.count[rows], state.items[rows] = value, count, items
         return control
 

@@ -3,17 +3,13 @@
     silu(g)      = g / (1 + exp(-g))
     gelu_tanh(g) = g/2 * (1 + tanh(sqrt(2/pi) * (g + 0.044715 g^3)))
 
-T tokens, I the intermediate size; gate and up lie side by side in one tensor (T, 2I). Computed in
+T tokens, I the intermediate size; gate and up are the halves of one tensor (T, 2I). Computed in
 float32 (float64 for float64 input) and rounded once.
 
-ATen's fused `silu`, `sigmoid` and `gelu` round differently in the vector body and the scalar tail
-of their loops, and the tail lies where the work is cut between threads, so a row's bits change with
-the number of rows. `exp`, `tanh`, products, sums and quotients do not have this fault: the forward
-is composed of those (and is faster for it). The backward in torch is not bound by this. In Triton a
-program holds a piece of one long row, or several short rows; the backward writes the gradients of
-gate and up side by side, as they lie in the input. Since (1 + tanh(u)) / 2 = sigmoid(2u), both
-activations are g sigmoid(z) there, with one slope, sigmoid(z) (1 + g z' sigmoid(-z)), in which
-nothing cancels but what is zero.
+In Triton a program has a piece of one long row, or several short rows. Its backward writes the
+gradients of gate and up side by side, as in the input. Since (1 + tanh(u)) / 2 = sigmoid(2u), both
+activations are g sigmoid(z) there, with the slope sigmoid(z) (1 + g z' sigmoid(-z)), which is free
+of cancellation.
 """
 
 import math
@@ -27,21 +23,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import cpp
+from kernels.checks import check_triton, without_gaps
 from kernels.cpp import runs_cpp
 from kernels.device_math import tanh
-from kernels.launch import (
-    Target,
-    check_triton,
-    launch,
-    power_of_two,
-    runs_triton,
-    target_of,
-    without_gaps,
-)
+from kernels.launch import launch, runs_triton
+from kernels.target import power_of_two
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
-_SLOPE = tl.constexpr(_SQRT_2_OVER_PI)
+_GELU_SCALE = tl.constexpr(_SQRT_2_OVER_PI)
 
 
 def gated_act_ref(gate_up: Tensor, activation: str) -> Tensor:
@@ -67,16 +57,16 @@ def _gated_act_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = (row < num_rows)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
-    at = gate_up_ptr + (row * gate_up_t)[:, None] + column[None, :]
-    gate = tl.load(at, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(at + size, mask=there, other=0.0).to(tl.float32)
+    mask = (row < num_rows)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
+    gate_ptrs = gate_up_ptr + (row * gate_up_t)[:, None] + column[None, :]
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + size, mask=mask, other=0.0).to(tl.float32)
     if GELU:
-        active = gate * 0.5 * (1 + tanh(gate * _SLOPE * (1 + 0.044715 * gate * gate)))
+        active = gate * 0.5 * (1 + tanh(gate * _GELU_SCALE * (1 + 0.044715 * gate * gate)))
     else:
         active = gate / (1 + tl.exp(-gate))
     out = (active * up).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (row * size)[:, None] + column[None, :], out, mask=there)
+    tl.store(out_ptr + (row * size)[:, None] + column[None, :], out, mask=mask)
 
 
 @triton.jit
@@ -94,32 +84,31 @@ def _gated_act_backward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = (row < num_rows)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
-    at = gate_up_ptr + (row * gate_up_t)[:, None] + column[None, :]
-    gate = tl.load(at, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(at + size, mask=there, other=0.0).to(tl.float32)
-    at = grad_ptr + (row * grad_t)[:, None] + column[None, :]
-    grad = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    mask = (row < num_rows)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
+    gate_ptrs = gate_up_ptr + (row * gate_up_t)[:, None] + column[None, :]
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + size, mask=mask, other=0.0).to(tl.float32)
+    grad_ptrs = grad_ptr + (row * grad_t)[:, None] + column[None, :]
+    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
     z = gate
-    turn = gate  # g z'
+    g_dz = gate  # g z'
     if GELU:
         square = tl.minimum(gate * gate, 256.0)  # beyond it the sigmoid is 0 or 1 all the same
-        z = 2 * _SLOPE * gate * (1 + 0.044715 * square)
-        turn = 2 * _SLOPE * gate * (1 + 3 * 0.044715 * square)
+        z = 2 * _GELU_SCALE * gate * (1 + 0.044715 * square)
+        g_dz = 2 * _GELU_SCALE * gate * (1 + 3 * 0.044715 * square)
     small = tl.exp(-tl.abs(z))
     large = 1 / (1 + small)
     small *= large
-    sigmoid, opposite = tl.where(z < 0, small, large), tl.where(z < 0, large, small)
-    d_gate = grad * up * (sigmoid * (1 + turn * opposite))
+    sigmoid, complement = tl.where(z < 0, small, large), tl.where(z < 0, large, small)
+    d_gate = grad * up * (sigmoid * (1 + g_dz * complement))
     d_up = grad * (gate * sigmoid)
-    at = d_gate_up_ptr + (row * (2 * size))[:, None] + column[None, :]
-    tl.store(at, d_gate.to(d_gate_up_ptr.dtype.element_ty), mask=there)
-    tl.store(at + size, d_up.to(d_gate_up_ptr.dtype.element_ty), mask=there)
+    d_gate_ptrs = d_gate_up_ptr + (row * (2 * size))[:, None] + column[None, :]
+    tl.store(d_gate_ptrs, d_gate.to(d_gate_up_ptr.dtype.element_ty), mask=mask)
+    tl.store(d_gate_ptrs + size, d_up.to(d_gate_up_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(size: int, target: Target) -> dict[str, int]:
-    """Rows and columns of a program, and its warps: 1,024 elements. Not yet tuned on a device;
-    bench/bench_gated_act.py is the bench to tune with."""
+def _launch(size: int) -> dict[str, int]:
+    """Rows and columns of a program, and its warps: 1,024 elements."""
     columns = min(power_of_two(size, 16), 1024)
     return {"ROWS": 1024 // columns, "COLUMNS": columns, "num_warps": 4}
 
@@ -128,10 +117,10 @@ def _run_triton(gate_up: Tensor, activation: str) -> Tensor:
     check_triton("gated_act", gate_up)
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, size, dtype=gate_up.dtype, device=gate_up.device)
-    options = _launch(size, target_of(gate_up))
+    options = _launch(size)
     launch(
         _gated_act_kernel,
-        (-(-tokens // options["ROWS"]), -(-size // options["COLUMNS"])),
+        (triton.cdiv(tokens, options["ROWS"]), triton.cdiv(size, options["COLUMNS"])),
         gate_up, out, tokens, size, gate_up.stride(0), GELU=activation == "gelu_tanh", **options,
     )  # fmt: skip
     return out
@@ -141,10 +130,10 @@ def _run_triton_backward(grad: Tensor, gate_up: Tensor, activation: str) -> Tens
     check_triton("gated_act", grad, gate_up)
     tokens, size = grad.shape
     out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-    options = _launch(size, target_of(gate_up))
+    options = _launch(size)
     launch(
         _gated_act_backward_kernel,
-        (-(-tokens // options["ROWS"]), -(-size // options["COLUMNS"])),
+        (triton.cdiv(tokens, options["ROWS"]), triton.cdiv(size, options["COLUMNS"])),
         grad, gate_up, out, tokens, size, grad.stride(0), gate_up.stride(0),
         GELU=activation == "gelu_tanh", **options,
     )  # fmt: skip
@@ -161,10 +150,8 @@ def _run_cpp(gate_up: Tensor, activation: str) -> Tensor:
     return out
 
 
-def _forward(gate_up: Tensor, activation: str) -> Tensor:
-    """In torch, the reference with one buffer instead of one per operation."""
-    if runs_triton(gate_up):
-        return _run_triton(gate_up, activation)
+def _run_torch(gate_up: Tensor, activation: str) -> Tensor:
+    """The reference with one buffer instead of one per operation."""
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
     if activation == "silu":
         out = gate.neg().exp_().add_(1)
@@ -173,45 +160,6 @@ def _forward(gate_up: Tensor, activation: str) -> Tensor:
         out = (gate * gate).mul_(0.044715).add_(1).mul_(gate).mul_(_SQRT_2_OVER_PI)
         out = out.tanh_().add_(1).mul_(gate).mul_(0.5)
     return out.mul_(up).to(gate_up.dtype)
-
-
-class _GatedAct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, activation: str) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        ctx.activation = activation
-        return _forward(gate_up, activation)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (gate_up,) = ctx.saved_tensors
-        return gated_act_backward(grad, gate_up, ctx.activation), None
-
-
-def gated_act_backward(grad: Tensor, gate_up: Tensor, activation: str) -> Tensor:
-    """The gradient of gate_up from that of the result.
-
-    grad: (T, I) of any strides, in the dtype of gate_up. gate_up, activation: what `gated_act` was
-    given. Returns (T, 2I) in the dtype of gate_up.
-    """
-    if runs_triton(gate_up):
-        return _run_triton_backward(without_gaps(grad), gate_up, activation)
-    wide = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32))
-    gate, up = wide.chunk(2, -1)
-    grad = grad.to(wide.dtype)
-    out = torch.empty_like(wide)
-    d_gate, d_up = out.chunk(2, -1)
-    if activation == "silu":
-        sigmoid = gate.neg().exp_().add_(1).reciprocal_()
-        active = gate * sigmoid
-        torch.mul(grad, active, out=d_up)
-        slope = active.addcmul_(active, sigmoid, value=-1).add_(sigmoid)
-        torch.mul(slope.mul_(up), grad, out=d_gate)
-    else:
-        torch.mul(grad, F.gelu(gate, approximate="tanh"), out=d_up)
-        d_gate.copy_(torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"))
-    return out.to(gate_up.dtype)
 
 
 def gated_act(gate_up: Tensor, activation: str) -> Tensor:
@@ -232,3 +180,44 @@ def gated_act(gate_up: Tensor, activation: str) -> Tensor:
     if runs_cpp(gate_up):
         return _run_cpp(gate_up, activation)
     return _GatedAct.apply(gate_up, activation)
+
+
+class _GatedAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.activation = activation
+        if runs_triton(gate_up):
+            return _run_triton(gate_up, activation)
+        return _run_torch(gate_up, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gate_up,) = ctx.saved_tensors
+        return gated_act_backward(grad, gate_up, ctx.activation), None
+
+
+def gated_act_backward(grad: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    """The gradient of gate_up from that of the result.
+
+    grad: (T, I) of any strides, in the dtype of gate_up. gate_up, activation: as for `gated_act`.
+    Returns (T, 2I) in the dtype of gate_up.
+    """
+    if runs_triton(gate_up):
+        return _run_triton_backward(without_gaps(grad), gate_up, activation)
+    wide = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32))
+    gate, up = wide.chunk(2, -1)
+    grad = grad.to(wide.dtype)
+    out = torch.empty_like(wide)
+    d_gate, d_up = out.chunk(2, -1)
+    if activation == "silu":
+        sigmoid = gate.neg().exp_().add_(1).reciprocal_()
+        active = gate * sigmoid
+        torch.mul(grad, active, out=d_up)
+        slope = active.addcmul_(active, sigmoid, value=-1).add_(sigmoid)
+        torch.mul(slope.mul_(up), grad, out=d_gate)
+    else:
+        torch.mul(grad, F.gelu(gate, approximate="tanh"), out=d_up)
+        d_gate.copy_(torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"))
+    return out.to(gate_up.dtype)

@@ -30,7 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Target, check_triton, launch, runs_triton, target_of
+from kernels.checks import check_triton
+from kernels.launch import launch, runs_triton
+from kernels.target import Target, target_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LEAST_SPLIT = 512  # what a pipeline takes to fill should not show

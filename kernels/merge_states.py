@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import check_triton, launch, power_of_two, runs_triton
+from kernels.checks import check_triton
+from kernels.launch import launch, runs_triton
+from kernels.target import power_of_two
 
 
 def merge_states_ref(o: Tensor, lse: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,14 +9,10 @@
 T tokens (or tokens x heads), H the normalised size. Everything after the sum is computed in
 float32 (float64 for float64 input) and rounded once at the end.
 
-Row results do not depend on the other rows: the mean runs within a row, and squares, `rsqrt` and
-products round alike in the vector body and the scalar tail of ATen's loops. The Triton kernels hold
-whole rows: several short ones (heads) or one long one at a time.
-
-In the backward in Triton each of P programs takes every P-th block of rows and leaves its part of
-dw in its row of a float32 buffer, which a second kernel sums. Nothing is added atomically, so dw
-has the same bits in every run; its order of summation depends on the number of rows and on P, and
-so on the device.
+A Triton program has whole rows: several short ones (heads) or one long one at a time. In the
+backward each of P programs takes every P-th block of rows and stores its part of dw in its row of a
+float32 buffer, which a second kernel sums. Without atomics dw has the same bits in every run; its
+order of summation depends on the number of rows and on P, and so on the device.
 
 It does not subtract a mean and has no bias.
 """
@@ -30,19 +26,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import cpp
+from kernels.checks import check, check_triton, without_gaps
 from kernels.cpp import runs_cpp
-from kernels.launch import (
-    Target,
-    check_triton,
-    launch,
-    power_of_two,
-    runs_triton,
-    target_of,
-    without_gaps,
-)
+from kernels.launch import launch, runs_triton
+from kernels.target import Target, power_of_two, target_of
 
-# Tile and warps of the sum of partial gradients of the weight. Not yet tuned on a device;
-# bench/bench_rms_norm.py is the bench to tune with.
+# Tile and warps of the sum of partial gradients of the weight.
 _SUM_LAUNCH = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4}
 
 
@@ -81,16 +70,16 @@ def _rms_norm_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    there = (row < num_rows)[:, None] & (column < H)[None, :]  # (ROWS, COLUMNS)
+    mask = (row < num_rows)[:, None] & (column < H)[None, :]  # (ROWS, COLUMNS)
     t, a = row // inner, row % inner
-    at = (t * x_t + a * x_a)[:, None] + column[None, :]
+    offset = (t * x_t + a * x_a)[:, None] + column[None, :]
     out = row[:, None] * H + column[None, :]
-    x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     if RESIDUAL:
-        at = (t * r_t + a * r_a)[:, None] + column[None, :]
-        x += tl.load(residual_ptr + at, mask=there, other=0.0).to(tl.float32)
+        offset = (t * r_t + a * r_a)[:, None] + column[None, :]
+        x += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         total = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + out, total, mask=there)
+        tl.store(sum_ptr + out, total, mask=mask)
         x = total.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, 1) / H + eps)  # (ROWS,)
     tl.store(rstd_ptr + row, rstd, mask=row < num_rows)
@@ -98,7 +87,7 @@ def _rms_norm_kernel(
     if PLUS_ONE:
         weight += 1
     y = x * rstd[:, None] * weight[None, :]
-    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=there)
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -132,26 +121,26 @@ def _rms_norm_backward_kernel(
     d_weight = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(program * ROWS, num_rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
-        there = (row < num_rows)[:, None] & (column < H)[None, :]  # (ROWS, COLUMNS)
+        mask = (row < num_rows)[:, None] & (column < H)[None, :]  # (ROWS, COLUMNS)
         t, a = row // inner, row % inner
-        at = (t * grad_t + a * grad_a)[:, None] + column[None, :]
-        grad = tl.load(grad_ptr + at, mask=there, other=0.0).to(tl.float32)
-        at = (t * total_t + a * total_a)[:, None] + column[None, :]
-        total = tl.load(total_ptr + at, mask=there, other=0.0).to(tl.float32)
+        offset = (t * grad_t + a * grad_a)[:, None] + column[None, :]
+        grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        offset = (t * total_t + a * total_a)[:, None] + column[None, :]
+        total = tl.load(total_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)  # (ROWS,)
         normed = total * rstd[:, None]
         d_weight += grad * normed
         grad *= weight[None, :]
-        along = tl.sum(grad * normed, 1) / H  # (ROWS,)
-        d_total = (grad - normed * along[:, None]) * rstd[:, None]
+        projection = tl.sum(grad * normed, 1) / H  # (ROWS,)
+        d_total = (grad - normed * projection[:, None]) * rstd[:, None]
         if grad_total_ptr is not None:
-            at = (t * grad_total_t + a * grad_total_a)[:, None] + column[None, :]
-            d_total += tl.load(grad_total_ptr + at, mask=there, other=0.0).to(tl.float32)
+            offset = (t * grad_total_t + a * grad_total_a)[:, None] + column[None, :]
+            d_total += tl.load(grad_total_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         out = row[:, None] * H + column[None, :]
-        tl.store(d_x_ptr + out, d_total.to(d_x_ptr.dtype.element_ty), mask=there)
+        tl.store(d_x_ptr + out, d_total.to(d_x_ptr.dtype.element_ty), mask=mask)
         if d_residual_ptr is not None:
             d_residual = d_total.to(d_residual_ptr.dtype.element_ty)
-            tl.store(d_residual_ptr + out, d_residual, mask=there)
+            tl.store(d_residual_ptr + out, d_residual, mask=mask)
     if partial_ptr is not None:
         tl.store(partial_ptr + program * H + column, tl.sum(d_weight, 0), mask=column < H)
 
@@ -169,16 +158,15 @@ def _sum_partials_kernel(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, num_partials, ROWS):
         row = first + tl.arange(0, ROWS)
-        there = (row < num_partials)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
-        at = row.to(tl.int64)[:, None] * size + column[None, :]
-        total += tl.load(partial_ptr + at, mask=there, other=0.0)
+        mask = (row < num_partials)[:, None] & (column < size)[None, :]  # (ROWS, COLUMNS)
+        offset = row.to(tl.int64)[:, None] * size + column[None, :]
+        total += tl.load(partial_ptr + offset, mask=mask, other=0.0)
     out = tl.sum(total, 0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + column, out, mask=column < size)
 
 
-def _launch(size: int, target: Target) -> dict[str, int]:
-    """Rows and columns of a program, and its warps: 2,048 elements or one row. Not yet tuned on a
-    device; bench/bench_rms_norm.py is the bench to tune with."""
+def _launch(size: int) -> dict[str, int]:
+    """Rows and columns of a program, and its warps: 2,048 elements or one row."""
     columns = power_of_two(size, 16)
     return {
         "ROWS": max(1, 2048 // columns),
@@ -188,17 +176,16 @@ def _launch(size: int, target: Target) -> dict[str, int]:
 
 
 def _launch_backward(num_rows: int, size: int, target: Target) -> tuple[int, dict[str, int]]:
-    """How many programs share the rows, 32 warps for each processor; and what each of them holds at
-    a time: as in the forward, on twice the warps, since it is several tensors. Not yet tuned on a
-    device; bench/bench_rms_norm.py is the bench to tune with."""
-    options = _launch(size, target)
+    """The number of programs, 32 warps per multiprocessor; and a program's tile: the forward's, on
+    twice the warps, since it has several tensors."""
+    options = _launch(size)
     options["num_warps"] = min(2 * options["num_warps"], 16 if target.is_hip else 32)
     programs = target.num_processors * (32 // options["num_warps"])
-    return min(-(-num_rows // options["ROWS"]), programs), options
+    return min(triton.cdiv(num_rows, options["ROWS"]), programs), options
 
 
 def _folded(shape: torch.Size) -> tuple[int, int, int]:
-    """(T, A, H): a view's leading dimensions but the last as one."""
+    """(T, A, H): all but the last two dimensions as one."""
     inner = shape[-2] if len(shape) > 2 else 1
     return shape.numel() // max(inner * shape[-1], 1), inner, shape[-1]
 
@@ -216,10 +203,10 @@ def _run_triton(
     y = torch.empty(shape, dtype=dtype, device=x.device)
     total = x.view(shape) if residual is None else torch.empty_like(y)
     rstd = torch.empty(*shape[:-1], 1, dtype=torch.float32, device=x.device)
-    options = _launch(size, target_of(x))
+    options = _launch(size)
     launch(
         _rms_norm_kernel,
-        (-(-rstd.numel() // options["ROWS"]),),
+        (triton.cdiv(rstd.numel(), options["ROWS"]),),
         x, added, weight, y, total, rstd, rstd.numel(), inner,
         x.stride(0), x.stride(1), added.stride(0), added.stride(1), eps,
         H=size, PLUS_ONE=plus_one, RESIDUAL=residual is not None, **options,
@@ -265,7 +252,7 @@ def _run_triton_backward(
     d_weight = torch.empty_like(weight)
     launch(
         _sum_partials_kernel,
-        (-(-size // _SUM_LAUNCH["COLUMNS"]),),
+        (triton.cdiv(size, _SUM_LAUNCH["COLUMNS"]),),
         partial, d_weight, programs, size, **_SUM_LAUNCH,
     )  # fmt: skip
     return d_x, d_residual, d_weight
@@ -287,8 +274,41 @@ def _run_cpp(
     return y if total is None else (y, total)
 
 
+def _run_torch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, plus_one: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps))
+    y = (wide * rstd).mul_(_scale(weight, plus_one, wide.dtype)).to(total.dtype)
+    return y, total, rstd
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalise `x`, or `x + residual`, to unit root mean square and scale it.
+
+    x: (..., H), floating. weight: (H,), any floating dtype. residual: shape of x; its dtype may be
+    wider than x's (mixed precision keeps the residual stream in float32). In Triton at most the
+    last two dimensions may be a slice of something wider, and the last is contiguous.
+    Returns y, or (y, x + residual) when a residual is given, both in the dtype of the sum;
+    differentiable once.
+    Raises ValueError for other shapes or dtypes and for eps that is not positive.
+    """
+    check("rms_norm: x", x, x.shape, "floating")
+    check("rms_norm: weight", weight, x.shape[-1:], "floating")
+    if residual is not None:
+        check("rms_norm: residual", residual, x.shape, "floating")
+    if not eps > 0:
+        raise ValueError(f"rms_norm: eps must be positive, got {eps}")
+    if runs_cpp(x, weight, *([] if residual is None else [residual])):
+        return _run_cpp(x, residual, weight, eps, plus_one)
+    return _RMSNorm.apply(x, residual, weight, eps, plus_one)
+
+
 class _RMSNorm(torch.autograd.Function):
-    """Gives y, and s where there is a residual."""
+    """Returns y and, if there is a residual, s."""
 
     @staticmethod
     def forward(
@@ -297,10 +317,7 @@ class _RMSNorm(torch.autograd.Function):
         if runs_triton(x):
             y, total, rstd = _run_triton(x, residual, weight, eps, plus_one)
         else:
-            total = x if residual is None else x + residual
-            wide = total.to(torch.promote_types(total.dtype, torch.float32))
-            rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps))
-            y = (wide * rstd).mul_(_scale(weight, plus_one, wide.dtype)).to(total.dtype)
+            y, total, rstd = _run_torch(x, residual, weight, eps, plus_one)
         ctx.save_for_backward(total, weight, rstd)
         ctx.plus_one = plus_one
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
@@ -331,11 +348,11 @@ def rms_norm_backward(
     residual_dtype: torch.dtype | None = None,
     weight_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x, residual and weight from those of y and, where it was a result, s.
+    """The gradients of x, residual and weight from those of y and, with a residual, of s.
 
     grad, grad_total: (..., H) of any strides. total: s. rstd: (..., 1), 1 / sqrt(mean(s^2) + eps)
-    in the dtype of accumulation. dtype, residual_dtype: those of x and residual (None: there was
-    none), in which their gradients are returned; one of weight is None unless `weight_grad`.
+    in the dtype of accumulation. dtype, residual_dtype: those of x and residual (None: no
+    residual), and of their gradients. Without `weight_grad` that of weight is None.
     """
     if runs_triton(total):
         return _run_triton_backward(
@@ -347,8 +364,8 @@ def rms_norm_backward(
     if weight_grad:
         d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
     grad = grad * _scale(weight, plus_one, rstd.dtype)
-    along = (grad * normed).mean(-1, keepdim=True)
-    d_total = grad.sub_(normed.mul_(along)).mul_(rstd).to(total.dtype)
+    projection = (grad * normed).mean(-1, keepdim=True)
+    d_total = grad.sub_(normed.mul_(projection)).mul_(rstd).to(total.dtype)
     if grad_total is not None:
         d_total = d_total + grad_total
     d_residual = None if residual_dtype is None else d_total.to(residual_dtype)
@@ -357,30 +374,3 @@ def rms_norm_backward(
 
 def _scale(weight: Tensor, plus_one: bool, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) + 1 if plus_one else weight.to(dtype)
-
-
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Normalise `x`, or `x + residual`, to unit root mean square and scale it.
-
-    x: (..., H), floating. weight: (H,), any floating dtype. residual: shape of x; its dtype may be
-    wider than x's (mixed precision keeps the residual stream in float32). In Triton at most the
-    last two dimensions may be a slice of something wider, and the last is contiguous.
-    Returns y, or (y, x + residual) when a residual is given, both in the dtype of the sum;
-    differentiable once.
-    Raises ValueError for other shapes or dtypes and for eps that is not positive.
-    """
-    if not x.is_floating_point():
-        raise ValueError(f"rms_norm: x must be floating, got {x.dtype}")
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight must be ({x.shape[-1]},), got {tuple(weight.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"rms_norm: residual must be {tuple(x.shape)}, got {tuple(residual.shape)}"
-        )
-    if not eps > 0:
-        raise ValueError(f"rms_norm: eps must be positive, got {eps}")
-    if runs_cpp(x, weight, *([] if residual is None else [residual])):
-        return _run_cpp(x, residual, weight, eps, plus_one)
-    return _RMSNorm.apply(x, residual, weight, eps, plus_one)

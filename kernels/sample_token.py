@@ -2,51 +2,21 @@
 
 Dimension letters: B rows (live samples), V vocabulary, P positions.
 
-Uniforms. `stream_key` gives a row of the data its own Philox4x32-10 key for each purpose; the
-counter is (sample index, position). A draw therefore depends on the seed, the row, the index of
-the sample and the position, and on nothing else: not on the slot, not on k, not on the batch.
-
-Distribution. Logits of a half type are widened to float32; with a soft-cap c they become
-c tanh(logits / c) before anything else. With x = logits - max(logits), in this order:
-  1. temperature  w_i = exp(x_i / T); T = 0 takes the first maximal index and draws nothing
+With x = logits - max(logits), after the soft-cap c tanh(logits / c) if there is one, in this order:
+  1. temperature  w_i = exp(x_i / T); T = 0 takes the first maximal index and ignores the uniform
   2. top-k        the k largest logits stay
-  3. top-p        of those, most probable first, the smallest set whose mass reaches
-                  top_p x (their total) stays; the most probable token always stays
-  4. min-p        w_i < min_p has its weight removed; w_max = 1, so this is relative to the maximum
-Among equal logits at a boundary of 2 or 3 the lower index stays. Removed tokens have w_i = 0.
+  3. top-p        of those, the smallest set of the most probable that reaches top_p of their mass
+  4. min-p        w_i < min_p is removed; w_max = 1, so min_p is relative to the maximum
+The most probable token always stays; among equal logits at a boundary, lower indices stay.
 
-Inverse transform, in the order of the vocabulary, over tiles of TILE tokens:
+Inverse transform in the order of the vocabulary, over tiles of TILE tokens, w = 0 where removed:
   s_j = sum of w over tile j;  S_j = s_0 + .. + s_j;  t = u S_last
   tile  = first j with S_j > t;  r = t - S_{tile-1}
   token = first i of that tile with (w summed from the tile's start to i) > r
-Where rounding leaves no such tile or token, the last one that moves the running sum is taken, so
-that a token of weight 0 is never returned. float32 throughout; torch's CPU cumsum adds in order,
-in float64, and rounds each partial sum. The mapping from (u, logits) to a token is fixed: another
-TILE or order of summation would change published samples.
+If rounding leaves no such tile or token, the last one with w > 0 is taken. All is float32. The
+mapping from (u, logits) to a token is fixed: another TILE or order would change published samples.
 
-A row's results on CPU are bitwise the same for any B and any number of threads. That excludes
-`logsumexp` and sums over a whole row, whose order of summation depends on both.
-
-Triton. The vocabulary is not sorted. One program a tile reduces it to its maximum and its sums; one
-program a row then chooses the tile, reads its logits again and chooses the token. No program sees
-two rows, so a row does not depend on the batch. The order of summation within a tile, and over the
-tile sums, is the device's own (`tl.sum`, `tl.cumsum`): the mapping from (u, logits) to a token is
-fixed for each type of device, and differs from the CPU's where u is within rounding of a boundary.
-
-With top-k or top-p, one program a row first finds the smallest logit that stays, by bisection over
-integers in whose order float32 numbers lie, and of the tokens equal to it the last that stays. A
-pass over the row tries three thresholds (two bits): they share its loads and exponentials, while
-seven would cost as much arithmetic as the passes saved. A search takes at most 16 passes, 8 in
-bfloat16 without a soft-cap, and most take fewer: it starts from a bound (top-k: the smallest tile
-maximum; top-p: the logit below which V tokens weigh less than it leaves out) and ends when one
-token is left between. Top-k and top-p together are two searches.
-
-Log-probs are natural logarithms: `logprob` of softmax(logits), `sampling_logprob` of the
-distribution drawn from (tempered, filtered, renormalised; 0 when greedy).
-
-A row whose maximum is NaN or infinite gets some token in [0, V) and NaN log-probs (when greedy,
-only `logprob` is NaN); `check_logits` is the explicit, synchronising test for such rows.
-This file does not apply repetition penalties or logit biases, and does not choose stop tokens.
+Repetition penalties, logit biases and stop tokens are not here.
 """
 
 import hashlib
@@ -59,9 +29,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import cpp
+from kernels.checks import check
 from kernels.cpp import runs_cpp
 from kernels.device_math import tanh
-from kernels.launch import Target, launch, power_of_two, runs_triton, target_of
+from kernels.launch import launch, runs_triton
+from kernels.target import Target, power_of_two, target_of
 
 TILE = 1024
 STREAMS = ("token", "order", "tie")
@@ -103,8 +75,8 @@ def stream_key(seed: int, row_id: str, stream: str) -> tuple[int, int]:
     """The two 32-bit Philox key words of one stream ("token", "order" or "tie") of one row.
 
     They are the first 8 bytes, little-endian, of SHA-256(seed as 8 bytes little-endian,
-    SHA-256 of the row id in UTF-8, stream name in ASCII): the first two fields have a fixed
-    length, so no two triples share an encoding. ValueError for a seed outside [0, 2**64).
+    SHA-256 of the row id in UTF-8, stream name in ASCII). The first two fields have a fixed length,
+    so no two triples share an encoding. Raises ValueError for a seed outside [0, 2**64).
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
@@ -152,13 +124,13 @@ def _uniforms_kernel(
     p_p,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
-    there = at < num_uniforms
-    row, column = at // num_positions, at % num_positions
-    key0 = tl.load(keys_ptr + row * k_b, mask=there, other=0)
-    key1 = tl.load(keys_ptr + row * k_b + k_w, mask=there, other=0)
-    index = tl.load(index_ptr + row * i_b, mask=there, other=0)
-    position = tl.load(positions_ptr + row * p_b + column * p_p, mask=there, other=0)
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    mask = offset < num_uniforms
+    row, column = offset // num_positions, offset % num_positions
+    key0 = tl.load(keys_ptr + row * k_b, mask=mask, other=0)
+    key1 = tl.load(keys_ptr + row * k_b + k_w, mask=mask, other=0)
+    index = tl.load(index_ptr + row * i_b, mask=mask, other=0)
+    position = tl.load(positions_ptr + row * p_b + column * p_p, mask=mask, other=0)
     word, _, _, _ = tl.philox(
         key0 | (key1 << 32),
         index.to(tl.uint32),
@@ -167,18 +139,18 @@ def _uniforms_kernel(
         (position >> 32).to(tl.uint32),
     )
     uniform = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2**-23
-    tl.store(uniform_ptr + at, uniform, mask=there)
+    tl.store(uniform_ptr + offset, uniform, mask=mask)
 
 
 def _run_triton_uniforms(keys: Tensor, sample_index: Tensor, positions: Tensor) -> Tensor:
     uniform = torch.empty(positions.shape, dtype=torch.float32, device=positions.device)
-    at = positions if positions.dim() == 2 else positions[:, None]
+    columns = positions if positions.dim() == 2 else positions[:, None]
     block = min(256, power_of_two(uniform.numel(), 16))
     launch(
         _uniforms_kernel,
-        (-(-uniform.numel() // block),),
-        keys, sample_index, at, uniform, uniform.numel(), at.shape[1],
-        *keys.stride(), *sample_index.stride(), *at.stride(), BLOCK=block, num_warps=4,
+        (triton.cdiv(uniform.numel(), block),),
+        keys, sample_index, columns, uniform, uniform.numel(), columns.shape[1],
+        *keys.stride(), *sample_index.stride(), *columns.stride(), BLOCK=block, num_warps=4,
     )  # fmt: skip
     return uniform
 
@@ -196,24 +168,19 @@ def _torch_uniforms(keys: Tensor, sample_index: Tensor, positions: Tensor) -> Te
 def uniforms(keys: Tensor, sample_index: Tensor, positions: Tensor) -> Tensor:
     """One float32 uniform in the open interval (0, 1) for each row and position.
 
-    keys (B, 2) int64 from `stream_key`; sample_index (B,) int64; positions (B,) or (B, P) int64,
-    all non-negative. Returns the shape of positions. The counter is (low and high word of the
-    sample index, low and high word of the position); the uniform is ((x >> 9) + 1/2) / 2**23 of
-    the first output word x: 23 bits, because with 24 the half could not be represented and the
-    largest uniform would round to 1. Bit for bit the same on every device. On CPU a call is some
-    300 small operations whatever P is, so a decode loop should draw a block of positions at a time.
+    keys: (B, 2) int64 from `stream_key`. sample_index: (B,) int64. positions: (B,) or (B, P) int64.
+    All are non-negative. Returns float32 of the shape of positions, the same bits on every device.
+    A uniform depends on the seed, the row, the sample's index and the position alone: the Philox
+    counter is (sample index, position), two words each, and the uniform ((x >> 9) + 1/2) / 2**23 of
+    the first output word x. (With 24 bits the largest uniform would round to 1.) In torch a call is
+    some 300 small operations for any P, so draw a block of positions at a time. Raises ValueError
+    for other shapes and dtypes.
     """
     batch = keys.shape[0]
-    if keys.shape != (batch, 2) or sample_index.shape != (batch,):
-        raise ValueError(
-            f"keys must be (B, 2) and sample_index (B,), got {tuple(keys.shape)} "
-            f"and {tuple(sample_index.shape)}"
-        )
-    if positions.dim() not in (1, 2) or positions.shape[0] != batch:
-        raise ValueError(f"positions must be ({batch},) or ({batch}, P), got {positions.shape}")
-    for name, tensor in (("keys", keys), ("sample_index", sample_index), ("positions", positions)):
-        if tensor.dtype != torch.int64:
-            raise ValueError(f"{name} must be int64, got {tensor.dtype}")
+    check("uniforms: keys", keys, ("B", 2), torch.int64)
+    check("uniforms: sample_index", sample_index, (batch,), torch.int64)
+    shape = (batch,) if positions.ndim == 1 else (batch, "P")
+    check("uniforms: positions", positions, shape, torch.int64)
     if runs_triton(keys):
         return _run_triton_uniforms(keys, sample_index, positions)
     uniform = torch.empty(positions.shape)
@@ -225,17 +192,8 @@ def uniforms(keys: Tensor, sample_index: Tensor, positions: Tensor) -> Tensor:
     return _torch_uniforms(keys, sample_index, positions)
 
 
-def check_logits(logits: Tensor) -> None:
-    """Raise ValueError naming the first row whose maximum is NaN or infinite (synchronises)."""
-    maximum = logits.amax(-1)
-    bad = (~maximum.isfinite()).nonzero()
-    if len(bad):
-        row = int(bad[0, 0])
-        raise ValueError(f"the largest logit of row {row} is {maximum[row].item()}, not finite")
-
-
-def _widened(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits in float32 at least and soft-capped: the bits that a transformer's head gives."""
+def _to_float(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits in float32 or wider, soft-capped."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
@@ -243,9 +201,9 @@ def _widened(logits: Tensor, softcap: float | None) -> Tensor:
 def sample_token_ref(
     logits: Tensor, uniform: Tensor, options: SamplingOptions, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The specification of `sample_token`, in the dtype of the logits (also float64; half types are
-    widened to float32)."""
-    logits = _widened(logits, softcap)
+    """The specification of `sample_token`, in the dtype of the logits (also float64; half types in
+    float32)."""
+    logits = _to_float(logits, softcap)
     vocab_size = logits.shape[1]
     x = logits - logits.amax(-1, keepdim=True)
     log_softmax = x - x.exp().sum(-1, keepdim=True).log()
@@ -269,20 +227,21 @@ def sample_token_ref(
     tiles = torch.nn.functional.pad(weights, (0, -vocab_size % TILE)).unflatten(1, (-1, TILE))
     tile_sums = tiles.sum(-1)
     running = tile_sums.cumsum(-1)
-    threshold = uniform.to(x.dtype)[:, None] * running[:, -1:]
-    tile = _first_above(running, tile_sums, threshold)
+    target = uniform.to(x.dtype)[:, None] * running[:, -1:]
+    tile = _first_above(running, tile_sums, target)
     before = torch.where(tile > 0, running.gather(1, (tile - 1).clamp(min=0)), 0)
     inside = tiles.gather(1, tile[..., None].expand(-1, 1, TILE))[:, 0]
-    token = tile * TILE + _first_above(inside.cumsum(-1), inside, threshold - before)
+    token = tile * TILE + _first_above(inside.cumsum(-1), inside, target - before)
     token = token.clamp(max=vocab_size - 1)  # only a row of NaN can exceed it
     sampling_logprob = (x.gather(1, token) / options.temperature) - running[:, -1:].log()
     return token[:, 0], log_softmax.gather(1, token)[:, 0], sampling_logprob[:, 0]
 
 
-def _first_above(running: Tensor, parts: Tensor, threshold: Tensor) -> Tensor:
-    """(B, 1): first index of a positive part whose running sum exceeds the threshold, or last."""
+def _first_above(running: Tensor, parts: Tensor, target: Tensor) -> Tensor:
+    """(B, 1): the first index whose part is positive and whose running sum exceeds the target; else
+    the last with a positive part."""
     positive = parts > 0
-    above = positive & (running > threshold)
+    above = positive & (running > target)
     size = parts.shape[1]
     last = size - 1 - positive.flip(-1).to(torch.int8).argmax(-1, keepdim=True)
     first = above.to(torch.int8).argmax(-1, keepdim=True)
@@ -299,9 +258,9 @@ def _read(row_ptr, token, vocab_size, softcap):
 
 
 @triton.jit
-def _tiles_kernel(
+def _tile_stats_kernel(
     logits_ptr,  # (B, V)
-    maximum_ptr,  # (B, tiles)
+    tile_max_ptr,  # (B, tiles)
     normalizer_ptr,  # (B, tiles): sum of exp(x - maximum)
     mass_ptr,  # (B, tiles): sum of exp((x - maximum) / T), or None when greedy
     vocab_size,
@@ -313,37 +272,39 @@ def _tiles_kernel(
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
     x = _read(logits_ptr + row * vocab_size, token, vocab_size, softcap)  # (TILE,)
-    maximum = tl.max(x, 0)
+    tile_max = tl.max(x, 0)
     # A tile of -inf has sums of 0, not NaN: the row may go on elsewhere.
-    x -= tl.where(maximum == float("-inf"), 0.0, maximum)
-    at = row * num_tiles + tile
-    tl.store(maximum_ptr + at, maximum)
-    tl.store(normalizer_ptr + at, tl.sum(tl.exp(x), 0))
+    x -= tl.where(tile_max == float("-inf"), 0.0, tile_max)
+    offset = row * num_tiles + tile
+    tl.store(tile_max_ptr + offset, tile_max)
+    tl.store(normalizer_ptr + offset, tl.sum(tl.exp(x), 0))
     if mass_ptr is not None:
-        tl.store(mass_ptr + at, tl.sum(tl.exp(x * inverse_temperature), 0))
+        tl.store(mass_ptr + offset, tl.sum(tl.exp(x * inverse_temperature), 0))
 
 
 @triton.jit
-def _image(x, EMPTY: tl.constexpr):
-    """An integer in whose order floats lie, without the low bits that are empty."""
+def _to_ordered_int(x, EMPTY: tl.constexpr):
+    """An integer that sorts like the float x. EMPTY low bits, 0 in every number of x's original
+    dtype, are dropped."""
     bits = x.to(tl.int32, bitcast=True)
     return (tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> EMPTY).to(tl.int64)
 
 
 @triton.jit
-def _number_of(image, EMPTY: tl.constexpr):
-    """The number of an image: its empty bits are 0, and so ones in the image of a negative one."""
-    bits = (image << EMPTY).to(tl.int32)
+def _from_ordered_int(ordered, EMPTY: tl.constexpr):
+    """Inverse of `_to_ordered_int`. The low EMPTY bits are filled so that the original bits are 0:
+    for negative numbers the encoding inverts them, so they are filled with ones."""
+    bits = (ordered << EMPTY).to(tl.int32)
     bits = tl.where(bits < 0, (bits | ((1 << EMPTY) - 1)) ^ 0x7FFFFFFF, bits)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _from_thresholds(
-    row_ptr, softcap, maximum, inverse_temperature, a, b, c,
+def _sums_above(
+    row_ptr, softcap, row_max, inverse_temperature, a, b, c,
     MASS: tl.constexpr, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of logits from a, b and c upwards; then their masses, or (not MASS) the numbers."""
+    """The numbers of logits >= a, >= b and >= c; then their masses or, if not MASS, the numbers."""
     num_a = tl.full([BLOCK], 0, tl.int32)
     num_b, num_c = num_a, num_a
     sum_a = tl.full([BLOCK], 0.0, tl.float32)
@@ -354,7 +315,7 @@ def _from_thresholds(
         num_b += (x >= b).to(tl.int32)
         num_c += (x >= c).to(tl.int32)
         if MASS:
-            w = tl.exp((x - maximum) * inverse_temperature)
+            w = tl.exp((x - row_max) * inverse_temperature)
             sum_a += tl.where(x >= a, w, 0.0)
             sum_b += tl.where(x >= b, w, 0.0)
             sum_c += tl.where(x >= c, w, 0.0)
@@ -367,25 +328,27 @@ def _from_thresholds(
 
 @triton.jit
 def _bisect(
-    row_ptr, softcap, maximum, inverse_temperature, low, goal,
+    row_ptr, softcap, row_max, inverse_temperature, low, goal,
     MASS: tl.constexpr, EMPTY: tl.constexpr, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Images `low` and `high`: the mass (not MASS: the number) of the logits from `low` upwards
-    reaches the goal, from `high` upwards it does not, and between them lies one logit or ties of
-    one value. With them the mass from `high` upwards and a bound on the number between.
+    """Bisect the ordered integers for a threshold: the mass (if not MASS, the number) of the logits
+    >= `low` reaches the goal, of those >= `high` it does not, and between them lies one logit or
+    ties of one value. Returns low, high, the mass >= high, and a bound on the number between.
 
-    low: an image from which upwards the goal is certainly reached.
+    low: a lower bound, at which the goal is certainly reached. Each pass over the row tests three
+    thresholds, i.e. resolves two bits: they share loads and exponentials, while seven would cost as
+    much arithmetic as the passes saved. At most 16 passes (8 in bfloat16 without a soft-cap).
     """
-    high = _image(maximum, EMPTY) + 1
+    high = _to_ordered_int(row_max, EMPTY) + 1
     num_low, num_high, above = VOCAB_SIZE, 0, 0.0
     while (high - low > 1) & (num_low - num_high > 1):
         width = high - low
         a = low + tl.maximum(width // 4, 1)
         b = low + tl.maximum(width // 2, 1)
         c = low + tl.maximum(3 * width // 4, 1)
-        n_a, n_b, n_c, s_a, s_b, s_c = _from_thresholds(
-            row_ptr, softcap, maximum, inverse_temperature,
-            _number_of(a, EMPTY), _number_of(b, EMPTY), _number_of(c, EMPTY),
+        n_a, n_b, n_c, s_a, s_b, s_c = _sums_above(
+            row_ptr, softcap, row_max, inverse_temperature,
+            _from_ordered_int(a, EMPTY), _from_ordered_int(b, EMPTY), _from_ordered_int(c, EMPTY),
             MASS, VOCAB_SIZE, BLOCK,
         )  # fmt: skip
         if s_c >= goal:
@@ -400,18 +363,18 @@ def _bisect(
 
 
 @triton.jit
-def _cutoff_kernel(
+def _threshold_kernel(
     logits_ptr,  # (B, V)
-    maximum_ptr,  # (B, tiles)
+    tile_max_ptr,  # (B, tiles)
     mass_ptr,  # (B, tiles)
-    cutoff_ptr,  # (B,) smallest logit that stays, or less where it has no equal
-    last_ptr,  # (B,) last token that stays of those at the cutoff
+    threshold_ptr,  # (B,) the smallest logit kept, or less if it has no tie
+    last_kept_ptr,  # (B,) the last token kept of those tied at the threshold
     num_tiles,
     inverse_temperature,
     softcap,
     top_k,
     top_p,
-    reach,  # tokens that lie further below the maximum weigh less than top-p leaves out
+    depth,  # all logits further below the maximum together weigh less than top-p removes
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
     TILES: tl.constexpr,
@@ -419,80 +382,84 @@ def _cutoff_kernel(
     VOCAB_SIZE: tl.constexpr,  # the interpreter of Triton 3.6 takes no argument for a loop's bound
     BLOCK: tl.constexpr,
 ):
+    """Top-k and top-p, each a search for the smallest logit kept; a program has a whole row.
+
+    Lower bounds to start from: for top-k the smallest tile maximum; for top-p a logit so low that
+    even V tokens below it weigh less than 1 - top_p."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * VOCAB_SIZE
     tile = tl.arange(0, TILES)
-    there = tile < num_tiles
-    at = row * num_tiles + tile
-    tile_maximum = tl.load(maximum_ptr + at, mask=there, other=float("-inf"))  # (TILES,)
-    maximum = tl.max(tile_maximum, 0)
+    mask = tile < num_tiles
+    offset = row * num_tiles + tile
+    tile_max = tl.load(tile_max_ptr + offset, mask=mask, other=float("-inf"))  # (TILES,)
+    row_max = tl.max(tile_max, 0)
     if TOP_K:
-        # Each tile has a logit from the smallest maximum upwards.
-        floor = tl.min(tl.where(there, tile_maximum, float("inf")), 0)
-        low = _image(tl.where(num_tiles >= top_k, floor, float("-inf")), EMPTY)
+        # Every tile has a logit that reaches the smallest maximum.
+        floor = tl.min(tl.where(mask, tile_max, float("inf")), 0)
+        low = _to_ordered_int(tl.where(num_tiles >= top_k, floor, float("-inf")), EMPTY)
         low, high, above, num_tied = _bisect(
-            row_ptr, softcap, maximum, inverse_temperature, low, top_k,
+            row_ptr, softcap, row_max, inverse_temperature, low, top_k,
             False, EMPTY, VOCAB_SIZE, BLOCK,
         )  # fmt: skip
-        stay = top_k - above
+        num_kept = top_k - above
     if TOP_P:
-        low_p = _image(maximum - reach, EMPTY)
+        low_p = _to_ordered_int(row_max - depth, EMPTY)
         if TOP_K:
-            from_low, from_high = _number_of(low, EMPTY), _number_of(high, EMPTY)
-            _, _, _, total, mass_above, _ = _from_thresholds(
-                row_ptr, softcap, maximum, inverse_temperature,
+            from_low, from_high = _from_ordered_int(low, EMPTY), _from_ordered_int(high, EMPTY)
+            _, _, _, row_sum, mass_above, _ = _sums_above(
+                row_ptr, softcap, row_max, inverse_temperature,
                 from_low, from_high, from_high, True, VOCAB_SIZE, BLOCK,
             )  # fmt: skip
-            if stay < num_tied:
-                total = mass_above + stay * tl.exp((from_low - maximum) * inverse_temperature)
+            if num_kept < num_tied:
+                row_sum = mass_above + num_kept * tl.exp((from_low - row_max) * inverse_temperature)
             low_p = tl.maximum(low, low_p)
         else:
-            mass = tl.load(mass_ptr + at, mask=there, other=0.0)
-            total = tl.sum(mass * tl.exp((tile_maximum - maximum) * inverse_temperature), 0)
-        goal = top_p * total
+            mass = tl.load(mass_ptr + offset, mask=mask, other=0.0)
+            row_sum = tl.sum(mass * tl.exp((tile_max - row_max) * inverse_temperature), 0)
+        goal = top_p * row_sum
         low_p, _, above, num_tied = _bisect(
-            row_ptr, softcap, maximum, inverse_temperature, low_p, goal,
+            row_ptr, softcap, row_max, inverse_temperature, low_p, goal,
             True, EMPTY, VOCAB_SIZE, BLOCK,
         )  # fmt: skip
-        weight = tl.exp((_number_of(low_p, EMPTY) - maximum) * inverse_temperature)
-        stay_p = tl.maximum(tl.ceil((goal - above) / weight), 1.0)
+        weight = tl.exp((_from_ordered_int(low_p, EMPTY) - row_max) * inverse_temperature)
+        num_kept_p = tl.maximum(tl.ceil((goal - above) / weight), 1.0)
         if TOP_K:
-            stay_p = tl.where(low_p == low, tl.minimum(stay, stay_p), stay_p)
-        low, stay = low_p, stay_p
+            num_kept_p = tl.where(low_p == low, tl.minimum(num_kept, num_kept_p), num_kept_p)
+        low, num_kept = low_p, num_kept_p
 
-    cutoff = _number_of(low, EMPTY)
-    last = VOCAB_SIZE
-    if stay < num_tied:
-        start, seen, num_stay = 0, 0, stay.to(tl.int32)
-        while (seen < num_stay) & (start < VOCAB_SIZE):
+    threshold = _from_ordered_int(low, EMPTY)
+    last_kept = VOCAB_SIZE
+    if num_kept < num_tied:
+        start, seen, last_rank = 0, 0, num_kept.to(tl.int32)
+        while (seen < last_rank) & (start < VOCAB_SIZE):
             token = start + tl.arange(0, BLOCK)
-            tied = (_read(row_ptr, token, VOCAB_SIZE, softcap) == cutoff).to(tl.int32)
+            tied = (_read(row_ptr, token, VOCAB_SIZE, softcap) == threshold).to(tl.int32)
             rank = seen + tl.cumsum(tied, 0)  # (BLOCK,), from 1
-            last = tl.min(tl.where((tied == 1) & (rank == num_stay), token, VOCAB_SIZE), 0)
+            last_kept = tl.min(tl.where((tied == 1) & (rank == last_rank), token, VOCAB_SIZE), 0)
             seen += tl.sum(tied, 0)
             start += BLOCK
-    tl.store(cutoff_ptr + row, cutoff)
-    tl.store(last_ptr + row, last)
+    tl.store(threshold_ptr + row, threshold)
+    tl.store(last_kept_ptr + row, last_kept)
 
 
 @triton.jit
-def _weights(x, token, row, maximum, inverse_temperature, min_p, cutoff_ptr, last_ptr):
-    """exp((x - maximum) / T), 0 where a filter removes it. NaN stays, and the maximum does."""
-    w = tl.exp((x - maximum) * inverse_temperature)
-    if cutoff_ptr is not None:
-        cutoff = tl.load(cutoff_ptr + row)
-        beyond = token > tl.load(last_ptr + row)
-        w = tl.where((x < cutoff) | ((x == cutoff) & beyond), 0.0, w)
-    return tl.where((w < min_p) & (x < maximum), 0.0, w)
+def _weights(x, token, row, row_max, inverse_temperature, min_p, threshold_ptr, last_kept_ptr):
+    """exp((x - row_max) / T), 0 where a filter removes it. NaN stays, and so does the maximum."""
+    w = tl.exp((x - row_max) * inverse_temperature)
+    if threshold_ptr is not None:
+        threshold = tl.load(threshold_ptr + row)
+        beyond = token > tl.load(last_kept_ptr + row)
+        w = tl.where((x < threshold) | ((x == threshold) & beyond), 0.0, w)
+    return tl.where((w < min_p) & (x < row_max), 0.0, w)
 
 
 @triton.jit
-def _kept_kernel(
+def _filtered_tile_sums_kernel(
     logits_ptr,  # (B, V)
-    maximum_ptr,  # (B, tiles)
-    mass_ptr,  # (B, tiles): sum of the weights that filters leave, relative to the row's maximum
-    cutoff_ptr,  # (B,), or None
-    last_ptr,  # (B,), or None
+    tile_max_ptr,  # (B, tiles)
+    mass_ptr,  # (B, tiles): sum of the filtered weights, relative to the row's maximum
+    threshold_ptr,  # (B,), or None
+    last_kept_ptr,  # (B,), or None
     vocab_size,
     num_tiles,
     inverse_temperature,
@@ -503,33 +470,33 @@ def _kept_kernel(
 ):
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tiles = tl.arange(0, TILES)
-    maximum_ptr += row * num_tiles
-    maximum = tl.max(tl.load(maximum_ptr + tiles, mask=tiles < num_tiles, other=float("-inf")), 0)
+    tile_max_ptr += row * num_tiles
+    row_max = tl.max(tl.load(tile_max_ptr + tiles, mask=tiles < num_tiles, other=float("-inf")), 0)
     token = tile * TILE + tl.arange(0, TILE)
     x = _read(logits_ptr + row * vocab_size, token, vocab_size, softcap)  # (TILE,)
-    w = _weights(x, token, row, maximum, inverse_temperature, min_p, cutoff_ptr, last_ptr)
+    w = _weights(x, token, row, row_max, inverse_temperature, min_p, threshold_ptr, last_kept_ptr)
     tl.store(mass_ptr + row * num_tiles + tile, tl.sum(w, 0))
 
 
 @triton.jit
-def _choose(running, parts, threshold, SIZE: tl.constexpr):
-    """First index of a positive part whose running sum exceeds the threshold, else the last of a
-    positive part, else -1."""
+def _first_exceeding(running, parts, target, SIZE: tl.constexpr):
+    """The first index whose part is positive and whose running sum exceeds the target; else the
+    last with a positive part; else -1."""
     index = tl.arange(0, SIZE)
-    first = tl.min(tl.where((parts > 0) & (running > threshold), index, SIZE), 0)
+    first = tl.min(tl.where((parts > 0) & (running > target), index, SIZE), 0)
     last = tl.max(tl.where(parts > 0, index, -1), 0)
     return tl.where(first < SIZE, first, last)
 
 
 @triton.jit
-def _choose_kernel(
+def _sample_from_tiles_kernel(
     logits_ptr,  # (B, V)
     uniform_ptr,  # (B,), stride u_b
-    maximum_ptr,  # (B, tiles)
+    tile_max_ptr,  # (B, tiles)
     normalizer_ptr,  # (B, tiles)
     mass_ptr,  # (B, tiles), or None when greedy
-    cutoff_ptr,  # (B,), or None
-    last_ptr,  # (B,), or None
+    threshold_ptr,  # (B,), or None
+    last_kept_ptr,  # (B,), or None
     token_ptr,  # (B,)
     logprob_ptr,  # (B,)
     sampling_logprob_ptr,  # (B,)
@@ -539,53 +506,54 @@ def _choose_kernel(
     inverse_temperature,
     softcap,
     min_p,
-    FILTERED: tl.constexpr,  # masses are those that filters leave
+    FILTERED: tl.constexpr,  # masses are those of filtered weights
     TILE: tl.constexpr,
     TILES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
-    there = tile < num_tiles
-    at = row * num_tiles + tile
-    tile_maximum = tl.load(maximum_ptr + at, mask=there, other=float("-inf"))  # (TILES,)
-    maximum = tl.max(tile_maximum, 0)
-    normalizer = tl.load(normalizer_ptr + at, mask=there, other=0.0)
-    normalizer = tl.sum(normalizer * tl.exp(tile_maximum - maximum), 0)
+    mask = tile < num_tiles
+    offset = row * num_tiles + tile
+    tile_max = tl.load(tile_max_ptr + offset, mask=mask, other=float("-inf"))  # (TILES,)
+    row_max = tl.max(tile_max, 0)
+    normalizer = tl.load(normalizer_ptr + offset, mask=mask, other=0.0)
+    normalizer = tl.sum(normalizer * tl.exp(tile_max - row_max), 0)
     if mass_ptr is None:
-        chosen_tile = tl.min(tl.where(tile_maximum == maximum, tile, num_tiles - 1), 0)
+        chosen_tile = tl.min(tl.where(tile_max == row_max, tile, num_tiles - 1), 0)
     else:
-        mass = tl.load(mass_ptr + at, mask=there, other=0.0)
+        mass = tl.load(mass_ptr + offset, mask=mask, other=0.0)
         if not FILTERED:
-            mass *= tl.exp((tile_maximum - maximum) * inverse_temperature)
+            mass *= tl.exp((tile_max - row_max) * inverse_temperature)
         running = tl.cumsum(mass, 0)  # (TILES,)
-        total = tl.sum(tl.where(tile == num_tiles - 1, running, 0.0), 0)
-        threshold = tl.load(uniform_ptr + row * u_b) * total
-        chosen_tile = tl.maximum(_choose(running, mass, threshold, TILES), 0)
-        threshold -= tl.sum(tl.where(tile == chosen_tile - 1, running, 0.0), 0)
+        row_sum = tl.sum(tl.where(tile == num_tiles - 1, running, 0.0), 0)
+        target = tl.load(uniform_ptr + row * u_b) * row_sum
+        chosen_tile = tl.maximum(_first_exceeding(running, mass, target, TILES), 0)
+        target -= tl.sum(tl.where(tile == chosen_tile - 1, running, 0.0), 0)
 
     inside = tl.arange(0, TILE)
     token = chosen_tile * TILE + inside
     x = _read(logits_ptr + row * vocab_size, token, vocab_size, softcap)  # (TILE,)
     chosen = tl.min(tl.where(x == tl.max(x, 0), inside, TILE - 1), 0)
     if mass_ptr is not None:
-        w = _weights(x, token, row, maximum, inverse_temperature, min_p, cutoff_ptr, last_ptr)
-        drawn = _choose(tl.cumsum(w, 0), w, threshold, TILE)
+        w = _weights(
+            x, token, row, row_max, inverse_temperature, min_p, threshold_ptr, last_kept_ptr
+        )
+        drawn = _first_exceeding(tl.cumsum(w, 0), w, target, TILE)
         chosen = tl.where(drawn >= 0, drawn, chosen)
     # Only a row of NaN can lead outside the vocabulary.
     chosen = tl.minimum(chosen, vocab_size - 1 - chosen_tile * TILE)
-    x = tl.sum(tl.where(inside == chosen, x, 0.0), 0) - maximum
+    x = tl.sum(tl.where(inside == chosen, x, 0.0), 0) - row_max
     tl.store(token_ptr + row, (chosen_tile * TILE + chosen).to(tl.int64))
     tl.store(logprob_ptr + row, x - tl.log(normalizer))
     if mass_ptr is None:
         tl.store(sampling_logprob_ptr + row, 0.0)
     else:
-        tl.store(sampling_logprob_ptr + row, x * inverse_temperature - tl.log(total))
+        tl.store(sampling_logprob_ptr + row, x * inverse_temperature - tl.log(row_sum))
 
 
 def _launch(vocab_size: int, target: Target) -> dict[str, int]:
-    """Tokens that a row's program reads at a time in search of the cutoff, and its warps: many,
-    since it is alone on its processor and nothing else hides its loads. Not yet tuned on a
-    device; bench/bench_sample_token.py is the bench to tune with."""
+    """Tokens that a program reads at a time in search of a threshold, and its warps: many, since it
+    is alone on its multiprocessor and nothing else hides its loads."""
     block = min(4096, power_of_two(vocab_size, TILE))
     return {"BLOCK": block, "num_warps": max(4, block // (512 if target.is_hip else 256))}
 
@@ -594,7 +562,7 @@ def _run_triton(
     logits: Tensor, uniform: Tensor, options: SamplingOptions, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, vocab_size = logits.shape
-    num_tiles = -(-vocab_size // TILE)
+    num_tiles = triton.cdiv(vocab_size, TILE)
     greedy = options.temperature == 0
     # A factor that float32 rounds to 0 would make NaN of -inf.
     scale = 1.0 if greedy else max(1 / options.temperature, _FLOAT32.tiny)
@@ -603,29 +571,29 @@ def _run_triton(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=logits.device)
 
-    maximum, normalizer = empty(batch, num_tiles), empty(batch, num_tiles)
+    tile_max, normalizer = empty(batch, num_tiles), empty(batch, num_tiles)
     mass = None if greedy else empty(batch, num_tiles)
     launch(
-        _tiles_kernel,
+        _tile_stats_kernel,
         (batch, num_tiles),
-        logits, maximum, normalizer, mass, vocab_size, num_tiles, scale, softcap,
+        logits, tile_max, normalizer, mass, vocab_size, num_tiles, scale, softcap,
         TILE=TILE, num_warps=4,
     )  # fmt: skip
 
     top_k, top_p = 0 < options.top_k < vocab_size, options.top_p < 1 < vocab_size
     filtered = not greedy and (top_k or top_p or options.min_p > 0)
-    cutoff = last = None
+    threshold = last_kept = None
     if filtered and (top_k or top_p):
-        cutoff = empty(batch)
-        last = torch.empty(batch, dtype=torch.int32, device=logits.device)
-        # V tokens at exp(-reach / T) weigh (1 - top_p) / e in all, and the row 1 at least.
-        reach = (math.log(vocab_size / (1 - options.top_p)) + 1) / scale if top_p else 0.0
-        reach = min(reach, _FLOAT32.max)
+        threshold = empty(batch)
+        last_kept = torch.empty(batch, dtype=torch.int32, device=logits.device)
+        # V tokens at exp(-depth / T) weigh (1 - top_p) / e in all, and the row 1 at least.
+        depth = (math.log(vocab_size / (1 - options.top_p)) + 1) / scale if top_p else 0.0
+        depth = min(depth, _FLOAT32.max)
         launch(
-            _cutoff_kernel,
+            _threshold_kernel,
             (batch,),
-            logits, maximum, mass, cutoff, last, num_tiles, scale, softcap,
-            float(options.top_k), options.top_p, reach,
+            logits, tile_max, mass, threshold, last_kept, num_tiles, scale, softcap,
+            float(options.top_k), options.top_p, depth,
             TOP_K=top_k, TOP_P=top_p, TILES=tiles["TILES"],
             EMPTY=_EMPTY_BITS.get(logits.dtype, 0) if softcap is None else 0,
             VOCAB_SIZE=vocab_size,
@@ -633,19 +601,20 @@ def _run_triton(
         )  # fmt: skip
     if filtered:
         launch(
-            _kept_kernel,
+            _filtered_tile_sums_kernel,
             (batch, num_tiles),
-            logits, maximum, mass, cutoff, last, vocab_size, num_tiles, scale, softcap,
+            logits, tile_max, mass, threshold, last_kept, vocab_size, num_tiles, scale, softcap,
             options.min_p, **tiles,
         )  # fmt: skip
 
     token = torch.empty(batch, dtype=torch.int64, device=logits.device)
     logprob, sampling_logprob = empty(batch), empty(batch)
     launch(
-        _choose_kernel,
+        _sample_from_tiles_kernel,
         (batch,),
-        logits, uniform, maximum, normalizer, mass, cutoff, last, token, logprob, sampling_logprob,
-        vocab_size, num_tiles, uniform.stride(0), scale, softcap, options.min_p,
+        logits, uniform, tile_max, normalizer, mass, threshold, last_kept,
+        token, logprob, sampling_logprob, vocab_size, num_tiles, uniform.stride(0), scale, softcap,
+        options.min_p,
         FILTERED=filtered, **tiles,
     )  # fmt: skip
     return token, logprob, sampling_logprob
@@ -668,53 +637,60 @@ def _run_cpp(
 def sample_token(
     logits: Tensor, uniform: Tensor, options: SamplingOptions, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample one token per row.
+    """Sample one token per row; no host synchronisation on a GPU.
 
-    logits (B, V) float32, bfloat16 or float16, contiguous; uniform (B,) float32 in (0, 1), not read
-    when greedy; softcap: positive, of the logits (they are read as they are), or None.
-    Returns token (B,) int64, logprob (B,) float32 and sampling_logprob (B,) float32. ValueError
-    for another shape, dtype, layout or soft-cap. No host synchronisation. On CPU a vectorised form
-    that sorts only when top-k or top-p is on, and then only candidates.
+    logits: (B, V) float32, bfloat16 or float16, contiguous, before the soft-cap. uniform: (B,)
+    float32 in (0, 1), not read when greedy. softcap: positive, or None.
+    Returns token (B,) int64 and two natural log-probs, (B,) float32: `logprob` of softmax(logits),
+    and `sampling_logprob` of the distribution drawn from (tempered, filtered, renormalised; 0 when
+    greedy). A row whose maximum is NaN or infinite gets some token in [0, V) and NaN log-probs
+    (when greedy, only `logprob` is NaN). Raises ValueError for other shapes, dtypes, layouts or
+    soft-caps.
+
+    A row's token does not depend on the other rows. Each type of device sums in an order of its
+    own, so tokens may differ between devices where a uniform is within rounding of a boundary.
     """
     if logits.dim() != 2 or logits.shape[1] == 0 or logits.dtype not in _DTYPES:
         raise ValueError(
-            f"logits must be (B, V) float32, bfloat16 or float16, got {tuple(logits.shape)} "
-            f"{logits.dtype}"
+            "sample_token: logits must be (B, V) float32, bfloat16 or float16, got "
+            f"{tuple(logits.shape)} {logits.dtype}"
         )
     if not logits.is_contiguous():
-        raise ValueError(f"logits must be contiguous, got strides {logits.stride()}")
-    if uniform.shape != logits.shape[:1] or uniform.dtype != torch.float32:
-        raise ValueError(
-            f"uniform must be ({logits.shape[0]},) float32, "
-            f"got {tuple(uniform.shape)} {uniform.dtype}"
-        )
+        raise ValueError(f"sample_token: logits must be contiguous, got strides {logits.stride()}")
+    check("sample_token: uniform", uniform, logits.shape[:1], torch.float32)
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+        raise ValueError(f"sample_token: softcap must be positive and finite, got {softcap}")
     if runs_triton(logits):
         return _run_triton(logits, uniform, options, softcap)
     if runs_cpp(logits):
         return _run_cpp(logits, uniform, options, softcap)
+    return _run_torch(logits, uniform, options, softcap)
 
-    logits = _widened(logits, softcap)
+
+def _run_torch(
+    logits: Tensor, uniform: Tensor, options: SamplingOptions, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts only if top-k or top-p is on, and then only candidates."""
+    logits = _to_float(logits, softcap)
     temperature = options.temperature
     if temperature == 0:
-        maximum, token = logits.max(-1)
-        x = logits - maximum[:, None]
+        row_max, token = logits.max(-1)
+        x = logits - row_max[:, None]
         normalizer = _running_tile_sums(x.exp_())[:, -1]
-        return token, -normalizer.log(), torch.zeros_like(maximum)
-    maximum = logits.amax(-1, keepdim=True)
-    x = logits - maximum
+        return token, -normalizer.log(), torch.zeros_like(row_max)
+    row_max = logits.amax(-1, keepdim=True)
+    x = logits - row_max
     if temperature == 1:
         weights = x.exp()
         normalizer = _running_tile_sums(weights)[:, -1:]
     else:
         weights = (x / temperature).exp_()
         normalizer = _running_tile_sums(x.exp())[:, -1:]
-    _filter_(weights, logits, maximum, options)
+    _filter_(weights, logits, row_max, options)
 
     running = _running_tile_sums(weights)
-    total = running[:, -1:]
-    tile, rest = _search(running, uniform[:, None] * total)
+    row_sum = running[:, -1:]
+    tile, rest = _search(running, uniform[:, None] * row_sum)
     if running.shape[1] == 1:
         token, _ = _search(weights.cumsum(-1), rest)
     else:
@@ -725,7 +701,7 @@ def sample_token(
         token.clamp_(max=weights.shape[1] - 1)
     chosen = x.gather(1, token)
     logprob = chosen - normalizer.log()
-    sampling_logprob = chosen / temperature - total.log()
+    sampling_logprob = chosen / temperature - row_sum.log()
     return token[:, 0], logprob[:, 0], sampling_logprob[:, 0]
 
 
@@ -741,59 +717,59 @@ def _running_tile_sums(weights: Tensor) -> Tensor:
     return torch.cat(sums, 1).cumsum(-1)
 
 
-def _search(running: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """First index whose running sum exceeds the threshold, and the threshold's rest inside it.
+def _search(running: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index whose running sum exceeds the target, and what is left of the target there.
 
-    A threshold that rounding put at the total is lowered to just under it, so that the index is
-    one at which the running sum grows.
+    A target that rounding put at the total is lowered to just under it, so that the running sum
+    grows at the index.
     """
-    threshold = torch.minimum(threshold, torch.nextafter(running[:, -1:], torch.zeros(())))
-    index = torch.searchsorted(running, threshold, right=True)
+    target = torch.minimum(target, torch.nextafter(running[:, -1:], torch.zeros(())))
+    index = torch.searchsorted(running, target, right=True)
     index.clamp_(max=running.shape[1] - 1)  # only a row of NaN can exceed it
     before = running.gather(1, (index - 1).clamp_(min=0)).masked_fill_(index == 0, 0)
-    return index, threshold - before
+    return index, target - before
 
 
-def _filter_(weights: Tensor, logits: Tensor, maximum: Tensor, options: SamplingOptions) -> None:
+def _filter_(weights: Tensor, logits: Tensor, row_max: Tensor, options: SamplingOptions) -> None:
     """Set to 0, in place, the weights that top-k, top-p and min-p remove."""
     vocab_size = logits.shape[1]
     if 0 < options.top_k < vocab_size or options.top_p < 1:
-        cutoff, num_kept = _cutoff(weights, logits, maximum, options)
-        below = logits < cutoff
+        threshold, num_kept = _threshold(weights, logits, row_max, options)
+        below = logits < threshold
         weights.masked_fill_(below, 0)
         if (vocab_size - below.sum(-1, keepdim=True) > num_kept).any():
-            tied = logits == cutoff
-            num_above = (logits > cutoff).sum(-1, keepdim=True)
+            tied = logits == threshold
+            num_above = (logits > threshold).sum(-1, keepdim=True)
             weights.masked_fill_(tied & (tied.cumsum(-1) > num_kept - num_above), 0)
     if options.min_p > 0:
         weights.masked_fill_(weights < options.min_p, 0)
 
 
-def _cutoff(
-    weights: Tensor, logits: Tensor, maximum: Tensor, options: SamplingOptions
+def _threshold(
+    weights: Tensor, logits: Tensor, row_max: Tensor, options: SamplingOptions
 ) -> tuple[Tensor, Tensor]:
-    """(B, 1) smallest logit that top-k and top-p keep, and (B, 1) how many tokens they keep."""
+    """The smallest logit and the number of tokens that top-k and top-p keep, (B, 1) each."""
     batch, vocab_size = logits.shape
-    limit = min(options.top_k or vocab_size, vocab_size)
+    max_kept = min(options.top_k or vocab_size, vocab_size)
     if options.top_p == 1:
-        cutoff = logits.topk(limit).values[:, -1:]
-        return cutoff, torch.full_like(cutoff, limit, dtype=torch.int64)
-    # Few candidates reach top_p in most rows; the rows in which they do not try again with more.
-    # The mass of the first candidates does not depend on how many were asked for.
-    top_k_on = limit < vocab_size
-    width = limit if top_k_on else min(limit, _FIRST_CANDIDATES)
-    total = _running_tile_sums(weights)[:, -1:]
-    cutoff = torch.empty(batch, 1)
+        threshold = logits.topk(max_kept).values[:, -1:]
+        return threshold, torch.full_like(threshold, max_kept, dtype=torch.int64)
+    # In most rows few candidates reach top_p; the other rows try again with more.
+    # The mass of the first candidates does not depend on how many there are.
+    top_k_on = max_kept < vocab_size
+    num_candidates = max_kept if top_k_on else min(max_kept, _FIRST_CANDIDATES)
+    row_sum = _running_tile_sums(weights)[:, -1:]
+    threshold = torch.empty(batch, 1)
     num_kept = torch.empty(batch, 1, dtype=torch.int64)
     rows = torch.arange(batch)
     while len(rows):
-        values = (logits if len(rows) == batch else logits[rows]).topk(width).values
-        mass = ((values - maximum[rows]) / options.temperature).exp_().cumsum(-1)
-        goal = options.top_p * (mass[:, -1:] if top_k_on else total[rows])
-        count = (torch.searchsorted(mass, goal) + 1).clamp_(max=width)
-        cutoff[rows], num_kept[rows] = values.gather(1, count - 1), count
-        if width == limit:
+        values = (logits if len(rows) == batch else logits[rows]).topk(num_candidates).values
+        mass = ((values - row_max[rows]) / options.temperature).exp_().cumsum(-1)
+        goal = options.top_p * (mass[:, -1:] if top_k_on else row_sum[rows])
+        count = (torch.searchsorted(mass, goal) + 1).clamp_(max=num_candidates)
+        threshold[rows], num_kept[rows] = values.gather(1, count - 1), count
+        if num_candidates == max_kept:
             break
         rows = rows[(mass[:, -1:] < goal)[:, 0]]
-        width = min(8 * width, limit)
-    return cutoff, num_kept
+        num_candidates = min(8 * num_candidates, max_kept)
+    return threshold, num_kept

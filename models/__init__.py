@@ -10,7 +10,6 @@ from models.tokenizer import Tokenizer
 from models.transformer import Attend, Transformer
 from models.weights import (
     load_scalar_weights,
-    load_score_weight,
     load_weights,
     save_pretrained,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "load",
     "load_scalar",
     "load_scalar_weights",
-    "load_score_weight",
     "load_weights",
     "read_config",
     "save_pretrained",

@@ -19,9 +19,9 @@ from torch import Tensor
 from kernels import cpp
 from kernels.forest_attention.cpp_impl import chunks_of, partials_of, suffixes_of
 from kernels.forest_attention.plan import ForestPlan
-from kernels.launch import power_of_two
 from kernels.packed_linear import packed, packed_linear
 from kernels.rope import rope_cos_sin
+from kernels.target import power_of_two
 from models.transformer import DecoderLayer, RMSNorm, Transformer
 
 
@@ -89,7 +89,7 @@ class CppDecoder:
         """Tables of cosines and sines, (positions, D / 2), that reach as far as a plan's tokens."""
 
         def furthest() -> int:
-            grows = plan.suffix.capacity if plan.moving and plan.suffix is not None else 0
+            grows = plan.suffix.capacity if plan.advancing and plan.suffix is not None else 0
             return max(plan.first_position, default=0) + grows
 
         last = plan.compiled("native positions", furthest)

@@ -41,30 +41,20 @@ class ScalarModel(nn.Module):
         return self.logits(self.model(token_ids, positions, attend)[at])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`scalar_logits` of hidden states (R, hidden_size) after the final norm."""
-        return scalar_logits(hidden, self.score.weight)
+        """Raw logits of hidden states (R, hidden_size) after the final norm: (R,) float32 (float64
+        from float64).
 
-
-def scalar_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Raw logits of hidden states (R, hidden_size) under a weight (1, hidden_size): (R,) float32
-    (float64 from float64).
-
-    The sum is in float32 even where the model is not: the digits of bfloat16 would make ties. Rows
-    do not depend on each other, bit for bit, where R is a multiple of 16: they are summed 16 at a
-    time, since torch on a GPU cuts a sum by the number of rows.
-    """
-    learns = weight.requires_grad and torch.is_grad_enabled()
-    if runs_cpp(hidden) and hidden.is_contiguous() and not learns:
-        out = torch.empty(len(hidden))
-        cpp.call(
-            "row_dots",
-            hidden.dtype,
-            hidden,
-            *hidden.shape,
-            weight.detach().float().contiguous(),
-            out,
-        )
-        return out
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    weight = weight.to(wide)
-    return torch.cat([(rows.to(wide) * weight).sum(-1) for rows in hidden.split(_BLOCK)])
+        The sum is in float32 even where the model is not: the digits of bfloat16 would make ties.
+        Rows do not depend on each other, bit for bit, where R is a multiple of 16: they are summed
+        16 at a time, since torch on a GPU cuts a sum by the number of rows.
+        """
+        weight = self.score.weight
+        learns = weight.requires_grad and torch.is_grad_enabled()
+        if runs_cpp(hidden) and hidden.is_contiguous() and not learns:
+            out = torch.empty(len(hidden))
+            as_float = weight.detach().float().contiguous()
+            cpp.call("row_dots", hidden.dtype, hidden, *hidden.shape, as_float, out)
+            return out
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        weight = weight.to(wide)
+        return torch.cat([(rows.to(wide) * weight).sum(-1) for rows in hidden.split(_BLOCK)])

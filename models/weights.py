@@ -93,30 +93,6 @@ def load_scalar_weights(
     return _load(model, Path(directory), dtype, device)
 
 
-def load_score_weight(path: str | os.PathLike[str], hidden_size: int) -> Tensor:
-    """The weight of a scalar head alone, (1, hidden_size) float32, from a safetensors file that
-    holds it as `score.weight`, in any dtype of a checkpoint, and nothing else.
-
-    Raises ValueError naming the file for any other file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    stored, shape = _header(path), (1, hidden_size)
-    if set(stored) != {_SCORE}:
-        raise ValueError(f"{path}: must hold {_SCORE} and nothing else, got {sorted(stored)}")
-    if stored[_SCORE].shape != shape:
-        raise ValueError(f"{path}: {_SCORE} must have shape {shape}, got {stored[_SCORE].shape}")
-    try:
-        with safe_open(path, "pt", device="cpu") as file:
-            weight: Tensor = file.get_tensor(_SCORE).float()
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{path}: {_SCORE} is not finite in float32")
-    return weight
-
-
 def _load(model: Model, root: Path, dtype: torch.dtype | None, device: str | torch.device) -> Model:
     """Give a model of the meta device its place and its weights."""
     decoder = decoder_of(model)
@@ -172,13 +148,6 @@ def save_pretrained(model: Transformer | ScalarModel, directory: str | os.PathLi
     tensors = {name: slot.of(parameters).cpu().contiguous() for name, slot in _slots(model)}
     _write(root / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
     _write(root / _SINGLE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-
-
-def save_score_weight(weight: Tensor, path: Path) -> None:
-    """Write what `load_score_weight` reads: a score's weight (1, hidden_size), in float32. The file
-    is replaced durably or not at all."""
-    tensors = {_SCORE: weight.detach().float().cpu().contiguous()}
-    _write(path, lambda temporary: save_file(tensors, temporary))
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

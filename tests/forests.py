@@ -247,7 +247,7 @@ class Grove:
         self,
         less: int = 0,
         max_length: int | None = None,
-        moving: bool = True,
+        advancing: bool = True,
         per_split: bool = False,
     ) -> tuple[Tensor, ForestPlan]:
         """Queries and plan of each sample's last token, or of the one `less` tokens earlier."""
@@ -272,7 +272,7 @@ class Grove:
         )
         at = stops + suffix.length - 1
         stacked = torch.from_numpy(np.stack(queries)).to(self.shape.dtype).to(self.device)
-        return stacked, ForestPlan(decode_items(self.ends), at, suffix, moving, per_split)
+        return stacked, ForestPlan(decode_items(self.ends), at, suffix, advancing, per_split)
 
     def sequence(self, i: int, less: int = 0) -> tuple[Array, Array, Array]:
         """Query of sample i's last token, and keys and values of all it sees."""

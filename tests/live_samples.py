@@ -1,4 +1,4 @@
-"""Live samples that write boxes, end, or run into their limit, for tests of `take_token`."""
+"""Live samples that write boxes, end, or run into their limit, for tests of `accept_token`."""
 
 import random
 from dataclasses import fields
@@ -6,8 +6,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from kernels.accept_token import LiveSamples, Records
 from kernels.extract_scores import ScoreAutomaton, ScoreState
-from kernels.take_token import LiveSamples, Records
 
 PIECES = [
     *(b"Scores: ", b"\\boxed{", b"1", b"7", b", ", b"2, 3", b"}", b"the ", b"\n", b"", b"x"),

@@ -56,8 +56,8 @@ MAX_TOKENS = 25
 def dense(
     kind: str, given: dict[str, Any], softcap: float | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of arguments of `grpo_loss`, and the gradients of hidden and weight of 3 times it,
-    from all logits in float32 at least."""
+    """The loss of arguments of `linear_policy_loss`, and the gradients of hidden and weight of 3
+    times it, from all logits in float32 at least."""
     wide = torch.promote_types(given["hidden"].dtype, torch.float32)
     x, w = (given[name].detach().to(wide).requires_grad_() for name in ("hidden", "weight"))
     logits = x @ w.T

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from kernels.accept_token import LiveSamples, Records, accept_token
 from kernels.extract_scores import Reason, ScoreAutomaton, ScoreState, scores_of
 
 ANCHOR = "Scores:"
@@ -29,16 +31,29 @@ def run(
     ids: dict[bytes | None, int] = {piece: i for i, piece in enumerate(vocabulary)}
     ids[None] = len(vocabulary)
     automaton = ScoreAutomaton([*vocabulary, b"<s>"], {ids[None]}, anchor, *bounds, device)
-    longest = max(len(text) for text in pieces)
-    tokens = torch.tensor(
-        [[ids[p] for p in text] + [ids[None]] * (longest - len(text)) for text in pieces],
-        dtype=torch.int64,
-        device=device,
-    )
-    lengths = torch.tensor([len(text) for text in pieces], device=device)
     expected = torch.tensor([n] * len(texts) if isinstance(n, int) else n)
-    state = automaton.extract(tokens, lengths, expected)
+    state = read(automaton, [[ids[piece] for piece in text] for text in pieces], expected)
     return outcomes(state, finished)
+
+
+def read(automaton: ScoreAutomaton, rows: Sequence[Sequence[int]], n: Tensor) -> ScoreState:
+    """The state after rows of tokens, of any lengths, which expect n (B,) scores: each row is a
+    sample that `accept_token` gives its tokens, one a step, up to its length."""
+    state = automaton.start(n, max(n.tolist(), default=0))
+    device = state.control.device
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
+    longest = max(map(len, rows), default=0)
+    tokens = torch.tensor(
+        [[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.int64, device=device
+    ).reshape(len(rows), longest)
+    live = LiveSamples.start(lengths, torch.arange(len(rows), device=device), state)
+    live.finished.copy_(lengths == 0)
+    records = Records.empty(len(rows), max(longest, 1), device)
+    logprob = torch.zeros(len(rows), device=device)
+    no_ends = torch.empty(0, dtype=torch.int64, device=device)
+    for token in tokens.T.contiguous():
+        accept_token(live, records, token, logprob, logprob, automaton, no_ends, False)
+    return state
 
 
 def bytes_of(text: bytes) -> list[bytes]:

@@ -24,8 +24,9 @@ from bench.aot import (
 )
 from bench.launches import OPERATIONS
 from bench.shapes import SHAPES
-from kernels.launch import INTERPRETED, TARGETS
+from kernels.launch import INTERPRETED
 from kernels.matmul import matmul
+from kernels.target import TARGETS
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 
@@ -107,7 +108,7 @@ def a_launch(operation: str) -> Launch:
 
 
 def test_spills_are_found() -> None:
-    launch = a_launch("take_token")
+    launch = a_launch("accept_token")
     report = compile_launch(replace(launch, options=(*launch.options, ("maxnreg", 32))), SM_90)
     assert report.error is None and report.spill_bytes
     assert report.fault == f"spills {report.spill_bytes} bytes"

@@ -31,7 +31,6 @@ from kernels.sample_token import SamplingOptions, sample_token, sample_token_ref
 from kernels.write_kv import write_kv
 from models import load
 from models.decoder import CppDecoder
-from models.scalar_head import scalar_logits
 from models.transformer import Transformer, linear
 from tests.forests import Grove, Options, Shape
 from tests.test_forest_attention import OPTIONS, crowd, forests
@@ -187,7 +186,7 @@ def test_write_kv(calls: Counter[str]) -> None:
     assert k_cache.equal(expected[0]) and v_cache.equal(expected[1])
     for wrong in (torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 30]), torch.tensor([0] * 9)):
         slots = wrong
-        with pytest.raises(ValueError, match=r"slots must lie in|written twice"):
+        with pytest.raises(ValueError, match=r"cache_index must lie in|written twice"):
             write()
     assert calls == {"write_kv": 1}
 
@@ -287,6 +286,12 @@ def rounded(x: Fraction) -> Fraction:
     return round(x / unit) * unit
 
 
+def dot(x: Tensor, weight: Tensor) -> float:
+    out = torch.empty(1)
+    cpp.call("row_dots", torch.float32, x, 1, x.shape[1], weight, out)
+    return float(out)
+
+
 def test_a_sum_is_its_definition() -> None:
     """16 lanes by index, joined 8, 4, 2 and 1 apart."""
     for size in (1, 15, 16, 17, 200, 2304):
@@ -296,7 +301,7 @@ def test_a_sum_is_its_definition() -> None:
             lanes[i % 16] += value
         for apart in (8, 4, 2, 1):
             lanes[:apart] += lanes[apart : 2 * apart]
-        assert scalar_logits(x, ones).item() == float(lanes[0])
+        assert dot(x, ones) == float(lanes[0])
 
 
 FUNCTIONS = {
@@ -391,7 +396,7 @@ def test_the_decoder(family: str, tmp_path: Path, calls: Counter[str]) -> None:
 
     ours = sample()
     # Each stands for all the steps between two looks.
-    assert calls["decode"] > 10 and calls["take_token"] > 10 and not calls["attend_tiles"]
+    assert calls["decode"] > 10 and calls["accept_token"] > 10 and not calls["attend_tiles"]
     before = calls.copy()
     with cpp.torch_only():
         assert_alike(sample(), ours)

@@ -25,13 +25,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
 
 
 def plans_of(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The reach of every plan that is made from now on."""
+    """The longest suffix of every plan that is made from now on."""
     made: list[int] = []
     inner = generator.decoder._make_plan
 
-    def make_plan(reach: int) -> ForestPlan:
-        made.append(reach)
-        return inner(reach)
+    def make_plan(max_length: int) -> ForestPlan:
+        made.append(max_length)
+        return inner(max_length)
 
     monkeypatch.setattr(generator.decoder, "_make_plan", make_plan)
     return made
@@ -111,7 +111,7 @@ def test_looking_one_block_late_changes_no_sample(tiny: Transformer) -> None:
         lengths = [len(tokens) for row in late for tokens, *_ in row]
         assert min(lengths) < 20 and usage.decode_tokens == sum(lengths) - len(lengths)
         assert usage.idle_tokens > prompt.usage.idle_tokens
-        assert not generator._looks and not generator._spans
+        assert not generator._polls and not generator._spans
 
 
 def test_decode_goes_on_between_the_pieces_of_a_prefill(

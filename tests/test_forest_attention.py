@@ -141,7 +141,7 @@ def test_equals_the_reference(samples: list[Sample], shape: Shape, options: Opti
     decode = Grove(samples, shape, capacity=300)
     for grove, (q, plan) in (
         (prefill, prefill.prefill(cut(prefill.whole(), 150)[0])),
-        (decode, decode.decode(moving=False)),
+        (decode, decode.decode(advancing=False)),
     ):
         (k, v), (scale, softcap, window) = grove.caches, options
         expected = forest_attention_ref(q, k, v, plan, scale, softcap, window)
@@ -543,7 +543,7 @@ def test_impossible_plans_are_refused(
     items: list[WorkItem], tiles: Callable[[], SuffixTiles] | None
 ) -> None:
     with pytest.raises(AssertionError):
-        ForestPlan(items, torch.tensor([1]), tiles and tiles(), moving=True)
+        ForestPlan(items, torch.tensor([1]), tiles and tiles(), advancing=True)
 
 
 @pytest.mark.parametrize(

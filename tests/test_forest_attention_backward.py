@@ -147,7 +147,7 @@ def test_a_gradient_of_another_plan_is_refused() -> None:
     suffix = SuffixTiles(0, 16, torch.tensor([0, 1]), nowhere + 1, nowhere, 1)
     plans = {
         "suffixes": ForestPlan([], nowhere, suffix),
-        "moving positions": ForestPlan([], nowhere, moving=True),
+        "advancing positions": ForestPlan([], nowhere, advancing=True),
     }
     q, cache = torch.zeros(2, 2, 4), torch.zeros(1, 32, 4)
     for kind, plan in plans.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.logprob import linear_logprob, linear_logprob_ref
 from kernels.logprob import torch_impl as module
-from kernels.logprob.torch_impl import HeadCPU, LogProbs
+from kernels.logprob.torch_impl import LogProbs, TorchLogitHead
 
 
 def problem(
@@ -107,14 +107,14 @@ def test_a_rows_results_do_not_depend_on_its_company() -> None:
 def rows_computed() -> Iterator[list[int]]:
     """How many rows of logits are made, each time that some are."""
     rows: list[int] = []
-    made = HeadCPU.log_probs
+    made = TorchLogitHead.log_probs
 
-    def counted(head: HeadCPU, hidden: Tensor, *more: Any, **named: Any) -> LogProbs:
+    def counted(head: TorchLogitHead, hidden: Tensor, *more: Any, **named: Any) -> LogProbs:
         rows.append(len(hidden))
         return made(head, hidden, *more, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HeadCPU, "log_probs", counted)
+        patch.setattr(TorchLogitHead, "log_probs", counted)
         yield rows
 
 
@@ -169,7 +169,7 @@ def test_the_weights_gradient_is_added_up_in_float32_and_rounded_once() -> None:
     [
         ({"hidden": torch.zeros(3, 5)}, "must be"),
         ({"weight": torch.zeros(9, 4).half()}, "of one dtype"),
-        ({"target": torch.zeros(2, dtype=torch.int64)}, r"target must be \(3,\) int64"),
+        ({"target": torch.zeros(2, dtype=torch.int64)}, r"target must be \(3,\) torch.int64"),
         ({"target": torch.tensor([0, 9, 1])}, r"targets must be in \[0, 9\)"),
         ({"target": torch.tensor([0, -1, 1])}, r"targets must be in \[0, 9\)"),
         ({"softcap": 0.0}, "softcap must be positive"),

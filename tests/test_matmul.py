@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.shapes import SHAPES
-from kernels.launch import INTERPRETED, TARGETS, Target
+from kernels.launch import INTERPRETED
 from kernels.matmul import _launch, _sum_order, matmul, matmul_ref
+from kernels.target import TARGETS, Target
 
 ROWS = (1, 16, 17, 64, 65, 128, 256, 1000, 4096)
 HALVES = (torch.bfloat16, torch.float16)

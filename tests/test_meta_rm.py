@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from engine.judge import Judge
@@ -131,34 +130,6 @@ def test_it_learns_to_tell_judgements_apart(args: meta_rm.Args) -> None:
         assert loss < math.log(2) / 3
         told = auc(logits_of(model, judgements).detach(), judgements)
         assert told["auc_within_rows"] > 0.9
-
-
-def test_a_head_learns_from_the_states_that_the_engine_scores(args: meta_rm.Args) -> None:
-    """The file is what `Judge` takes: a sample's score there is its logit here."""
-    args = replace(args, head=True, lr=1e-2, loss="pairwise")
-    meta_rm.train(args)
-    assert not (args.out / "model.safetensors").exists()
-    assert (args.out / "best" / "meta_head.safetensors").exists()
-    trainer = meta_rm.Trainer(args)
-    before = [p.clone() for p in trainer.learner.model.model.parameters()]
-    path = args.out / "meta_head.safetensors"
-    judge = Judge.load(POCKET, meta_head=path)
-    with torch.no_grad():
-        trainer.learner.model.score.weight.copy_(load_file(path)["score.weight"])
-    rows = some_rows(3)
-    found = labelled(trainer.read(trainer.judge_rows(rows, 5, 4)[0])[0])
-    expected: list[float] = []
-    for verdict in judge.rows(rows, seed=5, k=4, temperature=1.0, max_new_tokens=220):
-        assert isinstance(verdict, Verdict)
-        expected += [s.meta for s in verdict.samples if s.meta is not None]
-    logits = logits_of(trainer.learner.model, found)
-    assert len(expected) == len(logits) > 6 and max(map(abs, expected)) > 1e-3
-    assert (logits - torch.tensor(expected)).abs().max() < 1e-5
-    logits.sum().backward()
-    for p, was in zip(trainer.learner.model.model.parameters(), before, strict=True):
-        assert p.grad is None and p.equal(was)
-    with pytest.raises(ValueError, match="its own, frozen judge"):
-        meta_rm.train(replace(args, judge=POCKET))
 
 
 def test_judgements_of_a_file_are_learnt_from_too(args: meta_rm.Args, tmp_path: Path) -> None:

@@ -16,55 +16,30 @@ def tables(tokens: int, dim: int, start: int = 0) -> tuple[Tensor, Tensor]:
     return rope_cos_sin(torch.arange(start, start + tokens), inv_freq)
 
 
-def oracle(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> np.ndarray:
+def oracle(x: Tensor, cos: Tensor, sin: Tensor) -> np.ndarray:
     """Pairs as complex numbers, multiplied by cos + i sin."""
     wide = x.double().numpy()
     half = x.shape[-1] // 2
-    a, b = (
-        (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
-    )
     turn = cos.double().numpy() + 1j * sin.double().numpy()
-    turned = (a + 1j * b) * turn[:, None]
-    parts = [turned.real, turned.imag]
-    out: np.ndarray = (
-        np.stack(parts, -1).reshape(wide.shape) if interleaved else np.concatenate(parts, -1)
-    )
-    return out
+    turned = (wide[..., :half] + 1j * wide[..., half:]) * turn[:, None]
+    return np.concatenate([turned.real, turned.imag], -1)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(5, 3, 24), (1, 1, 2), (17, 2, 64)])
-def test_equals_complex_multiplication(
-    shape: tuple[int, ...], dtype: torch.dtype, interleaved: bool
-) -> None:
+def test_equals_complex_multiplication(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = draw(shape, dtype)
     cos, sin = tables(shape[0], shape[-1], start=100)
-    expected = oracle(x, cos, sin, interleaved)
+    expected = oracle(x, cos, sin)
     # Two products and a sum inside, each rounded, of terms no larger than the pair; one at the end.
     inside = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     bound = (
         3 * inside * x.double().abs().max().item() + np.abs(expected) * torch.finfo(dtype).eps / 2
     )
     for op in (rope_ref, rope):
-        out = op(x, cos, sin, interleaved)
+        out = op(x, cos, sin)
         assert out.dtype == dtype
         assert (np.abs(out.double().numpy() - expected) <= bound).all()
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_op_equals_reference_exactly(interleaved: bool) -> None:
-    x = draw((33, 5, 20))
-    cos, sin = tables(33, 20)
-    assert torch.equal(rope(x, cos, sin, interleaved), rope_ref(x, cos, sin, interleaved))
-
-
-def test_interleaved_is_half_split_of_permuted_channels() -> None:
-    x = draw((6, 2, 16))
-    cos, sin = tables(6, 16)
-    order = [*range(0, 16, 2), *range(1, 16, 2)]
-    half = rope(x[..., order].contiguous(), cos, sin)
-    assert torch.equal(rope(x, cos, sin, interleaved=True)[..., order], half)
 
 
 def test_products_depend_on_the_distance_alone() -> None:
@@ -90,11 +65,10 @@ def test_angles_are_float32_at_far_positions() -> None:
     assert (np.abs(sin.double().numpy() - np.sin(angles)) <= bound).all()
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_gradients(interleaved: bool) -> None:
+def test_gradients() -> None:
     x = draw((4, 2, 6), torch.float64).requires_grad_()
     cos, sin = tables(4, 6, start=3)
-    assert torch.autograd.gradcheck(lambda x: rope(x, cos, sin, interleaved), [x])
+    assert torch.autograd.gradcheck(lambda x: rope(x, cos, sin), [x])
 
 
 def test_a_second_gradient_is_refused() -> None:
@@ -105,15 +79,14 @@ def test_a_second_gradient_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(6, 32), (1, 10), (3, 24)])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rows_do_not_depend_on_each_other(heads: int, dim: int, interleaved: bool) -> None:
+def test_rows_do_not_depend_on_each_other(heads: int, dim: int) -> None:
     wide = draw((ROWS, heads * dim + 13))
     x = wide[:, 5 : 5 + heads * dim].unflatten(-1, (heads, dim))
     inv_freq = 1.0 / 10000.0 ** (torch.arange(0, dim, 2).float() / dim)
     positions = torch.arange(ROWS).flip(0)
 
     def op(rows: int) -> Tensor:
-        return rope(x[:rows], *rope_cos_sin(positions[:rows], inv_freq), interleaved)
+        return rope(x[:rows], *rope_cos_sin(positions[:rows], inv_freq))
 
     check_rows(op)
 

@@ -151,7 +151,7 @@ def test_options_reach_the_judge() -> None:
     judge(GOOD[:1], "--template", "template.jinja", "--dtype", "float32", "--max-batch", "7")
     assert Judge.loaded == {
         "directory": Path("."), "template": Path("template.jinja"), "dtype": "float32",
-        "device": "auto", "max_batch": 7, "meta": None, "meta_head": None,
+        "device": "auto", "max_batch": 7, "meta": None,
     }  # fmt: skip
 
 

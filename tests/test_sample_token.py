@@ -14,7 +14,6 @@ import kernels.sample_token as module
 from kernels.sample_token import (
     TILE,
     SamplingOptions,
-    check_logits,
     philox4x32,
     sample_token,
     sample_token_ref,
@@ -402,10 +401,7 @@ def test_a_row_without_a_finite_maximum_harms_no_other(
     logits = random_logits(3, vocab_size, seed=1)
     uniform = random_uniform(3)
     good = sample_token(logits, uniform, options)
-    check_logits(logits)
     logits[1] = bad if bad < 0 else logits[1].index_fill(0, torch.tensor([2]), bad)
-    with pytest.raises(ValueError, match=r"row 1 is .*(nan|inf), not finite"):
-        check_logits(logits)
     for op in (sample_token, sample_token_ref):
         token, logprob, sampling_logprob = op(logits, uniform, options)
         assert 0 <= token[1] < vocab_size
@@ -467,12 +463,12 @@ def test_wrong_arguments_are_named() -> None:
         sample_token(torch.zeros(2, 0), uniform, options)
     with pytest.raises(ValueError, match=r"strides \(1, 2\)"):
         sample_token(torch.zeros(4, 2).T, uniform, options)
-    with pytest.raises(ValueError, match=r"uniform must be \(2,\) float32, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"uniform must be \(2,\) torch.float32, got \(3,\)"):
         sample_token(logits, torch.zeros(3), options)
     keys, index = torch.zeros(2, 2, dtype=torch.int64), torch.arange(2)
-    with pytest.raises(ValueError, match=r"sample_index \(B,\)"):
+    with pytest.raises(ValueError, match=r"sample_index must be \(2,\)"):
         uniforms(keys, torch.arange(3), index)
     with pytest.raises(ValueError, match=r"positions must be \(2,\)"):
         uniforms(keys, index, torch.arange(3))
-    with pytest.raises(ValueError, match=r"positions must be int64, got torch\.int32"):
+    with pytest.raises(ValueError, match=r"positions must be .*int64, got .*int32"):
         uniforms(keys, index, index.int())

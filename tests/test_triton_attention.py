@@ -15,9 +15,10 @@ from torch import Tensor
 from kernels.forest_attention import forest_attention, forest_attention_with_lse, torch_impl
 from kernels.forest_attention import schedule as module
 from kernels.forest_attention.plan import ForestPlan, SuffixTiles, WorkItem
-from kernels.launch import Target, intercept, target_of
+from kernels.launch import intercept
 from kernels.merge_states import merge_states, merge_states_ref
 from kernels.segment_attention import segment_attention, segment_attention_ref
+from kernels.target import Target, target_of
 from tests.forests import Grove, Options, Sample, Segment, Shape, Tolerance
 from tests.triton_device import (
     DEVICE,
@@ -214,7 +215,7 @@ def test_one_static_plan_after_another(options: Options, per_split: bool) -> Non
             plan.items,
             positions,
             SuffixTiles(suffix.base, suffix.capacity, suffix.row, lengths, starts, 270),
-            moving=True,
+            advancing=True,
             per_split=per_split,
         )
         for schedule in static._schedules.values():

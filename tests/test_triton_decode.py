@@ -61,8 +61,6 @@ def make_generator(model: Transformer, **options: object) -> Generator:
         "options": SamplingOptions(1.0), "max_new_tokens": 7, "max_batch": 4, "max_scores": 2,
         "ignore_eos": True,
     }  # fmt: skip
-    weight = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(2))
-    defaults["meta_head"] = weight.to(DEVICE)
     automaton = ScoreAutomaton([b"x"] * 40, [], "Scores:", 1, 10, DEVICE)
     return Generator(model, automaton, **(defaults | options))  # type: ignore[arg-type]
 
@@ -71,10 +69,7 @@ def sampled(generator: Generator, groups: list[Group], ends: tuple[int, ...] = E
     generator.decoder.end_ids = torch.tensor(ends, dtype=torch.int64, device=DEVICE)
     results: list[GroupResult] = sorted(generator.run(groups), key=lambda r: r.group.tag)
     return [
-        [
-            (g.token_ids, g.logprobs, g.sampling_logprobs, g.meta, g.finish)
-            for g in result.generations
-        ]
+        [(g.token_ids, g.logprobs, g.sampling_logprobs, g.finish) for g in result.generations]
         for result in results
     ]
 
@@ -204,12 +199,12 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(decoder, name, call)
 
-    for name in ("load", "run", "look", "forward", "draw"):
+    for name in ("load", "run", "poll", "forward", "draw"):
         guard(name)
     captured = {key: bucket.replay for key, bucket in decoder._buckets.items()}
     again = sampled(generator, groups)
     assert {key: bucket.replay for key, bucket in decoder._buckets.items()} == captured
-    assert set(guarded) == {"load", "run", "look", "forward", "draw"}
+    assert set(guarded) == {"load", "run", "poll", "forward", "draw"}
     assert len(again) == 6
     with pytest.raises(RuntimeError, match="synchroniz"):
         torch.cuda.set_sync_debug_mode("error")

@@ -121,7 +121,7 @@ def test_a_sample_has_the_same_bits_in_any_company(
     assert len({tuple(tokens) for tokens, _, _ in together.values()}) > K
     names = [name for name, _ in found]
     forwards = names.count("_write_kv_kernel") // CONFIG.num_layers
-    heads = names.count("_tiles_kernel")
+    heads = names.count("_tile_stats_kernel")
     assert forwards >= TOKENS and heads >= TOKENS
     assert names.count("_matmul_kernel") == 4 * CONFIG.num_layers * forwards + heads
     # One partial result for every split: no list of keys is laid out to suit the company.

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kernels.gated_act import ACTIVATIONS, gated_act, gated_act_ref
-from kernels.launch import TARGETS, Target, intercept
+from kernels.launch import intercept
 from kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_ref
 from kernels.rope import rope, rope_cos_sin, rope_ref
+from kernels.target import TARGETS, Target
 from kernels.write_kv import write_kv, write_kv_ref
 from tests.triton_device import (
     DEVICE,
@@ -256,14 +257,13 @@ GATED_SHAPES = [(1, 1), (63, 192), (64, 64), (129, 20), (2, 1030), (0, 8), (3, 0
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*ROPE_SHAPES, (3, 0, 8)])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rope(shape: tuple[int, ...], dtype: torch.dtype, interleaved: bool) -> None:
+def test_rope(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, (cos, sin) = draw(shape, dtype), tables(shape[0], shape[-1])
     with counted() as counts:
-        y = rope(x, cos, sin, interleaved)
+        y = rope(x, cos, sin)
     assert counts["_rope_kernel"] == (x.numel() > 0)
     assert y.is_contiguous()
-    assert_like_reference(y, rope_ref, x, cos, sin, interleaved)
+    assert_like_reference(y, rope_ref, x, cos, sin)
 
 
 def test_shapes_lead_to_every_tiling() -> None:
@@ -285,48 +285,45 @@ def test_shapes_lead_to_every_tiling() -> None:
     assert any(pieces > 1 for _, _, pieces in grids["_gated_act_kernel"])
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rope_of_slices(interleaved: bool) -> None:
+def test_rope_of_slices() -> None:
     """Of a fused projection, and of wider tables."""
     heads, dim = 3, 24
     x = draw((65, 7 + heads * dim + 5), torch.float32)[:, 7 : 7 + heads * dim]
     x = x.unflatten(-1, (heads, dim))
     cos, sin = tables(65, 50)[0][:, 3 : 3 + dim // 2], tables(65, 60)[1][:, 1 : 1 + dim // 2]
     assert not any(a.is_contiguous() for a in (x, cos, sin)) and cos.stride() != sin.stride()
-    y = rope(x, cos, sin, interleaved)
-    assert y.equal(rope(x.contiguous(), cos.contiguous(), sin.contiguous(), interleaved))
-    assert_like_reference(y, rope_ref, x, cos, sin, interleaved)
+    y = rope(x, cos, sin)
+    assert y.equal(rope(x.contiguous(), cos.contiguous(), sin.contiguous()))
+    assert_like_reference(y, rope_ref, x, cos, sin)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*ROPE_SHAPES, (3, 0, 8)])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rope_backward(shape: tuple[int, ...], dtype: torch.dtype, interleaved: bool) -> None:
+def test_rope_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, grad, (cos, sin) = draw(shape, dtype), draw(shape, dtype, 1), tables(shape[0], shape[-1])
     with counted() as counts:
-        assert_like_gradients(*with_tables(cos, sin, interleaved), [x], [grad])
+        assert_like_gradients(*with_tables(cos, sin), [x], [grad])
     assert counts["_rope_kernel"] == 2 * (x.numel() > 0)
 
 
 def with_tables(
-    cos: Tensor, sin: Tensor, interleaved: bool
+    cos: Tensor, sin: Tensor
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """The operation and its reference as functions of x alone."""
     return (
-        lambda x: rope(x, cos, sin, interleaved),
-        lambda x: rope_ref(x, cos.cpu(), sin.cpu(), interleaved),
+        lambda x: rope(x, cos, sin),
+        lambda x: rope_ref(x, cos.cpu(), sin.cpu()),
     )
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rope_backward_of_slices(interleaved: bool) -> None:
+def test_rope_backward_of_slices() -> None:
     """Of gradients of any layout and of wider tables; nothing beside them is read."""
     shape, half = (33, 3, 20), (33, 10)
     cos, sin = (in_nan(half, torch.float32, 0).copy_(table) for table in tables(33, 20))
     x = draw(shape, torch.float32)
     for grad in layouts(shape, torch.float32):
         with counted() as counts:
-            assert_like_gradients(*with_tables(cos, sin, interleaved), [x], [grad])
+            assert_like_gradients(*with_tables(cos, sin), [x], [grad])
         assert counts["_rope_kernel"] == 2
 
 
@@ -433,13 +430,13 @@ def test_write_kv(tokens: int, dims: tuple[int, int], dtype: torch.dtype) -> Non
     qkv = draw((tokens, 5 + heads * (dim + v_dim)), dtype)
     k, v = qkv[:, 5:].split((heads * dim, heads * v_dim), -1)
     k, v = k.unflatten(-1, (heads, dim)), v.unflatten(-1, (heads, v_dim))
-    slots = torch.randperm(size, generator=torch.Generator().manual_seed(tokens))[:tokens]
+    cache_index = torch.randperm(size, generator=torch.Generator().manual_seed(tokens))[:tokens]
     whole = torch.full((2, heads, size, dim + 3 + v_dim), math.nan, dtype=dtype, device=DEVICE)
     expected = whole.clone()
     for cache, op in ((whole, write_kv), (expected, write_kv_ref)):
         k_cache, v_cache = cache[1, ..., 1 : 1 + dim], cache[1, ..., 2 + dim : 2 + dim + v_dim]
         with counted() as counts:
-            op(k, v, k_cache, v_cache, slots.to(DEVICE))
+            op(k, v, k_cache, v_cache, cache_index.to(DEVICE))
         assert counts["_write_kv_kernel"] == (op is write_kv and tokens > 0)
     assert bits(whole).equal(bits(expected))
 
@@ -454,38 +451,38 @@ def test_write_kv_beyond_two_to_the_31_elements() -> None:
     k_cache = whole.transpose(0, 1)
     v_cache = torch.zeros(2, size, 1, dtype=torch.float16, device=DEVICE)
     k, v = draw((2, 2, dim), torch.float16), draw((2, 2, 1), torch.float16)
-    slots = torch.tensor([size - 1, 2], device=DEVICE)
+    cache_index = torch.tensor([size - 1, 2], device=DEVICE)
     assert (size - 1) * k_cache.stride(1) > 2**31
-    write_kv(k, v, k_cache, v_cache, slots)
-    assert k_cache[:, slots].equal(k.transpose(0, 1))
-    assert v_cache[:, slots].equal(v.transpose(0, 1))
+    write_kv(k, v, k_cache, v_cache, cache_index)
+    assert k_cache[:, cache_index].equal(k.transpose(0, 1))
+    assert v_cache[:, cache_index].equal(v.transpose(0, 1))
 
 
 def test_write_kv_refuses_what_it_cannot_write() -> None:
     x = draw((4, 2, 8), torch.float32)
     strided = x.mT.contiguous().mT
     cache = torch.full((2, 9, 8), math.nan, device=DEVICE)
-    slots = torch.tensor([3, 0, 8, 5], device=DEVICE)
+    cache_index = torch.tensor([3, 0, 8, 5], device=DEVICE)
     for k, v in ((strided, x), (x, strided)):
         with pytest.raises(ValueError, match=r"contiguous, got shape \(4, 2, 8\)"):
-            write_kv(k, v, cache, cache, slots)
+            write_kv(k, v, cache, cache, cache_index)
     for k_cache, v_cache in ((cache.mT.contiguous().mT, cache), (cache, cache.mT.contiguous().mT)):
         with pytest.raises(ValueError, match=r"contiguous, got shape \(2, 9, 8\)"):
-            write_kv(x, x, k_cache, v_cache, slots)
+            write_kv(x, x, k_cache, v_cache, cache_index)
     with pytest.raises(ValueError, match=r"contiguous, got shape \(4,\) with strides \(2,\)"):
-        write_kv(x, x, cache, cache, slots.repeat_interleave(2)[::2])
+        write_kv(x, x, cache, cache, cache_index.repeat_interleave(2)[::2])
     with pytest.raises(ValueError, match="float64"):
-        write_kv(x.double(), x.double(), cache.double(), cache.double(), slots)
+        write_kv(x.double(), x.double(), cache.double(), cache.double(), cache_index)
     assert cache.isnan().all()
 
 
-@pytest.mark.skipif(ON_GPU, reason="contents of slots are looked at on CPU only")
-def test_write_kv_looks_at_slots_on_cpu() -> None:
+@pytest.mark.skipif(ON_GPU, reason="indices are checked on CPU only")
+def test_write_kv_checks_indices_on_cpu() -> None:
     x, cache = draw((2, 2, 8), torch.float32), torch.full((2, 9, 8), math.nan)
-    for slots, message in (
-        ([4, 4], "slot 4 is written twice"),
+    for cache_index, message in (
+        ([4, 4], "index 4 is written twice"),
         ([0, 9], r"in \[0, 9\), got 0 to 9"),
     ):
         with counted() as counts, pytest.raises(ValueError, match=message):
-            write_kv(x, x, cache, cache, torch.tensor(slots))
+            write_kv(x, x, cache, cache, torch.tensor(cache_index))
         assert not counts

@@ -81,11 +81,10 @@ def test_engine_sample_runs_every_kernel_and_gives_the_samples_of_torch(
         "_rope_kernel": 2 * layers * (steps + 1),
         "_gated_act_kernel": layers * (steps + 1),
         "_rms_norm_kernel": (4 * layers + 1) * (steps + 1),
-        "_tiles_kernel": steps + 1,
-        "_choose_kernel": steps + 1,
-        "_take_token_kernel": steps + 1,
+        "_tile_stats_kernel": steps + 1,
+        "_sample_from_tiles_kernel": steps + 1,
+        "_accept_token_kernel": steps + 1,
         "_uniforms_kernel": 2,
-        "_vote_kernel": 1,
     }.items():
         assert counts.pop(name) >= least, name
     assert not counts

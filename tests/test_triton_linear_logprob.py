@@ -1,4 +1,4 @@
-"""`linear_logprob` and `grpo_loss` in Triton, against float64 logits under autograd."""
+"""`linear_logprob` and `linear_policy_loss` in Triton, against float64 logits under autograd."""
 
 import math
 from functools import partial
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kernels.launch import intercept
 from kernels.logprob import LogProbs, linear_logprob, linear_logprob_ref
-from kernels.logprob.linear_policy_loss import grpo_loss
+from kernels.logprob.linear_policy_loss import linear_policy_loss
 from kernels.logprob.policy_loss import LOSSES
 from tests.policy_oracle import dense
-from tests.test_grpo_loss import arguments, run, to_dtype
 from tests.test_linear_logprob import assert_as_near, gradients, problem
+from tests.test_linear_policy_loss import arguments, run, to_dtype
 from tests.triton_device import DEVICE, DTYPES, counted, on_triton
 
 pytestmark = on_triton
@@ -63,7 +63,7 @@ def test_values_and_gradients_are_those_of_the_definition(
 @pytest.mark.parametrize(("softcap", "temperature", "peaked"), [(None, 1.0, 0), (5.0, 0.6, 1)])
 @pytest.mark.parametrize(("beta", "on_policy"), [(0.0, True), (0.1, False)])
 @pytest.mark.parametrize("kind", LOSSES)
-def test_grpo_loss_and_gradients_are_those_of_all_logits(
+def test_policy_loss_and_gradients_are_those_of_all_logits(
     kind: str, beta: float, on_policy: bool, softcap: float | None, temperature: float,
     peaked: int, dtype: torch.dtype,
 ) -> None:  # fmt: skip
@@ -72,7 +72,7 @@ def test_grpo_loss_and_gradients_are_those_of_all_logits(
     plain = dense(kind, narrow, softcap, temperature)
     with counted() as counts:
         found, dx, dw = run(
-            grpo_loss, on_device(narrow, dtype), softcap=softcap, temperature=temperature,
+            linear_policy_loss, on_device(narrow, dtype), softcap=softcap, temperature=temperature,
             chunk_size=32,
         )  # fmt: skip
     assert counts["_hidden_gradient_kernel"] == counts["_weight_gradient_kernel"] == 2
@@ -166,7 +166,7 @@ def test_rows_that_nothing_asks_for_are_not_computed() -> None:
     given = on_device(arguments("grpo", 0.0, False, False), torch.float32)
     kept = torch.arange(41, device=DEVICE) % 3 != 1
     few = {k: v[kept] if isinstance(v, Tensor) and len(v) == 41 else v for k, v in given.items()}
-    expected, dx, dw = run(grpo_loss, few)
+    expected, dx, dw = run(linear_policy_loss, few)
     # 41 rows of which 27 count, a hundred more that do not: 3 tiles of 64 rows.
     many = {
         k: torch.cat([v, v[:1].expand(100, *v.shape[1:])])
@@ -189,7 +189,7 @@ def test_rows_that_nothing_asks_for_are_not_computed() -> None:
         kernel[grid](*arguments, **options)
 
     with intercept(watched):
-        found, all_dx, all_dw = run(grpo_loss, many)
+        found, all_dx, all_dw = run(linear_policy_loss, many)
     assert [n for name, n in programs if name == "_logits_kernel"] == [3 * 4]
     assert found.loss.equal(expected.loss) or abs(found.loss - expected.loss) < 1e-6
     assert found.logp[counts].equal(expected.logp) and not found.logp[~counts].any()
@@ -203,9 +203,11 @@ def test_small_coefficients_in_half_precision() -> None:
     they are taken out in float32."""
     given = on_device(arguments("dapo", 0.0, True, False), torch.float16)
     expected = torch.zeros(len(given["weight"]), 24, device=DEVICE)
-    grpo_loss(**given, weight_grad=expected)
+    linear_policy_loss(**given, weight_grad=expected)
     found = torch.zeros_like(expected)
-    grpo_loss(**given | {"token_weight": given["token_weight"] * 2.0**-26}, weight_grad=found)
+    linear_policy_loss(
+        **given | {"token_weight": given["token_weight"] * 2.0**-26}, weight_grad=found
+    )
     assert expected.abs().max() > 0 and (found * 2.0**26).equal(expected)
 
 

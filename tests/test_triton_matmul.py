@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bench.shapes import SHAPES
-from kernels.launch import intercept, target_of
+from kernels.launch import intercept
 from kernels.matmul import matmul, matmul_ref
+from kernels.target import target_of
 from tests.triton_device import DEVICE, DTYPES, ON_GPU, assert_like_reference, on_triton
 
 pytestmark = on_triton

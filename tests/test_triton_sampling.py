@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import kernels.sample_token as module
-from kernels.launch import INTERPRETED, TARGETS
+from kernels.launch import INTERPRETED
 from kernels.sample_token import TILE, SamplingOptions, sample_token, sample_token_ref, uniforms
+from kernels.target import TARGETS
 from tests.sampling_oracle import python_distribution
 from tests.triton_device import DEVICE, ON_GPU, assert_like_reference, counted, on_triton
 
@@ -194,7 +195,7 @@ def test_greedy_takes_the_first_maximum(vocab_size: int) -> None:
     logits[3, vocab_size - 1] = 30
     with counted() as counts:
         token, logprob, zero = on_device(logits, torch.full((4,), math.nan), SamplingOptions(0))
-    assert counts == {"_tiles_kernel": 1, "_choose_kernel": 1}
+    assert counts == {"_tile_stats_kernel": 1, "_sample_from_tiles_kernel": 1}
     assert token.tolist() == [row.index(max(row)) for row in logits.tolist()]
     assert_like_reference(
         logprob, lambda x: x.log_softmax(-1).gather(1, token[:, None])[:, 0], logits
@@ -347,7 +348,7 @@ def test_a_row_does_not_depend_on_its_batch(options: SamplingOptions) -> None:
             assert result[row : row + 1].equal(row_result)
 
 
-PLAIN = {"_tiles_kernel": 1, "_choose_kernel": 1}
+PLAIN = {"_tile_stats_kernel": 1, "_sample_from_tiles_kernel": 1}
 
 
 @pytest.mark.parametrize(
@@ -357,9 +358,15 @@ PLAIN = {"_tiles_kernel": 1, "_choose_kernel": 1}
         (SamplingOptions(1.0), PLAIN),
         (SamplingOptions(1.0, top_k=9), PLAIN),
         (SamplingOptions(1.0, top_k=10), PLAIN),
-        (SamplingOptions(1.0, min_p=0.1), PLAIN | {"_kept_kernel": 1}),
-        (SamplingOptions(1.0, top_k=8), PLAIN | {"_kept_kernel": 1, "_cutoff_kernel": 1}),
-        (SamplingOptions(1.0, top_p=0.9), PLAIN | {"_kept_kernel": 1, "_cutoff_kernel": 1}),
+        (SamplingOptions(1.0, min_p=0.1), PLAIN | {"_filtered_tile_sums_kernel": 1}),
+        (
+            SamplingOptions(1.0, top_k=8),
+            PLAIN | {"_filtered_tile_sums_kernel": 1, "_threshold_kernel": 1},
+        ),
+        (
+            SamplingOptions(1.0, top_p=0.9),
+            PLAIN | {"_filtered_tile_sums_kernel": 1, "_threshold_kernel": 1},
+        ),
     ],
     ids=str,
 )
@@ -375,14 +382,14 @@ def test_launches(options: SamplingOptions, launches: dict[str, int]) -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="counts calls that a compiled kernel does not make")
 def test_passes_of_the_bisection(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most 16, 8 for bfloat16; few where a bound lies near or one token is soon left between."""
-    passes, one_pass = 0, module._from_thresholds
+    passes, one_pass = 0, module._sums_above
 
     def counting(*arguments: object) -> object:
         nonlocal passes
         passes += 1
         return one_pass(*arguments)
 
-    monkeypatch.setattr(module, "_from_thresholds", counting)
+    monkeypatch.setattr(module, "_sums_above", counting)
 
     def count(logits: Tensor, options: SamplingOptions) -> int:
         nonlocal passes

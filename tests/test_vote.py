@@ -10,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.vote import VoteResult, unpermute, vote, vote_ref
-from tests.vote_cases import META_CASES
 
+# Meta scores of three samples, how many may vote, and who does.
+META_CASES = [
+    ([math.nan, 0.0, 1.0], 1, [False, False, True]),
+    ([math.nan, math.nan, math.nan], 2, [False, False, False]),
+    ([0.5, 0.5, 0.5], 2, [True, True, False]),
+    ([0.1, 0.2, 0.3], 9, [True, True, True]),
+    ([-math.inf, math.nan, -math.inf], 3, [True, False, True]),
+    ([math.nan, -math.inf, math.inf], 2, [False, True, True]),
+    ([-0.0, 0.0, -1.0], 1, [True, False, False]),
+]
 Vote = Callable[..., VoteResult]
 both = pytest.mark.parametrize("op", [vote, vote_ref])
 
@@ -85,10 +94,7 @@ def test_invalid_sample_is_not_counted_as_zero(op: Vote) -> None:
 
 
 @both
-@pytest.mark.parametrize(
-    ("meta", "k_meta", "voted"),
-    META_CASES,
-)
+@pytest.mark.parametrize(("meta", "k_meta", "voted"), META_CASES)
 def test_meta_scores_choose_the_voters(
     op: Vote, meta: list[float], k_meta: int, voted: list[bool]
 ) -> None:
@@ -119,6 +125,44 @@ def test_largest_uniform_stays_among_the_tied(op: Vote) -> None:
         result = one_row(op, [[3] * count], uniform=1 - 2**-24)
         assert result.best.item() == count - 1
         assert result.tie.item() == (count > 1)
+
+
+@both
+def test_uniforms_below_a_boundary_stay_below_it(op: Vote) -> None:
+    """Where the product with the number of the tied, rounded to float32, would reach it."""
+    pairs = torch.tensor([(n, i) for n in range(2, 33) for i in range(1, n)])
+    n, boundary = pairs.unbind(1)
+    uniform = (boundary.double() / n).float()
+    below = uniform.nextafter(torch.zeros(()))
+    uniform = torch.where(uniform.double() * n < boundary, uniform, below)
+    chosen = (uniform * n == boundary).nonzero()[::4, 0]
+    assert len(chosen) > 20
+    for count, place, u in zip(*(x[chosen].tolist() for x in (n, boundary, uniform)), strict=True):
+        assert one_row(op, [[3] * count], uniform=u).best.item() == place - 1
+
+
+@both
+def test_totals_are_exact_integers(op: Vote) -> None:
+    """Beyond 2^53, where float64 is not; and scores of an invalid sample are not added."""
+    scores = [[2**60, 2**60 + 1], [1, 1], [2**62, -(2**62)]]
+    result = one_row(op, scores, valid=[True, True, False])
+    assert result.total.tolist() == [[2**60 + 1, 2**60 + 2]]
+    assert (result.best.item(), result.tie.item()) == (1, False)
+
+
+def test_takes_slices_and_expanded_rows() -> None:
+    generator = torch.Generator().manual_seed(5)
+    scores = torch.randint(-1, 2, (9, 9, 7), generator=generator)[:, 3:, 1:-2]
+    order = torch.tensor([2, 0, 3, 1]).expand(9, 6, 4)
+    valid = (torch.rand(9, 9, generator=generator) < 0.7)[:, 2:-1]
+    meta = torch.randn(9, 8, generator=generator)[:, 1:-1]
+    arguments = (scores, order, valid, torch.full((9,), 4), torch.rand(9, generator=generator))
+    assert not any(x.is_contiguous() for x in (scores, order, valid, meta))
+    result, reference = (op(*arguments, meta, 3) for op in (vote, vote_ref))
+    for name, value in vars(reference).items():
+        torch.testing.assert_close(
+            getattr(result, name), value, rtol=0, atol=0, equal_nan=True, msg=name
+        )
 
 
 @st.composite

@@ -124,13 +124,11 @@ def file_batches(
 
 @dataclass(frozen=True)
 class Judgement:
-    """A judgement of a row: the order that it saw, its text, whether it is right; and its tokens,
-    where it was sampled here."""
+    """A judgement of a row: the order that it saw, its text, whether it is right."""
 
     order: Sequence[int]
     text: str
     right: bool
-    token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from torch import Tensor
 from engine.judge import Judge
 from engine.sample import POCKET
 from kernels.logprob import linear_logprob
-from kernels.logprob.linear_policy_loss import GRPOLoss, grpo_loss
+from kernels.logprob.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from kernels.logprob.policy_loss import PolicyLossOptions, token_weights
 from models import load
 from models.lora import adapters_off
@@ -170,11 +170,13 @@ def _micro(
     )
 
 
-def add_gradients(model: Transformer, window: Sequence[Micro], args: Args) -> list[GRPOLoss]:
+def add_gradients(
+    model: Transformer, window: Sequence[Micro], args: Args
+) -> list[LinearPolicyLoss]:
     """Add the gradients of a window's loss to those of the parameters."""
     found = []
     for micro in window:
-        result = grpo_loss(
+        result = linear_policy_loss(
             hidden_states(model, micro.batch), model.head_weight, micro.batch.target,
             micro.advantage, micro.weight, args.options,
             old_logp=micro.old_logp, ref_logp=micro.ref_logp,
@@ -186,7 +188,7 @@ def add_gradients(model: Transformer, window: Sequence[Micro], args: Args) -> li
     return found
 
 
-def window_metrics(window: Sequence[Micro], found: Sequence[GRPOLoss]) -> dict[str, float]:
+def window_metrics(window: Sequence[Micro], found: Sequence[LinearPolicyLoss]) -> dict[str, float]:
     """Of one update, over all ranks: sums of the loss, means over tokens, extremes; and how far the
     trainer's log-probs are from the sampler's."""
     own = [
@@ -215,7 +217,7 @@ _EXTREMES: dict[str, Callable[[list[float]], float]] = {
 }
 
 
-def _micro_metrics(micro: Micro, found: GRPOLoss) -> dict[str, float]:
+def _micro_metrics(micro: Micro, found: LinearPolicyLoss) -> dict[str, float]:
     terms, gap = found.terms, found.logp - micro.old_logp
     ratio = gap.exp()
     values = {

@@ -17,10 +17,6 @@ Without --data the rows are fresh ones of the synthetic world. OUT is a sequence
 label, which `engine.sample --meta-model` and transformers load. Evaluation is on dev rows of the
 world, sampled once: the AUC within rows that have right and wrong judgements is what filtering
 gains from; the pooled one can be high by telling hard rows from easy ones.
-
-With --head the decoder stays the judge's own, and the score alone is learnt, from the state out of
-which a judgement's last token was drawn. OUT/meta_head.safetensors is then all that is new: what
-`engine.sample --meta-head` reads, at no cost. It is an ablation.
 """
 
 import math
@@ -44,7 +40,6 @@ from models import load
 from models.config import read_json
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
-from models.weights import save_pretrained, save_score_weight
 from train import parallel
 from train.data import JudgedRow, Judgement, Trajectory, file_judgements
 from train.learner import Learner
@@ -80,7 +75,6 @@ class Args(RunArgs):
     max_new_tokens: int = 512
     deterministic: bool = True  # what is sampled has the same bits in every run on a GPU too
     loss: Literal["pointwise", "pairwise"] = "pointwise"
-    head: bool = False  # a score of the judge's own hidden state: the decoder is frozen
     warmup: int = 10
     eval_every: int = 0  # steps between evaluations; 0: only after the last
     eval_rows: int = 100
@@ -128,7 +122,7 @@ def judged(groups: Sequence[Group]) -> list[JudgedRow]:
         JudgedRow(
             group.row,
             [
-                Judgement(sample.order, sample.text, reward > 0, sample.token_ids)
+                Judgement(sample.order, sample.text, reward > 0)
                 for sample, reward in zip(group.samples, group.rewards, strict=True)
                 if sample.scores is not None
             ],
@@ -197,18 +191,11 @@ def chance_above(better: Tensor, worse: Tensor) -> float:
     return (above.double() + equal.double() / 2).mean().item()
 
 
-def save_head(model: ScalarModel, directory: Path) -> None:
-    """Write the score's weight by itself."""
-    save_score_weight(model.score.weight, directory / "meta_head.safetensors")
-
-
 class Trainer:
     """The meta model under training, and the judge that it reads."""
 
     def __init__(self, args: Args) -> None:
         model, tokenizer = scalar_of(args.model, args.dtype)
-        if args.head:
-            model.model.requires_grad_(False)
         template, settings = read_judge_template(args.model), read_judge_settings(args.model)
         self.args, self.learner = args, Learner(model, args)
         self.meta = MetaModel(
@@ -238,9 +225,7 @@ class Trainer:
         return judged(groups), failures
 
     def read(self, rows: Sequence[JudgedRow]) -> tuple[list[ReadRow], int]:
-        """Rows with those judgements that fit the meta model's context, and how many do not: read
-        as the meta model does or, for a head that reads the state from which the last token was
-        drawn, as the judge wrote them."""
+        """Rows with those judgements that fit the meta model's context, and how many do not."""
         longest = self.learner.plain.model.config.max_position_embeddings
         found, too_long = [], 0
         for each in rows:
@@ -248,9 +233,7 @@ class Trainer:
             for own in each.judgements:
                 prompt = self.meta.prompt(each.row, own.order)
                 # The last token of a completion is a target only; it is not read.
-                completion = (
-                    own.token_ids if self.args.head else (*self.meta.judgement(own.text), 0)
-                )
+                completion = (*self.meta.judgement(own.text), 0)
                 if sum(map(len, prompt)) + len(completion) - 1 > longest:
                     too_long += 1
                     continue
@@ -338,12 +321,10 @@ def train(args: Args) -> None:
     check_args(args, "samples", "judged_rows", "micro_rows", "eval_rows", "eval_samples")
     if args.rows < (args.judgements is None):
         raise ValueError(f"rows = {args.rows}: there is nothing to learn from")
-    if args.head and (args.judge or args.judgements or args.lora_rank):
-        raise ValueError("a head reads what its own, frozen judge has sampled, and nothing else")
     trainer = Trainer(args)
     last: dict[str, float] = {}
     tell_left_out(trainer.left_out)
-    with Run(args, trainer.learner, save_head if args.head else save_pretrained) as run:
+    with Run(args, trainer.learner) as run:
         for step in run.steps():
             metrics, timings = trainer.step(step)
             is_last, score = step + 1 == args.steps, None

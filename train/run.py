@@ -62,18 +62,11 @@ class Run(Generic[M]):
     """A run under way, as a context. `first` is the number of steps done, `state` what the newest
     checkpoint was saved with, besides the learner's tensors, which are put back."""
 
-    def __init__(
-        self,
-        args: RunArgs,
-        learner: Learner[M],
-        save: Callable[[M, Path], None] = save_pretrained,
-    ) -> None:
-        """save: writes a finished model into a directory. Raises ValueError for settings other than
-        those of the checkpoint."""
+    def __init__(self, args: RunArgs, learner: Learner[M]) -> None:
+        """Raises ValueError for settings other than those of the checkpoint."""
         self._started = time.monotonic()
         self._args = args
         self._learner: Learner[M] = learner
-        self._save: Callable[[M, Path], None] = save
         self._settings = settings_of(asdict(args), args.model)
         self._checkpoints = args.out / "checkpoints"
         self._checkpoints.mkdir(parents=True, exist_ok=True)
@@ -180,7 +173,7 @@ class Run(Generic[M]):
             for name in _MODEL_FILES:
                 if (self._args.model / name).exists():
                     shutil.copyfile(self._args.model / name, directory / name)
-            self._save(self._learner.plain, directory)
+            save_pretrained(self._learner.plain, directory)
         parallel.barrier()
 
 

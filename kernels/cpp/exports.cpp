@@ -53,7 +53,7 @@ bool add_all(const std::string &suffix) {
 static const bool described =
     add_all<float>("_f32") && add_all<bf16>("_bf16") && add_function("uniforms_f32", uniforms) &&
     add_function("rope_cos_sin_f32", rope_cos_sin) && add_function("elementary_f32", elementary) &&
-    add_function("take_token_f32", take_token) &&
+    add_function("accept_token_f32", accept_token) &&
     add_function("distinct_slots_f32", distinct_slots) &&
     add_function("panel_columns_f32", panel_columns) &&
     add_struct("AttentionArguments", sizeof(AttentionArguments), AttentionArguments::describe()) &&

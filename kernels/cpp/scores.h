@@ -1,4 +1,4 @@
-// Taking a drawn token: the records, the score automaton and the counts of each live sample.
+// Accepting a drawn token: the records, the score automaton and the counts of each live sample.
 
 #pragma once
 
@@ -59,7 +59,7 @@ inline int64_t advance(const Automaton &a, int64_t row, int64_t state, int64_t t
 }
 
 // On one thread: it is a few hundred samples at most.
-inline void take_token(const int64_t *drawn, const float *logprob, const float *sampling_logprob,
+inline void accept_token(const int64_t *drawn, const float *logprob, const float *sampling_logprob,
                        int64_t *token, int64_t *made, const int64_t *limit, const int64_t *slot,
                        bool *finished, bool *ended, int64_t *tokens, float *logprobs,
                        int64_t capacity, int64_t num_recorded, const int64_t *end_ids,

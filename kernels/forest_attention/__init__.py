@@ -33,13 +33,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.checks import check_triton
 from kernels.cpp import runs_cpp
 from kernels.device_math import tanh
 from kernels.forest_attention import cpp_impl, torch_impl, triton_backward
 from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan
 from kernels.forest_attention.schedule import CELLS, HeadShape, Programs, schedule_key, schedules_of
-from kernels.launch import Target, check_triton, launch, power_of_two, runs_triton, target_of
+from kernels.launch import launch, runs_triton
 from kernels.merge_states import merge_states
+from kernels.target import Target, power_of_two, target_of
 
 _LOG2E = 1.4426950408889634
 
@@ -386,8 +388,8 @@ def forest_attention_with_lse(
     (float64 for float64 input), -inf for a query without any key."""
     _check(q, k_cache, v_cache, plan, scale, softcap, window)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
-        if plan.suffix is not None or plan.moving:
-            kind = "moving positions" if plan.suffix is None else "suffixes"
+        if plan.suffix is not None or plan.advancing:
+            kind = "advancing positions" if plan.suffix is None else "suffixes"
             raise ValueError(f"forest_attention: no gradient for a plan with {kind}")
         return _ForestAttention.apply(q, k_cache, v_cache, plan, scale, softcap, window)
     return _run(q, k_cache, v_cache, plan, scale, softcap, window)

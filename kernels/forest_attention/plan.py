@@ -42,7 +42,7 @@ class SuffixTiles:
 
     row: (S,) int64, the query of each slot, -1 for an idle slot. length: (T,) int64, keys of each
     query's suffix, its own token included; it may grow up to `max_length` while the plan lives, and
-    `reach` may raise that.
+    `grow_to` may raise that.
     position: (T,) int64, the logical position of the first. capacity is a multiple of 16.
     """
 
@@ -62,7 +62,7 @@ class SuffixTiles:
         """Splits that the longest suffix may reach."""
         return -(-self.max_length // MAX_SPLIT)
 
-    def reach(self, max_length: int) -> bool:
+    def grow_to(self, max_length: int) -> bool:
         """Let lengths grow up to `max_length`, unless that takes more splits: then nothing changes,
         and the answer is False."""
         if max_length > self.num_splits * MAX_SPLIT:
@@ -99,8 +99,8 @@ class ForestPlan:
     """What `forest_attention` executes: items in the order of each query's sequence.
 
     positions: (T,) int64, the logical position of each query, on the device; in decode the caller
-    advances it in place, always upwards, and sets `moving`: then every key of every item must stand
-    before its queries from the start. suffix: the leaves' own keys, if any. per_split: keep one
+    advances it in place, always upwards, and sets `advancing`: then every key of every item must
+    stand before its queries from the start. suffix: the leaves' own keys, if any. per_split: one
     partial for every item on a GPU too, so that a query's result does not depend on who shares its
     keys or how many there are; without it the Triton kernel joins and cuts runs of keys to fill the
     device. (On CPU there is one partial for every item anyway.) host_positions: `positions`, from a
@@ -112,7 +112,7 @@ class ForestPlan:
     items: Sequence[WorkItem]
     positions: Tensor
     suffix: SuffixTiles | None = None
-    moving: bool = False
+    advancing: bool = False
     per_split: bool = False
     executed: int = 0
     host_positions: InitVar[Sequence[int] | None] = None
@@ -128,7 +128,7 @@ class ForestPlan:
         for item in self.items:
             assert 0 < item.num_queries <= MAX_TILE and 0 < item.num_keys <= MAX_SPLIT, item
             assert item.query >= 0 and item.query + item.num_queries <= queries, item
-            if self.moving:
+            if self.advancing:
                 assert item.position + item.num_keys <= 1 + self.earliest(item), item
         if self.suffix is not None:
             assert len(self.suffix.length) == len(self.suffix.position) == queries

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.device import to_device
 from kernels.forest_attention.plan import (
     MAX_SPLIT,
     ForestPlan,
@@ -29,7 +30,7 @@ from kernels.forest_attention.plan import (
     cut_between_queries,
     partial_table,
 )
-from kernels.launch import Target, power_of_two, to_device
+from kernels.target import Target, power_of_two
 
 _MAX_PARTIAL_BYTES = 256 << 20  # of one part of a prefill's outputs, with one partial per split
 
@@ -157,7 +158,7 @@ def schedules_of(plan: ForestPlan, window: int | None, shape: HeadShape) -> list
     partials; in decode they are few."""
     items = plan.needed(window)
     queries = len(plan.first_position)
-    if plan.moving or not plan.per_split:
+    if plan.advancing or not plan.per_split:
         return [_schedule(plan, items, 0, queries, shape)]
     largest = _MAX_PARTIAL_BYTES // (4 * shape.groups * shape.kv_heads * shape.v_dim)
     return [
@@ -262,7 +263,7 @@ class StaticPlan:
 
     def load(self, plan: ForestPlan) -> bool:
         """Take a plan's items; whether `self.plan` is another one by it."""
-        assert plan.suffix is not None and plan.moving and plan.per_split == self._per_split
+        assert plan.suffix is not None and plan.advancing and plan.per_split == self._per_split
         assert plan.suffix.num_splits == self._suffix.num_splits
         assert len(plan.positions) == len(self._positions)
         splits = plan.suffix.num_splits

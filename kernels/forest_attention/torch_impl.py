@@ -200,7 +200,7 @@ def _run_batch(
         if batch.masked or window is not None:
             if batch.visible is None:
                 visible = _visible(cells, plan, window)
-                if n == items and (window is None or not plan.moving):
+                if n == items and (window is None or not plan.advancing):
                     batch.visible = visible
             else:
                 visible = batch.visible
@@ -262,7 +262,7 @@ def _run_suffix(
 def _visible(cells: _Cells, plan: ForestPlan, window: int | None) -> Tensor:
     """Which keys of n items their queries see: (n, M or 1, W) bool."""
     position = cells.position[:, None]
-    if plan.moving and window is None:
+    if plan.advancing and window is None:
         return position < _NOWHERE
     at = plan.positions[cells.query][..., None]
     visible = position <= at

@@ -22,18 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import check_triton, without_gaps
+from kernels.device import to_device
 from kernels.device_math import tanh
 from kernels.forest_attention.backward_schedule import TileList, key_tiles, query_tiles
 from kernels.forest_attention.plan import ForestPlan
-from kernels.launch import (
-    Target,
-    check_triton,
-    launch,
-    power_of_two,
-    target_of,
-    to_device,
-    without_gaps,
-)
+from kernels.launch import launch
+from kernels.target import Target, power_of_two, target_of
 
 _LOG2E = 1.4426950408889634
 

@@ -6,26 +6,16 @@ For a token with advantage A, weight w and log-ratio d = logp - old_logp,
     r      = exp(mean of d over the token's sequence) level "sequence" (GSPO)
     loss   = sum over tokens of w (-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta KL)
 
-Only tokens of weight other than 0 count, in a sequence's mean as well: whatever is given of the
-others, their coefficient is 0. Without old log-probs the policy that sampled is the one that is
-trained: r = 1, and the gradient is that of -A logp. KL of the policy to the reference, with
-x = ref_logp - logp, one of
+KL of the policy to the reference, with x = ref_logp - logp, is one of k1 = -x, k2 = x^2 / 2 and
+k3 = exp(x) - x - 1. Without old log-probs the policy is on-policy: r = 1, and the gradient is that
+of -A logp. Tokens of weight 0 do not count, not even in a sequence's mean; their coefficient is 0.
 
-    k1 = -x        k2 = x^2 / 2        k3 = exp(x) - x - 1
-
-A variant of the loss is a choice of weights, which carry the normaliser (`token_weights`):
-
-    grpo     1 / (sequences * tokens of its sequence)     gspo the same
-    dr_grpo  1 / (sequences * max_tokens)
-    dapo     1 / tokens
-
-Sequences and tokens are those of the whole accumulation window, not of a micro-batch: the caller
-counts them. What comes out beside the loss is its derivative by each logp (`coefficient`), from
-which the gradients of hidden states and weights follow without autograd.
+`coefficient`, the loss's derivative by each logp, gives the gradients of hidden states and weights
+without autograd. float32 (float64 for float64 input); nothing waits for the device. N tokens, S
+sequences.
 
 Sources: DeepSeekMath (2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), GSPO (2507.18071),
-http://joschu.net/blog/kl-approx.html. Everything is float32 (float64 for float64 input); nothing
-waits for the device. N tokens, S sequences.
+http://joschu.net/blog/kl-approx.html.
 """
 
 import math
@@ -34,6 +24,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from kernels.checks import check
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "gspo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -81,11 +73,15 @@ class PolicyLoss:
 def token_weights(
     loss: str, lengths: Tensor, *, num_sequences: int, num_tokens: int, max_tokens: int
 ) -> Tensor:
-    """The weight of every token, (N,) float32, of sequences of `lengths` (S,) int64 end to end.
+    """The weight of every token, (N,) float32, of sequences of `lengths` (S,) int64 end to end. The
+    weights carry the normaliser, which is what the variants of the loss differ in:
 
-    num_sequences and num_tokens: of the whole accumulation window, of which these may be a part.
-    max_tokens: the constant that Dr. GRPO divides by. Raises ValueError for an unknown loss or
-    counts smaller than what is here.
+        grpo, gspo  1 / (num_sequences * tokens of its sequence)
+        dr_grpo     1 / (num_sequences * max_tokens)
+        dapo        1 / num_tokens
+
+    num_sequences, num_tokens: of the whole accumulation window, of which these sequences may be a
+    micro-batch. Raises ValueError for an unknown loss, or counts smaller than these sequences'.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
@@ -116,19 +112,15 @@ def policy_loss(
     """The loss of N tokens and its derivative by each log-prob.
 
     logp, advantage, weight, old_logp, ref_logp: (N,) floating, all on one device. ref_logp is
-    needed where beta is not 0; lengths, (S,) int64, at level "sequence". Nothing
-    is differentiated: `logp`'s gradient is what comes out. Raises ValueError for what is missing
+    needed if beta is not 0; lengths, (S,) int64, at level "sequence". Not
+    differentiable: the gradient of `logp` is in the result. Raises ValueError for missing arguments
     and for other shapes.
     """
     named = {"logp": logp, "advantage": advantage, "weight": weight}
     named |= {} if old_logp is None else {"old_logp": old_logp}
     named |= {} if ref_logp is None else {"ref_logp": ref_logp}
     for name, tensor in named.items():
-        if tensor.shape != (len(logp),) or not tensor.is_floating_point():
-            raise ValueError(
-                f"policy_loss: {name} must be ({len(logp)},) floating, got "
-                f"{tuple(tensor.shape)} {tensor.dtype}"
-            )
+        check(f"policy_loss: {name}", tensor, (len(logp),), "floating")
     if options.beta and ref_logp is None:
         raise ValueError(f"policy_loss: beta = {options.beta} needs ref_logp")
     if options.level == "sequence" and lengths is None:

@@ -1,18 +1,17 @@
-"""All that live samples do with the token they have just drawn, in one launch.
+"""Append to every live sample the token that was drawn for it, in one launch.
 
-Dimension letters: B live samples, S slots and M places of the records, E end tokens.
+Dimension letters: B live samples, S slots, M tokens of a slot's records, E end tokens.
 
-For every sample that is not yet finished, with its slot s and its count c of tokens so far:
+For every unfinished sample with slot s and c tokens so far:
   1. tokens[s, c], logprobs[0, s, c], logprobs[1, s, c] = token, logprob, sampling_logprob
-  2. the score automaton reads the token; not an end token, which has no bytes and must not reset
-     the automaton as other special tokens do
-  3. the last token is this one and the count c + 1; the sample is finished by an end token
-     (`ended`), by its limit or, with stop_at_box, by scores that are decided
-  4. in decode, where the next token stands moves by one: its position, the length of its suffix
-     and the cache cell that it writes
-A finished sample changes nothing. Everything happens in place and the host reads nothing.
+  2. the score automaton reads the token, unless it is an end token: that has no bytes and must not
+     reset the automaton as other special tokens do
+  3. the token is the sample's last and its count c + 1; an end token (`ended`), the limit or, with
+     stop_at_box, decided scores finish it
+  4. in decode its cursor advances by one: the next token's position, suffix length and cache index
+A finished sample does not change. Everything is in place, and the host reads nothing.
 
-It does not draw tokens, see the cache, or take finished samples out.
+Drawing tokens, the cache, and the removal of finished samples are elsewhere.
 """
 
 import ctypes
@@ -25,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import cpp
+from kernels.checks import check, check_triton
 from kernels.cpp import runs_cpp
 from kernels.extract_scores import (
     DECIDED,
@@ -33,15 +33,16 @@ from kernels.extract_scores import (
     advance_rows,
     rows_launch,
 )
-from kernels.launch import check_triton, launch, runs_triton, target_of
+from kernels.launch import launch, runs_triton
+from kernels.target import target_of
 
-# Position, suffix length and cache cell of each row's next token, (at least B,) int64 each.
-Moving = tuple[Tensor, Tensor, Tensor]
+# Position, suffix length and cache index of each row's next token, (at least B,) int64 each.
+Cursor = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
 class LiveSamples:
-    """The state of B live samples on the device; `take_token` moves it in place."""
+    """The state of B live samples on the device; `accept_token` updates it in place."""
 
     token: Tensor  # (B,) int64, the last token, whose keys are not yet in the cache
     count: Tensor  # (B,) int64, tokens generated
@@ -86,7 +87,7 @@ class LiveSamples:
 
 @dataclass
 class Records:
-    """What samples have generated, by slot."""
+    """The tokens that samples have generated, and their log-probs, by slot."""
 
     tokens: Tensor  # (S, M) int64
     logprobs: Tensor  # (2, S, M) float32: under the model, and under the distribution sampled from
@@ -100,7 +101,7 @@ class Records:
         )
 
 
-def take_token_ref(
+def accept_token_ref(
     live: LiveSamples,
     records: Records,
     token: Tensor,
@@ -109,9 +110,9 @@ def take_token_ref(
     automaton: ScoreAutomaton,
     end_ids: Tensor,
     stop_at_box: bool,
-    moving: Moving | None = None,
+    cursor: Cursor | None = None,
 ) -> None:
-    """The specification of `take_token`, one sample at a time."""
+    """The specification of `accept_token`, one sample at a time."""
     ends = set(end_ids.tolist())
     for b in range(len(token)):
         if live.finished[b]:
@@ -129,12 +130,12 @@ def take_token_ref(
             or count + 1 >= int(live.limit[b])
             or (stop_at_box and bool(scores.decided))
         )
-        for place in moving or ():
-            place[b] += 1
+        for column in cursor or ():
+            column[b] += 1
 
 
 @triton.jit
-def _take_token_kernel(
+def _accept_token_kernel(
     token_ptr,  # (B,) int64
     logprob_ptr,  # (B,) float32
     sampling_logprob_ptr,  # (B,) float32
@@ -152,7 +153,7 @@ def _take_token_kernel(
     num_ends,  # E
     position_ptr,  # (at least B,) int64 or None, as the next two
     length_ptr,
-    cell_ptr,
+    cache_index_ptr,
     num_rows,  # B
     control_ptr,  # the state and tables of `advance_rows`
     value_ptr,
@@ -175,46 +176,46 @@ def _take_token_kernel(
     ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = row < num_rows  # (ROWS,)
-    going = there & (tl.load(finished_ptr + row, mask=there, other=1) == 0)
-    token = tl.load(token_ptr + row, mask=going, other=0)
-    logprob = tl.load(logprob_ptr + row, mask=going, other=0.0)
-    sampling_logprob = tl.load(sampling_logprob_ptr + row, mask=going, other=0.0)
-    made = tl.load(made_ptr + row, mask=going, other=0)
-    limit = tl.load(limit_ptr + row, mask=going, other=0)
+    mask = row < num_rows  # (ROWS,)
+    active = mask & (tl.load(finished_ptr + row, mask=mask, other=1) == 0)
+    token = tl.load(token_ptr + row, mask=active, other=0)
+    logprob = tl.load(logprob_ptr + row, mask=active, other=0.0)
+    sampling_logprob = tl.load(sampling_logprob_ptr + row, mask=active, other=0.0)
+    made = tl.load(made_ptr + row, mask=active, other=0)
+    limit = tl.load(limit_ptr + row, mask=active, other=0)
 
-    at = tl.load(slot_ptr + row, mask=going, other=0) * capacity + made
-    tl.store(tokens_ptr + at, token, mask=going)
-    tl.store(logprobs_ptr + at, logprob, mask=going)
-    tl.store(logprobs_ptr + num_recorded + at, sampling_logprob, mask=going)
+    offset = tl.load(slot_ptr + row, mask=active, other=0) * capacity + made
+    tl.store(tokens_ptr + offset, token, mask=active)
+    tl.store(logprobs_ptr + offset, logprob, mask=active)
+    tl.store(logprobs_ptr + num_recorded + offset, sampling_logprob, mask=active)
 
     ended = row < 0
     for i in range(num_ends):
         ended |= token == tl.load(end_ids_ptr + i)
-    read = tl.where(going & ~ended, token, num_tokens - 1)
-    tl.store(last_token_ptr + row, token, mask=going)
-    tl.store(made_ptr + row, made + 1, mask=going)
-    tl.store(ended_ptr + row, ended, mask=going)
+    read = tl.where(active & ~ended, token, num_tokens - 1)
+    tl.store(last_token_ptr + row, token, mask=active)
+    tl.store(made_ptr + row, made + 1, mask=active)
+    tl.store(ended_ptr + row, ended, mask=active)
     if position_ptr is not None:
-        position = tl.load(position_ptr + row, mask=going, other=0)
-        length = tl.load(length_ptr + row, mask=going, other=0)
-        cell = tl.load(cell_ptr + row, mask=going, other=0)
-        tl.store(position_ptr + row, position + 1, mask=going)
-        tl.store(length_ptr + row, length + 1, mask=going)
-        tl.store(cell_ptr + row, cell + 1, mask=going)
+        position = tl.load(position_ptr + row, mask=active, other=0)
+        length = tl.load(length_ptr + row, mask=active, other=0)
+        cache_index = tl.load(cache_index_ptr + row, mask=active, other=0)
+        tl.store(position_ptr + row, position + 1, mask=active)
+        tl.store(length_ptr + row, length + 1, mask=active)
+        tl.store(cache_index_ptr + row, cache_index + 1, mask=active)
     finished = ended | (made + 1 >= limit)
 
-    control = tl.load(control_ptr + row, mask=there, other=0)
+    control = tl.load(control_ptr + row, mask=mask, other=0)
     control = advance_rows(
-        control, read, row, there,
+        control, read, row, mask,
         value_ptr, count_ptr, items_ptr, n_ptr, reason_ptr, scores_ptr, max_n,
         table_ptr, transitions_ptr, symbols_ptr, first_ptr, last_ptr,
         num_tokens, score_min, score_max, saturated,
     )  # fmt: skip
-    tl.store(control_ptr + row, control, mask=going)
+    tl.store(control_ptr + row, control, mask=active)
     if STOP_AT_BOX:
         finished |= control == DECIDED
-    tl.store(finished_ptr + row, finished, mask=going)
+    tl.store(finished_ptr + row, finished, mask=active)
 
 
 def _run_triton(
@@ -224,20 +225,20 @@ def _run_triton(
     automaton: ScoreAutomaton,
     end_ids: Tensor,
     stop_at_box: bool,
-    moving: Moving | None,
+    cursor: Cursor | None,
 ) -> None:
     vectors = (*drawn, *live.tensors().values())
-    check_triton("take_token", *vectors, end_ids, *(moving or ()))
+    check_triton("accept_token", *vectors, end_ids, *(cursor or ()))
     for record in (records.tokens, records.logprobs):
         if not record.is_contiguous():
-            raise ValueError(f"take_token: records must be contiguous, got {record.stride()}")
+            raise ValueError(f"accept_token: records must be contiguous, got {record.stride()}")
     options = rows_launch(target_of(live.token))
     num_rows = len(live.token)
     launch(
-        _take_token_kernel,
-        (-(-num_rows // options["ROWS"]),),
+        _accept_token_kernel,
+        (triton.cdiv(num_rows, options["ROWS"]),),
         *vectors, records.tokens, records.logprobs, records.tokens.shape[1],
-        records.tokens.numel(), end_ids, len(end_ids), *(moving or (None, None, None)), num_rows,
+        records.tokens.numel(), end_ids, len(end_ids), *(cursor or (None, None, None)), num_rows,
         live.scores.control, *live.scores.registers(), *automaton.tables(),
         STOP_AT_BOX=stop_at_box, **options,
     )  # fmt: skip
@@ -250,12 +251,12 @@ def _run_cpp(
     automaton: ScoreAutomaton,
     end_ids: Tensor,
     stop_at_box: bool,
-    moving: Moving | None,
+    cursor: Cursor | None,
 ) -> None:
-    vectors = (*drawn, *live.tensors().values(), live.scores.control, end_ids, *(moving or ()))
+    vectors = (*drawn, *live.tensors().values(), live.scores.control, end_ids, *(cursor or ()))
     for x in (*vectors, records.tokens, records.logprobs):
         if not x.is_contiguous():
-            raise ValueError(f"take_token: tensors must be contiguous, got {x.stride()}")
+            raise ValueError(f"accept_token: tensors must be contiguous, got {x.stride()}")
     state = cpp.structure("Automaton")(
         *(
             x.data_ptr() if isinstance(x, Tensor) else x
@@ -263,14 +264,40 @@ def _run_cpp(
         )
     )
     cpp.call(
-        "take_token", torch.float32, *drawn, *live.tensors().values(), records.tokens,
+        "accept_token", torch.float32, *drawn, *live.tensors().values(), records.tokens,
         records.logprobs, records.tokens.shape[1], records.tokens.numel(), end_ids, len(end_ids),
-        *(moving or (None, None, None)), len(live.token), live.scores.control, ctypes.byref(state),
+        *(cursor or (None, None, None)), len(live.token), live.scores.control, ctypes.byref(state),
         int(stop_at_box),
     )  # fmt: skip
 
 
-def take_token(
+def _run_torch(
+    live: LiveSamples,
+    records: Records,
+    drawn: Sequence[Tensor],
+    automaton: ScoreAutomaton,
+    end_ids: Tensor,
+    stop_at_box: bool,
+    cursor: Cursor | None,
+) -> None:
+    token = drawn[0]
+    active = ~live.finished
+    index = live.count.clamp_max(records.tokens.shape[1] - 1)  # a finished sample may be full
+    for record, value in zip((records.tokens, *records.logprobs), drawn, strict=True):
+        record[live.slot, index] = torch.where(active, value, record[live.slot, index])
+    ended = active & torch.isin(token, end_ids)
+    automaton.advance_ref(live.scores, torch.where(active & ~ended, token, automaton.vocab_size))
+    live.token.copy_(torch.where(active, token, live.token))
+    live.count += active
+    live.ended |= ended
+    live.finished |= ended | (live.count >= live.limit)
+    if stop_at_box:
+        live.finished |= live.scores.decided
+    for column in cursor or ():
+        column[: len(active)] += active
+
+
+def accept_token(
     live: LiveSamples,
     records: Records,
     token: Tensor,
@@ -279,40 +306,25 @@ def take_token(
     automaton: ScoreAutomaton,
     end_ids: Tensor,
     stop_at_box: bool,
-    moving: Moving | None = None,
+    cursor: Cursor | None = None,
 ) -> None:
-    """Give every live sample its next token, in place (see the module's docstring).
+    """Append to every live sample its next token, in place (see the module's docstring).
 
-    token (B,) int64, logprob and sampling_logprob (B,) float32, as `sample_token` returns them.
-    end_ids (E,) int64. moving: position, suffix length and cache cell of the next tokens, each
-    (at least B,) int64, of which the first B move. Slots are distinct and a limit is at most M;
-    nothing on the device is looked at to check it. Raises ValueError for other shapes and dtypes.
+    token: (B,) int64; logprob, sampling_logprob: (B,) float32, as `sample_token` returns them.
+    end_ids: (E,) int64. cursor: position, suffix length and cache index of the next tokens, each
+    (at least B,) int64; the first B advance. Slots are distinct and limits are at most M: this is
+    not checked, since that would wait for the device. Raises ValueError for other shapes and
+    dtypes.
     """
-    _check(live, records, (token, logprob, sampling_logprob), end_ids, moving)
+    drawn = token, logprob, sampling_logprob
+    _check(live, records, drawn, end_ids, cursor)
+    arguments = live, records, drawn, automaton, end_ids, stop_at_box, cursor
     if runs_triton(token):
-        drawn = (token, logprob, sampling_logprob)
-        _run_triton(live, records, drawn, automaton, end_ids, stop_at_box, moving)
-        return
-    if runs_cpp(logprob, sampling_logprob):
-        drawn = (token, logprob, sampling_logprob)
-        _run_cpp(live, records, drawn, automaton, end_ids, stop_at_box, moving)
-        return
-    going = ~live.finished
-    at = live.count.clamp_max(records.tokens.shape[1] - 1)  # a finished sample may be full
-    for record, value in zip(
-        (records.tokens, *records.logprobs), (token, logprob, sampling_logprob), strict=True
-    ):
-        record[live.slot, at] = torch.where(going, value, record[live.slot, at])
-    ended = going & torch.isin(token, end_ids)
-    automaton.advance_ref(live.scores, torch.where(going & ~ended, token, automaton.vocab_size))
-    live.token.copy_(torch.where(going, token, live.token))
-    live.count += going
-    live.ended |= ended
-    live.finished |= ended | (live.count >= live.limit)
-    if stop_at_box:
-        live.finished |= live.scores.decided
-    for place in moving or ():
-        place[: len(going)] += going
+        _run_triton(*arguments)
+    elif runs_cpp(logprob, sampling_logprob):
+        _run_cpp(*arguments)
+    else:
+        _run_torch(*arguments)
 
 
 def _check(
@@ -320,30 +332,23 @@ def _check(
     records: Records,
     drawn: Sequence[Tensor],
     end_ids: Tensor,
-    moving: Moving | None,
+    cursor: Cursor | None,
 ) -> None:
     batch = len(live.token)
-    slots = records.tokens.shape
-    expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
-        "token": (drawn[0], (batch,), torch.int64),
-        "logprob": (drawn[1], (batch,), torch.float32),
-        "sampling_logprob": (drawn[2], (batch,), torch.float32),
-        "records.tokens": (records.tokens, slots, torch.int64),
-        "records.logprobs": (records.logprobs, (2, *slots), torch.float32),
-        "end_ids": (end_ids, (end_ids.numel(),), torch.int64),
-    }
+    token, logprob, sampling_logprob = drawn
+    check("accept_token: token", token, (batch,), torch.int64)
+    check("accept_token: logprob", logprob, (batch,), torch.float32)
+    check("accept_token: sampling_logprob", sampling_logprob, (batch,), torch.float32)
+    check("accept_token: records.tokens", records.tokens, "SM", torch.int64)
+    shape = (2, *records.tokens.shape)
+    check("accept_token: records.logprobs", records.logprobs, shape, torch.float32)
+    check("accept_token: end_ids", end_ids, "E", torch.int64)
     for name, value in live.tensors().items():
         dtype = torch.bool if name in ("finished", "ended") else torch.int64
-        expected[f"live.{name}"] = (value, (batch,), dtype)
-    for name, (tensor, shape, dtype) in expected.items():
-        if tensor.shape != shape or tensor.dtype != dtype:
+        check(f"accept_token: live.{name}", value, (batch,), dtype)
+    for column in cursor or ():
+        if column.ndim != 1 or len(column) < batch or column.dtype != torch.int64:
             raise ValueError(
-                f"take_token: {name} must be {tuple(shape)} {dtype}, "
-                f"got {tuple(tensor.shape)} {tensor.dtype}"
-            )
-    for place in moving or ():
-        if place.ndim != 1 or len(place) < batch or place.dtype != torch.int64:
-            raise ValueError(
-                f"take_token: what moves must be (at least {batch},) int64, "
-                f"got {tuple(place.shape)} {place.dtype}"
+                f"accept_token: a cursor must be (at least {batch},) int64, "
+                f"got {tuple(column.shape)} {column.dtype}"
             )

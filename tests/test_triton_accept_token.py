@@ -1,4 +1,4 @@
-"""The Triton score automaton against the plain parser, and `take_token` against its reference."""
+"""`accept_token` in Triton against its reference, and its automaton against the plain parser."""
 
 import random
 from copy import deepcopy
@@ -7,24 +7,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.accept_token import accept_token, accept_token_ref
 from kernels.extract_scores import (
     Reason,
     ScoreAutomaton,
     extract_scores_ref,
     rows_launch,
 )
-from kernels.launch import TARGETS
-from kernels.take_token import take_token, take_token_ref
+from kernels.target import TARGETS
 from tests.live_samples import (
     END_IDS,
     PIECES,
     SPECIAL_IDS,
     assert_same,
-    assert_same_scores,
     draw_tokens,
     make_live,
 )
-from tests.score_texts import ANCHOR, CASES, FRAGMENTS, ITEMS, Outcome, bytes_of, outcomes, run
+from tests.score_texts import ANCHOR, CASES, FRAGMENTS, ITEMS, Outcome, bytes_of, read, run
 from tests.triton_device import DEVICE, ON_GPU, counted, on_triton
 
 pytestmark = on_triton
@@ -53,7 +52,7 @@ def test_written_cases_under_every_tokenization() -> None:
     expected = [(reason, scores) for _, _, reason, scores in CASES] * 3
     with counted() as counts:
         found = run([*texts, *whole, *pieces], n, device=DEVICE)
-    assert counts == {"_extract_scores_kernel": 1}
+    assert counts == {"_accept_token_kernel": max(map(len, texts))}
     assert found == expected
     assert max(map(len, texts)) > 75 and {reason for reason, _ in found} > {Reason.RANGE}
 
@@ -116,7 +115,7 @@ def test_hostile_texts_under_every_tokenization(anchor: str | None) -> None:
     rows = [row for each in zip(*tokenizations, strict=True) for row in each]
     with counted() as counts:
         found = run(rows, numbers * 3, anchor, False, bounds, DEVICE)
-    assert counts == {"_extract_scores_kernel": 1}
+    assert counts == {"_accept_token_kernel": max(map(len, rows))}
     assert found == expected * 3
     assert len({reason for reason, _ in found}) > 3
 
@@ -140,33 +139,6 @@ def automaton(anchor: str | None = ANCHOR) -> ScoreAutomaton:
     return ScoreAutomaton(PIECES, SPECIAL_IDS, anchor, 1, 10, DEVICE)
 
 
-@pytest.mark.parametrize("batch", [1, 32, 70])
-@pytest.mark.parametrize("anchor", [ANCHOR, None])
-def test_every_step_equals_torch(batch: int, anchor: str | None) -> None:
-    """The whole state after every token, with blocks in which some row walks its token
-    symbol by symbol and blocks in which none does."""
-    scores = automaton(anchor)
-    generator = torch.Generator().manual_seed(batch)
-    state = scores.start(torch.randint(4, (batch,), generator=generator), 3)
-    expected = deepcopy(state)
-    walked = set()
-    with counted() as counts:
-        for step in range(8):
-            tokens = torch.randint(len(PIECES), (batch,), generator=generator)
-            if step % 4 == 3:
-                tokens.fill_(PIECES.index(b"the "))
-            else:
-                tokens[-1] = PIECES.index((b"Scores: ", b"\\boxed{", b"11")[step % 4])
-            tokens = tokens.to(DEVICE)
-            walks = scores._table[state.control, tokens] < 0
-            walked |= {bool(block.any()) for block in walks.split(BLOCK)}
-            scores.advance(state, tokens)
-            scores.advance_ref(expected, tokens)
-            assert_same_scores(state, expected)
-    assert counts == {"_extract_scores_kernel": 8}
-    assert walked == {True, False}
-
-
 def test_only_a_walk_reads_symbols_and_registers() -> None:
     """The branch is the block's: with symbols that are all wrong, plain words still end where they
     should, and a box does not."""
@@ -180,58 +152,28 @@ def test_only_a_walk_reads_symbols_and_registers() -> None:
     wrong._transitions[:, 1:] = 1
 
     def control(scores: ScoreAutomaton, tokens: Tensor) -> Tensor:
-        lengths = torch.full((4,), tokens.shape[1], device=DEVICE)
-        return scores.extract(tokens.to(DEVICE), lengths, torch.ones(4, dtype=torch.int64)).control
+        return read(scores, tokens.tolist(), torch.ones(4, dtype=torch.int64)).control
 
     assert control(right, plain).equal(control(wrong, plain))
     assert control(right, boxed).unique().numel() == 1
     assert not control(right, boxed).equal(control(wrong, boxed))
 
 
-def test_lengths_end_a_row_and_nothing_is_nothing() -> None:
-    scores = automaton()
-    box = [PIECES.index(piece) for piece in (b"Scores: ", b"\\boxed{", b"1", b"}")]
-    tokens = torch.tensor([box] * 5, device=DEVICE)
-    lengths = torch.arange(5, device=DEVICE)
-    state = scores.extract(tokens, lengths, torch.ones(5, dtype=torch.int64))
-    assert state.decided.tolist() == [False] * 4 + [True]
-    # Columns of something wider.
-    wide = torch.cat([tokens, tokens], 1)[:, :4]
-    assert scores.extract(wide, lengths, torch.ones(5, dtype=torch.int64)).control.equal(
-        state.control
-    )
-    none = torch.zeros(5, dtype=torch.int64)
-    assert (
-        outcomes(scores.extract(tokens[:, :0], none.to(DEVICE), none), True)
-        == [(Reason.MISSING, ())] * 5
-    )
-    with counted() as counts:
-        assert len(scores.extract(tokens[:0], none[:0].to(DEVICE), none[:0]).control) == 0
-    assert not counts
-
-
 def test_what_is_not_contiguous_is_refused() -> None:
-    scores = automaton()
-    n = torch.ones(4, dtype=torch.int64)
-    tokens = torch.zeros(4, 6, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match=r"contiguous, got shape \(4, 3\)"):
-        scores.extract(tokens[:, ::2], n.to(DEVICE), n)
-    with pytest.raises(ValueError, match=r"contiguous, got shape \(4,\)"):
-        scores.extract(tokens, tokens[:, 0], n)
-    state = scores.start(n, 2)
-    state.items = state.items.T.contiguous().T
-    with pytest.raises(ValueError, match="items must be contiguous"):
-        scores.advance(state, tokens[:, 0])
     live, records = make_live(4, 5, automaton())
     step = draw_tokens(random.Random(0), live)
+    live.scores.items = live.scores.items.T.contiguous().T
+    with pytest.raises(ValueError, match="items must be contiguous"):
+        accept_token(live, records, *step, automaton(), END_IDS.to(DEVICE), True)
+    live, records = make_live(4, 5, automaton())
     records.logprobs = records.logprobs.transpose(1, 2)
     records.tokens = records.tokens.T
     with pytest.raises(ValueError, match="records must be contiguous"):
-        take_token(live, records, *step, automaton(), END_IDS.to(DEVICE), True)
+        accept_token(live, records, *step, automaton(), END_IDS.to(DEVICE), True)
     live, records = make_live(4, 5, automaton())
     live.count = torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)[:, 0]
     with pytest.raises(ValueError, match=r"contiguous, got shape \(4,\)"):
-        take_token(live, records, *step, automaton(), END_IDS.to(DEVICE), True)
+        accept_token(live, records, *step, automaton(), END_IDS.to(DEVICE), True)
 
 
 def test_one_row_a_thread() -> None:
@@ -241,7 +183,7 @@ def test_one_row_a_thread() -> None:
         assert options["num_warps"] * (64 if target.is_hip else 32) == options["ROWS"]
 
 
-# -- take_token --------------------------------------------------------------------------------
+# -- accept_token --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -255,7 +197,7 @@ def test_one_row_a_thread() -> None:
         (70, 3, True, True),
     ],
 )
-def test_take_token_equals_its_reference(
+def test_accept_token_equals_its_reference(
     batch: int, num_ends: int, stop_at_box: bool, moves: bool
 ) -> None:
     """Every tensor after every step, until all are finished and beyond."""
@@ -264,8 +206,8 @@ def test_take_token_equals_its_reference(
     live, records = make_live(batch, 9, scores, finished=batch > 1)
     ends = END_IDS[:num_ends].to(DEVICE)
     first = torch.arange(batch + 5, device=DEVICE)
-    moving = first.clone(), 10 * first, 100 * first
-    theirs, their_records, their_moving = deepcopy((live, records, moving))
+    cursor = first.clone(), 10 * first, 100 * first
+    theirs, their_records, their_cursor = deepcopy((live, records, cursor))
     walked = set()
     with counted() as counts:
         for _ in range(11):
@@ -274,11 +216,11 @@ def test_take_token_equals_its_reference(
             walks = scores._table[live.scores.control, read] < 0
             walked |= {bool(block.any()) for block in walks.split(BLOCK)}
             rules = scores, ends, stop_at_box
-            take_token(live, records, *step, *rules, moving if moves else None)
-            take_token_ref(theirs, their_records, *step, *rules, their_moving if moves else None)
+            accept_token(live, records, *step, *rules, cursor if moves else None)
+            accept_token_ref(theirs, their_records, *step, *rules, their_cursor if moves else None)
             assert_same(live, records, theirs, their_records)
-            assert all(a.equal(b) for a, b in zip(moving, their_moving, strict=True))
-    assert counts == {"_take_token_kernel": 11}
+            assert all(a.equal(b) for a, b in zip(cursor, their_cursor, strict=True))
+    assert counts == {"_accept_token_kernel": 11}
     assert live.finished.all() and walked == {True, False}
     if batch > 1:
         assert bool(live.ended.any()) == (num_ends > 0)
@@ -286,7 +228,7 @@ def test_take_token_equals_its_reference(
     made = live.count.sum().item()
     assert (records.tokens == -7).sum() == records.tokens.numel() - made
     assert records.logprobs.isnan().sum() == 2 * (records.tokens.numel() - made)
-    assert (moving[0] - first).sum() == (made if moves else 0)
+    assert (cursor[0] - first).sum() == (made if moves else 0)
 
 
 def test_a_slot_passes_on_nothing_but_its_records() -> None:
@@ -302,7 +244,7 @@ def test_a_slot_passes_on_nothing_but_its_records() -> None:
 
     def take(token: int) -> None:
         tokens, logprob = torch.full((3,), token, device=DEVICE), torch.zeros(3, device=DEVICE)
-        take_token(live, records, tokens, logprob, logprob, scores, END_IDS.to(DEVICE), True)
+        accept_token(live, records, tokens, logprob, logprob, scores, END_IDS.to(DEVICE), True)
 
     for token in box:
         take(token)
@@ -324,13 +266,13 @@ def test_a_captured_graph_takes_tokens_too() -> None:
     theirs, their_records = deepcopy((live, records))
     ends = END_IDS.to(DEVICE)
     static = draw_tokens(rng, live)
-    take_token(deepcopy(live), deepcopy(records), *static, scores, ends, True)  # compiles
+    accept_token(deepcopy(live), deepcopy(records), *static, scores, ends, True)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        take_token(live, records, *static, scores, ends, True)
+        accept_token(live, records, *static, scores, ends, True)
     for _ in range(9):
         for buffer, value in zip(static, draw_tokens(rng, live), strict=True):
             buffer.copy_(value)
         graph.replay()
-        take_token_ref(theirs, their_records, *static, scores, ends, True)
+        accept_token_ref(theirs, their_records, *static, scores, ends, True)
         assert_same(live, records, theirs, their_records)

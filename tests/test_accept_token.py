@@ -1,4 +1,4 @@
-"""`take_token` on CPU against its reference, and both against lists of what was drawn."""
+"""`accept_token` on CPU against its reference, and both against lists of what was drawn."""
 
 import random
 from copy import deepcopy
@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels.accept_token import LiveSamples, Records, accept_token, accept_token_ref
 from kernels.extract_scores import Reason, ScoreAutomaton, extract_scores_ref, scores_of
-from kernels.take_token import LiveSamples, Records, take_token, take_token_ref
 from tests.live_samples import (
     END_IDS,
     PIECES,
@@ -46,14 +46,14 @@ def test_equals_its_reference(
     live, records = make_live(batch, 8, AUTOMATA[anchor], finished)
     theirs, their_records = deepcopy((live, records))
     first = torch.arange(batch + 3)
-    moving = first.clone(), 10 * first, 100 * first
-    their_moving = deepcopy(moving)
+    cursor = first.clone(), 10 * first, 100 * first
+    their_cursor = deepcopy(cursor)
     for _ in range(9):
         step = draw_tokens(rng, live)
-        take_token(live, records, *step, *rules, moving if moves else None)
-        take_token_ref(theirs, their_records, *step, *rules, their_moving if moves else None)
+        accept_token(live, records, *step, *rules, cursor if moves else None)
+        accept_token_ref(theirs, their_records, *step, *rules, their_cursor if moves else None)
         assert_same(live, records, theirs, their_records)
-        for place, their_place in zip(moving, their_moving, strict=True):
+        for place, their_place in zip(cursor, their_cursor, strict=True):
             assert place.equal(their_place)
     assert live.finished.all()
 
@@ -66,11 +66,11 @@ def test_what_a_sample_leaves_is_what_was_drawn_for_it(stop_at_box: bool) -> Non
     automaton = AUTOMATA[ANCHOR]
     live, records = make_live(40, 8, automaton)
     place = torch.zeros(45, dtype=torch.int64)
-    moving = place, place + 7, place + 70
+    cursor = place, place + 7, place + 70
     steps = []
     while not live.finished.all():
         steps.append(draw_tokens(rng, live))
-        take_token(live, records, *steps[-1], automaton, END_IDS, stop_at_box, moving)
+        accept_token(live, records, *steps[-1], automaton, END_IDS, stop_at_box, cursor)
     scores, reasons = scores_of(live.scores, live.ended)
     ends, causes, written = set(END_IDS.tolist()), set(), 0
     for b in range(40):
@@ -96,20 +96,20 @@ def test_what_a_sample_leaves_is_what_was_drawn_for_it(stop_at_box: bool) -> Non
         assert bool(live.ended[b]) == (cause == "end")
         assert Reason(int(reasons[b])) == reason
         assert scores[b, :n].tolist() == (list(expected) if reason == Reason.VALID else [0] * n)
-        assert [int(m[b]) for m in moving] == [count, count + 7, count + 70]
+        assert [int(m[b]) for m in cursor] == [count, count + 7, count + 70]
         causes.add(cause)
         written += count
     assert causes == ({"end", "limit", "box"} if stop_at_box else {"end", "limit"})
     assert (records.tokens != -7).sum() == written
     assert (~records.logprobs.isnan()).sum() == 2 * written
-    assert all(len(m[40:].unique()) == 1 for m in moving)
+    assert all(len(m[40:].unique()) == 1 for m in cursor)
 
 
 def test_samples_may_be_reordered_and_joined() -> None:
     live, records = make_live(5, 8, AUTOMATA[ANCHOR])
     later, _ = make_live(2, 8, AUTOMATA[ANCHOR])
     step = draw_tokens(random.Random(1), live)
-    take_token(live, records, *step, AUTOMATA[ANCHOR], END_IDS, True)
+    accept_token(live, records, *step, AUTOMATA[ANCHOR], END_IDS, True)
     before = deepcopy(live)
     joined = live.index_select(torch.tensor([4, 2])).concat(later)
     assert joined.token.tolist() == [*live.token[[4, 2]].tolist(), 0, 0]
@@ -117,7 +117,7 @@ def test_samples_may_be_reordered_and_joined() -> None:
     assert joined.scores.control[:2].equal(live.scores.control[[4, 2]])
     records = Records.empty(8, 8)
     step = draw_tokens(random.Random(2), joined)
-    take_token(joined, records, *step, AUTOMATA[ANCHOR], END_IDS, True)
+    accept_token(joined, records, *step, AUTOMATA[ANCHOR], END_IDS, True)
     assert_same(live, records, before, records)
 
 
@@ -136,7 +136,7 @@ def test_wrong_arguments_are_named() -> None:
             "end_ids": END_IDS,
             "stop_at_box": True,
         }
-        take_token(**(arguments | change))  # type: ignore[arg-type]
+        accept_token(**(arguments | change))  # type: ignore[arg-type]
 
     with pytest.raises(ValueError, match=r"token must be \(4,\) torch.int64, got \(3,\)"):
         take(token=token[:3])
@@ -148,8 +148,8 @@ def test_wrong_arguments_are_named() -> None:
         take(end_ids=END_IDS.int())
     with pytest.raises(ValueError, match=r"records.logprobs must be \(2, 7, 8\)"):
         take(records=Records(records.tokens, records.logprobs[:1]))
-    with pytest.raises(ValueError, match=r"what moves must be \(at least 4,\) int64, got \(3,\)"):
-        take(moving=(token[:3], token, token))
+    with pytest.raises(ValueError, match=r"a cursor must be \(at least 4,\) int64, got \(3,\)"):
+        take(cursor=(token[:3], token, token))
     with pytest.raises(ValueError, match=r"live.finished must be \(4,\) torch.bool"):
         flags = {**live.tensors(), "finished": token}
         take(live=LiveSamples(**flags, scores=live.scores))
