@@ -32,15 +32,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.forest import Node, decode_items
+from engine.forest import Node, decode_tiles
 from engine.forward import CachedForward
 from engine.kv_cache import ALIGN, KVCache, round_up
 from engine.meta_head import MetaHead
 from kernels import cpp
 from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
-from kernels.forest_attention import keys_per_partial
-from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, SuffixTiles
-from kernels.forest_attention.schedule import HeadShape, StaticPlan
+from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, Suffixes
+from kernels.forest_attention.schedule import HeadShape, StaticPlan, keys_per_partial
 from kernels.launch import power_of_two, runs_triton, target_of
 from kernels.sample_token import SamplingOptions, sample_token, samples_cpp, uniforms
 from kernels.take_token import LiveSamples, Moving, Records, take_token
@@ -221,7 +220,7 @@ class Decoder(CachedForward):
         longest = max(leaf.count for leaf in self.leaves)
         reach = min(longest + steps, self.cache.suffix_capacity)
         plan = self._plan
-        if plan is None or plan.suffix is None or not plan.suffix.reach(reach):
+        if plan is None or plan.suffix is None or not plan.suffix.grow_to(reach):
             plan = self._plan = self._make_plan(reach)
         self._steps(plan, steps)
         for leaf in self.leaves:
@@ -326,16 +325,16 @@ class Decoder(CachedForward):
         for row, leaf in enumerate(self.leaves):
             row_of_slot[leaf.slot] = row
         return ForestPlan(
-            decode_items([leaf.end for leaf in self.leaves], self.keys_per_partial),
+            decode_tiles([leaf.end for leaf in self.leaves], self.keys_per_partial),
             self._position[:rows],
             self._suffix(self._tensor(row_of_slot), rows, reach),
-            moving=True,
+            advancing=True,
             per_split=self.deterministic,
             host_positions=at + [0] * (rows - len(at)),
         )
 
-    def _suffix(self, row_of_slot: Tensor, rows: int, reach: int) -> SuffixTiles:
-        return SuffixTiles(
+    def _suffix(self, row_of_slot: Tensor, rows: int, reach: int) -> Suffixes:
+        return Suffixes(
             base=self.cache.suffix_base,
             capacity=self.cache.suffix_capacity,
             row=row_of_slot,

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from engine.forest import Node, prefill_items
+from engine.forest import Node, prefill_tiles
 from engine.kv_cache import ALIGN, KVCache
 from kernels.forest_attention import forest_attention
 from kernels.forest_attention.plan import ForestPlan
@@ -74,7 +74,7 @@ class CachedForward:
             at,
             self._tensor(cells),
             ForestPlan(
-                prefill_items(pieces), at, per_split=self.deterministic, host_positions=positions
+                prefill_tiles(pieces), at, per_split=self.deterministic, host_positions=positions
             ),
         )
 
@@ -82,10 +82,7 @@ class CachedForward:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
             write_kv(k, v, k_cache, v_cache, cells)
-            spec = self.config.attention[layer]
-            return forest_attention(
-                q, k_cache, v_cache, plan, spec.scale, spec.softcap, spec.window
-            )
+            return forest_attention(q, k_cache, v_cache, plan, self.config.attention[layer])
 
         return attend
 

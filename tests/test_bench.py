@@ -72,7 +72,7 @@ def brute_force(plan: ForestPlan, heads: Heads) -> tuple[int, int]:
     seen: set[tuple[int, int]] = set()
     positions = plan.positions.tolist()
     runs = [
-        (range(i.query, i.query + i.num_queries), i.key, i.num_keys, i.position) for i in plan.items
+        (range(i.query, i.query + i.num_queries), i.key, i.num_keys, i.position) for i in plan.tiles
     ]
     if plan.suffix is not None:
         for slot, row in enumerate(plan.suffix.row.tolist()):

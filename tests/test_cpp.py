@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import cpp
-from kernels.forest_attention import forest_attention_with_lse
+from kernels.forest_attention import AttentionOptions, forest_attention_with_lse
 from kernels.gated_act import gated_act
 from kernels.packed_linear import packed_linear, packed_linear_ref, packs
 from kernels.rms_norm import rms_norm
@@ -24,7 +24,7 @@ from kernels.write_kv import write_kv
 from models import load
 from models.decoder import CppDecoder
 from models.transformer import Transformer, linear
-from tests.forests import Grove, Options, Shape
+from tests.forests import Grove, Shape
 from tests.test_forest_attention import OPTIONS, crowd, forests
 from tests.test_generate import drawn, make_generator, make_groups, run
 from tests.tiny import FAMILIES, write_model
@@ -88,19 +88,19 @@ def head_shapes(draw: st.DrawFn) -> Shape:
 
 @given(forests(), head_shapes(), OPTIONS, st.sampled_from([1, 2]))
 @settings(max_examples=60)
-def test_forest_attention(samples: list, shape: Shape, options: Options, num_threads: int) -> None:
+def test_forest_attention(
+    samples: list, shape: Shape, options: AttentionOptions, num_threads: int
+) -> None:
     """Decode and prefill; outputs and log-sum-exps."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
         for written in (True, False):
-            with cpp.torch_only():  # clears the slots' values, which torch reads
-                grove = Grove(samples, shape, capacity=304, written=written)
+            grove = Grove(samples, shape, capacity=304, written=written)
 
             def attend(grove: Grove = grove, written: bool = written) -> Any:
                 q, plan = grove.decode() if written else grove.prefill(grove.whole())
-                (k, v), (scale, softcap, window) = grove.caches, options
-                return forest_attention_with_lse(q, k, v, plan, scale, softcap, window)
+                return forest_attention_with_lse(q, *grove.caches, plan, options)
 
             same(attend)
     finally:
@@ -115,7 +115,7 @@ def test_attention_reads_nothing_behind_a_suffix(calls: Counter[str]) -> None:
         grove.cache.k[0][:, grove._region(slot)] = float("nan")
     q, plan = grove.decode()
     assert grove.cache.v[0].isnan().any()
-    out, lse = forest_attention_with_lse(q, *grove.caches, plan, 0.25, None, None)
+    out, lse = forest_attention_with_lse(q, *grove.caches, plan, AttentionOptions(0.25))
     assert out.isfinite().all() and lse.isfinite().all()
     assert calls == {"attend_suffixes": 1, "attend_items": 1, "merge": 1}
 

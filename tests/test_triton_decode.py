@@ -18,10 +18,10 @@ from engine.decode import Decoder, GraphDecoder
 from engine.generate import Generator, Group, GroupResult
 from kernels import forest_attention
 from kernels.extract_scores import ScoreAutomaton
+from kernels.forest_attention import AttentionOptions
 from kernels.forest_attention import plan as forest_plan
 from kernels.forest_attention import schedule as forest_schedule
 from kernels.sample_token import SamplingOptions
-from models.config import LayerAttention
 from models.transformer import Transformer
 from tests.forests import make_config
 from tests.triton_device import DEVICE, on_triton
@@ -35,7 +35,7 @@ ENDS = (3, 9, 14, 21, 28, 33)
 def make_model(windows: tuple[int | None, ...] = (None, 20)) -> Transformer:
     config = replace(
         make_config(1, 16, 16, 2, layers=len(windows)),
-        attention=tuple(LayerAttention(0.25, None, window) for window in windows),
+        attention=tuple(AttentionOptions(0.25, None, window) for window in windows),
         vocab_size=40,
     )
     model = Transformer(config)
