@@ -42,6 +42,7 @@ from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, Suffixes
 from kernels.forest_attention.schedule import HeadShape, StaticPlan, keys_per_partial
 from kernels.launch import power_of_two, runs_triton, target_of
 from kernels.sample_token import SamplingOptions, sample_token, samples_cpp, uniforms
+from kernels.segment_attention import Backend
 from kernels.take_token import LiveSamples, Moving, Records, take_token
 from models.transformer import Transformer
 
@@ -145,17 +146,19 @@ class Decoder(CachedForward):
         max_new_tokens: int,
         max_scores: int,
         deterministic: bool = False,
+        prefill_backend: Backend | None = None,
         meta_head: Tensor | None = None,
     ) -> None:
         """deterministic: fixed tiles in matrix products and one partial for every split of keys, so
-        that a sample has the same bits in any company on a GPU too. meta_head: the weight of a
-        scalar head, (1, hidden_size) float32 on the model's device."""
-        super().__init__(model, cache, deterministic)
+        that a sample has the same bits in any batch on a GPU too. prefill_backend: see
+        `CachedForward`. meta_head: the weight of a scalar head, (1, hidden_size) float32 on the
+        model's device."""
+        super().__init__(model, cache, deterministic, prefill_backend)
         self.automaton = automaton
         self.options = options
         self.end_ids = end_ids
         self.stop_at_box = stop_at_box
-        # Where every item is a partial result by itself, inlining would save none.
+        # Where every work tile is a partial result by itself, inlining would save none.
         self.keys_per_partial = 0
         if runs_triton(model.head_weight) and not deterministic:
             config = self.config

@@ -9,30 +9,43 @@ It does not choose what is computed, allocate cells, or read anything out of hid
 """
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from engine.forest import Node, prefill_tiles
 from engine.kv_cache import ALIGN, KVCache
-from kernels.forest_attention import forest_attention
-from kernels.forest_attention.plan import ForestPlan
+from engine.segment_prefill import SegmentPrefill
+from kernels.forest_attention import AttentionOptions, ForestPlan, forest_attention
 from kernels.launch import runs_triton, to_device
 from kernels.matmul import matmul
+from kernels.segment_attention import Backend, check_backend
 from kernels.write_kv import write_kv
 from models.decoder import CppDecoder, runs_cpp
 from models.transformer import Attend, Transformer, linear
 
 Piece = tuple[Node, int, int]  # tokens [first, stop) of a node
+# attention(q, k_cache, v_cache, options) of a forward whose keys are in the cache
+CachedAttention = Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor]
 
 
 class CachedForward:
     """The forward of one decoder over one cache."""
 
-    def __init__(self, model: Transformer, cache: KVCache, deterministic: bool = False) -> None:
-        """deterministic: the same bits in any company on a GPU too."""
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        deterministic: bool = False,
+        prefill_backend: Backend | None = None,
+    ) -> None:
+        """deterministic: the same bits in any batch on a GPU too. prefill_backend: computes the
+        attention of a prefill, None for `forest_attention`; raises ValueError where it cannot."""
+        if prefill_backend is not None:
+            _check_prefill(model, prefill_backend)
         self.model = model
+        self.prefill_backend = prefill_backend
         self.config = model.config
         self.cache = cache
         self.deterministic = deterministic
@@ -45,7 +58,13 @@ class CachedForward:
         """Hidden states of tokens, whose keys and values go into `cells` of the cache."""
         if self._cpp is not None:
             return self._cpp.forward(tokens, positions, cells, plan)
-        return self.model(tokens, positions, self._attend(cells, plan), self.product)
+
+        def attention(
+            q: Tensor, k_cache: Tensor, v_cache: Tensor, options: AttentionOptions
+        ) -> Tensor:
+            return forest_attention(q, k_cache, v_cache, plan, options)
+
+        return self.model(tokens, positions, self._attend(cells, attention), self.product)
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """The model's raw logits of hidden states."""
@@ -54,7 +73,7 @@ class CachedForward:
         return self.model.head_logits(hidden, self.product)
 
     def prefill(self, pieces: Sequence[Piece]) -> Tensor:
-        """Hidden states of the tokens of pieces, side by side, and of the padding behind them. The
+        """Hidden states of the tokens of pieces, side by side, and of the padding after them. The
         nodes have their slabs; what stands before a piece has been computed, or stands before it
         here."""
         tokens: list[int] = []
@@ -68,26 +87,37 @@ class CachedForward:
         padding = -len(tokens) % ALIGN
         cells += range(padding)
         positions += [0] * padding
-        at = self._tensor(positions)
-        return self.forward(
-            self._tensor(tokens + [0] * padding),
-            at,
-            self._tensor(cells),
-            ForestPlan(
-                prefill_tiles(pieces), at, per_split=self.deterministic, host_positions=positions
-            ),
-        )
+        token_ids = self._tensor(tokens + [0] * padding)
+        position, cell = self._tensor(positions), self._tensor(cells)
+        if self.prefill_backend is not None:
+            segments = SegmentPrefill(pieces, self.prefill_backend, self.device)
+            return self.model(
+                token_ids, position, self._attend(cell, segments.attend), self.product
+            )
+        tiles = prefill_tiles(pieces)
+        plan = ForestPlan(tiles, position, per_split=self.deterministic, host_positions=positions)
+        return self.forward(token_ids, position, cell, plan)
 
-    def _attend(self, cells: Tensor, plan: ForestPlan) -> Attend:
+    def _attend(self, cells: Tensor, attention: CachedAttention) -> Attend:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
             write_kv(k, v, k_cache, v_cache, cells)
-            return forest_attention(q, k_cache, v_cache, plan, self.config.attention[layer])
+            return attention(q, k_cache, v_cache, self.config.attention[layer])
 
         return attend
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return to_device(torch.tensor(values, dtype=torch.int64), self.device)
+
+
+def _check_prefill(model: Transformer, backend: Backend) -> None:
+    """Raise ValueError where a backend cannot prefill for a model."""
+    q = model.head_weight.new_empty(0, model.config.head_dim)
+    for options in model.config.attention:
+        try:
+            check_backend(backend, q, model.config.v_head_dim, options)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
 
 
 def take_pieces(queue: deque[tuple[Node, int]], room: int) -> list[Piece]:

@@ -31,6 +31,7 @@ from engine.memory import cache_budget, is_out_of_memory
 from kernels.extract_scores import Reason, ScoreAutomaton
 from kernels.launch import to_device
 from kernels.sample_token import SamplingOptions, uniforms
+from kernels.segment_attention import Backend
 from kernels.take_token import LiveSamples
 from models.config import ModelConfig
 from models.transformer import Transformer
@@ -154,6 +155,7 @@ class Generator:
         stop: Literal["box", "eos"] = "box",
         ignore_eos: bool = False,
         deterministic: bool = False,
+        prefill_backend: Backend | None = None,
         cache_bytes: int | None = None,
         usage: Usage | None = None,
         meta_head: Tensor | None = None,
@@ -161,10 +163,12 @@ class Generator:
         """max_batch: most samples decoded together. max_scores: most scores of any group. stop:
         "box" ends a sample as soon as its scores are decided, "eos" lets it end by itself.
         deterministic: results on a GPU have the same bits in any company; on CPU it changes
-        nothing. cache_bytes bounds keys and values (default: what memory allows,
+        nothing. prefill_backend: whose attention a prefill runs, None for `forest_attention`.
+        cache_bytes bounds keys and values (default: what memory allows,
         `engine/memory.py`); a batch that does not fit is made smaller. meta_head: the weight of a
         scalar head that scores samples, (1, hidden_size) float32 on the model's device. Raises
-        ValueError for limits below 1 or a cache that cannot hold one sample."""
+        ValueError for limits below 1, a cache that cannot hold one sample, or a backend that
+        cannot prefill for this model."""
         for name, value in (("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
             if value < 1:
                 raise ValueError(f"{name} = {value} is less than 1")
@@ -215,6 +219,7 @@ class Generator:
             max_new_tokens=self.max_new_tokens,
             max_scores=max_scores,
             deterministic=deterministic,
+            prefill_backend=prefill_backend,
             meta_head=meta_head,
         )
 

@@ -15,6 +15,7 @@ compare the backends here. It knows no cache and no tree, and computes no gradie
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import pairwise
 from typing import Literal
 
@@ -28,6 +29,7 @@ from kernels.launch import runs_triton
 
 Backend = Literal["triton", "torch", "flash-attn", "xformers"]
 BACKENDS = ("triton", "torch", "flash-attn", "xformers")
+_PACKAGES = {"flash-attn": ("flash_attn", "flash"), "xformers": ("xformers", "xformers")}
 
 
 def segment_attention_ref(
@@ -77,16 +79,43 @@ def segment_attention(
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, options, causal)
     if backend is None:
         backend = "triton" if runs_triton(q) else "torch"
+    check_backend(backend, q, v.shape[-1], options)
     if backend == "flash-attn":
         return _run_flash(q, k, v, cu_seqlens_q, cu_seqlens_k, options, causal)
     if backend == "xformers":
         return _run_xformers(q, k, v, cu_seqlens_q, cu_seqlens_k, options, causal)
-    if backend not in BACKENDS:
-        raise ValueError(f"segment_attention: backend must be one of {BACKENDS}, got {backend!r}")
-    if (backend == "triton") != runs_triton(q):
-        raise ValueError(f"segment_attention: backend {backend!r} does not run on {q.device} here")
     plan = _plan(cu_seqlens_q, cu_seqlens_k, causal, q.device)
     return forest_attention_with_lse(q, k.transpose(0, 1), v.transpose(0, 1), plan, options)
+
+
+def check_backend(backend: str, q: Tensor, v_dim: int, options: AttentionOptions) -> None:
+    """Raise ValueError for what a backend cannot do, and ImportError where its package is absent.
+
+    q: (..., D), for its dtype, its device and D.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"segment_attention: backend must be one of {BACKENDS}, got {backend!r}")
+    if backend in ("triton", "torch"):
+        if (backend == "triton") != runs_triton(q):
+            raise ValueError(
+                f"segment_attention: backend {backend!r} does not run on {q.device} here"
+            )
+        return
+    module, extra = _PACKAGES[backend]
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"segment_attention: backend {backend!r} needs the package {backend}: "
+            f"pip install 'quorum-grm[{extra}]'"
+        ) from error
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] != v_dim:
+        raise ValueError(
+            f"segment_attention: {backend} takes float16 and bfloat16 with keys as wide as values, "
+            f"got {q.dtype}, {q.shape[-1]} and {v_dim}"
+        )
+    if backend == "xformers" and options.softcap is not None:
+        raise ValueError(f"segment_attention: xformers has no soft-cap, got {options.softcap}")
 
 
 def _plan(
@@ -120,11 +149,8 @@ def _run_flash(
     options: AttentionOptions,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError as error:
-        raise ImportError(_absent("flash-attn", "flash")) from error
-    _check_half("flash-attn", q, v)
+    from flash_attn import flash_attn_varlen_func
+
     offsets = [
         torch.tensor(cu_seqlens, dtype=torch.int32, device=q.device)
         for cu_seqlens in (cu_seqlens_q, cu_seqlens_k)
@@ -150,14 +176,9 @@ def _run_xformers(
     options: AttentionOptions,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    try:
-        from xformers.ops import fmha
-        from xformers.ops.fmha import attn_bias
-    except ImportError as error:
-        raise ImportError(_absent("xformers", "xformers")) from error
-    _check_half("xformers", q, v)
-    if options.softcap is not None:
-        raise ValueError(f"segment_attention: xformers has no soft-cap, got {options.softcap}")
+    from xformers.ops import fmha
+    from xformers.ops.fmha import attn_bias
+
     lengths = [_lengths(cu_seqlens) for cu_seqlens in (cu_seqlens_q, cu_seqlens_k)]
     if causal and any(a > b for a, b in zip(*lengths, strict=True)):
         raise ValueError(
@@ -185,23 +206,8 @@ def _run_xformers(
     return out.masked_fill(nothing[..., None], 0), lse.masked_fill(nothing, float("-inf"))
 
 
-def _absent(backend: str, extra: str) -> str:
-    return (
-        f"segment_attention: backend {backend!r} needs the package {backend}: "
-        f"pip install 'quorum-grm[{extra}]'"
-    )
-
-
 def _lengths(cu_seqlens: Sequence[int]) -> list[int]:
     return [stop - start for start, stop in pairwise(cu_seqlens)]
-
-
-def _check_half(backend: str, q: Tensor, v: Tensor) -> None:
-    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] != v.shape[-1]:
-        raise ValueError(
-            f"segment_attention: {backend} takes float16 and bfloat16 with keys as wide as values, "
-            f"got {q.dtype}, {q.shape[-1]} and {v.shape[-1]}"
-        )
 
 
 def _check(

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import kernels.forest_attention.torch_impl as module
 from engine.forest import Node
-from kernels import cpp
 from kernels.forest_attention import (
     AttentionOptions,
     ForestPlan,
@@ -25,6 +24,7 @@ from kernels.forest_attention import (
 from kernels.forest_attention.plan import Suffixes, WorkTile, cut_between_queries
 from tests.forests import Grove, Sample, Segment, Shape
 from tests.oracles.attention import Tolerance
+from tests.rows import needs_cpp
 
 PLAIN = AttentionOptions(0.25)
 LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 255, 256, 257, 300, 512, 600]))
@@ -176,10 +176,6 @@ def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype) -> None:
 
 # -- bits ------------------------------------------------------------------------------------------
 
-needs_cpp = pytest.mark.skipif(
-    not cpp.runs_cpp(torch.zeros(1)),
-    reason="only the C++ gives a sample the same bits in any batch",
-)
 
 BIT_SHAPES = [
     Shape(2, 1, 8, 8), Shape(2, 1, 32, 32), Shape(1, 2, 12, 20), Shape(2, 3, 32, 32),

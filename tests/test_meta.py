@@ -95,15 +95,18 @@ def judge(meta: MetaModel) -> Judge:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("piece", [4096, 48])
+@pytest.mark.parametrize(
+    ("piece", "backend"), [(4096, None), (48, None), (4096, "torch"), (48, "torch")]
+)
 def test_scores_equal_transformers_on_each_sequence_alone(
-    family: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, piece: int, backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Segments longer than the windows of 9 and 11 tokens, in one piece and in pieces that cut."""
+    """Segments longer than the windows of 9 and 11 tokens, in one piece and in pieces that cut; by
+    our own attention and by pairs of segments."""
     theirs = tiny.write_model(tmp_path, family, scalar=True)
     meta = MetaModel.load(tmp_path)
     monkeypatch.setattr(meta_module, "PREFILL_TOKENS", piece)
-    scorer = MetaScorer(meta)
+    scorer = MetaScorer(meta, prefill_backend=backend)
     for number in range(2):
         row, samples = row_of(number, n=3), samples_of(number, n=3)
         found = scorer.scores(row, samples)
