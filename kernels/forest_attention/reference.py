@@ -32,21 +32,21 @@ def dense_attention(
     bool, None for everything; it has to include the window of `options`, which is not applied here.
     Returns o (..., T, Hq, Dv) and lse (..., T, Hq); a query that sees no key gets 0 and -inf.
     """
-    grouped = q.unflatten(-2, (k.shape[-2], -1))
-    scores = torch.einsum("...tkgd,...nkd->...tkgn", grouped, k) * options.scale
+    if not k.shape[-3]:
+        return q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_full(q.shape[:-1], NEG_INF)
+    grouped = (q * options.scale).unflatten(-2, (k.shape[-2], -1))
+    scores = torch.einsum("...tkgd,...nkd->...tkgn", grouped, k)
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
-    if visible is None:
-        lse = scores.logsumexp(-1)
-        o = torch.einsum("...tkgn,...nkd->...tkgd", scores.softmax(-1), v)
-    else:
-        seen = visible.any(-1)[..., None, None]
+    if visible is not None:
         scores = scores.masked_fill(~visible[..., None, None, :], NEG_INF)
-        scores = scores.masked_fill(~seen[..., None], 0)
-        lse = scores.logsumexp(-1).masked_fill(~seen, NEG_INF)
-        o = torch.einsum("...tkgn,...nkd->...tkgd", scores.softmax(-1), v)
-        o = o.masked_fill(~seen[..., None], 0)
-    return o.flatten(-3, -2), lse.flatten(-2)
+    row_max = scores.detach().amax(-1)
+    row_max = row_max.masked_fill(row_max == NEG_INF, 0)
+    weights = (scores - row_max[..., None]).exp()
+    row_sum = weights.sum(-1)
+    o = torch.einsum("...tkgn,...nkd->...tkgd", weights, v)
+    o = o / row_sum.masked_fill(row_sum == 0, 1)[..., None]
+    return o.flatten(-3, -2), (row_max + row_sum.log()).flatten(-2)
 
 
 def forest_attention_ref(
