@@ -2,8 +2,8 @@
 
 What prefill, decode and the scoring of finished samples have in common. On CPU the forward runs in
 C++ where it can; on a GPU a deterministic one takes fixed tiles in matrix products and one partial
-for every split of keys. Rows are padded to a multiple of 16, so that in float32 on CPU a token has
-the same bits in any company; padding writes the first cells of the cache, which are scratch.
+for every split of keys. Rows are padded to a multiple of 16; padding writes the first cells of the
+cache, which are scratch.
 
 It does not choose what is computed, allocate cells, or read anything out of hidden states.
 """

@@ -7,9 +7,9 @@
             flags after these steps only, and on a GPU while the next ones are run
     retire  finished leaves leave, their segments are let go of, the rest is put in order again
 
-A sample depends on its own prompt, key and index only: the rows of a matmul are padded to a
-multiple of 16, keys are partitioned by the sample's own segments, uniforms are keyed by row, sample
-and position. So slots, batch size and neighbours change nothing, bit for bit in float32 on CPU.
+A sample depends on its own prompt, key and index only: keys are partitioned by the sample's own
+segments, uniforms are keyed by row, sample and position. So slots, batch size and neighbours change
+nothing: bit for bit in C++ in float32 on a CPU, and up to rounding in torch.
 
 Works on token ids; needs nothing of templates, requests or verdicts.
 """

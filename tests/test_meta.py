@@ -25,6 +25,7 @@ from engine.sample import POCKET
 from engine.verdict import RowFailure, Verdict, to_line
 from tests import tiny
 from tests.judges import rebuilt
+from tests.rows import needs_cpp
 from train.world import cases
 
 END = 2  # <|im_end|>
@@ -133,6 +134,7 @@ def test_each_prompt_is_computed_once(meta: MetaModel) -> None:
     assert scorer.usage.meta_seconds > 0
 
 
+@needs_cpp
 def test_no_bit_depends_on_company_or_memory(
     meta: MetaModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +160,7 @@ def scorer_with(meta: MetaModel, cells: int) -> MetaScorer:
     return MetaScorer(meta, cache_bytes=cell_bytes(config, weight.dtype) * cells)
 
 
+@needs_cpp
 @pytest.mark.parametrize(("cells", "keeps"), [(1400, False), (1800, True)])
 def test_a_small_cache_changes_no_bit(meta: MetaModel, cells: int, keeps: bool) -> None:
     """Texts go as soon as they are scored, and of prompts what is done with. A sequence takes up to

@@ -28,6 +28,7 @@ from models import load_score_weight
 from models.transformer import Transformer, causal_attend
 from tests import tiny
 from tests.judges import rebuilt
+from tests.rows import needs_cpp
 from tests.test_meta import VOTED, one
 
 K = 6
@@ -130,6 +131,7 @@ def test_a_score_is_that_of_the_state_before_the_last_token(
     assert sorted(others)[len(others) // 2] > 1000 * tolerance
 
 
+@needs_cpp
 def test_no_bit_depends_on_company(plain: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor on what the host looks at, or on pieces of a prefill; and none without a head."""
     together = draw(plain, head(), CUT)
