@@ -126,7 +126,7 @@ def _attend_suffixes(
     slots = len(suffix.row)
     row = suffix.row.clamp_min(0)
     length = torch.where(suffix.row >= 0, suffix.length[row], 0)
-    width = max(0, *length.tolist())
+    width = max([0, *length.tolist()])
     column = torch.arange(width, device=q.device)
     k_pos = suffix.position[row, None] + column
     visible = column < length[:, None]  # (S, width)
