@@ -20,6 +20,7 @@ from bench.rivals import decode_peers, prefill_peers, sdpa_backward, unshared_gr
 from bench.shapes import SHAPES
 from bench.timing import ON_GPU, num_sets, randn
 from kernels.forest_attention import (
+    AttentionOptions,
     forest_attention,
     forest_attention_with_lse,
     torch_impl,
@@ -153,11 +154,11 @@ def attend_backward(
     k: Tensor,
     v: Tensor,
     plan: ForestPlan,
-    *options: float | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients alone."""
     run = triton_backward if ON_GPU else torch_impl
-    return run.attend_backward(q, k, v, o, lse, d_o, None, plan, *options)
+    return run.run_backward(q, k, v, o, lse, d_o, None, plan, options)
 
 
 def attend_and_back(d_o: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:

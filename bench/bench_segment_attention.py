@@ -1,4 +1,4 @@
-"""Attention of segments over segments: our kernel, and those that stand behind the same interface.
+"""Attention of segments over segments: our kernel, and other backends of the same interface.
 
 Whole calls are timed, plans and offsets included, as a caller pays for them; these come from the
 host in every call, so that none of it is captured.
@@ -41,7 +41,7 @@ class Case:
 
     @property
     def offsets(self) -> tuple[list[int], list[int]]:
-        """cu_q and cu_k."""
+        """cu_seqlens_q and cu_seqlens_k."""
         queries, keys = (
             [size * i for i in range(self.pairs + 1)] for size in (self.queries, self.keys)
         )
@@ -69,7 +69,7 @@ CASES = (
 
 def make_work(case: Case) -> Work:
     """Segments side by side."""
-    heads, (cu_q, cu_k) = case.heads, case.offsets
+    heads, (cu_seqlens_q, cu_seqlens_k) = case.heads, case.offsets
     num_bytes, flops = case.cost
 
     def draw(tokens: int, count: int) -> Tensor:
@@ -77,29 +77,31 @@ def make_work(case: Case) -> Work:
 
     sets = [
         (
-            draw(cu_q[-1], heads.num_heads),
-            draw(cu_k[-1], heads.num_kv_heads),
-            draw(cu_k[-1], heads.num_kv_heads),
+            draw(cu_seqlens_q[-1], heads.num_heads),
+            draw(cu_seqlens_k[-1], heads.num_kv_heads),
+            draw(cu_seqlens_k[-1], heads.num_kv_heads),
         )
         for _ in range(num_sets(num_bytes))
     ]
 
     def run(q: Tensor, k: Tensor, v: Tensor, backend: Backend | None = None) -> Any:
         return segment_attention(
-            q, k, v, cu_q, cu_k, heads.scale, case.causal, heads.softcap, heads.window, backend
+            q, k, v, cu_seqlens_q, cu_seqlens_k, heads.options, case.causal, backend
         )
 
     def check(out: Any, factor: float) -> None:
         o = out[0] if isinstance(out, tuple) else out
         q, k, v = sets[0]
         for pair in (0, case.pairs - 1):
-            rows = slice(cu_q[pair + 1] - CHECKED, cu_q[pair + 1])  # causal masks end with both
-            first, last = cu_k[pair], cu_k[pair + 1]
+            rows = slice(
+                cu_seqlens_q[pair + 1] - CHECKED, cu_seqlens_q[pair + 1]
+            )  # causal masks end with both
+            first, last = cu_seqlens_k[pair], cu_seqlens_k[pair + 1]
             exact, plain = (
                 segment_attention_ref(
                     q[rows].to(dtype), k[first:last].to(dtype), v[first:last].to(dtype),
                     [0, CHECKED], [0, last - first],
-                    heads.scale, case.causal, heads.softcap, heads.window,
+                    heads.options, case.causal,
                 )[0]
                 for dtype in (torch.float64, heads.dtype)
             )  # fmt: skip
@@ -131,7 +133,7 @@ def make_work(case: Case) -> Work:
         "sdpa": Peer(lambda: calls_on(sdpa, sets)),
     }
     absent = {"unshared": "nothing is shared"}
-    backends: dict[Backend, str] = {"flash": "flash_attn", "xformers": "xformers"}
+    backends: dict[Backend, str] = {"flash-attn": "flash_attn", "xformers": "xformers"}
     for backend, module in backends.items() if ON_GPU else ():
         if find_spec(module) is None:
             absent[backend] = "not installed"

@@ -38,9 +38,10 @@ from bench.timing import DEVICE, ON_GPU
 from engine.generate import Generator, Group, Usage
 from engine.kv_cache import cell_bytes, round_up
 from kernels.extract_scores import ScoreAutomaton
+from kernels.forest_attention import AttentionOptions
 from kernels.sample_token import SamplingOptions
 from models import load_weights, read_config
-from models.config import DTYPES, LayerAttention, ModelConfig, Rope
+from models.config import DTYPES, ModelConfig, Rope
 from models.transformer import Transformer
 
 COMPARE = ("transformers", "llama.cpp")
@@ -123,7 +124,7 @@ def config_of(shape: Shape, context: int) -> ModelConfig:
     gemma = shape.norm_plus_one
     scale = shape.head_dim**-0.5
     layers = [
-        LayerAttention(scale, shape.softcap, shape.window if i % 2 == 0 else None)
+        AttentionOptions(scale, shape.softcap, shape.window if i % 2 == 0 else None)
         for i in range(shape.num_layers)
     ]
     return ModelConfig(

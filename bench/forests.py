@@ -19,10 +19,12 @@ from torch import Tensor
 from bench.figures import assert_close, gradients
 from bench.shapes import Shape
 from bench.timing import DEVICE, randn
-from engine.forest import Forest, Node, decode_items, prefill_items
+from engine.forest import Forest, Node, decode_tiles, prefill_tiles
 from engine.kv_cache import KVCache, round_up
-from kernels.forest_attention.plan import ForestPlan, SuffixTiles
-from models.config import LayerAttention, ModelConfig, Rope
+from kernels.forest_attention import AttentionOptions
+from kernels.forest_attention.plan import ForestPlan, Suffixes
+from kernels.forest_attention.reference import dense_attention, visible_keys
+from models.config import ModelConfig, Rope
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,9 @@ class Heads:
         return self.head_dim**-0.5
 
     @property
-    def options(self) -> tuple[float, float | None, int | None]:
+    def options(self) -> AttentionOptions:
         """Scale, soft-cap and window."""
-        return self.scale, self.softcap, self.window
+        return AttentionOptions(self.scale, self.softcap, self.window)
 
     @property
     def cell_bytes(self) -> int:
@@ -126,7 +128,7 @@ class Heads:
             num_layers=layers, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim, v_head_dim=self.head_dim, max_position_embeddings=1 << 20,
             rms_norm_eps=1e-6, rope=Rope(1e4, None),
-            attention=(LayerAttention(*self.options),) * layers,
+            attention=(self.options,) * layers,
             attention_bias=False, qk_norm=True, norm_plus_one=False, sandwich_norms=False,
             embedding_scale=None, activation="silu", final_softcap=None, tied=True,
             eos_token_ids=frozenset(), dtype=None,
@@ -160,7 +162,7 @@ class Workload:
     def sets(self) -> list[tuple[object, ...]]:
         """Arguments of `forest_attention`, layer by layer."""
         return [
-            (q, k, v, self.plan, *self.heads.options)
+            (q, k, v, self.plan, self.heads.options)
             for q, k, v in zip(self.queries, self.k, self.v, strict=True)
         ]
 
@@ -206,13 +208,12 @@ class Workload:
         slots = [self.slots_of(row) for row in rows]
 
         def plain(dtype: torch.dtype) -> Tensor:
-            q, k, v = self.queries[0], self.k[0], self.v[0]
-            return torch.stack(
-                [
-                    attend(q[row].to(dtype), k[:, at].to(dtype), v[:, at].to(dtype), self.heads)
-                    for row, at in zip(rows, slots, strict=True)
-                ]
-            )
+            found = []
+            for row, at in zip(rows, slots, strict=True):
+                q = self.queries[0][row, None].to(dtype)
+                k, v = (x[0][:, at].transpose(0, 1).to(dtype) for x in (self.k, self.v))
+                found.append(dense_attention(q, k, v, self.heads.options)[0])
+            return torch.cat(found)
 
         assert_close("attention", out[rows], plain(torch.float64), plain(self.heads.dtype), factor)
 
@@ -222,11 +223,8 @@ class Workload:
         seen = seen.to(DEVICE)
         for span in self.spans:
             rows = slice(span.query, span.query + span.num_queries)
-            at = self.plan.positions[rows, None]
-            key_at = torch.arange(span.position, span.position + span.keys, device=DEVICE)
-            mine = key_at <= at
-            if self.heads.window is not None:
-                mine &= key_at > at - self.heads.window
+            k_pos = torch.arange(span.position, span.position + span.keys, device=DEVICE)
+            mine = visible_keys(self.plan.positions[rows], k_pos, self.heads.window)
             seen[rows, span.slot : span.slot + span.keys] = mine
         return seen
 
@@ -235,15 +233,11 @@ class Workload:
         from d_o (T, Hq, D)."""
         groups = self.heads.num_heads // self.heads.num_kv_heads
         seen = self.visible()
-        bias = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, -torch.inf)
         inputs = [self.queries[0][:, :groups], self.k[0][:1], self.v[0][:1]]
 
         def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            scores = torch.einsum("tgd,nd->gtn", q, k[0]) * self.heads.scale
-            if self.heads.softcap is not None:
-                scores = self.heads.softcap * torch.tanh(scores / self.heads.softcap)
-            weights = (scores + bias.to(scores.dtype)).softmax(-1)
-            return torch.einsum("gtn,nd->tgd", weights, v[0])
+            k, v = k.transpose(0, 1), v.transpose(0, 1)
+            return dense_attention(q, k, v, self.heads.options, seen)[0]
 
         exact, plain = (
             gradients(dense, [x.to(dtype) for x in inputs], [d_o[:, :groups].to(dtype)])
@@ -252,15 +246,6 @@ class Workload:
         found = outs[0][:, :groups], outs[1][:1], outs[2][:1]
         for out, exactly, plainly in zip(found, exact, plain, strict=True):
             assert_close("attention backward", out, exactly, plainly, factor)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
-    """Plain attention of one query (Hq, D) over keys and values (Hkv, n, D), in their dtype."""
-    grouped = q.unflatten(0, (heads.num_kv_heads, -1))
-    scores = torch.einsum("hgd,hnd->hgn", grouped, k) * heads.scale
-    if heads.softcap is not None:
-        scores = heads.softcap * torch.tanh(scores / heads.softcap)
-    return torch.einsum("hgn,hnd->hgd", scores.softmax(-1), v).flatten(0, 1)
 
 
 def _ends(tree: Tree, heads: Heads, layers: int) -> tuple[KVCache, list[Node]]:
@@ -312,7 +297,7 @@ def make_decode(tree: Tree, heads: Heads, layers: int, filled: bool = True) -> W
     suffix = None
     spans = list(_node_spans(ends).values())
     if suffix_length:
-        suffix = SuffixTiles(
+        suffix = Suffixes(
             cache.suffix_base,
             cache.suffix_capacity,
             torch.arange(k, device=DEVICE),
@@ -326,7 +311,7 @@ def make_decode(tree: Tree, heads: Heads, layers: int, filled: bool = True) -> W
             for i, end in enumerate(ends)
         ]
     at = stops + max(suffix_length, 1) - 1
-    plan = ForestPlan(decode_items(ends), at, suffix, advancing=True)
+    plan = ForestPlan(decode_tiles(ends), at, suffix, advancing=True)
     return _workload(heads, cache, k, plan, spans, filled)
 
 
@@ -346,7 +331,7 @@ def make_prefill(tree: Tree, heads: Heads, layers: int, filled: bool = True) -> 
                 Span(above.slab.start, len(above.token_ids), above.start, row, len(node.token_ids))
             )
         row += len(node.token_ids)
-    plan = ForestPlan(prefill_items(pieces), torch.tensor(positions, device=DEVICE))
+    plan = ForestPlan(prefill_tiles(pieces), torch.tensor(positions, device=DEVICE))
     return _workload(heads, cache, row, plan, spans, filled)
 
 

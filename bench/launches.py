@@ -18,8 +18,9 @@ from bench.shapes import Shape
 from bench.timing import DEVICE
 from kernels.accept_token import LiveSamples, Records, accept_token
 from kernels.extract_scores import ScoreAutomaton
-from kernels.forest_attention import forest_attention
-from kernels.forest_attention.triton_backward import attend_backward
+from kernels.forest_attention import AttentionOptions, forest_attention
+from kernels.forest_attention.plan import ForestPlan
+from kernels.forest_attention.triton_backward import run_backward
 from kernels.gated_act import gated_act, gated_act_backward
 from kernels.logprob import linear_logprob
 from kernels.logprob.linear_policy_loss import linear_policy_loss
@@ -217,9 +218,14 @@ def forest_attention_backward_calls(shape: Shape) -> Calls:
 
 
 def _attend_backward(work: Workload, lse: Tensor, d_lse: Tensor | None) -> None:
-    plan = replace(work.plan)  # without what it was compiled to
-    q, k, v, _, *options = work.sets[0]
-    attend_backward(q, k, v, q, lse, q, d_lse, plan, *options)  # type: ignore[arg-type]
+    q, k, v = work.queries[0], work.k[0], work.v[0]
+    plan, options = _recompiled(work.plan), work.heads.options
+    run_backward(q, k, v, q, lse, q, d_lse, plan, options)
+
+
+def _recompiled(plan: ForestPlan, per_split: bool = False) -> ForestPlan:
+    """A plan without what it was compiled to: that depends on the target, which changes here."""
+    return ForestPlan(plan.tiles, plan.positions, plan.suffix, plan.advancing, per_split)
 
 
 def _workloads(heads: Heads) -> Iterator[tuple[str, Workload]]:
@@ -236,10 +242,8 @@ def _workloads(heads: Heads) -> Iterator[tuple[str, Workload]]:
 
 
 def _attend(work: Workload, per_split: bool) -> Tensor:
-    # What a plan was compiled to depends on the target; here targets change under it.
-    plan = replace(work.plan, per_split=per_split)
-    q, k, v, _, *options = work.sets[0]
-    return forest_attention(q, k, v, plan, *options)  # type: ignore[arg-type]
+    plan = _recompiled(work.plan, per_split)
+    return forest_attention(work.queries[0], work.k[0], work.v[0], plan, work.heads.options)
 
 
 def segment_attention_calls(shape: Shape) -> Calls:
@@ -248,13 +252,15 @@ def segment_attention_calls(shape: Shape) -> Calls:
         for pairs, queries, keys in ((1, 2048, 2048), (4, 20, 20), (2, 100, 700), (16, 1, 300)):
             q = _slices(shape, pairs * queries, dtype)[0]
             _, k, v = _slices(shape, pairs * keys, dtype)
-            cu_q, cu_k = ([size * i for i in range(pairs + 1)] for size in (queries, keys))
+            offsets = ([size * i for i in range(pairs + 1)] for size in (queries, keys))
+            cu_seqlens_q, cu_seqlens_k = offsets
             for causal in (False, True):
+                window = shape.window if causal else None
+                options = AttentionOptions(shape.head_dim**-0.5, shape.softcap, window)
                 yield (
                     f"{pairs} x {queries} over {keys}, {dtype}",
                     partial(
-                        segment_attention, q, k, v, cu_q, cu_k, shape.head_dim**-0.5, causal,
-                        shape.softcap, shape.window if causal else None,
+                        segment_attention, q, k, v, cu_seqlens_q, cu_seqlens_k, options, causal
                     ),
                 )  # fmt: skip
 

@@ -28,17 +28,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.forest import Node, decode_items
+from engine.forest import Node, decode_tiles
 from engine.forward import CachedForward
 from engine.kv_cache import ALIGN, KVCache, round_up
 from kernels import cpp
 from kernels.accept_token import Cursor, LiveSamples, Records, accept_token
 from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
-from kernels.forest_attention import keys_per_partial
-from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, SuffixTiles
-from kernels.forest_attention.schedule import HeadShape, StaticPlan
+from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, Suffixes
+from kernels.forest_attention.schedule import HeadShape, StaticPlan, keys_per_partial
 from kernels.launch import runs_triton
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
+from kernels.segment_attention import Backend
 from kernels.target import power_of_two, target_of
 from models.transformer import Transformer
 
@@ -140,15 +140,17 @@ class Decoder(CachedForward):
         max_new_tokens: int,
         max_scores: int,
         deterministic: bool = False,
+        prefill_backend: Backend | None = None,
     ) -> None:
         """deterministic: fixed tiles in matrix products and one partial per split of keys, so that
-        on a GPU too a sample's bits do not depend on the rest of the batch."""
-        super().__init__(model, cache, deterministic)
+        on a GPU too a sample's bits do not depend on the rest of the batch. prefill_backend: see
+        `CachedForward`."""
+        super().__init__(model, cache, deterministic, prefill_backend)
         self.automaton = automaton
         self.options = options
         self.end_ids = end_ids
         self.stop_at_box = stop_at_box
-        # Where every item is a partial result by itself, inlining would save none.
+        # Where every work tile is a partial result by itself, inlining would save none.
         self.keys_per_partial = 0
         if runs_triton(model.head_weight) and not deterministic:
             config = self.config
@@ -312,7 +314,7 @@ class Decoder(CachedForward):
         for row, leaf in enumerate(self.leaves):
             row_of_slot[leaf.slot] = row
         return ForestPlan(
-            decode_items([leaf.end for leaf in self.leaves], self.keys_per_partial),
+            decode_tiles([leaf.end for leaf in self.leaves], self.keys_per_partial),
             self._position[:rows],
             self._suffix(self._tensor(row_of_slot), rows, max_length),
             advancing=True,
@@ -320,8 +322,8 @@ class Decoder(CachedForward):
             host_positions=at + [0] * (rows - len(at)),
         )
 
-    def _suffix(self, row_of_slot: Tensor, rows: int, max_length: int) -> SuffixTiles:
-        return SuffixTiles(
+    def _suffix(self, row_of_slot: Tensor, rows: int, max_length: int) -> Suffixes:
+        return Suffixes(
             base=self.cache.suffix_base,
             capacity=self.cache.suffix_capacity,
             row=row_of_slot,

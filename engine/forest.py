@@ -6,7 +6,7 @@ nodes belong to one row. A node's keys are cut into splits of MAX_SPLIT tokens f
 how a sample's keys are partitioned is a function of its own sequence, whoever shares it.
 
 Leaves are kept in depth-first order: every node covers a contiguous range of them. This module
-makes work items for prefill and decode; it runs nothing and holds no keys.
+makes work tiles for prefill and decode; it runs nothing and holds no keys.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 
 from engine.kv_cache import KVCache, Slab
-from kernels.forest_attention.plan import MAX_SPLIT, MAX_TILE, WorkItem
+from kernels.forest_attention.plan import MAX_SPLIT, MAX_TILE, WorkTile
 
 TokenIds = tuple[int, ...]
 
@@ -156,13 +156,13 @@ def tree_tokens(ends: Sequence[Node]) -> int:
     return sum(len(node.token_ids) for node in tree)
 
 
-def prefill_items(pieces: Sequence[tuple[Node, int, int]]) -> list[WorkItem]:
-    """Work items of a prefill whose queries are tokens [first, stop) of nodes, laid side by side.
+def prefill_tiles(pieces: Sequence[tuple[Node, int, int]]) -> list[WorkTile]:
+    """Work tiles of a prefill whose queries are tokens [first, stop) of nodes, laid side by side.
 
     A query tile reads all splits of the nodes above its own and, of its own, those up to its last
     token; keys past a query's position are masked by position.
     """
-    items = []
+    tiles = []
     row = 0
     for node, first, stop in pieces:
         above = [run for ancestor in node.path()[:-1] for run in ancestor.key_runs()]
@@ -170,25 +170,25 @@ def prefill_items(pieces: Sequence[tuple[Node, int, int]]) -> list[WorkItem]:
         for tile in range(first, stop, MAX_TILE):
             queries = min(MAX_TILE, stop - tile)
             for key, length, position in above:
-                items.append(WorkItem(row, queries, key, length, position))
+                tiles.append(WorkTile(row, queries, key, length, position))
             for key, length, position in own:
                 if position < node.start + tile + queries:
-                    items.append(WorkItem(row, queries, key, length, position))
+                    tiles.append(WorkTile(row, queries, key, length, position))
             row += queries
-    return items
+    return tiles
 
 
-def decode_items(ends: Sequence[Node], keys_per_partial: int = 0) -> list[WorkItem]:
-    """Work items of one decode step: `ends[i]` is the node above leaf i, in depth-first order.
+def decode_tiles(ends: Sequence[Node], keys_per_partial: int = 0) -> list[WorkTile]:
+    """Work tiles of one decode step: `ends[i]` is the node above leaf i, in depth-first order.
 
     Sharing is decided edge by edge. A node that is shared costs every leaf below it a partial
     result, as dear as reading `keys_per_partial` keys; inlined, its keys are read once for each of
     its children, in the same breath as theirs. The cheaper is taken: 0 shares everything. Which
     keys make up a split, and the order of a leaf's splits, are the same either way.
     """
-    items: list[WorkItem] = []
-    _descend([end.path() for end in ends], 0, len(ends), 0, [], keys_per_partial, items)
-    return items
+    tiles: list[WorkTile] = []
+    _descend([end.path() for end in ends], 0, len(ends), 0, [], keys_per_partial, tiles)
+    return tiles
 
 
 def _descend(
@@ -198,9 +198,9 @@ def _descend(
     depth: int,
     inlined: list[tuple[int, int, int]],
     keys_per_partial: int,
-    items: list[WorkItem],
+    tiles: list[WorkTile],
 ) -> None:
-    """Items of all nodes from `depth` on of leaves [start, stop), each node before its children;
+    """Tiles of all nodes from `depth` on of leaves [start, stop), each node before its children;
     `inlined` are the key runs that the nodes above have left to these."""
     leaves = [i for i in range(start, stop) if depth < len(paths[i])]
     for node, members in groupby(leaves, key=lambda i: paths[i][depth]):
@@ -211,10 +211,10 @@ def _descend(
             below = [paths[i][depth + 1] for i in range(first, end)]
             again = (len(set(below)) - 1) * sum(keys for _, keys, _ in runs)
             if again <= (end - first) * keys_per_partial:
-                _descend(paths, first, end, depth + 1, runs, keys_per_partial, items)
+                _descend(paths, first, end, depth + 1, runs, keys_per_partial, tiles)
                 continue
         for tile in range(first, end, MAX_TILE):
             queries = min(MAX_TILE, end - tile)
             for key, length, position in runs:
-                items.append(WorkItem(tile, queries, key, length, position))
-        _descend(paths, first, end, depth + 1, [], keys_per_partial, items)
+                tiles.append(WorkTile(tile, queries, key, length, position))
+        _descend(paths, first, end, depth + 1, [], keys_per_partial, tiles)

@@ -2,38 +2,51 @@
 
 What prefill, decode and the scoring of finished samples have in common. On CPU the forward runs in
 C++ where it can; on a GPU a deterministic one takes fixed tiles in matrix products and one partial
-for every split of keys. Rows are padded to a multiple of 16, so that in float32 on CPU a token has
-the same bits in any company; padding writes the first cells of the cache, which are scratch.
+for every split of keys. Rows are padded to a multiple of 16; padding writes the first cells of the
+cache, which are scratch.
 
 It does not choose what is computed, allocate cells, or read anything out of hidden states.
 """
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from engine.forest import Node, prefill_items
+from engine.forest import Node, prefill_tiles
 from engine.kv_cache import ALIGN, KVCache
+from engine.segment_prefill import SegmentPrefill
 from kernels.device import to_device
-from kernels.forest_attention import forest_attention
-from kernels.forest_attention.plan import ForestPlan
+from kernels.forest_attention import AttentionOptions, ForestPlan, forest_attention
 from kernels.launch import runs_triton
 from kernels.matmul import matmul
+from kernels.segment_attention import Backend, check_backend
 from kernels.write_kv import write_kv
 from models.decoder import CppDecoder, runs_cpp
 from models.transformer import Attend, Transformer, linear
 
 Piece = tuple[Node, int, int]  # tokens [first, stop) of a node
+# attention(q, k_cache, v_cache, options) of a forward whose keys are in the cache
+CachedAttention = Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor]
 
 
 class CachedForward:
     """The forward of one decoder over one cache."""
 
-    def __init__(self, model: Transformer, cache: KVCache, deterministic: bool = False) -> None:
-        """deterministic: the same bits in any company on a GPU too."""
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        deterministic: bool = False,
+        prefill_backend: Backend | None = None,
+    ) -> None:
+        """deterministic: the same bits in any batch on a GPU too. prefill_backend: computes the
+        attention of a prefill, None for `forest_attention`; raises ValueError where it cannot."""
+        if prefill_backend is not None:
+            _check_prefill(model, prefill_backend)
         self.model = model
+        self.prefill_backend = prefill_backend
         self.config = model.config
         self.cache = cache
         self.deterministic = deterministic
@@ -48,7 +61,13 @@ class CachedForward:
         """Hidden states of tokens, whose keys and values are written at `cache_index`."""
         if self._cpp is not None:
             return self._cpp.forward(tokens, positions, cache_index, plan)
-        return self.model(tokens, positions, self._attend(cache_index, plan), self.product)
+
+        def attention(
+            q: Tensor, k_cache: Tensor, v_cache: Tensor, options: AttentionOptions
+        ) -> Tensor:
+            return forest_attention(q, k_cache, v_cache, plan, options)
+
+        return self.model(tokens, positions, self._attend(cache_index, attention), self.product)
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """The model's raw logits of hidden states."""
@@ -57,7 +76,7 @@ class CachedForward:
         return self.model.head_logits(hidden, self.product)
 
     def prefill(self, pieces: Sequence[Piece]) -> Tensor:
-        """Hidden states of the tokens of pieces, side by side, and of the padding past them. The
+        """Hidden states of the tokens of pieces, side by side, and of the padding after them. The
         nodes have their slabs; what stands before a piece has been computed, or stands before it
         here."""
         tokens: list[int] = []
@@ -71,29 +90,35 @@ class CachedForward:
         padding = -len(tokens) % ALIGN
         cache_index += range(padding)
         positions += [0] * padding
-        at = self._tensor(positions)
-        return self.forward(
-            self._tensor(tokens + [0] * padding),
-            at,
-            self._tensor(cache_index),
-            ForestPlan(
-                prefill_items(pieces), at, per_split=self.deterministic, host_positions=positions
-            ),
-        )
+        token_ids = self._tensor(tokens + [0] * padding)
+        position, at = self._tensor(positions), self._tensor(cache_index)
+        if self.prefill_backend is not None:
+            segments = SegmentPrefill(pieces, self.prefill_backend, self.device)
+            return self.model(token_ids, position, self._attend(at, segments.attend), self.product)
+        tiles = prefill_tiles(pieces)
+        plan = ForestPlan(tiles, position, per_split=self.deterministic, host_positions=positions)
+        return self.forward(token_ids, position, at, plan)
 
-    def _attend(self, cache_index: Tensor, plan: ForestPlan) -> Attend:
+    def _attend(self, cache_index: Tensor, attention: CachedAttention) -> Attend:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
             write_kv(k, v, k_cache, v_cache, cache_index)
-            spec = self.config.attention[layer]
-            return forest_attention(
-                q, k_cache, v_cache, plan, spec.scale, spec.softcap, spec.window
-            )
+            return attention(q, k_cache, v_cache, self.config.attention[layer])
 
         return attend
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return to_device(torch.tensor(values, dtype=torch.int64), self.device)
+
+
+def _check_prefill(model: Transformer, backend: Backend) -> None:
+    """Raise ValueError where a backend cannot prefill for a model."""
+    q = model.head_weight.new_empty(0, model.config.head_dim)
+    for options in model.config.attention:
+        try:
+            check_backend(backend, q, model.config.v_head_dim, options)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
 
 
 def take_pieces(queue: deque[tuple[Node, int]], room: int) -> list[Piece]:

@@ -7,9 +7,9 @@
             after these steps only, and on a GPU while the next ones run
     retire  finished leaves leave, their segments are released, the rest is put in order again
 
-A sample depends on its own prompt, key and index only: the rows of a matmul are padded to a
-multiple of 16, keys are partitioned by the sample's own segments, uniforms are keyed by row, sample
-and position. So slots, batch size and neighbours change nothing, bit for bit in float32 on CPU.
+A sample depends on its own prompt, key and index only: keys are partitioned by the sample's own
+segments, uniforms are keyed by row, sample and position. So slots, batch size and neighbours change
+nothing: bit for bit in C++ in float32 on a CPU, and up to rounding in torch.
 
 Works on token ids; needs nothing of templates, requests or verdicts.
 """
@@ -32,6 +32,7 @@ from kernels.accept_token import LiveSamples
 from kernels.device import to_device
 from kernels.extract_scores import Reason, ScoreAutomaton
 from kernels.sample_token import SamplingOptions, uniforms
+from kernels.segment_attention import Backend
 from models.config import ModelConfig
 from models.transformer import Transformer
 
@@ -152,15 +153,17 @@ class Generator:
         stop: Literal["box", "eos"] = "box",
         ignore_eos: bool = False,
         deterministic: bool = False,
+        prefill_backend: Backend | None = None,
         cache_bytes: int | None = None,
         usage: Usage | None = None,
     ) -> None:
         """max_batch: most samples decoded together. max_scores: most scores of any group. stop:
         "box" ends a sample as soon as its scores are decided, "eos" lets it end by itself.
         deterministic: results on a GPU have the same bits in any company; on CPU it changes
-        nothing. cache_bytes bounds keys and values (default: what memory allows,
-        `engine/memory.py`); a batch that does not fit is made smaller. Raises ValueError
-        for limits below 1 or a cache that cannot hold one sample."""
+        nothing. prefill_backend: whose attention a prefill runs, None for `forest_attention`.
+        cache_bytes bounds keys and values (default: what memory allows, `engine/memory.py`); a
+        batch that does not fit is made smaller. Raises ValueError for limits below 1, a cache that
+        cannot hold one sample, or a backend that cannot prefill for this model."""
         for name, value in (("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
             if value < 1:
                 raise ValueError(f"{name} = {value} is less than 1")
@@ -211,6 +214,7 @@ class Generator:
             max_new_tokens=self.max_new_tokens,
             max_scores=max_scores,
             deterministic=deterministic,
+            prefill_backend=prefill_backend,
         )
 
     @torch.inference_mode()

@@ -44,6 +44,7 @@ from engine.verdict import (
 from kernels import cpp
 from kernels.extract_scores import Reason, ScoreAutomaton
 from kernels.sample_token import SamplingOptions, stream_key, uniforms
+from kernels.segment_attention import Backend
 from kernels.vote import vote
 from models import load
 from models.tokenizer import Tokenizer
@@ -204,6 +205,8 @@ class Judge:
             del everything["until_decided"]
         if options.k_meta is None:  # nor do those from before there were meta models
             del everything["k_meta"]
+        if options.attention == "auto":  # nor from before there was a choice
+            del everything["attention"]
         if self.meta is not None:
             everything |= {
                 "meta_fingerprint": self.meta.fingerprint,
@@ -225,20 +228,24 @@ class Judge:
         "fixed" the given order. stop: "box" ends a sample when its scores are decided, "eos" when
         it ends itself. deterministic: on a GPU a sample has the same bits whatever else is judged
         with it; on CPU, where float32 results are reproducible as they are, it changes nothing.
+        attention: whose attention computes prompts, of the judge and of a meta model; "auto" is
+        `forest_attention`, the others are the backends of `kernels/segment_attention.py`.
         until_decided, a probability: a row draws its samples in rounds and stops when it is this
         sure that the vote of all k would fall as it falls now (engine/decided.py); those that it
         draws are the same. k_meta: how many of the valid samples vote, those with the highest meta
         scores; only with a meta model, and then by default k / 2, rounded up. hint gives
         the text that the template's `hint` shows a sample, or None for no hint; a meta model sees
         none. A row that cannot be judged comes out as a RowFailure in its place. Raises ValueError
-        for options out of range, and for until_decided with a meta model.
+        for options out of range, for an attention that cannot run here, and for until_decided with
+        a meta model.
         """
         chosen = self._options(options)
         sampling = SamplingOptions(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
         stream_key(chosen.seed, "", "token")  # refuses a seed out of range now, not at a row
+        backend = None if chosen.attention == "auto" else chosen.attention
         cache_bytes, scorer = self.cache_bytes, None
         if self.meta is not None:
-            scorer, cache_bytes = self._scorer(self.meta, chosen)
+            scorer, cache_bytes = self._scorer(self.meta, chosen, backend)
         generator = Generator(
             self.model,
             self._automaton,
@@ -248,17 +255,21 @@ class Judge:
             max_scores=MAX_RESPONSES,
             stop=chosen.stop,
             deterministic=chosen.deterministic,
+            prefill_backend=backend,
             cache_bytes=cache_bytes,
             usage=self.usage,
         )
         return self._run(generator, scorer, rows, chosen, hint)
 
-    def _scorer(self, meta: MetaModel, options: JudgeOptions) -> tuple[MetaScorer, int]:
+    def _scorer(
+        self, meta: MetaModel, options: JudgeOptions, backend: Backend | None
+    ) -> tuple[MetaScorer, int]:
         """What scores samples, and the bytes of cache that it leaves to the judge."""
         bound = self.cache_bytes
         scorer = MetaScorer(
             meta,
             deterministic=options.deterministic,
+            prefill_backend=backend,
             cache_bytes=None if bound is None else bound // CACHE_SHARE,
             usage=self.usage,
         )

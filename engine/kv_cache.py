@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.cpp import runs_cpp
-from kernels.launch import runs_triton
 from kernels.target import power_of_two
 from models.config import ModelConfig
 
@@ -125,14 +123,9 @@ class KVCache:
         return True
 
     def take_slot(self) -> int:
-        """An idle sample slot. Attention in torch multiplies values past a sample's last key with
-        weight 0, and 0 * NaN is NaN: for torch the slot's values are cleared."""
+        """An idle sample slot. Its part of the cache holds whatever it held before."""
         assert self._idle_slots, "no idle slot"
-        slot = self._idle_slots.pop()
-        first = self.suffix_base + slot * self.suffix_capacity
-        for cache in () if runs_triton(self.v[0]) or runs_cpp(self.v[0]) else self.v:
-            cache[:, first : first + self.suffix_capacity] = 0
-        return slot
+        return self._idle_slots.pop()
 
     def free_slot(self, slot: int) -> None:
         """Give a sample slot back."""

@@ -30,6 +30,7 @@ from engine.memory import cache_budget, working_bytes
 from engine.prompt import JudgeSettings, PromptBuilder, read_judge_settings, read_judge_template
 from engine.request import Row
 from engine.verdict import fingerprint_of
+from kernels.segment_attention import Backend
 from models import load_scalar
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
@@ -98,11 +99,14 @@ class MetaScorer:
         meta: MetaModel,
         *,
         deterministic: bool = False,
+        prefill_backend: Backend | None = None,
         cache_bytes: int | None = None,
         usage: Usage | None = None,
     ) -> None:
         """deterministic: on a GPU a score has the same bits whatever else is scored with it.
-        cache_bytes bounds keys and values; by default a quarter of what memory allows does."""
+        prefill_backend: whose attention runs, None for `forest_attention`; raises ValueError where
+        it cannot. cache_bytes bounds keys and values; by default a quarter of what memory allows
+        does."""
         self.meta = meta
         self.usage = usage if usage is not None else Usage()
         decoder = meta.model.model
@@ -118,7 +122,7 @@ class MetaScorer:
         cells = min(cells, 2 * round_up(self.context) + PREFILL_TOKENS)
         self.cache = KVCache(config, 0, 0, cells, weight.dtype, weight.device)
         self.forest = Forest(self.cache)
-        self._forward = CachedForward(decoder, self.cache, deterministic)
+        self._forward = CachedForward(decoder, self.cache, deterministic, prefill_backend)
         self._queue: deque[tuple[Node, int]] = deque()  # what is to be computed, from which token
 
     def scores(self, row: Row, samples: Sequence[tuple[Sequence[int], str]]) -> list[float]:

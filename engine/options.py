@@ -35,6 +35,8 @@ class JudgeOptions:
     """Seed of all draws."""
     deterministic: bool = False
     """Bit-equal results in any company on a GPU too (slower; on CPU float32 always is)."""
+    attention: Literal["auto", "triton", "torch", "flash-attn", "xformers"] = "auto"
+    """What computes the attention of prompts: the engine's own kernels (auto), or a backend."""
     stop: Literal["box", "eos"] = "box"
     """End a sample when its scores are decided (box) or when it ends itself (eos)."""
     k_meta: int | None = None
@@ -55,6 +57,12 @@ class JudgeOptions:
             raise ValueError(f"orders = {self.orders!r} is not rotate, random or fixed")
         if self.max_orders is not None and self.orders != "rotate":
             raise ValueError(f"max_orders has no meaning with orders = {self.orders!r}")
+        if self.attention not in ("auto", "triton", "torch", "flash-attn", "xformers"):
+            raise ValueError(
+                f"attention = {self.attention!r} is not auto, triton, torch, flash-attn or xformers"
+            )
+        if self.deterministic and self.attention != "auto":
+            raise ValueError(f"deterministic needs attention = 'auto', not {self.attention!r}")
         if self.stop not in ("box", "eos"):
             raise ValueError(f"stop = {self.stop!r} is not box or eos")
         sure = self.until_decided

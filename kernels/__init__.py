@@ -1,18 +1,19 @@
 """Operations of the transformer, the sampler, training and the vote, each beside its reference.
 
-    rms_norm, rope, gated_act, write_kv       torch, C++, Triton
-    forest_attention/                         torch, C++, Triton; with merge_states
-    matmul                                    Triton; packed_linear: C++
-    sample_token, accept_token                torch, C++, Triton; extract_scores is their automaton
-    logprob/                                  torch, Triton; log-probs and the policy losses
-    vote                                      torch
+    operation            file                   implementations       gradient
+    forest_attention     forest_attention/      torch, C++, Triton    torch, Triton
+    merge_states         merge_states.py        torch, Triton
+    segment_attention    segment_attention.py   forest_attention, flash-attn, xformers
+    rms_norm, rope,      a file each            torch, C++, Triton    torch, Triton
+      gated_act
+    write_kv             write_kv.py            torch, C++, Triton
+    matmul               matmul.py              torch, Triton
+    packed_linear        packed_linear.py       C++
+    sample_token         sample_token.py        torch, C++, Triton
+    accept_token         accept_token.py        torch, C++, Triton
+    log-probs, losses    logprob/               torch, Triton         torch, Triton
+    vote                 vote.py                torch
 
-`target`, `launch`, `checks`, `device` and `device_math` serve them all; `cpp` builds and calls C++.
-
-Importing this package asks MKL for its strict mode, unless the environment says otherwise: without
-it, row results of a matrix product depend on the number of rows on processors without AVX-512.
+`extract_scores` is accept_token's automaton; `target`, `launch`, `checks`, `device` and `device_math`
+serve all; `cpp` builds and calls C++. An operation runs in Triton on a GPU, else in C++ or torch.
 """
-
-import os
-
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")

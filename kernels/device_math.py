@@ -1,4 +1,4 @@
-"""Device functions that several Triton kernels share.
+"""Device functions and constants that several Triton kernels share.
 
 Triton has no tanh of its own, libdevice's does not run under the interpreter, and the hardware's
 `tanh.approx` is off by 5e-4: times a soft-cap of 50 that is not attention any more.
@@ -6,6 +6,9 @@ Triton has no tanh of its own, libdevice's does not run under the interpreter, a
 
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)  # log2(e)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

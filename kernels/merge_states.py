@@ -5,9 +5,9 @@
 
 P partials, R output rows, J partials of a row at most, H heads, Dv value channels. Log-sum-exps are
 natural, float32 (float64 for float64 input). Partials are added one after another in the order of
-`index`, so that a row's bits depend on its own partials alone: an absent or empty partial (lse =
--inf) adds an exact zero, and a row with nothing to see is 0 with lse = -inf, never NaN. A NaN
-reaches only the rows that name its partial. In Triton a program merges several (row, head) pairs.
+`index`, so a row's bits depend on its own partials alone. An absent or empty partial (lse = -inf)
+adds an exact zero; a row without any key is 0 with lse = -inf, never NaN. A NaN reaches only the
+rows that name its partial. In Triton a program merges several (row, head) pairs.
 
 It does not attend to keys, and is not differentiable.
 """
@@ -50,39 +50,38 @@ def _merge_states_kernel(
     PAIRS: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
-    there = pair < num_pairs  # (PAIRS,)
+    mask = pair < num_pairs  # (PAIRS,)
     row, head = pair // num_heads, pair % num_heads
     dv = tl.arange(0, BLOCK_DV)
-    top = tl.full((PAIRS,), float("-inf"), tl.float32)
+    row_max = tl.full((PAIRS,), float("-inf"), tl.float32)
     for j in range(width):
-        partial = tl.load(index_ptr + row * width + j, mask=there, other=-1)
-        at = partial * num_heads + head
-        log = tl.load(lse_ptr + at, mask=there & (partial >= 0), other=float("-inf"))
-        top = tl.where(log > top, log, tl.where(log == log, top, log))  # a NaN stays
-    safe_top = tl.where(top == float("-inf"), 0.0, top)
+        partial = tl.load(index_ptr + row * width + j, mask=mask, other=-1)
+        offset = partial * num_heads + head
+        lse = tl.load(lse_ptr + offset, mask=mask & (partial >= 0), other=float("-inf"))
+        row_max = tl.where(lse > row_max, lse, tl.where(lse == lse, row_max, lse))  # a NaN stays
+    finite_max = tl.where(row_max == float("-inf"), 0.0, row_max)
     out = tl.zeros((PAIRS, BLOCK_DV), tl.float32)
-    total = tl.zeros((PAIRS,), tl.float32)
+    row_sum = tl.zeros((PAIRS,), tl.float32)
     for j in range(width):
-        partial = tl.load(index_ptr + row * width + j, mask=there, other=-1)
-        at = partial * num_heads + head
-        log = tl.load(lse_ptr + at, mask=there & (partial >= 0), other=float("-inf"))
-        weight = tl.exp(log - safe_top)
-        used = (log != float("-inf"))[:, None] & (dv < DV)[None, :]
-        o = tl.load(o_ptr + at[:, None] * DV + dv[None, :], mask=used, other=0.0)
+        partial = tl.load(index_ptr + row * width + j, mask=mask, other=-1)
+        offset = partial * num_heads + head
+        lse = tl.load(lse_ptr + offset, mask=mask & (partial >= 0), other=float("-inf"))
+        weight = tl.exp(lse - finite_max)
+        used = (lse != float("-inf"))[:, None] & (dv < DV)[None, :]
+        o = tl.load(o_ptr + offset[:, None] * DV + dv[None, :], mask=used, other=0.0)
         out += weight[:, None] * o
-        total += weight
-    seen = total != 0
-    total = tl.where(seen, total, 1.0)
-    merged = (out / total[:, None]).to(out_ptr.dtype.element_ty)
-    there_dv = there[:, None] & (dv < DV)[None, :]
-    tl.store(out_ptr + pair[:, None] * DV + dv[None, :], merged, mask=there_dv)
-    log = tl.where(seen, safe_top + tl.log(total), float("-inf"))
-    tl.store(out_lse_ptr + pair, log, mask=there)
+        row_sum += weight
+    seen = row_sum != 0
+    row_sum = tl.where(seen, row_sum, 1.0)
+    merged = (out / row_sum[:, None]).to(out_ptr.dtype.element_ty)
+    mask_dv = mask[:, None] & (dv < DV)[None, :]
+    tl.store(out_ptr + pair[:, None] * DV + dv[None, :], merged, mask=mask_dv)
+    lse = tl.where(seen, finite_max + tl.log(row_sum), float("-inf"))
+    tl.store(out_lse_ptr + pair, lse, mask=mask)
 
 
 def _launch(v_dim: int) -> dict[str, int]:
-    """Pairs of a program: about 2,048 values. Not yet tuned on a device;
-    bench/bench_merge_states.py is the bench to tune with."""
+    """Pairs of a program: about 2,048 values. Tune with bench/bench_merge_states.py."""
     block = power_of_two(v_dim, 16)
     return {"BLOCK_DV": block, "PAIRS": max(1, 2048 // block), "num_warps": 4}
 
@@ -95,7 +94,7 @@ def _run_triton(o: Tensor, lse: Tensor, index: Tensor, dtype: torch.dtype) -> tu
     options = _launch(v_dim)
     launch(
         _merge_states_kernel,
-        (-(-rows * heads // options["PAIRS"]),),
+        (triton.cdiv(rows * heads, options["PAIRS"]),),
         o.contiguous(), lse.contiguous(), index.contiguous(), out, out_lse,
         rows * heads, heads, index.shape[1], DV=v_dim, **options,
     )  # fmt: skip
@@ -130,16 +129,17 @@ def merge_states(
     out = o.new_zeros(index.shape[0], *o.shape[1:])
     if not index.numel() or not o.shape[0]:
         return out.to(dtype), lse.new_full((index.shape[0], o.shape[1]), float("-inf"))
-    # An absent partial is read at one of the row's own, with weight 0: another's might be NaN.
-    at = torch.where(index < 0, index.amax(1, keepdim=True), index).clamp_min(0)
-    logs = lse[at].masked_fill_((index < 0)[..., None], float("-inf"))  # (R, J, H)
-    top = logs.amax(1)
-    top = torch.where(top == float("-inf"), 0, top)
-    weights = logs.sub_(top[:, None]).exp_()
-    total = torch.zeros_like(top)
+    # Index -1 means no partial. Read one of this row's own partials instead, with weight 0: another
+    # row's could hold NaN, and 0 * NaN is NaN.
+    index_or_own = torch.where(index < 0, index.amax(1, keepdim=True), index).clamp_min(0)
+    lses = lse[index_or_own].masked_fill_((index < 0)[..., None], float("-inf"))  # (R, J, H)
+    row_max = lses.amax(1)
+    row_max = torch.where(row_max == float("-inf"), 0, row_max)
+    weights = lses.sub_(row_max[:, None]).exp_()
+    row_sum = torch.zeros_like(row_max)
     for j in range(index.shape[1]):
         # A product and a sum, not addcmul: a fused multiply-add would round tails differently.
-        out.add_(o[at[:, j]].mul_(weights[:, j, :, None]))
-        total.add_(weights[:, j])
-    out.div_(total[..., None]).masked_fill_((total == 0)[..., None], 0)
-    return out.to(dtype), top + total.log()
+        out.add_(o[index_or_own[:, j]].mul_(weights[:, j, :, None]))
+        row_sum.add_(weights[:, j])
+    out.div_(row_sum[..., None]).masked_fill_((row_sum == 0)[..., None], 0)
+    return out.to(dtype), row_max + row_sum.log()

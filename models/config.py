@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.forest_attention import AttentionOptions
+
 ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen2ForCausalLM": "qwen2",
@@ -36,19 +38,6 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-
-
-@dataclass(frozen=True)
-class LayerAttention:
-    """What one layer's attention does: score = softcap(q . k * scale), keys with q - k < window.
-
-    softcap: cap * tanh(score / cap), None for none. window: tokens, the query's own included, None
-    for all.
-    """
-
-    scale: float
-    softcap: float | None
-    window: int | None
 
 
 @dataclass(frozen=True)
@@ -116,7 +105,7 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope: Rope
-    attention: tuple[LayerAttention, ...]
+    attention: tuple[AttentionOptions, ...]
     attention_bias: bool
     qk_norm: bool
     norm_plus_one: bool
@@ -255,7 +244,7 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
         max_position_embeddings=reader.integer("max_position_embeddings"),
         rms_norm_eps=reader.number("rms_norm_eps"),
         rope=_rope(reader),
-        attention=tuple(LayerAttention(scale, softcap, window) for window in windows),
+        attention=tuple(AttentionOptions(scale, softcap, window) for window in windows),
         attention_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
         norm_plus_one=gemma,

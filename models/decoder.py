@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels import cpp
 from kernels.forest_attention.cpp_impl import chunks_of, partials_of, suffixes_of
-from kernels.forest_attention.plan import ForestPlan
+from kernels.forest_attention.plan import CompiledKey, ForestPlan
 from kernels.packed_linear import packed, packed_linear
 from kernels.rope import rope_cos_sin
 from kernels.target import power_of_two
@@ -90,9 +90,9 @@ class CppDecoder:
 
         def furthest() -> int:
             grows = plan.suffix.capacity if plan.advancing and plan.suffix is not None else 0
-            return max(plan.first_position, default=0) + grows
+            return int(plan.initial_positions.max(initial=0)) + grows
 
-        last = plan.compiled("native positions", furthest)
+        last = plan.compiled(CompiledKey("cpp", "last position"), furthest)
         if self._cos_sin is None or last >= len(self._cos_sin[0]):
             known = torch.arange(power_of_two(last + 1, 1024))
             self._cos_sin = rope_cos_sin(known, self.model.inv_freq_on(known.device))

@@ -12,12 +12,9 @@ attention itself is passed in: prefill, decode and training share this forward a
 `attend` alone. A run may pass in its own matrix product, in place of `linear`, too. q, k, v and
 gate, up are stored as fused weights, the only layout there is.
 
-Row results: in float32 on CPU a row of the output has the same bits whatever other rows T holds,
-at any number of threads, as long as T is a multiple of 16 (the caller pads) and `attend` keeps to
-it too. What that took: matrix products need the multiple of 16 and blocks of 256 along the summed
-dimension (see `linear`); the activation needs the composed form that `kernels/gated_act.py`
-explains; embedding, norm, rope, addition and tanh need nothing. On a GPU it holds for every T and
-dtype with `kernels.matmul` as the product, and does not with `linear`.
+On CPU the matrix products are torch's, whose bits depend on T and on the number of threads. Only
+the C++ forward (`models/decoder.py`) gives a row the same bits in any batch; on a GPU
+`kernels.matmul` as the product does so.
 
 It does not hold a cache, scale scores, mask, or know what a prompt is.
 """
@@ -42,28 +39,13 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 _MAX_SCORES = 1 << 24  # elements of one block of scores in `causal_attend`: 64 MiB of float32
-_SUM_BLOCK = 256
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, whose rows in float32 on CPU do not depend on the other rows.
-
-    x: (T, K). weight: (N, K). bias: (N,) or None. Returns (T, N). With several threads, MKL divides
-    a long sum over K between them when T N is small, and so changes a row's bits with T: measured
-    for K from about 380 on, never up to 256. Longer sums are cut here, always at the same places.
-    """
+    """x W^T + b. x: (T, K), weight: (N, K), bias: (N,) or None. Returns (T, N)."""
     if packs(x, weight):
         return packed_linear(x, weight, bias)
-    in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    if x.device.type != "cpu" or not in_float32 or weight.shape[1] <= _SUM_BLOCK:
-        return F.linear(x, weight, bias)
-    parts = [
-        F.linear(x_block, weight_block)
-        for x_block, weight_block in zip(
-            x.split(_SUM_BLOCK, -1), weight.split(_SUM_BLOCK, -1), strict=True
-        )
-    ]
-    return sum(parts[1:], start=parts[0] if bias is None else parts[0] + bias)
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -294,7 +276,7 @@ def causal_attend(config: ModelConfig, max_scores: int = _MAX_SCORES) -> Attend:
     """
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        spec = config.attention[layer]
+        options = config.attention[layer]
         tokens, heads, dim = q.shape
         kv_heads = k.shape[1]
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -304,16 +286,16 @@ def causal_attend(config: ModelConfig, max_scores: int = _MAX_SCORES) -> Attend:
         outs = []
         for start in range(0, tokens, block):
             stop = min(start + block, tokens)
-            first = 0 if spec.window is None else max(0, start - spec.window + 1)
+            first = 0 if options.window is None else max(0, start - options.window + 1)
             query = queries[:, :, start:stop].reshape(kv_heads, -1, dim)
-            scores = (query @ keys[:, :, first:stop]) * spec.scale
-            if spec.softcap is not None:
-                scores = torch.tanh(scores / spec.softcap) * spec.softcap
-            at = torch.arange(start, stop, device=q.device)[:, None]
-            key_at = torch.arange(first, stop, device=q.device)
-            hidden = key_at > at
-            if spec.window is not None:
-                hidden |= at - key_at >= spec.window
+            scores = (query @ keys[:, :, first:stop]) * options.scale
+            if options.softcap is not None:
+                scores = torch.tanh(scores / options.softcap) * options.softcap
+            q_pos = torch.arange(start, stop, device=q.device)[:, None]
+            k_pos = torch.arange(first, stop, device=q.device)
+            hidden = k_pos > q_pos
+            if options.window is not None:
+                hidden |= q_pos - k_pos >= options.window
             scores = scores.unflatten(1, (-1, stop - start)).masked_fill(hidden, float("-inf"))
             weights = scores.softmax(-1).flatten(1, 2)
             out = (weights @ values[:, first:stop]).unflatten(1, (-1, stop - start))

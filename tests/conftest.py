@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels import cpp
+from tests import attention_packages
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +36,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn and xformers, as stand-ins."""
+    attention_packages.install(monkeypatch)

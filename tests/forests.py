@@ -1,11 +1,9 @@
-"""Forests of random keys and values in a cache that is NaN wherever no token was written, and plain
-softmax attention in numpy, which knows no forest.
+"""Forests of random keys and values in a cache that is NaN wherever no token was written.
 
 Data belong to a name (a segment or a sample), so that a token has the same query, key and value in
 whatever company it appears.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.forest import Forest, Node, decode_items, prefill_items
+from engine.forest import Forest, Node, decode_tiles, prefill_tiles
 from engine.kv_cache import KVCache
-from kernels.forest_attention.plan import ForestPlan, SuffixTiles
-from models.config import LayerAttention, ModelConfig, Rope
+from kernels.forest_attention import AttentionOptions, ForestPlan
+from kernels.forest_attention.plan import Suffixes
+from models.config import ModelConfig, Rope
 
 Array = NDArray[np.floating]
 Segment = tuple[int, int]  # name, tokens
-Options = tuple[float, float | None, int | None]  # scale, soft-cap, window
 CPU = torch.device("cpu")
 
 
@@ -34,7 +32,7 @@ def make_config(
         num_layers=layers, num_heads=kv_heads * groups, num_kv_heads=kv_heads,
         head_dim=head_dim, v_head_dim=v_head_dim, max_position_embeddings=4096,
         rms_norm_eps=1e-6, rope=Rope(1e4, None),
-        attention=(LayerAttention(1.0, None, None),) * layers,
+        attention=(AttentionOptions(1.0),) * layers,
         attention_bias=False, qk_norm=True, norm_plus_one=False, sandwich_norms=False,
         embedding_scale=None, activation="silu", final_softcap=None, tied=True,
         eos_token_ids=frozenset(), dtype=None,
@@ -106,60 +104,6 @@ def sequence_data(segments: Sequence[Segment], shape: Shape) -> tuple[Array, Arr
     return q, k, v
 
 
-def plain_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-    dtype: type[np.floating] = np.float64,
-) -> Array:
-    """Causal softmax attention of the last L tokens of a sequence of n, all of it in `dtype`.
-
-    q: (L, Hq, D), k: (n, Hkv, D), v: (n, Hkv, Dv). Returns (L, Hq, Dv).
-    """
-    groups = q.shape[1] // k.shape[1]
-    k, v = (np.repeat(x.astype(dtype), groups, axis=1) for x in (k, v))
-    scores = np.einsum("lhd,nhd->hln", q.astype(dtype), k) * dtype(scale)
-    if softcap is not None:
-        scores = dtype(softcap) * np.tanh(scores / dtype(softcap))
-    at = np.arange(len(k) - len(q), len(k))[:, None]
-    key = np.arange(len(k))
-    hidden = key > at
-    if window is not None:
-        hidden |= key <= at - window
-    scores[:, hidden] = -np.inf
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("hln,nhe->lhe", weights, v)
-
-
-class Tolerance:
-    """The largest error of plain attention in float32 over all that is compared, times 4, and at
-    least 8 units in the last place of the largest value; scaled to the dtype tested."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.eps = torch.finfo(dtype).eps
-        self.error = self.plain_error = self.largest = 0.0
-
-    def compare(self, out: Tensor, data: tuple[Array, Array, Array], options: Options) -> None:
-        """out: (L, Hq, Dv) against plain attention of `data`'s last L queries."""
-        q, k, v = data
-        q = q[len(q) - len(out) :]
-        expected = plain_attention(q, k, v, *options)
-        plain = plain_attention(q, k, v, *options, dtype=np.float32)
-        assert out.shape == expected.shape
-        error = np.abs(out.double().cpu().numpy() - expected).max(initial=0)
-        self.error = max(self.error, error if not math.isnan(error) else math.inf)
-        self.plain_error = max(self.plain_error, np.abs(plain - expected).max(initial=0))
-        self.largest = max(self.largest, np.abs(v).max(initial=0))
-
-    def check(self) -> None:
-        units = self.plain_error / torch.finfo(torch.float32).eps
-        assert self.error <= self.eps * max(4 * units, 8 * self.largest), (self.error, units)
-
-
 class Grove:
     """Samples in depth-first order over one cache, their prompts written unless told not to."""
 
@@ -180,9 +124,8 @@ class Grove:
         cells = sum(tokens + 16 for sample in samples for _, tokens in sample.prompt)
         count = max(slots, default=0) + 1
         self.cache = make_cache(count, capacity, cells, shape.config, shape.dtype, device)
-        taken = [self.cache.take_slot() for _ in range(count)]
-        for slot in set(taken).difference(slots):
-            self.cache.v[0][:, self._region(slot)] = float("nan")
+        for _ in range(count):
+            self.cache.take_slot()
         self.forest = Forest(self.cache)
         self.names: dict[Node, Segment] = {}
         prompts = [[(name,) * tokens for name, tokens in sample.prompt] for sample in samples]
@@ -236,7 +179,7 @@ class Grove:
             positions += range(node.start + first, node.start + stop)
         q = torch.from_numpy(np.concatenate(queries)).to(self.shape.dtype).to(self.device)
         return q, ForestPlan(
-            prefill_items(pieces), torch.tensor(positions, device=self.device), per_split=per_split
+            prefill_tiles(pieces), torch.tensor(positions, device=self.device), per_split=per_split
         )
 
     def whole(self) -> list[tuple[Node, int, int]]:
@@ -262,7 +205,7 @@ class Grove:
             self._put(self._region(slot).start, k[:length], v[:length])
             queries.append(q[-1])
         stops = torch.tensor([end.stop for end in self.ends], device=self.device)
-        suffix = SuffixTiles(
+        suffix = Suffixes(
             self.cache.suffix_base,
             self.cache.suffix_capacity,
             torch.tensor(row, device=self.device),
@@ -272,7 +215,7 @@ class Grove:
         )
         at = stops + suffix.length - 1
         stacked = torch.from_numpy(np.stack(queries)).to(self.shape.dtype).to(self.device)
-        return stacked, ForestPlan(decode_items(self.ends), at, suffix, advancing, per_split)
+        return stacked, ForestPlan(decode_tiles(self.ends), at, suffix, advancing, per_split)
 
     def sequence(self, i: int, less: int = 0) -> tuple[Array, Array, Array]:
         """Query of sample i's last token, and keys and values of all it sees."""

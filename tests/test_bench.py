@@ -71,7 +71,8 @@ def brute_force(plan: ForestPlan, heads: Heads) -> tuple[int, int]:
     seen: set[tuple[int, int]] = set()
     positions = plan.positions.tolist()
     runs = [
-        (range(i.query, i.query + i.num_queries), i.key, i.num_keys, i.position) for i in plan.items
+        (range(query, query + num_queries), key, num_keys, position)
+        for query, num_queries, key, num_keys, position in plan.tiles.tolist()
     ]
     if plan.suffix is not None:
         for slot, row in enumerate(plan.suffix.row.tolist()):

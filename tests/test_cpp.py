@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels import cpp
 from kernels.cpp import build
-from kernels.forest_attention import forest_attention_with_lse
+from kernels.forest_attention import AttentionOptions, forest_attention_with_lse
 from kernels.forest_attention.plan import ForestPlan
 from kernels.gated_act import gated_act
 from kernels.packed_linear import packed_linear, packs
@@ -32,7 +32,7 @@ from kernels.write_kv import write_kv
 from models import load
 from models.decoder import CppDecoder
 from models.transformer import Transformer, linear
-from tests.forests import Grove, Options, Shape
+from tests.forests import Grove, Shape
 from tests.test_forest_attention import OPTIONS, crowd, forests
 from tests.test_generate import drawn, make_generator, make_groups, run
 from tests.tiny import FAMILIES, write_model
@@ -102,25 +102,26 @@ def head_shapes(draw: st.DrawFn) -> Shape:
 
 @given(forests(), head_shapes(), OPTIONS, st.sampled_from([1, 2]))
 @settings(max_examples=25)
-def test_forest_attention(samples: list, shape: Shape, options: Options, num_threads: int) -> None:
+def test_forest_attention(
+    samples: list, shape: Shape, options: AttentionOptions, num_threads: int
+) -> None:
     """Decode and prefill; outputs and log-sum-exps."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
         for written in (True, False):
-            with cpp.torch_only():  # clears the slots' values, which torch reads
-                grove = Grove(samples, shape, capacity=304, written=written)
+            grove = Grove(samples, shape, capacity=304, written=written)
             q, plan = grove.decode() if written else grove.prefill(grove.whole())
 
             def attend(q: Tensor, k: Tensor, v: Tensor, plan: ForestPlan = plan) -> Any:
-                return forest_attention_with_lse(q, k, v, plan, *options)
+                return forest_attention_with_lse(q, k, v, plan, options)
 
             as_exact(attend, q, *grove.caches)
     finally:
         torch.set_num_threads(before)
 
 
-def test_attention_reads_nothing_behind_a_suffix(calls: Counter[str]) -> None:
+def test_attention_reads_nothing_past_a_suffix(calls: Counter[str]) -> None:
     """NaN there stays there: slots are not cleared for C++."""
     grove = Grove(crowd(), Shape(2, 3, 32, 32), capacity=304)
     for slot in range(grove.cache.num_slots):
@@ -128,7 +129,7 @@ def test_attention_reads_nothing_behind_a_suffix(calls: Counter[str]) -> None:
         grove.cache.k[0][:, grove._region(slot)] = float("nan")
     q, plan = grove.decode()
     assert grove.cache.v[0].isnan().any()
-    out, lse = forest_attention_with_lse(q, *grove.caches, plan, 0.25, None, None)
+    out, lse = forest_attention_with_lse(q, *grove.caches, plan, AttentionOptions(0.25))
     assert out.isfinite().all() and lse.isfinite().all()
     assert calls == {"attend_suffixes": 1, "attend_tiles": 1, "merge": 1}
 

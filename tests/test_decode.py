@@ -13,6 +13,7 @@ from engine.generate import Generator
 from kernels.forest_attention.plan import ForestPlan
 from models import load
 from models.transformer import Transformer
+from tests.rows import needs_cpp
 from tests.test_generate import drawn, make_generator, make_groups, run
 from tests.tiny import VOCAB_SIZE, write_model
 
@@ -92,6 +93,7 @@ def test_steps_are_counted_without_a_look(tiny: Transformer) -> None:
     assert torch.equal(generator.decoder.records.tokens[:3, :20] > 0, torch.ones(3, 20).bool())
 
 
+@needs_cpp
 def test_looking_one_block_late_changes_no_sample(tiny: Transformer) -> None:
     """As on a GPU, where a block of steps runs while the host looks at the one before."""
     groups = make_groups(5, k=3, longest=20)

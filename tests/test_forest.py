@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.forest import Forest, Node, TokenIds, decode_items, prefill_items
+from engine.forest import Forest, Node, TokenIds, decode_tiles, prefill_tiles
 from engine.kv_cache import ALIGN
-from kernels.forest_attention.plan import MAX_SPLIT, MAX_TILE, WorkItem
+from kernels.forest_attention.plan import MAX_SPLIT, MAX_TILE, WorkTile
 from tests.forests import make_cache
 
 Prompt = tuple[TokenIds, ...]
@@ -234,11 +234,11 @@ def expected_keys(node: Node, tokens: int) -> list[tuple[int, int]]:
     return [(node.slab.start + j, node.start + j) for j in range(tokens)]
 
 
-def keys_of(item: WorkItem) -> list[tuple[int, int]]:
+def keys_of(item: WorkTile) -> list[tuple[int, int]]:
     return [(item.key + j, item.position + j) for j in range(item.num_keys)]
 
 
-def check_limits(items: Sequence[WorkItem], starts: set[int]) -> None:
+def check_limits(items: Sequence[WorkTile], starts: set[int]) -> None:
     """Tiles and splits of at most the maximum, cut at multiples of it from a node's start."""
     for item in items:
         assert 0 < item.num_queries <= MAX_TILE and 0 < item.num_keys <= MAX_SPLIT
@@ -256,7 +256,7 @@ def test_depth_first_leaves_of_a_node_are_contiguous(seed: int, longest: int) ->
         for node in end.path():
             leaves.setdefault(node, []).append(i)
     assert all(b - a == 1 for each in leaves.values() for a, b in pairwise(each))
-    items = decode_items(ends)
+    items = decode_tiles(ends)
     seen: list[list[tuple[int, int]]] = [[] for _ in ends]
     for item in items:
         for query in range(item.query, item.query + item.num_queries):
@@ -280,7 +280,7 @@ def test_inlined_nodes_change_nobodys_keys(seed: int, longest: int, weight: int)
     _, ends = grown(seed, longest)
     runs: list[list[list[tuple[int, ...]]]] = []
     partials = []
-    for items in (decode_items(ends), decode_items(ends, weight)):
+    for items in (decode_tiles(ends), decode_tiles(ends, weight)):
         runs.append([[] for _ in ends])
         for item in items:
             for query in range(item.query, item.query + item.num_queries):
@@ -299,24 +299,24 @@ def test_a_node_is_inlined_where_reading_it_again_is_cheaper() -> None:
     ends, _ = forest.grow(prompts)
     for end in ends:
         forest.allocate(end)
-    shared, inlined = decode_items(ends, 19), decode_items(ends, 20)
-    assert shared == decode_items(ends) and len(shared) == 1 + 3 * 2
+    shared, inlined = decode_tiles(ends, 19), decode_tiles(ends, 20)
+    assert shared == decode_tiles(ends) and len(shared) == 1 + 3 * 2
     assert [item[:2] for item in inlined] == [(row, 2) for row in (0, 2, 4) for _ in range(3)]
     assert [item.num_keys for item in inlined] == [60, 256, 44] * 3
     # A leaf that ends at the head needs it by itself.
     ends, _ = forest.grow([[head], *prompts])
     for end in ends:
         forest.allocate(end)
-    assert decode_items(ends, 1000)[0] == WorkItem(0, 7, shared[0].key, 60, 0)
+    assert decode_tiles(ends, 1000)[0] == WorkTile(0, 7, shared[0].key, 60, 0)
 
 
 def test_no_leaves_make_no_items() -> None:
-    assert decode_items([]) == [] and prefill_items([]) == []
+    assert decode_tiles([]) == [] and prefill_tiles([]) == []
 
 
 @given(st.integers(0, 2**32), st.sampled_from([20, 700]), st.data())
 @settings(max_examples=25)
-def test_prefill_items_give_each_token_all_that_precedes_it(
+def test_prefill_tiles_give_each_token_all_that_precedes_it(
     seed: int, longest: int, data: st.DataObject
 ) -> None:
     """Pieces may begin and end anywhere in their nodes; keys behind a piece are never read."""
@@ -327,7 +327,7 @@ def test_prefill_items_give_each_token_all_that_precedes_it(
     for node in nodes:
         stop = data.draw(st.integers(1, len(node.token_ids)))
         pieces.append((node, data.draw(st.integers(0, stop - 1)), stop))
-    items = prefill_items(pieces)
+    items = prefill_tiles(pieces)
     row = 0
     for node, first, stop in pieces:
         above = [

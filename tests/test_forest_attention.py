@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,11 +14,19 @@ from torch import Tensor
 
 import kernels.forest_attention.torch_impl as module
 from engine.forest import Node
-from kernels.forest_attention import forest_attention, forest_attention_ref
-from kernels.forest_attention.plan import ForestPlan, SuffixTiles, WorkItem
-from tests.forests import Grove, Options, Sample, Segment, Shape, Tolerance
+from kernels.forest_attention import (
+    AttentionOptions,
+    ForestPlan,
+    forest_attention,
+    forest_attention_ref,
+    forest_attention_with_lse,
+)
+from kernels.forest_attention.plan import Suffixes, WorkTile, cut_between_queries
+from tests.forests import Grove, Sample, Segment, Shape
+from tests.oracles.attention import Tolerance
+from tests.rows import needs_cpp
 
-PLAIN: Options = (0.25, None, None)
+PLAIN = AttentionOptions(0.25)
 LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 255, 256, 257, 300, 512, 600]))
 GENERATED = st.one_of(st.integers(0, 40), st.sampled_from([255, 256, 257, 300]))
 
@@ -46,7 +53,8 @@ def shapes(draw: st.DrawFn) -> Shape:
     )
 
 
-OPTIONS = st.tuples(
+OPTIONS = st.builds(
+    AttentionOptions,
     st.sampled_from([0.1, 0.35]),
     st.sampled_from([None, 30.0]),
     st.sampled_from([None, 1, 2, 37, 255, 300, 5000]),
@@ -65,9 +73,8 @@ def poisoned() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def attend(grove: Grove, q: Tensor, plan: ForestPlan, options: Options) -> Tensor:
-    (k, v), (scale, softcap, window) = grove.caches, options
-    return forest_attention(q, k, v, plan, scale, softcap, window)
+def attend(grove: Grove, q: Tensor, plan: ForestPlan, options: AttentionOptions) -> Tensor:
+    return forest_attention(q, *grove.caches, plan, options)
 
 
 def cut(pieces: Sequence[tuple[Node, int, int]], size: int) -> list[list[tuple[Node, int, int]]]:
@@ -89,7 +96,7 @@ def cut(pieces: Sequence[tuple[Node, int, int]], size: int) -> list[list[tuple[N
 @given(forests(), shapes(), OPTIONS, st.data())
 @settings(max_examples=60)
 def test_decode_equals_attention_over_each_own_sequence(
-    samples: list[Sample], shape: Shape, options: Options, data: st.DataObject
+    samples: list[Sample], shape: Shape, options: AttentionOptions, data: st.DataObject
 ) -> None:
     """Also as lengths and positions move on within one plan, and whatever the slots."""
     slots = data.draw(st.permutations(range(len(samples) + 2)))[: len(samples)]
@@ -115,7 +122,7 @@ def test_decode_equals_attention_over_each_own_sequence(
 @given(forests(), shapes(), OPTIONS, st.sampled_from([50, 300, 4096]))
 @settings(max_examples=40)
 def test_prefill_equals_attention_over_each_own_sequence(
-    samples: list[Sample], shape: Shape, options: Options, tokens: int
+    samples: list[Sample], shape: Shape, options: AttentionOptions, tokens: int
 ) -> None:
     """In forwards that cut nodes anywhere; what is not yet prefilled is NaN."""
     grove = Grove(samples, shape, written=False)
@@ -124,7 +131,7 @@ def test_prefill_equals_attention_over_each_own_sequence(
     for pieces in cut(grove.whole(), tokens):
         q, plan = grove.prefill(pieces)
         out = attend(grove, q, plan, options)
-        assert plan.executed == plan.num_items(options[2])
+        assert plan.executed == plan.num_tiles(options.window)
         seen += len(q)
         for node, first, stop in pieces:
             tolerance.compare(out[: stop - first], grove.attend_to(node, stop), options)
@@ -135,7 +142,9 @@ def test_prefill_equals_attention_over_each_own_sequence(
 
 @given(forests(), shapes(), OPTIONS)
 @settings(max_examples=12)
-def test_equals_the_reference(samples: list[Sample], shape: Shape, options: Options) -> None:
+def test_equals_the_reference(
+    samples: list[Sample], shape: Shape, options: AttentionOptions
+) -> None:
     shape = Shape(shape.kv_heads, shape.groups, shape.head_dim, shape.v_head_dim, torch.float64)
     prefill = Grove(samples, shape, written=False)
     decode = Grove(samples, shape, capacity=300)
@@ -143,11 +152,13 @@ def test_equals_the_reference(samples: list[Sample], shape: Shape, options: Opti
         (prefill, prefill.prefill(cut(prefill.whole(), 150)[0])),
         (decode, decode.decode(advancing=False)),
     ):
-        (k, v), (scale, softcap, window) = grove.caches, options
-        expected = forest_attention_ref(q, k, v, plan, scale, softcap, window)
-        error = (attend(grove, q, plan, options) - expected).abs().max()
-        # 64 units in the last place of values up to 5: scores reach 30, sums have 2000 terms.
-        assert error <= 64 * torch.finfo(torch.float64).eps * 5
+        expected = forest_attention_ref(q, *grove.caches, plan, options)
+        results = forest_attention_with_lse(q, *grove.caches, plan, options)
+        for result, reference in zip(results, expected, strict=True):
+            assert result.isneginf().equal(reference.isneginf())
+            error = (result - reference).nan_to_num(nan=0.0).abs().max()
+            # 64 units in the last place of values up to 5: scores reach 30, sums have 2000 terms.
+            assert error <= 64 * torch.finfo(torch.float64).eps * 5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -165,12 +176,13 @@ def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype) -> None:
 
 # -- bits ------------------------------------------------------------------------------------------
 
+
 BIT_SHAPES = [
     Shape(2, 1, 8, 8), Shape(2, 1, 32, 32), Shape(1, 2, 12, 20), Shape(2, 3, 32, 32),
     Shape(1, 4, 64, 64), Shape(1, 2, 128, 128), Shape(1, 2, 256, 256),
 ]  # fmt: skip
 BIT_CASES = [*((1, shape) for shape in BIT_SHAPES), (2, BIT_SHAPES[1]), (3, BIT_SHAPES[3])]
-VARIANTS: list[Options] = [PLAIN, (0.2, 30.0, 97)]
+VARIANTS = [PLAIN, AttentionOptions(0.2, 30.0, 97)]
 
 
 @pytest.fixture(params=BIT_CASES, ids=lambda case: f"{case[0]}-threads-{case[1]}")
@@ -197,7 +209,7 @@ def crowd() -> list[Sample]:
 
 
 def decoded(
-    samples: Sequence[Sample], shape: Shape, options: Options, **how: Any
+    samples: Sequence[Sample], shape: Shape, options: AttentionOptions, **how: Any
 ) -> dict[int, Tensor]:
     """Each sample's output by name."""
     max_length = how.pop("max_length", None)
@@ -207,6 +219,7 @@ def decoded(
     return {sample.name: row for sample, row in zip(grove.samples, out, strict=True)}
 
 
+@needs_cpp
 def test_a_sample_is_bit_for_bit_the_same_alone(bit_shape: Shape) -> None:
     """And with 63 others, in another order, in other slots, and with longer ones beside it."""
     samples = crowd()
@@ -226,9 +239,10 @@ def test_a_sample_is_bit_for_bit_the_same_alone(bit_shape: Shape) -> None:
             assert all(few[name].equal(together[name]) for name in few), size
 
 
+@needs_cpp
 @pytest.mark.parametrize("capacity", [48, 80, 208, 272, 400])
 def test_bits_do_not_depend_on_the_slots_capacity(capacity: int) -> None:
-    """Capacities that are no power of two: torch sums 48 and 64 columns in different orders."""
+    """Also where the capacity is no power of two."""
     shape = Shape(2, 3, 32, 32)
     samples = [Sample(100 + i, ((0, 40),), length) for i, length in enumerate((1, 17, 33, 48))]
     expected = decoded(samples, shape, PLAIN, capacity=512)
@@ -238,7 +252,7 @@ def test_bits_do_not_depend_on_the_slots_capacity(capacity: int) -> None:
 
 
 def prefilled(
-    samples: Sequence[Sample], shape: Shape, options: Options, tokens: int
+    samples: Sequence[Sample], shape: Shape, options: AttentionOptions, tokens: int
 ) -> dict[tuple[int, ...], Tensor]:
     """Outputs of each path of segments, in forwards of at most `tokens` tokens."""
     grove = Grove(samples, shape, written=False)
@@ -258,6 +272,7 @@ def own_segment(sample: Sample) -> Sample:
     return Sample(999, (*sample.prompt, (sample.name, sample.generated)), 0)
 
 
+@needs_cpp
 def test_prefill_is_bit_for_bit_the_same_alone_and_equal_to_decode(bit_shape: Shape) -> None:
     """Whatever else is prefilled, wherever forwards cut; and a token that was generated has the
     output that it has as the last of a prompt."""
@@ -279,51 +294,10 @@ def test_prefill_is_bit_for_bit_the_same_alone_and_equal_to_decode(bit_shape: Sh
                 assert row.equal(together[path][sample.generated - 1]), (name, less)
 
 
-def test_sums_agree_on_shared_terms_between_powers_of_two() -> None:
-    """What the bits of all of the above rest on."""
-    terms = torch.from_numpy(np.random.default_rng(0).random((3, 256), dtype=np.float32))
-    for count in range(1, 257):
-        cells = torch.zeros(3, 256)
-        cells[:, :count] = terms[:, :count]
-        sums = [cells[:, :width].sum(-1) for width in (16, 32, 64, 128, 256) if width >= count]
-        assert all(total.equal(sums[0]) for total in sums), count
-
-
 # -- what is executed ------------------------------------------------------------------------------
 
 
-class Recorder:
-    """Counts the items run, by padded shape and by batch, as they reach the softmax."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.shapes: Counter[tuple[int, int]] = Counter()
-        self.batches = self.suffixes = 0
-        inner, suffix = module._attend, module._run_suffix
-        self.in_suffix = False
-
-        def counted(query: Tensor, keys: Tensor, *rest: Any) -> Any:
-            if not self.in_suffix:
-                _, items, tile, groups, width = rest[2]
-                assert query.shape[1] == tile * groups and keys.shape[1] == width
-                self.shapes[tile, width] += items
-                self.batches += 1
-            return inner(query, keys, *rest)
-
-        def counted_suffix(*args: Any) -> None:
-            self.suffixes += 1
-            self.in_suffix = True
-            suffix(*args)
-            self.in_suffix = False
-
-        monkeypatch.setattr(module, "_attend", counted)
-        monkeypatch.setattr(module, "_run_suffix", counted_suffix)
-
-    @property
-    def items(self) -> int:
-        return self.shapes.total()
-
-
-def expected_decode_items(grove: Grove, window: int | None) -> int:
+def expected_decode_tiles(grove: Grove, window: int | None) -> int:
     """Splits of each node times tiles of 64 of its leaves, where some leaf of a tile sees a key."""
     leaves: dict[Node, list[int]] = {}
     for i, end in enumerate(grove.ends):
@@ -332,35 +306,30 @@ def expected_decode_items(grove: Grove, window: int | None) -> int:
     count = 0
     for node, members in leaves.items():
         for tile in range(0, len(members), 64):
-            at = [grove.ends[i].stop + grove.samples[i].generated - 1 for i in members[tile:][:64]]
+            q_pos = [
+                grove.ends[i].stop + grove.samples[i].generated - 1 for i in members[tile:][:64]
+            ]
             for first in range(node.start, node.stop, 256):
                 last = min(first + 256, node.stop) - 1
-                count += any(window is None or last > p - window for p in at)
+                count += any(window is None or last > p - window for p in q_pos)
     return count
 
 
-@pytest.mark.usefixtures("in_torch")
 @pytest.mark.parametrize("window", [None, 1, 90, 400, 10_000])
-def test_items_executed_are_the_plans(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(monkeypatch)
+def test_tiles_executed_are_the_plans(window: int | None) -> None:
     samples = crowd() + [Sample(300 + i, ((0, 70), (9, 700)), 1 + i) for i in range(70)]
     grove = Grove(samples, Shape(), capacity=288)
     q, plan = grove.decode()
     for calls in (1, 2):
-        attend(grove, q, plan, (1.0, None, window))
-        expected = expected_decode_items(grove, window)
-        assert plan.num_items(window) == expected
-        assert plan.executed == recorder.items == calls * expected
-    assert recorder.suffixes == 2
-    skipped = plan.num_items() - plan.num_items(window)
+        attend(grove, q, plan, AttentionOptions(1.0, None, window))
+        expected = expected_decode_tiles(grove, window)
+        assert plan.num_tiles(window) == expected
+        assert plan.executed == calls * expected
+    skipped = plan.num_tiles() - plan.num_tiles(window)
     assert (skipped > 0) == (window in (1, 90, 400))
 
 
-@pytest.mark.usefixtures("in_torch")
-def test_prefill_skips_what_lies_ahead_or_beyond_the_window(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    recorder = Recorder(monkeypatch)
+def test_prefill_skips_what_lies_ahead_or_outside_the_window() -> None:
     grove = Grove([Sample(9, ((0, 1000), (1, 200)), 0)], Shape(), written=False)
     q, plan = grove.prefill(grove.whole())
     for window, expected in (
@@ -369,83 +338,67 @@ def test_prefill_skips_what_lies_ahead_or_beyond_the_window(
         # The node at 1000 has its first tile look into the last split of the node above.
         (64, 4 * 4 + 3 + 4 + 1),
     ):
-        before = recorder.items
-        attend(grove, q, plan, (1.0, None, window))
-        assert recorder.items - before == plan.num_items(window) == expected
+        before = plan.executed
+        attend(grove, q, plan, AttentionOptions(1.0, None, window))
+        assert plan.executed - before == plan.num_tiles(window) == expected
 
 
-@pytest.mark.usefixtures("in_torch")
-def test_every_tile_and_width_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(monkeypatch)
-    lengths = (1, 16, 17, 32, 33, 64, 65, 128, 129, 256)
-    sizes = (1, 16, 17, 32, 33, 64, 70)
-    samples = [
-        Sample(1000 + 100 * n + i, ((0, 20), (1 + 100 * j + n, length)), 1 + i % 3)
-        for n, size in enumerate(sizes)
-        for j, length in enumerate(lengths)
-        for i in range(size)
-    ]
-    shape = Shape(1, 1, 4, 4)
-    grove = Grove(samples, shape)
-    q, plan = grove.decode()
-    out = attend(grove, q, plan, PLAIN)
-    reached = {(tile, width) for tile in (16, 32, 64) for width in (16, 32, 64, 128, 256)}
-    assert set(recorder.shapes) == reached
-    tolerance = Tolerance(torch.float32)
-    for i in range(len(samples)):
-        tolerance.compare(out[i : i + 1], grove.sequence(i), PLAIN)
-    tolerance.check()
+def test_torch_reads_a_shared_key_once_for_all_its_queries() -> None:
+    """One group for each node, whoever is below it, and one for each query tile of a prefill."""
+    samples = [Sample(100 + i, ((0, 300), (1 + i % 2, 40), (3 + i, 9)), 1) for i in range(8)]
+    grove = Grove(samples, Shape(), capacity=16)
+    _, plan = grove.decode()
+    groups = module.compile_plan(plan, None)
+    assert sorted(group.num_queries for group in groups.groups) == [1] * 8 + [4, 4, 8]
+    assert groups.num_tiles == 2 + 2 + 8
+    assert groups.index.shape == (8, 3 + 1)
+    _, plan = grove.prefill(grove.whole())
+    groups = module.compile_plan(plan, None)
+    assert len(groups.groups) == 5 + 2 + 8 and groups.index.shape == (300 + 80 + 72, 1)
 
 
 @pytest.mark.usefixtures("in_torch")
 @pytest.mark.parametrize("options", VARIANTS)
-def test_small_batches_and_chunks_change_no_bit(
-    options: Options, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Pieces of one item, and as many chunks of queries as there are trees or tiles."""
-    shape = Shape(2, 3, 32, 32)
-    grove = Grove(crowd(), shape, capacity=288)
-    prefill = Grove(crowd(), shape, written=False)
-    results = []
-    for small in (False, True):
-        if small:
-            monkeypatch.setattr(module, "_MAX_PARTIAL", 64 * 6 * 32)
-            monkeypatch.setattr(module, "_MAX_SCORES", 1)
-        recorder = Recorder(monkeypatch)
-        decode_q, decode_plan = grove.decode()
-        prefill_q, prefill_plan = prefill.prefill(prefill.whole())
-        results.append(attend(grove, decode_q, decode_plan, options))
-        results.append(attend(prefill, prefill_q, prefill_plan, options))
-        assert recorder.suffixes == 1
-        (decode_chunks,) = decode_plan._compiled.values()
-        (prefill_chunks,) = prefill_plan._compiled.values()
-        if small:
-            assert recorder.batches == recorder.items
-            tiles = sum(-(-len(node.token_ids) // 64) for node in prefill.fresh)
-            assert (len(decode_chunks), len(prefill_chunks)) == (2, tiles)
-        else:
-            assert recorder.batches < recorder.items / 2
-            assert (len(decode_chunks), len(prefill_chunks)) == (1, 1)
-        for chunks, plan in ((decode_chunks, decode_plan), (prefill_chunks, prefill_plan)):
-            assert [c.start for c in chunks[1:]] == [c.stop for c in chunks[:-1]]
-            assert (chunks[0].start, chunks[-1].stop) == (0, len(plan.positions))
-            assert sum(c.num_items for c in chunks) == plan.executed
-    assert results[0].equal(results[2]) and results[1].equal(results[3])
+def test_scores_are_bounded(options: AttentionOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With small blocks of queries; the results are the same."""
+    grove = Grove(crowd()[::9], Shape(2, 3, 32, 32), written=False)
+    q, plan = grove.prefill(grove.whole())
+    expected = attend(grove, q, plan, options)
+    sizes: list[int] = []
+    exp: Callable[[Tensor], Tensor] = Tensor.exp
+
+    def counted(self: Tensor) -> Tensor:
+        sizes.append(self.numel())
+        return exp(self)
+
+    limit = 3 * 6 * 512
+    monkeypatch.setattr(module, "_MAX_SCORES", limit)
+    monkeypatch.setattr(Tensor, "exp", counted)
+    out = attend(grove, q, plan, options)
+    monkeypatch.undo()
+    assert 0 < max(sizes) <= limit
+    torch.testing.assert_close(out, expected, rtol=0, atol=16 * torch.finfo(out.dtype).eps * 5)
 
 
-def test_chunks_bound_the_partials() -> None:
-    """Also for tiles of one query, which are padded to 16."""
-    items = [WorkItem(i, 1, 0, 8, 0) for i in range(1000)]
-    plan = ForestPlan(items, torch.full((1000,), 7))
-    chunks = module.chunks_of(plan, None, 640)
-    assert max(chunk.num_partials for chunk in chunks) <= 640
-    assert sum(chunk.num_items for chunk in chunks) == 1000
+def test_a_cut_lies_between_trees() -> None:
+    tiles = np.array(
+        [WorkTile(i, 1, 0, 8, 0) for i in range(900)] + [WorkTile(900, 64, 0, 8, 0)] * 20
+    )
+    parts = cut_between_queries(tiles, 1000, 640)
+    assert [start for _, start, _ in parts[1:]] == [stop for _, _, stop in parts[:-1]]
+    assert (parts[0][1], parts[-1][2]) == (0, 1000)
+    assert np.concatenate([part for part, _, _ in parts]).tolist() == tiles.tolist()
+    for part, start, stop in parts:
+        assert (part[:, 0] >= start).all() and (part[:, 0] + part[:, 1] <= stop).all()
+    # The last tiles serve the same queries, and cannot be cut.
+    assert [int(part[:, 1].sum()) for part, _, _ in parts] == [577, 323 + 20 * 64]
+    assert cut_between_queries(tiles[:0], 7, 640)[0][1:] == (0, 7)
 
 
 SCRIPT = """
 import resource, torch
 from tests.forests import Grove, Sample, Shape
-from kernels.forest_attention import forest_attention
+from kernels.forest_attention import AttentionOptions, forest_attention
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -457,12 +410,12 @@ def grove(scale):
     return Grove(samples, shape, written=False)
 small, large = grove(16), grove(1024)
 q, plan = small.prefill(small.whole())
-forest_attention(q, *small.caches, plan, 1.0)
+forest_attention(q, *small.caches, plan, AttentionOptions(1.0))
 q, plan = large.prefill(large.whole())
 assert len(q) == 32 * 1024 == large.tree_tokens
 before = peak()
-out = forest_attention(q, *large.caches, plan, 1.0)
-assert out.isfinite().all() and plan.executed == plan.num_items()
+out = forest_attention(q, *large.caches, plan, AttentionOptions(1.0))
+assert out.isfinite().all() and plan.executed == plan.num_tiles()
 print(peak() - before)
 """
 
@@ -479,23 +432,23 @@ def test_a_tree_of_32k_tokens_needs_little_memory() -> None:
 # -- edges and refusals ----------------------------------------------------------------------------
 
 
-def test_items_ahead_of_all_their_queries_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(monkeypatch)
-    items = [WorkItem(0, 2, 0, 4, 0), WorkItem(0, 2, 4, 4, 4), WorkItem(1, 1, 0, 2, 5)]
-    plan = ForestPlan(items, torch.tensor([3, 4]))
+def test_tiles_ahead_of_all_their_queries_are_not_run() -> None:
+    tiles = [WorkTile(0, 2, 0, 4, 0), WorkTile(0, 2, 4, 4, 4), WorkTile(1, 1, 0, 2, 5)]
+    plan = ForestPlan(tiles, torch.tensor([3, 4]))
     q, k, v = (torch.randn(shape).double() for shape in ((2, 2, 4), (1, 8, 4), (1, 8, 4)))
-    out = forest_attention(q, k, v, plan, 1.0)
-    assert plan.num_items() == plan.executed == recorder.items == 2
-    expected = forest_attention_ref(q, k, v, plan, 1.0)
+    out = forest_attention(q, k, v, plan, PLAIN)
+    assert plan.num_tiles() == plan.executed == 2
+    expected = forest_attention_ref(q, k, v, plan, PLAIN)[0]
     assert (out - expected).abs().max() <= 64 * torch.finfo(torch.float64).eps * v.abs().max()
 
 
 def test_no_keys_give_zero() -> None:
-    plan = ForestPlan([WorkItem(1, 1, 0, 4, 0)], torch.tensor([0, 3, 0]))
+    plan = ForestPlan([WorkTile(1, 1, 0, 4, 0)], torch.tensor([0, 3, 0]))
     q, k, v = torch.randn(3, 2, 4), torch.randn(1, 8, 4), torch.randn(1, 8, 4)
-    out = forest_attention(q, k, v, plan, 1.0)
+    out = forest_attention(q, k, v, plan, PLAIN)
     assert out[[0, 2]].eq(0).all() and out[1].ne(0).all()
-    assert forest_attention(q[:0], k, v, ForestPlan([], torch.zeros(0).long()), 1.0).shape[0] == 0
+    empty = ForestPlan([], torch.zeros(0).long())
+    assert forest_attention(q[:0], k, v, empty, PLAIN).shape == (0, 2, 4)
 
 
 def test_nan_stays_with_its_owner() -> None:
@@ -512,25 +465,40 @@ def test_nan_stays_with_its_owner() -> None:
         assert out[i].isnan().all() if i in (0, 63) else out[i].equal(expected[sample.name])
 
 
-def suffix(**changes: Any) -> Callable[[], SuffixTiles]:
+def test_nothing_past_a_suffix_is_read() -> None:
+    """Keys and values there are NaN, also of idle slots."""
+    samples = crowd()
+    grove = Grove(samples, Shape(2, 3, 32, 32), capacity=304)
+    for cache in grove.caches:
+        cache[:, grove.cache.suffix_base : grove.cache.shared_base] = float("nan")
+    q, plan = grove.decode()
+    for options in VARIANTS:
+        tolerance = Tolerance(torch.float32)
+        out = attend(grove, q, plan, options)
+        for i in range(len(samples)):
+            tolerance.compare(out[i : i + 1], grove.sequence(i), options)
+        tolerance.check()
+
+
+def suffix(**changes: Any) -> Callable[[], Suffixes]:
     one = torch.tensor([1])
     values = {
         "base": 0, "capacity": 16, "row": torch.tensor([0]), "length": one, "position": one,
         "max_length": 4,
     }  # fmt: skip
-    return lambda: SuffixTiles(**(values | changes))  # type: ignore[arg-type]
+    return lambda: Suffixes(**(values | changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("items", "tiles"),
+    ("tiles", "suffix"),
     [
-        ([WorkItem(0, 65, 0, 1, 0)], None),
-        ([WorkItem(0, 1, 0, 257, 0)], None),
-        ([WorkItem(0, 1, 0, 0, 0)], None),
-        ([WorkItem(0, 0, 0, 1, 0)], None),
-        ([WorkItem(0, 2, 0, 1, 0)], None),
-        ([WorkItem(-1, 1, 0, 1, 0)], None),
-        ([WorkItem(0, 1, 0, 3, 0)], None),
+        ([WorkTile(0, 65, 0, 1, 0)], None),
+        ([WorkTile(0, 1, 0, 257, 0)], None),
+        ([WorkTile(0, 1, 0, 0, 0)], None),
+        ([WorkTile(0, 0, 0, 1, 0)], None),
+        ([WorkTile(0, 2, 0, 1, 0)], None),
+        ([WorkTile(-1, 1, 0, 1, 0)], None),
+        ([WorkTile(0, 1, 0, 3, 0)], None),
         ([], suffix(capacity=20)),
         ([], suffix(max_length=17)),
         ([], suffix(row=torch.tensor([1]))),
@@ -540,10 +508,10 @@ def suffix(**changes: Any) -> Callable[[], SuffixTiles]:
     ],
 )
 def test_impossible_plans_are_refused(
-    items: list[WorkItem], tiles: Callable[[], SuffixTiles] | None
+    tiles: list[WorkTile], suffix: Callable[[], Suffixes] | None
 ) -> None:
     with pytest.raises(AssertionError):
-        ForestPlan(items, torch.tensor([1]), tiles and tiles(), advancing=True)
+        ForestPlan(tiles, torch.tensor([1]), suffix and suffix(), advancing=True)
 
 
 @pytest.mark.parametrize(
@@ -566,10 +534,6 @@ def test_impossible_plans_are_refused(
             "int64",
         ),
         ({"q": torch.zeros(2, 4, 4, device="meta")}, "q is on meta"),
-        ({"scale": 0.0}, "scale must be positive, got 0.0"),
-        ({"scale": float("nan")}, "scale must be positive, got nan"),
-        ({"softcap": -30.0}, "softcap must be positive, got -30.0"),
-        ({"window": 0}, "window must be positive, got 0"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -578,7 +542,21 @@ def test_wrong_arguments_are_refused(changes: dict[str, Any], message: str) -> N
         "k_cache": torch.zeros(2, 8, 4),
         "v_cache": torch.zeros(2, 8, 4),
         "plan": ForestPlan([], torch.tensor([0, 0])),
-        "scale": 1.0,
+        "options": PLAIN,
     }
     with pytest.raises(ValueError, match=message):
         forest_attention(**(arguments | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": 0.0}, "scale must be positive, got 0.0"),
+        ({"scale": float("nan")}, "scale must be positive, got nan"),
+        ({"softcap": -30.0}, "softcap must be positive, got -30.0"),
+        ({"window": 0}, "window must be positive, got 0"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AttentionOptions(**({"scale": 1.0} | options))

@@ -14,6 +14,7 @@ from kernels.extract_scores import ScoreAutomaton
 from kernels.sample_token import SamplingOptions
 from models import load
 from models.transformer import Transformer
+from tests.rows import needs_cpp
 from tests.tiny import FAMILIES, VOCAB_SIZE, write_model
 
 Prompt = list[tuple[int, ...]]
@@ -114,6 +115,7 @@ def counting(generator: Generator, forwards: list[int]) -> object:
     return forward
 
 
+@needs_cpp
 def test_prefill_in_pieces_changes_no_bit(
     tiny: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +125,7 @@ def test_prefill_in_pieces_changes_no_bit(
     assert [drawn(r) for r in run(make_generator(tiny), groups)] == whole
 
 
+@needs_cpp
 def test_joining_and_retiring_change_no_bit(tiny: Transformer) -> None:
     groups = make_groups(9, k=4)
     alone = [drawn(run(make_generator(tiny), [group])[0]) for group in groups]
@@ -245,7 +248,7 @@ def test_a_prompt_that_no_cache_holds_is_an_error_and_the_rest_goes_on(tiny: Tra
 
 
 def test_nan_in_one_row_does_not_reach_another(tiny: Transformer) -> None:
-    """A slot whose last owner left NaN values is clean for the next."""
+    """What a slot's last owner has left there, be it NaN, is not read by the next."""
     generator = make_generator(tiny, max_batch=2)
     groups = make_groups(2, k=2)
     expected = [drawn(r) for r in run(make_generator(tiny, max_batch=2), groups)]
@@ -269,6 +272,7 @@ def in_rounds(group: Group, sizes: Sequence[int]) -> Group:
 ROUNDS = [[2], [1, 1, 2], [1] * 6, [6], [2, 4], [3, 2], [4, 4], [9]]
 
 
+@needs_cpp
 @pytest.mark.parametrize("max_batch", [1, 2, 5, 32])
 def test_rounds_draw_the_first_samples_of_all(tiny: Transformer, max_batch: int) -> None:
     """Bit for bit, however few the slots; every prompt is computed once, between rounds too."""
@@ -301,6 +305,7 @@ def test_other_groups_take_the_free_slots_between_rounds(tiny: Transformer) -> N
     assert [r.group.tag for r in generator.run(iter(groups))] == [1, 0, 2, 3]
 
 
+@needs_cpp
 @pytest.mark.parametrize("max_batch", [1, 2, 4])
 @pytest.mark.parametrize("cells", [190, 1000])
 def test_held_prompts_that_fill_the_cache_are_let_go(

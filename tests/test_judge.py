@@ -18,6 +18,7 @@ from engine.request import Row, make_row
 from engine.sample import POCKET
 from engine.verdict import RowFailure, Verdict, output_key, to_line
 from kernels.extract_scores import Reason, parse_scores
+from tests.rows import needs_cpp
 from train.world import cases
 
 SHORT = 40  # new tokens where the text does not matter
@@ -57,6 +58,7 @@ def run(judge: Judge, rows: list[Row], max_batch: int = 256, **options: object) 
     return list(fresh.rows(rows, **options))  # type: ignore[arg-type]
 
 
+@needs_cpp
 def test_a_sample_is_the_same_alone_and_among_63_other_rows(judge: Judge) -> None:
     rows = world_rows(64)
     together = run(judge, rows)
@@ -64,6 +66,7 @@ def test_a_sample_is_the_same_alone_and_among_63_other_rows(judge: Judge) -> Non
         assert drawn(run(judge, [rows[i]])[0]) == drawn(together[i])
 
 
+@needs_cpp
 def test_the_first_4_of_32_samples_are_the_4_of_k_4(judge: Judge) -> None:
     for row in world_rows(4):
         few = run(judge, [row], k=4)[0]
@@ -71,6 +74,7 @@ def test_the_first_4_of_32_samples_are_the_4_of_k_4(judge: Judge) -> None:
         assert drawn(few) == drawn(many, 4)
 
 
+@needs_cpp
 def test_the_batch_size_changes_nothing(judge: Judge) -> None:
     rows = world_rows(12)
     wide, narrow = run(judge, rows, max_batch=256), run(judge, rows, max_batch=8)
@@ -78,6 +82,7 @@ def test_the_batch_size_changes_nothing(judge: Judge) -> None:
     assert [v.key for v in wide] == [v.key for v in narrow]
 
 
+@needs_cpp
 def test_the_number_of_threads_changes_nothing(judge: Judge) -> None:
     rows = world_rows(6)
     before = torch.get_num_threads()
@@ -393,6 +398,7 @@ def full(judge: Judge) -> tuple[list[Row], list[Verdict]]:
     return rows, run(judge, rows, k=12, temperature=0.5, max_new_tokens=300)
 
 
+@needs_cpp
 @pytest.mark.parametrize(("max_batch", "first"), [(256, 0), (3, 1)])
 def test_a_decided_row_draws_the_first_of_its_samples(
     judge: Judge, full: tuple[list[Row], list[Verdict]], max_batch: int, first: int
@@ -431,6 +437,7 @@ def test_rounds_compute_no_prompt_twice(judge: Judge) -> None:
     assert fresh.usage.prefill_tokens == trees - (len(rows) - 1) * head
 
 
+@needs_cpp
 @pytest.mark.parametrize("orders", ["rotate", "random", "fixed"])
 def test_one_sample_and_any_orders(judge: Judge, orders: str) -> None:
     row = world_rows(1)[0]

@@ -37,7 +37,7 @@ def test_a_batch_is_laid_out_as_its_tree() -> None:
     assert batch.predicting.tolist() == [8, 9, 10, 16, 17, 8, 11, 18]
     assert batch.target.tolist() == [20, 21, 2, 30, 2, 22, 2, 2]
     assert batch.lengths == (3, 2, 2, 1) and batch.longest == 11
-    seen = {(item.query, item.key) for item in batch.plan.items}
+    seen = {(query, key) for query, _, key, _, _ in batch.plan.tiles.tolist()}
     assert seen == {
         (0, 0), (3, 0), (3, 3), (9, 0), (9, 3), (9, 9), (11, 0), (11, 3), (11, 11),
         (12, 0), (12, 12), (18, 18),
@@ -48,7 +48,7 @@ def test_a_batch_is_laid_out_as_its_tree() -> None:
 
 def test_one_trajectory_is_one_segment() -> None:
     batch = pack([Trajectory([HEAD, A], [20, 21, 2])])
-    assert [(i.query, i.num_queries, i.key, i.num_keys) for i in batch.plan.items] == [(0, 7, 0, 7)]
+    assert batch.plan.tiles.tolist() == [[0, 7, 0, 7, 0]]
 
 
 @pytest.mark.parametrize(

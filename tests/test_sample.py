@@ -215,7 +215,7 @@ def test_a_resumed_run_reports_on_the_whole_file(capfd: pytest.CaptureFixture[st
         ["--k", "4"], ["--temperature", "0.6"], ["--top-p", "0.9"], ["--top-k", "5"],
         ["--min-p", "0.1"], ["--max-new-tokens", "9"], ["--orders", "fixed"],
         ["--max-orders", "2"], ["--seed", "1"], ["--deterministic"], ["--stop", "eos"],
-        ["--until-decided", "0.99"],
+        ["--until-decided", "0.99"], ["--attention", "torch"],
     ],
     ids=" ".join,
 )  # fmt: skip

@@ -2,36 +2,44 @@
 against stand-ins that follow those packages' documentation (neither runs without a GPU)."""
 
 import sys
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.forest_attention import AttentionOptions
 from kernels.merge_states import merge_states
 from kernels.segment_attention import segment_attention, segment_attention_ref
 
-CU_Q, CU_K = [0, 3, 3, 70, 75], [0, 5, 9, 80, 80]  # one pair without queries, one without keys
-Case = tuple[bool, float | None, int | None]
-CASES: list[Case] = [(False, None, None), (True, None, None), (True, 5.0, None), (True, 5.0, 4)]
+CU_SEQLENS_Q, CU_SEQLENS_K = (
+    [0, 3, 3, 70, 75],
+    [0, 5, 9, 80, 80],
+)  # one pair without queries, one without keys
+Case = tuple[AttentionOptions, bool]
+CASES: list[Case] = [
+    (AttentionOptions(0.3), False),
+    (AttentionOptions(0.3), True),
+    (AttentionOptions(0.3, 5.0), True),
+    (AttentionOptions(0.3, 5.0, 4), True),
+]
 
 
 def draw(
-    dtype: torch.dtype, cu_q: list[int], cu_k: list[int], v_dim: int = 12
+    dtype: torch.dtype, cu_seqlens_q: list[int], cu_seqlens_k: list[int], v_dim: int = 12
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((cu_q[-1], 6, 16), (cu_k[-1], 2, 16), (cu_k[-1], 2, v_dim))
+    shapes = ((cu_seqlens_q[-1], 6, 16), (cu_seqlens_k[-1], 2, 16), (cu_seqlens_k[-1], 2, v_dim))
     q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     return q, k, v
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_torch_equals_the_reference(case: Case) -> None:
-    q, k, v = draw(torch.float64, CU_Q, CU_K)
-    out, lse = segment_attention(q, k, v, CU_Q, CU_K, 0.3, *case)
-    expected, expected_lse = segment_attention_ref(q, k, v, CU_Q, CU_K, 0.3, *case)
+    q, k, v = draw(torch.float64, CU_SEQLENS_Q, CU_SEQLENS_K)
+    out, lse = segment_attention(q, k, v, CU_SEQLENS_Q, CU_SEQLENS_K, *case)
+    expected, expected_lse = segment_attention_ref(q, k, v, CU_SEQLENS_Q, CU_SEQLENS_K, *case)
     assert out[70:].eq(0).all() and lse[70:].isneginf().all()
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
@@ -40,7 +48,7 @@ def test_torch_equals_the_reference(case: Case) -> None:
 def test_the_reference_is_softmax_attention() -> None:
     """Against torch's own, over one segment."""
     q, k, v = draw(torch.float64, [0, 20], [0, 20])
-    out, _ = segment_attention_ref(q, k, v, [0, 20], [0, 20], 0.25, True)
+    out, _ = segment_attention_ref(q, k, v, [0, 20], [0, 20], AttentionOptions(0.25), True)
     theirs = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True, enable_gqa=True
     )
@@ -50,9 +58,9 @@ def test_the_reference_is_softmax_attention() -> None:
 def test_segments_joined_by_the_merge_are_one_attention() -> None:
     """Queries over a first segment and causally over their own, merged: a causal prefill."""
     q, k, v = draw(torch.float64, [0, 30], [0, 80])
-    whole, whole_lse = segment_attention(q, k, v, [0, 30], [0, 80], 0.3, True)
-    above = segment_attention(q, k[:50], v[:50], [0, 30], [0, 50], 0.3)
-    own = segment_attention(q, k[50:], v[50:], [0, 30], [0, 30], 0.3, True)
+    whole, whole_lse = segment_attention(q, k, v, [0, 30], [0, 80], AttentionOptions(0.3), True)
+    above = segment_attention(q, k[:50], v[:50], [0, 30], [0, 50], AttentionOptions(0.3))
+    own = segment_attention(q, k[50:], v[50:], [0, 30], [0, 30], AttentionOptions(0.3), True)
     index = torch.arange(30)[:, None] + torch.tensor([0, 30])
     o, lse = (torch.cat([a, b]) for a, b in zip(above, own, strict=True))
     merged, merged_lse = merge_states(o, lse, index)
@@ -63,120 +71,34 @@ def test_segments_joined_by_the_merge_are_one_attention() -> None:
 # -- flash-attn and xformers -----------------------------------------------------------------------
 
 
-def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: None = None,
-) -> tuple[Tensor, Tensor, None]:
-    """As flash-attn 2.8 documents it: lse (nheads, total_q), +inf for a row without keys."""
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and return_attn_probs
-    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
-    assert softmax_scale is not None and window_size[1] == (-1 if window_size[0] == -1 else 0)
-    window = None if window_size[0] == -1 else window_size[0] + 1
-    out, lse = segment_attention_ref(
-        q.double(), k.double(), v.double(), cu_seqlens_q.tolist(), cu_seqlens_k.tolist(),
-        softmax_scale, causal, softcap or None, window,
-    )  # fmt: skip
-    return out.to(q.dtype), lse.float().masked_fill(lse.isneginf(), float("inf")).T, None
-
-
-@dataclass
-class BlockDiagonalMask:
-    """As xformers 0.0.35 has it, with its three kinds in one class."""
-
-    q_seqlen: list[int]
-    kv_seqlen: list[int]
-    causal: bool = False
-    window: int | None = None
-
-    @classmethod
-    def from_seqlens(
-        cls, q_seqlen: list[int], kv_seqlen: list[int], *, device: torch.device
-    ) -> "BlockDiagonalMask":
-        return cls(q_seqlen, kv_seqlen)
-
-    def make_causal_from_bottomright(self) -> "BlockDiagonalMask":
-        return BlockDiagonalMask(self.q_seqlen, self.kv_seqlen, True)
-
-    def make_local_attention_from_bottomright(self, window_size: int) -> "BlockDiagonalMask":
-        return BlockDiagonalMask(self.q_seqlen, self.kv_seqlen, True, window_size)
-
-
-def memory_efficient_attention_partial(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_bias: BlockDiagonalMask,
-    *,
-    scale: float,
-    op: Any,
-) -> tuple[Tensor, Tensor]:
-    """query, key, value [1, M, G, H, K]; out [1, M, G, H, K] float32, lse [1, G, H, M]."""
-    assert query.shape[2:] == key.shape[2:] == value.shape[2:] and len(query) == 1
-    cu_q, cu_k = (
-        [0, *torch.tensor(n).cumsum(0).tolist()] for n in (attn_bias.q_seqlen, attn_bias.kv_seqlen)
-    )
-    q, k, v = (x[0].flatten(1, 2).double() for x in (query, key, value))
-    out, lse = segment_attention_ref(
-        q, k, v, cu_q, cu_k, scale, attn_bias.causal, None, attn_bias.window
-    )
-    groups = query.shape[2:4]
-    return out.float().unflatten(1, groups)[None], lse.float().T.unflatten(0, groups)[None]
-
-
-@pytest.fixture
-def packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("flash_attn", "xformers", "xformers.ops", "xformers.ops.fmha",
-             "xformers.ops.fmha.attn_bias")  # fmt: skip
-    modules: dict[str, Any] = {name: ModuleType(name) for name in names}
-    modules["flash_attn"].flash_attn_varlen_func = flash_attn_varlen_func
-    fmha, bias = modules["xformers.ops.fmha"], modules["xformers.ops.fmha.attn_bias"]
-    modules["xformers.ops"].fmha, fmha.attn_bias = fmha, bias
-    fmha.memory_efficient_attention_partial = memory_efficient_attention_partial
-    fmha.flash = ModuleType("flash")
-    fmha.flash.FwOp = object
-    bias.BlockDiagonalMask = BlockDiagonalMask
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-
-
 @pytest.mark.usefixtures("packages")
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", ["flash", "xformers"])
+@pytest.mark.parametrize("backend", ["flash-attn", "xformers"])
 def test_adapters(backend: Any, case: Case) -> None:
     # xformers' causal mask wants as many keys as queries.
-    cu_k = [*CU_K[:-1], 88] if backend == "xformers" else CU_K
-    q, k, v = draw(torch.bfloat16, CU_Q, cu_k, v_dim=16)
-    if backend == "xformers" and case[1] is not None:
+    cu_seqlens_k = [*CU_SEQLENS_K[:-1], 88] if backend == "xformers" else CU_SEQLENS_K
+    q, k, v = draw(torch.bfloat16, CU_SEQLENS_Q, cu_seqlens_k, v_dim=16)
+    options, causal = case
+    if backend == "xformers" and options.softcap is not None:
         with pytest.raises(ValueError, match=r"xformers has no soft-cap, got 5\.0"):
-            segment_attention(q, k, v, CU_Q, cu_k, 0.3, *case, backend=backend)
-        case = (case[0], None, case[2])
-    out, lse = segment_attention(q, k, v, CU_Q, cu_k, 0.3, *case, backend=backend)
+            segment_attention(q, k, v, CU_SEQLENS_Q, cu_seqlens_k, *case, backend=backend)
+        case = (replace(options, softcap=None), causal)
+    out, lse = segment_attention(q, k, v, CU_SEQLENS_Q, cu_seqlens_k, *case, backend=backend)
     q, k, v = (x.double() for x in (q, k, v))
-    expected, expected_lse = segment_attention_ref(q, k, v, CU_Q, cu_k, 0.3, *case)
+    expected, expected_lse = segment_attention_ref(q, k, v, CU_SEQLENS_Q, cu_seqlens_k, *case)
     assert out.dtype == torch.bfloat16 and out.equal(expected.bfloat16())
     assert lse.equal(expected_lse.float()) and lse.shape == (75, 6)
 
 
 def test_absent_packages_name_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = draw(torch.bfloat16, [0, 3], [0, 5], v_dim=16)
-    for backend, module in (("flash", "flash_attn"), ("xformers", "xformers")):
+    for backend, module, extra in (
+        ("flash-attn", "flash_attn", "flash"),
+        ("xformers", "xformers", "xformers"),
+    ):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(ImportError, match=rf"pip install 'quorum-grm\[{backend}\]'"):
-            segment_attention(q, k, v, [0, 3], [0, 5], 0.3, backend=backend)  # type: ignore[arg-type]
+        with pytest.raises(ImportError, match=rf"pip install 'quorum-grm\[{extra}\]'"):
+            segment_attention(q, k, v, [0, 3], [0, 5], AttentionOptions(0.3), backend=backend)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("packages")
@@ -185,16 +107,17 @@ def test_absent_packages_name_their_extra(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ({"q": torch.zeros(3, 16)}, r"q \(3, 16\)"),
         ({"v": torch.zeros(4, 2, 16)}, r"v \(4, 2, 16\)"),
-        ({"cu_q": [0, 2]}, r"cu_q must ascend from 0 to 3, got \[0, 2\]"),
-        ({"cu_k": [0, 4, 3, 5]}, "cu_k must ascend"),
-        ({"cu_k": [0, 2, 5]}, "1 segments of queries, 2 of keys"),
-        ({"window": 4}, "a window needs a causal mask, got window 4"),
+        ({"cu_seqlens_q": [0, 2]}, r"cu_seqlens_q must ascend from 0 to 3, got \[0, 2\]"),
+        ({"cu_seqlens_k": [0, 4, 3, 5]}, "cu_seqlens_k must ascend"),
+        ({"cu_seqlens_k": [0, 2, 5]}, "1 segments of queries, 2 of keys"),
+        ({"options": AttentionOptions(1.0, None, 4)}, "a window needs a causal mask, got window 4"),
         ({"backend": "cudnn"}, "got 'cudnn'"),
         ({"backend": "triton"}, "'triton' does not run on cpu here"),
-        ({"backend": "flash"}, "flash takes float16 and bfloat16 .*got torch.float32"),
+        ({"backend": "flash-attn"}, "flash-attn takes float16 and bfloat16 .*got torch.float32"),
         ({"backend": "xformers"}, "xformers takes float16"),
         (
-            {"backend": "xformers", "causal": True, "cu_q": [0, 3, 3], "cu_k": [0, 1, 5],
+            {"backend": "xformers", "causal": True,
+             "cu_seqlens_q": [0, 3, 3], "cu_seqlens_k": [0, 1, 5],
              **{name: torch.zeros(size, heads, 16).half()
                 for name, size, heads in (("q", 3, 4), ("k", 5, 2), ("v", 5, 2))}},
             "as many keys as queries",
@@ -204,7 +127,7 @@ def test_absent_packages_name_their_extra(monkeypatch: pytest.MonkeyPatch) -> No
 def test_wrong_arguments_are_refused(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {
         "q": torch.zeros(3, 4, 16), "k": torch.zeros(5, 2, 16), "v": torch.zeros(5, 2, 16),
-        "cu_q": [0, 3], "cu_k": [0, 5], "scale": 1.0,
+        "cu_seqlens_q": [0, 3], "cu_seqlens_k": [0, 5], "options": AttentionOptions(1.0),
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         segment_attention(**(arguments | change))

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from models.config import LayerAttention, ModelConfig, read_config
-from models.transformer import RMSNorm, Transformer, causal_attend, linear
+from kernels.forest_attention import AttentionOptions
+from models.config import ModelConfig, read_config
+from models.transformer import RMSNorm, Transformer, causal_attend
 from models.weights import load_weights
 from tests import tiny
-from tests.rows import ROWS, check_rows
 
 TOKENS = 150  # past every window and past the original length of the llama3 rope
 
@@ -211,7 +211,7 @@ def test_causal_attention_in_blocks(
     tmp_path: Path, window: int | None, softcap: float | None
 ) -> None:
     config = replace(
-        tiny_config(tmp_path, "llama"), attention=(LayerAttention(0.3, softcap, window),)
+        tiny_config(tmp_path, "llama"), attention=(AttentionOptions(0.3, softcap, window),)
     )
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(53, 4, 8, generator=generator, dtype=torch.float64)
@@ -234,32 +234,21 @@ def test_causal_attention_in_blocks(
 def test_rows_do_not_depend_on_each_other(tmp_path: Path, family: str) -> None:
     """The whole forward and head, with an attention that looks at its own row only."""
     config = tiny_config(tmp_path, family, num_hidden_layers=1, intermediate_size=600)
-    model = built(config)
-    ids, positions = token_ids(ROWS), torch.arange(ROWS).flip(0)
+    model = built(config, torch.float64)
+    ids, positions = token_ids(), torch.arange(TOKENS).flip(0)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return q * (k * v).repeat_interleave(2, 1).sum(-1, keepdim=True).tanh()
 
-    def op(rows: int) -> Tensor:
+    def run(rows: slice) -> Tensor:
         with torch.no_grad():
-            hidden = model(ids[:rows], positions[:rows], attend)
+            hidden = model(ids[rows], positions[rows], attend)
             return torch.cat((hidden, model.head(hidden)), -1)
 
-    assert op(ROWS).isfinite().all()
-    check_rows(op)
-
-
-@pytest.mark.parametrize(("out", "size"), [(8, 2048), (33, 1000), (17, 512), (64, 257), (512, 256)])
-@pytest.mark.parametrize("biased", [False, True])
-def test_rows_of_long_sums_do_not_depend_on_each_other(out: int, size: int, biased: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(ROWS, size, generator=generator)
-    weight = torch.randn(out, size, generator=generator) / size**0.5
-    bias = torch.randn(out, generator=generator) if biased else None
-    check_rows(lambda rows: linear(x[:rows], weight, bias))
-    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    plain = (F.linear(x, weight, bias).double() - exact).abs().max()
-    assert (linear(x, weight, bias).double() - exact).abs().max() <= 2 * plain
+    together = run(slice(None))
+    assert together.isfinite().all()
+    for rows in (slice(0, 1), slice(3, 20), slice(100, TOKENS)):
+        torch.testing.assert_close(run(rows), together[rows], rtol=1e-12, atol=1e-12)
 
 
 def test_init_weights(tmp_path: Path) -> None:

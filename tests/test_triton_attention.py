@@ -12,14 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.forest_attention import forest_attention, forest_attention_with_lse, torch_impl
+from kernels.forest_attention import (
+    AttentionOptions,
+    ForestPlan,
+    forest_attention,
+    forest_attention_with_lse,
+    torch_impl,
+)
 from kernels.forest_attention import schedule as module
-from kernels.forest_attention.plan import ForestPlan, SuffixTiles, WorkItem
+from kernels.forest_attention.plan import Suffixes, WorkTile
 from kernels.launch import intercept
 from kernels.merge_states import merge_states, merge_states_ref
 from kernels.segment_attention import segment_attention, segment_attention_ref
 from kernels.target import Target, target_of
-from tests.forests import Grove, Options, Sample, Segment, Shape, Tolerance
+from tests.forests import Grove, Sample, Segment, Shape
+from tests.oracles.attention import Tolerance, dense_attention
 from tests.triton_device import (
     DEVICE,
     DTYPES,
@@ -30,9 +37,9 @@ from tests.triton_device import (
 
 pytestmark = on_triton
 
-PLAIN: Options = (0.25, None, None)
-CAPPED: Options = (0.25, 20.0, None)
-WINDOWED: Options = (0.2, 30.0, 97)
+PLAIN = AttentionOptions(0.25)
+CAPPED = AttentionOptions(0.25, 20.0)
+WINDOWED = AttentionOptions(0.2, 30.0, 97)
 
 
 @contextmanager
@@ -52,19 +59,26 @@ def instances() -> Iterator[Counter[str]]:
         yield programs
 
 
-def attend(grove: Grove, q: Tensor, plan: ForestPlan, options: Options) -> Tensor:
-    (k, v), (scale, softcap, window) = grove.caches, options
-    return forest_attention(q, k, v, plan, scale, softcap, window)
+def attend(grove: Grove, q: Tensor, plan: ForestPlan, options: AttentionOptions) -> Tensor:
+    return forest_attention(q, *grove.caches, plan, options)
 
 
-def check_decode(grove: Grove, out: Tensor, options: Options, less: int = 0) -> None:
+def schedules_in(plan: ForestPlan) -> Any:
+    """What a plan was compiled to for the forward."""
+    (schedules,) = (
+        value for key, value in plan._compiled.items() if key[:2] == ("triton", "forward")
+    )
+    return schedules
+
+
+def check_decode(grove: Grove, out: Tensor, options: AttentionOptions, less: int = 0) -> None:
     tolerance = Tolerance(grove.shape.dtype)
     for i in range(len(grove.samples)):
         tolerance.compare(out[i : i + 1], grove.sequence(i, less), options)
     tolerance.check()
 
 
-def check_prefill(grove: Grove, out: Tensor, options: Options) -> None:
+def check_prefill(grove: Grove, out: Tensor, options: AttentionOptions) -> None:
     tolerance = Tolerance(grove.shape.dtype)
     for node, first, stop in grove.whole():
         tolerance.compare(out[: stop - first], grove.attend_to(node, stop), options)
@@ -97,9 +111,16 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("seed", "options"),
-    [(0, PLAIN), (1, CAPPED), (2, WINDOWED), (3, (0.2, None, 1)), (4, WINDOWED), (5, PLAIN)],
+    [
+        (0, PLAIN),
+        (1, CAPPED),
+        (2, WINDOWED),
+        (3, AttentionOptions(0.2, None, 1)),
+        (4, WINDOWED),
+        (5, PLAIN),
+    ],
 )
-def test_random_forests(seed: int, options: Options, dtype: torch.dtype) -> None:
+def test_random_forests(seed: int, options: AttentionOptions, dtype: torch.dtype) -> None:
     shape = SHAPES[seed % 3]
     samples = random_forest(seed, longest=65 if shape.groups == 20 else 300)
     shape = Shape(shape.kv_heads, shape.groups, shape.head_dim, shape.v_head_dim, dtype)
@@ -107,7 +128,7 @@ def test_random_forests(seed: int, options: Options, dtype: torch.dtype) -> None
     grove = Grove(samples, shape, capacity=272, slots=slots, device=DEVICE)
     q, plan = grove.decode()
     check_decode(grove, attend(grove, q, plan, options), options)
-    assert plan.executed == plan.num_items(options[2])
+    assert plan.executed == plan.num_tiles(options.window)
     grove = Grove(samples, shape, written=False, device=DEVICE)
     q, plan = grove.prefill(grove.whole())
     with instances() as programs:
@@ -117,7 +138,7 @@ def test_random_forests(seed: int, options: Options, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("per_split", [False, True])
 @pytest.mark.parametrize("options", [PLAIN, WINDOWED])
-def test_the_same_plan_in_torch(options: Options, per_split: bool) -> None:
+def test_the_same_plan_in_torch(options: AttentionOptions, per_split: bool) -> None:
     samples = [Sample(100 + i, ((0, 270), (1 + i % 2, 70)), 30 * i) for i in range(4)]
     grove = Grove(samples, Shape(1, 4, 32, 16), capacity=96, device=DEVICE)
     prefill = Grove(samples, Shape(1, 1, 32, 16), written=False, device=DEVICE)
@@ -125,12 +146,9 @@ def test_the_same_plan_in_torch(options: Options, per_split: bool) -> None:
         (grove, grove.decode(per_split=per_split)),
         (prefill, prefill.prefill(prefill.whole()[:1], per_split)),
     ):
-        k, v = each.caches
-        ours, our_lse = forest_attention_with_lse(q, k, v, plan, *options)
+        ours, our_lse = forest_attention_with_lse(q, *each.caches, plan, options)
         _, again = each.decode() if each is grove else each.prefill(prefill.whole()[:1])
-        # Torch multiplies values behind a suffix's last key by 0; Triton does not read them.
-        finite = v.nan_to_num()
-        theirs, their_lse = torch_impl.attend(q, k, finite, again, *options)
+        theirs, their_lse = torch_impl.run(q, *each.caches, again, options)
         assert plan.executed == again.executed > 0
         # Each is held to float64 by itself; to each other, 16 units of values up to 5.
         eps = torch.finfo(torch.float32).eps
@@ -148,12 +166,12 @@ def test_every_instance_runs_and_merges() -> None:
     check_decode(grove, out, PLAIN)
     assert programs["suffix"] == 10 * 2
     assert programs["narrow"] == 5 and programs["merge"] == 1
-    (schedule,) = next(kept for kept in plan._compiled.values() if isinstance(kept, list))
+    (schedule,) = schedules_in(plan)
     assert programs["wide"] >= 1 and schedule.table.shape == (10, programs["wide"] + 1 + 2)
 
 
-def test_runs_are_joined_or_kept_apart() -> None:
-    """A prompt's splits touch: one run, one partial, no merge; or one partial for each split."""
+def test_spans_are_joined_or_kept_apart() -> None:
+    """Adjacent splits of a prompt: one span, one partial, no merge; or one partial for each."""
     grove = Grove([Sample(9, ((0, 600), (1, 60)), 0)], Shape(), written=False, device=DEVICE)
     last = [(grove.fresh[1], 0, 60)]
     grove.write(grove.fresh[0], 0, 600)
@@ -164,16 +182,16 @@ def test_runs_are_joined_or_kept_apart() -> None:
         tolerance = Tolerance(torch.float32)
         tolerance.compare(out, grove.attend_to(grove.fresh[1], 60), PLAIN)
         tolerance.check()
-        (schedules,) = plan._compiled.values()
+        schedules = schedules_in(plan)
         (schedule,) = schedules
         if per_split:
             assert programs["wide"] == 4 * 2 and schedule.table.shape == (60, 4)
-            assert schedule.wide.runs[:, 1].tolist() == [256, 256, 88, 60] * 2
-    # With processors to spare the runs are cut; with few they are one after the other.
+            assert schedule.wide.spans[:, 1].tolist() == [256, 256, 88, 60] * 2
+    # With processors to spare the spans are cut; with few they are one after the other.
     for processors, cut in ((1, 1), (64, 3)):
-        tiles = module.Tiles(16, 64, Target("sm_90", 1 << 17, processors))
+        rows = module.TileRows(16, 64, Target("sm_90", 1 << 17, processors))
         _, plan = grove.prefill(last)
-        (schedule,) = module.schedules_of(plan, None, module.HeadShape(2, 1, 16, tiles))
+        (schedule,) = module.compile_plan(plan, None, module.HeadShape(2, 1, 16, rows))
         assert len(schedule.wide.programs) == 2 * cut
         assert (schedule.table is None) == (cut == 1)
 
@@ -181,8 +199,8 @@ def test_runs_are_joined_or_kept_apart() -> None:
 @pytest.mark.parametrize(
     ("options", "per_split"), [(PLAIN, False), (WINDOWED, False), (WINDOWED, True)]
 )
-def test_one_static_plan_after_another(options: Options, per_split: bool) -> None:
-    """Buffers with room to spare give the bits of the plans whose items they take; what the plan
+def test_one_static_plan_after_another(options: AttentionOptions, per_split: bool) -> None:
+    """Buffers with room to spare give the bits of the plans whose tiles they take; what the plan
     before has left in them, and what no program names, is of no consequence."""
     shape = Shape(1, 2, 16, 16)
     static: module.StaticPlan | None = None
@@ -205,23 +223,23 @@ def test_one_static_plan_after_another(options: Options, per_split: bool) -> Non
             tensors = [torch.zeros(9, dtype=torch.int64, device=DEVICE) for _ in range(3)]
             nobody = torch.full((1,), -1, device=DEVICE)
             positions, lengths, starts = tensors
-            tiles = SuffixTiles(suffix.base, suffix.capacity, nobody, lengths, starts, 288)
+            empty = Suffixes(suffix.base, suffix.capacity, nobody, lengths, starts, 288)
             heads = module.HeadShape.of(2, 1, 16, 16, torch.float32, target_of(q))
-            static = module.StaticPlan(positions, tiles, {options[2]}, heads, per_split)
+            static = module.StaticPlan(positions, empty, {options.window}, heads, per_split)
         for to, given in ((positions, plan.positions), (lengths, suffix.length)):
             to.zero_()[:count] = given
         starts.zero_()[:count] = suffix.position
         padded = ForestPlan(
-            plan.items,
+            plan.tiles,
             positions,
-            SuffixTiles(suffix.base, suffix.capacity, suffix.row, lengths, starts, 270),
+            Suffixes(suffix.base, suffix.capacity, suffix.row, lengths, starts, 270),
             advancing=True,
             per_split=per_split,
         )
         for schedule in static._schedules.values():
             for programs in (schedule.wide, schedule.narrow):
                 programs.programs.fill_(1 << 30)
-                programs.runs.fill_(1 << 30)
+                programs.spans.fill_(1 << 30)
             assert schedule.table is not None
             schedule.table.fill_(1 << 40)
         (room,), before = static._sizes.values(), static.plan
@@ -230,10 +248,10 @@ def test_one_static_plan_after_another(options: Options, per_split: bool) -> Non
         rows[:count] = q
         out = attend(grove, rows, static.plan, options)
         assert out[:count].equal(expected) and out[count:].eq(0).all()
-        (plain,) = next(kept for kept in plan._compiled.values() if isinstance(kept, list))
+        (plain,) = schedules_in(plan)
         needed = (
-            len(plain.wide.programs), len(plain.wide.runs),
-            len(plain.narrow.programs), len(plain.narrow.runs),
+            len(plain.wide.programs), len(plain.wide.spans),
+            len(plain.narrow.programs), len(plain.narrow.spans),
             plain.num_partials - 2 * count, plain.table.shape[1] - 2,
         )  # fmt: skip
         fits = all(has >= wants for has, wants in zip(room, needed, strict=True))
@@ -242,7 +260,7 @@ def test_one_static_plan_after_another(options: Options, per_split: bool) -> Non
 
 
 def test_keys_outside_every_window_are_not_read() -> None:
-    """They are NaN; so are the keys of tiles that the window cuts off within a run."""
+    """They are NaN; so are the keys of tiles that the window cuts off within a span."""
     samples = [Sample(100 + i, ((0, 700),), 20 + i) for i in range(4)]
     grove = Grove(samples, Shape(), capacity=32, device=DEVICE)
     slab = grove.fresh[0].slab
@@ -251,13 +269,14 @@ def test_keys_outside_every_window_are_not_read() -> None:
     for cells in grove.caches:
         cells[:, slab.start : slab.start + 640] = float("nan")
     q, plan = grove.decode()
-    assert plan.num_items(40) == 1 and plan.num_items() == 3
-    check_decode(grove, attend(grove, q, plan, (0.25, None, 40)), (0.25, None, 40))
+    options = AttentionOptions(0.25, None, 40)
+    assert plan.num_tiles(40) == 1 and plan.num_tiles() == 3
+    check_decode(grove, attend(grove, q, plan, options), options)
     assert attend(grove, q, plan, PLAIN).isnan().all()
 
 
 def test_a_plan_moves_on() -> None:
-    """Lengths and positions change on the device; programs behind the suffixes' ends stay idle."""
+    """Lengths and positions change on the device; programs past the suffixes' ends stay idle."""
     samples = [Sample(100 + i, ((0, 40),), length) for i, length in enumerate((30, 264, 258))]
     grove = Grove(samples, Shape(), capacity=272, device=DEVICE)
     q, plan = grove.decode(less=9, max_length=266)
@@ -276,7 +295,7 @@ def test_a_plan_moves_on() -> None:
 
 
 @pytest.mark.parametrize("options", [PLAIN, WINDOWED])
-def test_per_split_bits_do_not_depend_on_the_company(options: Options) -> None:
+def test_per_split_bits_do_not_depend_on_the_company(options: AttentionOptions) -> None:
     samples = [
         Sample(100 + i, ((0, 300), (1 + i % 3, 33 + 90 * (i % 3))), 1 + 30 * i) for i in range(9)
     ]
@@ -300,7 +319,7 @@ def test_partials_are_bounded_with_one_for_each_split(monkeypatch: pytest.Monkey
         grove = Grove([Sample(9, ((0, 290),), 0)], Shape(), written=False, device=DEVICE)
         q, plan = grove.prefill(grove.whole(), per_split=True)
         results.append(attend(grove, q, plan, PLAIN))
-        (schedules,) = plan._compiled.values()
+        schedules = schedules_in(plan)
         assert len(schedules) == (1 if limit == 1 << 20 else 3)
     assert results[0].equal(results[1])
 
@@ -309,15 +328,13 @@ def test_log_sum_exps_are_natural() -> None:
     samples = [Sample(100 + i, ((0, 70),), 20 + i) for i in range(3)]
     grove = Grove(samples, Shape(2, 2, 16, 16), capacity=32, device=DEVICE)
     q, plan = grove.decode()
-    for scale, softcap in ((0.25, None), (0.25, 5.0)):
-        _, lse = forest_attention_with_lse(q, *grove.caches, plan, scale, softcap)
+    for options in (PLAIN, AttentionOptions(0.25, 5.0)):
+        _, lse = forest_attention_with_lse(q, *grove.caches, plan, options)
         for i in range(3):
-            query, k, _ = (x.astype(np.float64) for x in grove.sequence(i))
-            scores = np.einsum("hd,nhd->hn", query[0], np.repeat(k, 2, axis=1)) * scale
-            if softcap is not None:
-                scores = softcap * np.tanh(scores / softcap)
-            expected = torch.from_numpy(np.log(np.exp(scores).sum(-1)))
-            error = (lse[i].double().cpu() - expected).abs().max()
+            query, k, v = (torch.from_numpy(x).double() for x in grove.sequence(i))
+            everything = torch.ones(1, len(k), dtype=torch.bool)
+            expected = dense_attention(query, k, v, everything, options.scale, options.softcap)[1]
+            error = (lse[i].double().cpu() - expected[0]).abs().max()
             assert error <= 8 * torch.finfo(torch.float32).eps * expected.abs().max()
 
 
@@ -329,29 +346,29 @@ def test_odd_numbers_of_queries(queries: int) -> None:
 
 
 def test_no_keys_give_zero() -> None:
-    plan = ForestPlan([WorkItem(1, 1, 0, 4, 0)], torch.tensor([0, 3, 0], device=DEVICE))
+    plan = ForestPlan([WorkTile(1, 1, 0, 4, 0)], torch.tensor([0, 3, 0], device=DEVICE))
     q = torch.randn(3, 2, 4, device=DEVICE)
     cache = torch.randn(1, 8, 4, device=DEVICE)
-    out, lse = forest_attention_with_lse(q, cache, cache, plan, 1.0)
+    out, lse = forest_attention_with_lse(q, cache, cache, plan, AttentionOptions(1.0))
     assert out[[0, 2]].eq(0).all() and out[1].ne(0).all()
     assert lse[[0, 2]].isneginf().all() and lse[1].isfinite().all()
     empty = ForestPlan([], torch.zeros(0, dtype=torch.int64, device=DEVICE))
     with counted() as counts:
-        assert forest_attention(q[:0], cache, cache, empty, 1.0).shape == (0, 2, 4)
+        assert forest_attention(q[:0], cache, cache, empty, PLAIN).shape == (0, 2, 4)
     assert not counts
 
 
 def test_an_idle_slot_and_an_empty_suffix() -> None:
     """One leaf without a token of its own, one idle slot, one leaf with only a suffix."""
     row = torch.tensor([1, -1, 0], device=DEVICE)
-    suffix = SuffixTiles(
+    suffix = Suffixes(
         0, 16, row, torch.tensor([0, 3], device=DEVICE), torch.tensor([0, 0], device=DEVICE), 5
     )
     plan = ForestPlan([], torch.tensor([0, 2], device=DEVICE), suffix)
     cache = torch.full((1, 48, 4), float("nan"), device=DEVICE)
     cache[:, :3] = torch.randn(1, 3, 4, device=DEVICE)
     q = torch.randn(2, 2, 4, device=DEVICE)
-    out = forest_attention(q, cache, cache, plan, 1.0)
+    out = forest_attention(q, cache, cache, plan, AttentionOptions(1.0))
     assert out[0].eq(0).all()
     scores = q[1].double() @ cache[0, :3].double().T
     expected = scores.softmax(-1) @ cache[0, :3].double()
@@ -367,10 +384,10 @@ def test_what_the_kernel_does_not_take_is_refused(name: str) -> None:
     }
     wrong = tensors | {name: tensors[name].transpose(1, 2).contiguous().transpose(1, 2)}
     with pytest.raises(ValueError, match="last dimension must be contiguous"):
-        forest_attention(plan=plan, scale=1.0, **wrong)
+        forest_attention(plan=plan, options=PLAIN, **wrong)
     double = {key: tensor.double() for key, tensor in tensors.items()}
     with pytest.raises(ValueError, match="float64 runs on CPU only"):
-        forest_attention(plan=plan, scale=1.0, **double)
+        forest_attention(plan=plan, options=PLAIN, **double)
 
 
 def test_slices_of_wider_tensors_are_taken() -> None:
@@ -384,25 +401,10 @@ def test_slices_of_wider_tensors_are_taken() -> None:
     sliced = wide[:, 30:94].unflatten(1, (4, 16))
     k, v = (cells.transpose(0, 1).contiguous().transpose(0, 1) for cells in grove.caches)
     assert not sliced.is_contiguous() and not k.is_contiguous()
-    assert forest_attention(sliced, k, v, plan, *PLAIN).equal(expected)
+    assert forest_attention(sliced, k, v, plan, PLAIN).equal(expected)
 
 
 # -- on a GPU alone --------------------------------------------------------------------------------
-
-
-def float64_rows(
-    q: Tensor, k: Tensor, v: Tensor, rows: list[int], scale: float, softcap: float | None
-) -> Tensor:
-    """Causal attention of some rows of one sequence, q (T, Hq, D), k and v (Hkv, T, D)."""
-    groups = q.shape[1] // len(k)
-    out = []
-    for row in rows:
-        keys, values = (x[:, : row + 1].double().repeat_interleave(groups, 0) for x in (k, v))
-        scores = torch.einsum("hd,hnd->hn", q[row].double(), keys) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        out.append(torch.einsum("hn,hnd->hd", scores.softmax(-1), values))
-    return torch.stack(out)
 
 
 @pytest.mark.gpu
@@ -416,18 +418,19 @@ def test_a_long_prefill_on_a_gpu(dim: int, dtype: torch.dtype) -> None:
         torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
         for shape in ((tokens, 4, dim), (2, tokens, dim), (2, tokens, dim))
     )
-    items = [
-        WorkItem(tile, min(64, tokens - tile), key, min(256, tokens - key), key)
+    tiles = [
+        WorkTile(tile, min(64, tokens - tile), key, min(256, tokens - key), key)
         for tile in range(0, tokens, 64)
         for key in range(0, min(tile + 64, tokens), 256)
     ]
     positions = torch.arange(tokens, device=DEVICE)
-    results = [
-        forest_attention(q, k, v, ForestPlan(items, positions), dim**-0.5, 20.0) for _ in range(2)
-    ]
+    options = AttentionOptions(dim**-0.5, 20.0)
+    results = [forest_attention(q, k, v, ForestPlan(tiles, positions), options) for _ in range(2)]
     assert results[0].equal(results[1])
     rows = [0, 1, 63, 64, 255, 256, tokens // 2, tokens - 1]
-    exact = float64_rows(q, k, v, rows, dim**-0.5, 20.0)
+    mask = torch.arange(tokens, device=DEVICE) <= torch.tensor(rows, device=DEVICE)[:, None]
+    keys, values = (x.transpose(0, 1).double() for x in (k, v))
+    exact, _ = dense_attention(q[rows].double(), keys, values, mask, options.scale, 20.0)
     error = (results[0][rows].double() - exact).abs().max().item()
     # A weight and an output are rounded once each to the dtype; values reach about 4.
     assert error <= 4 * torch.finfo(dtype).eps * v.abs().max().item()
@@ -441,12 +444,13 @@ def test_offsets_beyond_two_to_the_31_on_a_gpu() -> None:
     assert cache.numel() > 1 << 31
     cache[:, -512:] = torch.randn(2, 512, 128, device=DEVICE).bfloat16()
     q = torch.randn(8, 4, 128, device=DEVICE).bfloat16()
-    items = [WorkItem(0, 8, cells - 512 + first, 256, first) for first in (0, 256)]
-    at = torch.full((8,), 511, device=DEVICE)
-    far = forest_attention(q, cache, cache, ForestPlan(items, at), 0.1)
+    tiles = [WorkTile(0, 8, cells - 512 + first, 256, first) for first in (0, 256)]
+    q_pos = torch.full((8,), 511, device=DEVICE)
+    options = AttentionOptions(0.1)
+    far = forest_attention(q, cache, cache, ForestPlan(tiles, q_pos), options)
     near = cache[:, -512:].contiguous()
-    items = [item._replace(key=item.position) for item in items]
-    assert far.equal(forest_attention(q, near, near, ForestPlan(items, at), 0.1))
+    tiles = [tile._replace(key=tile.position) for tile in tiles]
+    assert far.equal(forest_attention(q, near, near, ForestPlan(tiles, q_pos), options))
 
 
 # -- merge -----------------------------------------------------------------------------------------
@@ -500,28 +504,29 @@ def test_merge_rounds_once(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [(False, None, None), (True, 5.0, 20)])
-def test_segment_attention(
-    options: tuple[bool, float | None, int | None], dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize(
+    ("causal", "options"),
+    [(False, AttentionOptions(0.3)), (True, AttentionOptions(0.3, 5.0, 20))],
+)
+def test_segment_attention(causal: bool, options: AttentionOptions, dtype: torch.dtype) -> None:
     """Four pairs, one of them without keys and one without queries."""
-    cu_q, cu_k = [0, 3, 3, 70, 75], [0, 5, 9, 80, 80]
+    offsets = [0, 3, 3, 70, 75], [0, 5, 9, 80, 80]
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(size, heads, 16, generator=generator).to(dtype).to(DEVICE)
         for size, heads in ((75, 4), (80, 2), (80, 2))
     )
     with counted() as counts:
-        results = segment_attention(q, k, v, cu_q, cu_k, 0.3, *options, backend="triton")
+        results = segment_attention(q, k, v, *offsets, options, causal, backend="triton")
     assert counts["_forest_attention_kernel"] >= 1
     assert results[0][70:].eq(0).all() and results[1][70:].isneginf().all()
     for part, result in enumerate(results):
         assert_like_reference(
             result if part == 0 else result.to(dtype),
             lambda q, k, v, part=part: segment_attention_ref(
-                q, k, v, cu_q, cu_k, 0.3, *options
+                q, k, v, *offsets, options, causal
             )[part],
             q, k, v,
         )  # fmt: skip
     with pytest.raises(ValueError, match="'torch' does not run"):
-        segment_attention(q, k, v, cu_q, cu_k, 0.3, backend="torch")
+        segment_attention(q, k, v, *offsets, options, backend="torch")

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.forest_attention import forest_attention, torch_impl
-from kernels.forest_attention.plan import ForestPlan, WorkItem
+from kernels.forest_attention import AttentionOptions, ForestPlan, forest_attention, torch_impl
+from kernels.forest_attention.plan import WorkTile
 from kernels.launch import intercept
-from tests.dense_attention import Problem, problem
-from tests.forests import Options, Sample, Segment, Shape
+from tests.forests import Sample, Segment, Shape
+from tests.oracles.attention import Problem, problem
 from tests.triton_device import DEVICE, DTYPES, on_triton
 
 pytestmark = on_triton
 
-PLAIN: Options = (0.25, None, None)
-CAPPED: Options = (0.25, 3.0, None)
-WINDOWED: Options = (0.2, 5.0, 30)
+PLAIN = AttentionOptions(0.25)
+CAPPED = AttentionOptions(0.25, 3.0)
+WINDOWED = AttentionOptions(0.2, 5.0, 30)
 
 SHAPES = [
     Shape(2, 2, 16, 16),
@@ -34,23 +34,24 @@ TREES: list[list[tuple[Segment, ...]]] = [
 ]
 
 
-def make(tree: int, shape: Shape, options: Options, d_lse: bool = True) -> Problem:
+def make(tree: int, shape: Shape, options: AttentionOptions, d_lse: bool = True) -> Problem:
     samples = [Sample(100 + i, prompt, 0) for i, prompt in enumerate(TREES[tree])]
     return problem(samples, shape, options, d_lse=d_lse, device=DEVICE)
 
 
 @contextmanager
 def lists() -> Iterator[dict[str, list[int]]]:
-    """Of each kernel of the backward launched: programs, full runs and partial runs."""
+    """Of each kernel of the backward launched: programs, full spans and masked spans."""
     found: dict[str, list[int]] = {}
 
     def run(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]) -> None:
         given = dict(zip(kernel.arg_names, arguments, strict=False))
         if "tiles_ptr" in given:
             assert kernel.__name__ not in found
-            _, _, first, partial, end = given["tiles_ptr"].T
-            full, ragged = ((b - a).sum().item() for a, b in ((first, partial), (partial, end)))
-            found[kernel.__name__] = [grid[0] * grid[1], full, ragged]
+            _, _, first, first_masked, end = given["tiles_ptr"].T
+            full = (first_masked - first).sum().item()
+            masked = (end - first_masked).sum().item()
+            found[kernel.__name__] = [grid[0] * grid[1], full, masked]
         kernel[grid](*arguments, **options)
 
     with intercept(run):
@@ -61,39 +62,39 @@ def lists() -> Iterator[dict[str, list[int]]]:
 @pytest.mark.parametrize("options", [PLAIN, CAPPED, WINDOWED])
 @pytest.mark.parametrize("number", range(4))
 def test_gradients_equal_those_of_dense_attention(
-    number: int, options: Options, dtype: torch.dtype
+    number: int, options: AttentionOptions, dtype: torch.dtype
 ) -> None:
-    tree = 2 if number == 2 else (number + (options[1] is None)) % 2
+    tree = 2 if number == 2 else (number + (options.softcap is None)) % 2
     case = make(tree, replace(SHAPES[number], dtype=dtype), options, d_lse=options != CAPPED)
     with lists() as found:
-        grads = case.found()
+        grads = case.gradients()
     case.check(grads)
     assert set(found) == {"_forest_attention_dq_kernel", "_forest_attention_dkv_kernel"}
-    assert all(programs and partial for programs, _, partial in found.values())
-    nobodys = case.k.isnan().all(-1).all(-1)
-    assert nobodys.any() and all(grad[nobodys].eq(0).all() for grad in grads[1:])
+    assert all(programs and masked for programs, _, masked in found.values())
+    unseen = case.k.isnan().all(-1).all(-1)
+    assert unseen.any() and all(grad[unseen].eq(0).all() for grad in grads[1:])
     assert all(grad.is_contiguous() for grad in grads)
 
 
-def test_full_and_partial_runs() -> None:
-    """Of keys and of queries; the prompt's tiles have full runs that reach across branches."""
-    for options in (PLAIN, (0.25, 3.0, 60)):
+def test_full_and_masked_spans() -> None:
+    """Of keys and of queries; the prompt's tiles have full spans that reach across branches."""
+    for options in (PLAIN, AttentionOptions(0.25, 3.0, 60)):
         case = make(0, SHAPES[0], options)
         with lists() as found:
-            case.check(case.found())
-        assert all(full and partial for _, full, partial in found.values())
+            case.check(case.gradients())
+        assert all(full and masked for _, full, masked in found.values())
 
 
 def test_the_same_bits_in_every_run() -> None:
     case = make(1, SHAPES[1], WINDOWED)
-    first, again = case.found(), case.found()
+    first, again = case.gradients(), case.gradients()
     assert all(a.equal(b) for a, b in zip(first, again, strict=True))
 
 
 def test_slices_of_wider_tensors() -> None:
     """Queries, keys and values as one projection leaves them, and gradients of other layouts."""
     case = make(1, SHAPES[0], CAPPED)
-    expected = case.found()
+    expected = case.gradients()
     k, v = case.k.nan_to_num(), case.v.nan_to_num()
     rows = max(len(case.q), len(k))
     wide = torch.full((rows, 3, 9, 16), float("nan"), device=DEVICE)
@@ -110,11 +111,11 @@ def test_slices_of_wider_tensors() -> None:
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
     d_o = case.d_o.transpose(0, 1).contiguous().transpose(0, 1)
     found = torch.autograd.grad(
-        forest_attention(q, k.transpose(0, 1), v.transpose(0, 1), case.plan, *CAPPED),
+        forest_attention(q, k.transpose(0, 1), v.transpose(0, 1), case.plan, CAPPED),
         (q, k, v), d_o,
     )  # fmt: skip
     case.d_lse = None
-    assert all(a.equal(b) for a, b in zip(found, case.found(), strict=True))
+    assert all(a.equal(b) for a, b in zip(found, case.gradients(), strict=True))
 
 
 def test_a_gradient_of_the_log_sum_exp_alone() -> None:
@@ -128,14 +129,14 @@ def test_a_gradient_of_the_log_sum_exp_alone() -> None:
 
 def test_queries_without_keys_and_keys_without_queries() -> None:
     """Query 1 stands before its only keys, query 3 has no item; keys from 4 on are NaN."""
-    plan = ForestPlan([WorkItem(0, 3, 0, 4, 3)], torch.tensor([4, 2, 6, 5], device=DEVICE))
+    plan = ForestPlan([WorkTile(0, 3, 0, 4, 3)], torch.tensor([4, 2, 6, 5], device=DEVICE))
     generator = torch.Generator().manual_seed(0)
     q, k, v, d_o = (torch.randn(4, 2, 16, generator=generator).to(DEVICE) for _ in range(4))
     k, v = (torch.cat([x, torch.full_like(x, float("nan"))]) for x in (k, v))
     mask = torch.zeros(4, 8, dtype=torch.bool)
     mask[0, :2] = mask[2, :4] = True
     case = Problem(q, k, v, d_o, d_o[..., 0], plan, mask, PLAIN)
-    found = case.found()
+    found = case.gradients()
     case.check(found)
     assert found[0][[1, 3]].eq(0).all()
     assert all(grad[4:].eq(0).all() and grad[:4].ne(0).any() for grad in found[1:])
@@ -146,7 +147,7 @@ def test_nothing_at_all() -> None:
     q = torch.zeros(0, 2, 16, device=DEVICE, requires_grad=True)
     cache = torch.full((1, 8, 16), float("nan"), device=DEVICE, requires_grad=True)
     d_q, d_cache = torch.autograd.grad(
-        forest_attention(q, cache, cache, empty, 1.0).sum(), (q, cache)
+        forest_attention(q, cache, cache, empty, PLAIN).sum(), (q, cache)
     )
     assert d_q.shape == q.shape and d_cache.eq(0).all()
 
@@ -154,15 +155,14 @@ def test_nothing_at_all() -> None:
 def test_like_torch() -> None:
     """The same gradients as the implementation on CPU, from the same results of the forward."""
     case = make(0, SHAPES[0], WINDOWED)
-    found = case.found()
+    found = case.gradients()
     q, k, v = (x.detach().cpu() for x in case.inputs())
-    plan = ForestPlan(case.plan.items, case.plan.positions.cpu())
-    scale, softcap, window = case.options
+    plan = ForestPlan(case.plan.tiles, case.plan.positions.cpu())
     caches = k.transpose(0, 1), v.transpose(0, 1)
-    results = torch_impl.attend(q, *caches, plan, scale, softcap, window)
+    results = torch_impl.run(q, *caches, plan, case.options)
     assert case.d_lse is not None
-    grads = torch_impl.attend_backward(
-        q, *caches, *results, case.d_o.cpu(), case.d_lse.cpu(), plan, scale, softcap, window
+    grads = torch_impl.run_backward(
+        q, *caches, *results, case.d_o.cpu(), case.d_lse.cpu(), plan, case.options
     )
     case.check([grads[0], grads[1].transpose(0, 1), grads[2].transpose(0, 1)])
     eps = torch.finfo(torch.float32).eps
@@ -176,8 +176,8 @@ def test_like_torch() -> None:
 def test_half_types_keep_magnitude_and_direction(dtype: torch.dtype) -> None:
     """Sums over 200 queries of one sign, along the exact gradients and across them."""
     tokens = 200
-    at = torch.full((tokens,), 15, device=DEVICE)
-    items = [WorkItem(i, min(64, tokens - i), 0, 16, 0) for i in range(0, tokens, 64)]
+    q_pos = torch.full((tokens,), 15, device=DEVICE)
+    tiles = [WorkTile(i, min(64, tokens - i), 0, 16, 0) for i in range(0, tokens, 64)]
     generator = torch.Generator().manual_seed(0)
     q, k, v, d_o = (
         torch.rand(size, 1, 16, generator=generator).add(0.5).to(dtype).to(DEVICE)
@@ -185,8 +185,8 @@ def test_half_types_keep_magnitude_and_direction(dtype: torch.dtype) -> None:
     )
     mask = torch.ones(tokens, 16, dtype=torch.bool)
     d_lse = torch.rand(tokens, 1, generator=generator).to(DEVICE)
-    case = Problem(q, k, v, d_o, d_lse, ForestPlan(items, at), mask, PLAIN)
-    found = case.found()
+    case = Problem(q, k, v, d_o, d_lse, ForestPlan(tiles, q_pos), mask, PLAIN)
+    found = case.gradients()
     case.check(found)
     exact = case.dense(torch.float64)
     for mine, plain, exactly in zip(found, case.dense(dtype), exact, strict=True):
@@ -211,22 +211,24 @@ def test_long_sums_are_float32(dtype: torch.dtype) -> None:
     first = nothing[:1].clone()
     first[..., 0] = 1
     # 512 queries of one key, where d_lse is what ds becomes; then one query of 512 keys.
-    items = [WorkItem(i, 64, 0, 1, 0) for i in range(0, 512, 64)]
-    plan = ForestPlan(items, torch.zeros(512, dtype=torch.int64, device=DEVICE))
+    tiles = [WorkTile(i, 64, 0, 1, 0) for i in range(0, 512, 64)]
+    plan = ForestPlan(tiles, torch.zeros(512, dtype=torch.int64, device=DEVICE))
     mask = torch.ones(512, 1, dtype=torch.bool)
     many = Problem(
         torch.ones_like(terms), nothing[:1], first, terms, terms[..., 0].float(), plan, mask,
-        (1.0, None, None),
+        AttentionOptions(1.0),
     )  # fmt: skip
-    _, d_k, d_v = many.found()
+    _, d_k, d_v = many.gradients()
     assert d_k.eq(expected).all() and d_v.eq(expected).all()
     plan = ForestPlan(
-        [WorkItem(0, 1, 0, 256, 0), WorkItem(0, 1, 256, 256, 256)],
+        [WorkTile(0, 1, 0, 256, 0), WorkTile(0, 1, 256, 256, 256)],
         torch.tensor([511], device=DEVICE),
     )
     d_lse = torch.full((1, 1), 512.0, device=DEVICE)
-    one = Problem(nothing[:1], terms, nothing, nothing[:1], d_lse, plan, mask.T, (1.0, None, None))
-    assert one.found()[0].eq(expected).all()
+    one = Problem(
+        nothing[:1], terms, nothing, nothing[:1], d_lse, plan, mask.T, AttentionOptions(1.0)
+    )
+    assert one.gradients()[0].eq(expected).all()
 
 
 @pytest.mark.gpu
@@ -235,8 +237,8 @@ def test_long_sums_are_float32(dtype: torch.dtype) -> None:
 def test_a_packed_tree_on_a_gpu(dim: int, dtype: torch.dtype) -> None:
     """A prompt of 1,000 tokens and four branches of 300, with everything; twice the same bits."""
     samples = [Sample(9 + i, ((0, 1000), (1 + i, 300)), 0) for i in range(4)]
-    for options in ((dim**-0.5, None, None), (dim**-0.5, 20.0, 700)):
+    for options in (AttentionOptions(dim**-0.5), AttentionOptions(dim**-0.5, 20.0, 700)):
         case = problem(samples, Shape(2, 4, dim, dim, dtype), options, device=DEVICE)
-        first, again = case.found(), case.found()
+        first, again = case.gradients(), case.gradients()
         case.check(first)
         assert all(a.equal(b) for a, b in zip(first, again, strict=True))

@@ -16,12 +16,11 @@ import engine.forest as forest
 import engine.generate as generate
 from engine.decode import Decoder, GraphDecoder
 from engine.generate import Generator, Group, GroupResult
-from kernels import forest_attention
 from kernels.extract_scores import ScoreAutomaton
+from kernels.forest_attention import AttentionOptions, triton_forward
 from kernels.forest_attention import plan as forest_plan
 from kernels.forest_attention import schedule as forest_schedule
 from kernels.sample_token import SamplingOptions
-from models.config import LayerAttention
 from models.transformer import Transformer
 from tests.forests import make_config
 from tests.triton_device import DEVICE, on_triton
@@ -35,7 +34,7 @@ ENDS = (3, 9, 14, 21, 28, 33)
 def make_model(windows: tuple[int | None, ...] = (None, 20)) -> Transformer:
     config = replace(
         make_config(1, 16, 16, 2, layers=len(windows)),
-        attention=tuple(LayerAttention(0.25, None, window) for window in windows),
+        attention=tuple(AttentionOptions(0.25, None, window) for window in windows),
         vocab_size=40,
     )
     model = Transformer(config)
@@ -123,7 +122,7 @@ def test_replayed_steps_give_the_same_samples(ahead: int, monkeypatch: pytest.Mo
 
 def test_suffixes_that_come_to_new_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """With splits of 8 tokens: buckets of 1, 2 and 4 splits, and a plan made at each."""
-    for module in (forest_plan, forest_schedule, forest_attention, decode, forest):
+    for module in (forest_plan, forest_schedule, triton_forward, decode, forest):
         monkeypatch.setattr(module, "MAX_SPLIT", 8)
     model, groups = make_model((None,)), make_groups(1, 2)
     with monkeypatch.context() as patch:

@@ -9,9 +9,10 @@ import torch
 import engine.generate as generate
 from engine.generate import Generator, Group
 from kernels.extract_scores import ScoreAutomaton
+from kernels.forest_attention import AttentionOptions
 from kernels.launch import intercept
 from kernels.sample_token import SamplingOptions
-from models.config import LayerAttention, ModelConfig, Rope
+from models.config import ModelConfig, Rope
 from models.transformer import Transformer
 from tests.triton_device import DEVICE, ON_GPU, on_triton
 
@@ -31,7 +32,7 @@ CONFIG = ModelConfig(
     max_position_embeddings=2048,
     rms_norm_eps=1e-6,
     rope=Rope(10_000.0, None),
-    attention=(LayerAttention(0.25, None, 20), LayerAttention(0.25, None, None)),
+    attention=(AttentionOptions(0.25, None, 20), AttentionOptions(0.25, None, None)),
     attention_bias=True,
     qk_norm=True,
     norm_plus_one=False,

@@ -7,17 +7,18 @@ pytest.importorskip("hypothesis")  # machines with a GPU may lack it
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.forest import decode_items
-from kernels.forest_attention import forest_attention
-from kernels.forest_attention.plan import ForestPlan
-from tests.forests import Grove, Options, Sample, Segment, Shape, Tolerance
+from engine.forest import decode_tiles
+from kernels.forest_attention import AttentionOptions, ForestPlan, forest_attention
+from tests.forests import Grove, Sample, Segment, Shape
+from tests.oracles.attention import Tolerance
 from tests.triton_device import DEVICE, DTYPES, on_triton
 
 pytestmark = on_triton
 
 LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 255, 256, 257]))
 GENERATED = st.one_of(st.integers(0, 20), st.sampled_from([255, 256, 257]))
-OPTIONS = st.tuples(
+OPTIONS = st.builds(
+    AttentionOptions,
     st.sampled_from([0.1, 0.35]),
     st.sampled_from([None, 30.0]),
     st.sampled_from([None, 1, 37, 255, 300]),
@@ -49,30 +50,30 @@ def shapes(draw: st.DrawFn) -> Shape:
 @given(forests(), shapes(), OPTIONS, st.integers(0, 60), st.booleans())
 @settings(max_examples=14, suppress_health_check=[HealthCheck.too_slow])
 def test_decode(
-    samples: list[Sample], shape: Shape, options: Options, weight: int, per_split: bool
+    samples: list[Sample], shape: Shape, options: AttentionOptions, weight: int, per_split: bool
 ) -> None:
     """Whatever is inlined and however partials are made."""
     grove = Grove(samples, shape, capacity=272, device=DEVICE)
     q, shared = grove.decode()
-    items = decode_items(grove.ends, weight)
-    plan = ForestPlan(items, shared.positions, shared.suffix, True, per_split)
-    (k, v), (scale, softcap, window) = grove.caches, options
-    out = forest_attention(q, k, v, plan, scale, softcap, window)
+    tiles = decode_tiles(grove.ends, weight)
+    plan = ForestPlan(tiles, shared.positions, shared.suffix, True, per_split)
+    out = forest_attention(q, *grove.caches, plan, options)
     tolerance = Tolerance(shape.dtype)
     for i in range(len(samples)):
         tolerance.compare(out[i : i + 1], grove.sequence(i), options)
     tolerance.check()
-    assert plan.executed == plan.num_items(options[2])
+    assert plan.executed == plan.num_tiles(options.window)
 
 
 @given(forests(), shapes(), OPTIONS, st.booleans())
 @settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
-def test_prefill(samples: list[Sample], shape: Shape, options: Options, per_split: bool) -> None:
+def test_prefill(
+    samples: list[Sample], shape: Shape, options: AttentionOptions, per_split: bool
+) -> None:
     """What is not yet written is NaN."""
     grove = Grove(samples, shape, written=False, device=DEVICE)
     q, plan = grove.prefill(grove.whole(), per_split)
-    (k, v), (scale, softcap, window) = grove.caches, options
-    out = forest_attention(q, k, v, plan, scale, softcap, window)
+    out = forest_attention(q, *grove.caches, plan, options)
     tolerance = Tolerance(shape.dtype)
     for node, first, stop in grove.whole():
         tolerance.compare(out[: stop - first], grove.attend_to(node, stop), options)

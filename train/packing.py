@@ -7,8 +7,7 @@ only. The last token of a prompt predicts the first token of each of its complet
 `forest_attention` over the batch's own keys and values, so soft-caps and sliding windows are there,
 and no query ever sees another branch.
 
-T tokens, filled up to a multiple of 16 (a row of a product on CPU is then the same in any batch);
-S trajectories; R predicted tokens.
+T tokens, filled up to a multiple of 16; S trajectories; R predicted tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.forest import Node, TokenIds, prefill_items
+from engine.forest import Node, TokenIds, prefill_tiles
 from engine.kv_cache import Slab, round_up
 from kernels.forest_attention import forest_attention
 from kernels.forest_attention.plan import ForestPlan
@@ -112,7 +111,7 @@ def pack(
         predicting.append(end.first + len(end.token_ids) - 1)
         predicting += range(own.first, own.first + len(own.token_ids))
     plan = ForestPlan(
-        prefill_items([(node, 0, len(node.token_ids)) for node in nodes]),
+        prefill_tiles([(node, 0, len(node.token_ids)) for node in nodes]),
         torch.tensor(positions, device=device),
         host_positions=positions,
     )
@@ -137,9 +136,8 @@ def packed_attention(config: ModelConfig, batch: PackedBatch) -> Attend:
         )
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        spec = config.attention[layer]
         k, v = k.transpose(0, 1), v.transpose(0, 1)
-        return forest_attention(q, k, v, batch.plan, spec.scale, spec.softcap, spec.window)
+        return forest_attention(q, k, v, batch.plan, config.attention[layer])
 
     return attend
 

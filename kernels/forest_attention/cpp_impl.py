@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from kernels import cpp
+from kernels.forest_attention.options import AttentionOptions
 from kernels.forest_attention.plan import (
     MAX_SPLIT,
+    CompiledKey,
     ForestPlan,
-    WorkItem,
+    Ints,
     cut_between_queries,
     partial_table,
 )
@@ -42,25 +44,19 @@ class Chunks:
 
 
 def attend(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: ForestPlan,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: ForestPlan, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """The output (T, Hq, Dv) in q's dtype and the natural log-sum-exps (T, Hq) of checked input."""
     (queries, heads, dim), (kv_heads, _, v_dim) = q.shape, v_cache.shape
-    chunks = chunks_of(plan, window, heads, v_dim)
+    chunks = chunks_of(plan, options.window, heads, v_dim)
     o, lse = partials_of(plan, chunks.num_partials, heads, v_dim)
     out = torch.empty(queries, heads, v_dim, dtype=q.dtype)
     out_lse = torch.empty(queries, heads)
     arguments = cpp.structure("AttentionArguments")(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), *q.stride()[:2],
         *k_cache.stride()[:2], *v_cache.stride()[:2], heads, kv_heads, dim, v_dim,
-        plan.positions.data_ptr(), float(scale), float(softcap or 0), window or 0, o.data_ptr(),
-        lse.data_ptr(),
+        plan.positions.data_ptr(), float(options.scale), float(options.softcap or 0),
+        options.window or 0, o.data_ptr(), lse.data_ptr(),
     )  # fmt: skip
     suffixes = suffixes_of(plan)
     if suffixes is not None:
@@ -90,7 +86,7 @@ def partials_of(plan: ForestPlan, num: int, heads: int, v_dim: int) -> tuple[Ten
     """Room for a plan's partial outputs (num, Hq, Dv) and log-sum-exps (num, Hq), float32: the same
     for all its layers and steps."""
     return plan.compiled(
-        ("native partials", num, heads, v_dim),
+        CompiledKey("cpp", "partials", shape=(num, heads, v_dim)),
         lambda: (torch.empty(num, heads, v_dim), torch.empty(num, heads)),
     )
 
@@ -99,21 +95,20 @@ def chunks_of(plan: ForestPlan, window: int | None, heads: int, v_dim: int) -> C
     """A plan's items for a layer with this window, compiled once."""
     max_partials = _MAX_PARTIAL // (heads * v_dim)
     return plan.compiled(
-        ("native", window, max_partials), lambda: _compile(plan, window, max_partials)
+        CompiledKey("cpp", "forward", window, max_partials),
+        lambda: _compile(plan, window, max_partials),
     )
 
 
 def _compile(plan: ForestPlan, window: int | None, max_partials: int) -> Chunks:
-    parts = cut_between_queries(
-        plan.needed(window), len(plan.first_position), max_partials, lambda queries: queries
-    )
+    parts = cut_between_queries(plan.needed(window), len(plan.positions), max_partials)
     own = None if plan.suffix is None else plan.suffix.partials(len(plan.positions))
     first = 0 if plan.suffix is None else plan.suffix.num_partials
     rows: list[tuple[int, ...]] = []
     chunks = Chunks(torch.empty(0), 0, first, [])
     for items, start, stop in parts:
         table, starts, num_partials = _placed(items, first)
-        served = [(i.query, i.num_queries, at) for i, at in zip(items, starts, strict=True)]
+        served = [(i[0], i[1], at) for i, at in zip(items.tolist(), starts, strict=True)]
         index = partial_table(served, start, stop)
         if own is not None:
             index = torch.cat([index, own[start:stop]], 1)
@@ -126,10 +121,9 @@ def _compile(plan: ForestPlan, window: int | None, max_partials: int) -> Chunks:
     return chunks
 
 
-def _placed(items: list[WorkItem], first: int) -> tuple[Tensor, list[int], int]:
+def _placed(items: Ints, first: int) -> tuple[Tensor, list[int], int]:
     """The items (n, 6) with their first partials, those partials, and the number of partials."""
-    table = np.array(items, dtype=np.int64).reshape(-1, 5)
-    ends = first + np.cumsum(table[:, 1])
-    starts = ends - table[:, 1]
-    placed = torch.from_numpy(np.column_stack([table, starts]))
+    ends = first + np.cumsum(items[:, 1])
+    starts = ends - items[:, 1]
+    placed = torch.from_numpy(np.column_stack([items, starts]))
     return placed, starts.tolist(), int(ends[-1]) if len(items) else first

@@ -1,0 +1,186 @@
+"""The oracle of attention: one dense softmax with an explicit mask, and autograd.
+
+It is independent of `kernels/forest_attention`: who sees what is told from the sequences alone, and
+no formula is shared with the code under test.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.forest import Node
+from kernels.forest_attention import AttentionOptions, ForestPlan, forest_attention_with_lse
+from tests.forests import Array, Grove, Sample, Shape
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """o (T, Hq, Dv) and natural log-sum-exps (T, Hq); q (T, Hq, D), k and v (N, Hkv, ...), mask
+    (T, N) bool, True where a query sees a key."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    scores = torch.einsum("thd,nhd->htn", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    seen = mask.any(-1)
+    row_max = scores.where(seen[:, None], 0).amax(-1, keepdim=True).detach()
+    weights = (scores - row_max).exp()
+    row_sum = weights.sum(-1).where(seen, 1)
+    lse = torch.where(seen, row_max[..., 0] + row_sum.log(), float("-inf"))
+    return torch.einsum("htn,nhe->the", weights / row_sum[..., None], v), lse.T
+
+
+def causal_mask(tokens: int, keys: int, window: int | None = None) -> Tensor:
+    """(tokens, keys) bool, for the last `tokens` queries of a sequence of `keys`."""
+    distance = torch.arange(keys - tokens, keys)[:, None] - torch.arange(keys)
+    return (distance >= 0) & (distance < (keys if window is None else window))
+
+
+class Tolerance:
+    """Errors against dense attention in float64, summed up over all that is compared: at most 4
+    times the largest error of dense attention in float32, and never held below 8 units in the last
+    place of the largest value; scaled to the dtype tested."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.eps = torch.finfo(dtype).eps
+        self.error = self.plain_error = self.largest = 0.0
+
+    def compare(
+        self, out: Tensor, data: tuple[Array, Array, Array], options: AttentionOptions
+    ) -> None:
+        """out: (L, Hq, Dv), to be causal attention of the last L queries of `data`."""
+        q, k, v = (torch.from_numpy(x) for x in data)
+        q = q[len(q) - len(out) :]
+        mask = causal_mask(len(q), len(k), options.window)
+        expected, plain = (
+            dense_attention(
+                q.to(dtype), k.to(dtype), v.to(dtype), mask, options.scale, options.softcap
+            )[0].double()
+            for dtype in (torch.float64, torch.float32)
+        )
+        assert out.shape == expected.shape
+        error = np.abs(out.double().cpu().numpy() - expected.numpy()).max(initial=0)
+        self.error = max(self.error, error if not math.isnan(error) else math.inf)
+        self.plain_error = max(self.plain_error, (plain - expected).abs().max().item())
+        self.largest = max(self.largest, v.abs().max().item())
+
+    def check(self) -> None:
+        units = self.plain_error / torch.finfo(torch.float32).eps
+        assert self.error <= self.eps * max(4 * units, 8 * self.largest), (self.error, units)
+
+
+@dataclass
+class Problem:
+    """Queries (T, Hq, D), keys and values (N, Hkv, ...) token by token, gradients of o and of lse
+    (None: lse has none), a plan, and whether a query sees a cell: (T, N) bool. places: the queries
+    and the cells of each segment, by its name."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_o: Tensor
+    d_lse: Tensor | None
+    plan: ForestPlan
+    mask: Tensor
+    options: AttentionOptions
+    places: dict[int, tuple[slice, slice]] = field(default_factory=dict)
+
+    def inputs(self) -> list[Tensor]:
+        """Fresh leaves."""
+        return [x.detach().clone().requires_grad_() for x in (self.q, self.k, self.v)]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The operation's o and lse, of `inputs`."""
+        caches = k.transpose(0, 1), v.transpose(0, 1)
+        return forest_attention_with_lse(q, *caches, self.plan, self.options)
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Gradients of the operation's."""
+        inputs = self.inputs()
+        return self._gradients(self.attend(*inputs), inputs)
+
+    def dense(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Those of dense attention in another dtype, on CPU."""
+        inputs = [x.detach().cpu().nan_to_num().to(dtype).requires_grad_() for x in self.inputs()]
+        q, k, v = inputs
+        options = self.options
+        results = dense_attention(q, k, v, self.mask, options.scale, options.softcap)
+        return self._gradients(results, inputs)
+
+    def _gradients(
+        self, results: tuple[Tensor, Tensor], inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        o, lse = results
+        grads = [self.d_o.to(o)]
+        if self.d_lse is not None:
+            grads.append(self.d_lse.to(lse))
+        return torch.autograd.grad(results[: len(grads)], inputs, grads)
+
+    def check(self, gradients: Sequence[Tensor]) -> None:
+        """The error against float64 is at most 4 times that of dense attention in the same dtype,
+        and never held below 8 units in the last place of the largest gradient (in float64: 1e-10 of
+        it)."""
+        dtype = self.q.dtype
+        unit = 1e-10 if dtype == torch.float64 else 8 * torch.finfo(dtype).eps
+        exact, plain = self.dense(torch.float64), self.dense(dtype)
+        largest = max(grad.abs().max().item() for grad in exact)
+        for mine, its, exactly in zip(gradients, plain, exact, strict=True):
+            assert mine.shape == exactly.shape and mine.dtype == dtype
+            error, plain_error = (
+                (x.double().cpu() - exactly).abs().max().item() for x in (mine, its)
+            )
+            assert error <= max(4 * plain_error, unit * largest), (error, plain_error, largest)
+
+
+def problem(
+    samples: Sequence[Sample],
+    shape: Shape,
+    options: AttentionOptions,
+    pieces: Sequence[tuple[int, int, int]] | None = None,
+    d_lse: bool = True,
+    device: torch.device | str = "cpu",
+) -> Problem:
+    """The forward of a tree's tokens, or of pieces of it: tokens [first, stop) of its fresh nodes.
+    What no query's sequence holds is NaN."""
+    grove = Grove(samples, shape, device=torch.device(device))
+    whole = [(i, 0, len(node.token_ids)) for i, node in enumerate(grove.fresh)]
+    chosen = [(grove.fresh[i], a, b) for i, a, b in (whole if pieces is None else pieces)]
+    q, plan = grove.prefill(chosen)
+    k, v = (cells.transpose(0, 1).contiguous() for cells in grove.caches)
+    generator = torch.Generator().manual_seed(len(q))
+    d_o = torch.randn(*q.shape[:2], shape.v_head_dim, generator=generator)
+    grad = torch.randn(q.shape[:2], generator=generator) if d_lse else None
+    mask = visible(chosen, len(k), options.window)
+    unseen = ~visible(chosen, len(k), None).any(0)
+    for cells in (k, v):
+        cells[unseen.to(device)] = float("nan")
+    places = {}
+    row = 0
+    for node, first, stop in chosen:
+        assert node.slab is not None
+        cells_of = slice(node.slab.start + first, node.slab.start + stop)
+        places[grove.names[node][0]] = slice(row, row + stop - first), cells_of
+        row += stop - first
+    d_lse_too = None if grad is None else grad.to(device)
+    return Problem(q, k, v, d_o.to(q), d_lse_too, plan, mask, options, places)
+
+
+def visible(pieces: Sequence[tuple[Node, int, int]], num_cells: int, window: int | None) -> Tensor:
+    """(T, N) bool: each query sees the tokens of its own path, up to itself."""
+    rows = []
+    for node, first, stop in pieces:
+        k_pos = torch.full((num_cells,), -1)
+        for each in node.path():
+            assert each.slab is not None
+            cells = slice(each.slab.start, each.slab.start + len(each.token_ids))
+            k_pos[cells] = torch.arange(each.start, each.stop)
+        q_pos = torch.arange(node.start + first, node.start + stop)[:, None]
+        seen = (k_pos >= 0) & (k_pos <= q_pos)
+        rows.append(seen if window is None else seen & (k_pos > q_pos - window))
+    return torch.cat(rows)
