@@ -249,19 +249,19 @@ def measure(
     model: Transformer, load: Workload, repeats: int, compare: Sequence[str], ceilings: Ceilings
 ) -> dict[str, Any]:
     """The figures of one workload, ours and the peers' measured in turn."""
-    contenders: list[Any] = [Ours(model, load)]
+    peers: list[Any] = [Ours(model, load)]
     weight = model.head_weight
-    contenders[0].round(0)
+    peers[0].round(0)
     with_ours = peak_bytes()  # before any peer takes its own
     if compare:
         from bench.decode_peers import peer
 
-        contenders += [peer(name, model, load) for name in compare]
-    for each in contenders[1:]:
+        peers += [peer(name, model, load) for name in compare]
+    for each in peers[1:]:
         each.round(0)
-    rounds: dict[str, list[Round]] = {each.name: [] for each in contenders}
+    rounds: dict[str, list[Round]] = {each.name: [] for each in peers}
     for seed in range(1, repeats + 1):
-        for each in contenders:
+        for each in peers:
             rounds[each.name].append(each.round(seed))
     ours = rounds["quorum"]
     prefill, decode = _median([r.prefill for r in ours]), _median([r.decode for r in ours])

@@ -44,10 +44,10 @@ def measure_axis(
 ) -> list[dict[str, Any]]:
     """A point for each size: milliseconds a step and a token, and their floor."""
     loads = workloads(axis, sizes)
-    contenders = [Ours(model, load) for load in loads]
+    peers = [Ours(model, load) for load in loads]
     seconds: list[list[float]] = [[] for _ in loads]
     for seed in tqdm(range(repeats + 1), desc=axis, unit="round"):
-        for taken, ours in zip(seconds, contenders, strict=True):
+        for taken, ours in zip(seconds, peers, strict=True):
             round_ = ours.round(seed)
             if seed and round_.decode is not None:
                 taken.append(round_.decode)

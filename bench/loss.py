@@ -24,10 +24,10 @@ import torch
 from bench.ceilings import measure_ceilings
 from bench.loss_peers import OPTIONS, Batch, Head, liger, unfused
 from bench.timing import DEVICE, ON_GPU
-from bench.turns import Run, contend, describe
+from bench.turns import Run, describe, take_turns
 from kernels.logprob.linear_policy_loss import grpo_loss
 
-CONTENDERS = ("fused", "fused in place", "fused small", "unfused", *(["liger"] if ON_GPU else []))
+PEERS = ("fused", "fused in place", "fused small", "unfused", *(["liger"] if ON_GPU else []))
 
 
 def make(name: str, head: Head, small: int) -> Run:
@@ -57,9 +57,9 @@ def make(name: str, head: Head, small: int) -> Run:
 
 
 def measure(head: Head, small: int, repeats: int) -> dict[str, dict[str, Any]]:
-    """What each contender takes."""
-    makers = {name: partial(make, name, head, small) for name in CONTENDERS}
-    return contend(makers, repeats, f"{head.tokens} tokens")
+    """What each peer takes."""
+    makers = {name: partial(make, name, head, small) for name in PEERS}
+    return take_turns(makers, repeats, f"{head.tokens} tokens")
 
 
 def disagreements(results: dict[str, dict[str, Any]], dtype: torch.dtype) -> list[str]:
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         floor = 3 * product / ceilings.matmul_tflop_per_s * 1e-12
         print(f"\n{tokens} tokens, head {args.hidden} x {args.vocab}: floor {floor:.3f} s")
         print(describe(results))
-        lines.append({"tokens": tokens, "floor_seconds": floor, "contenders": results})
+        lines.append({"tokens": tokens, "floor_seconds": floor, "peers": results})
     if wrong:
         print("\n".join(wrong), file=sys.stderr)
         return 1
