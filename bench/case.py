@@ -82,17 +82,30 @@ def assert_close(name: str, out: Tensor, exact: Tensor, plain: Tensor, factor: f
         raise NotLikeReference(f"{name}: off by {error:.3g}, {allowed:.3g} is allowed")
 
 
-def assert_like(
-    name: str, reference: Callable[..., Any], inputs: Sequence[Tensor], out: Any, factor: float
-) -> None:
-    """Raise NotLikeReference unless `out`, a tensor or a sequence of them, is what `reference`
-    makes of these inputs, by `assert_close`."""
-    wide = [x.double() if x.is_floating_point() else x for x in inputs]
-    outs, exact, plain = (
-        (x,) if isinstance(x, Tensor) else x for x in (out, reference(*wide), reference(*inputs))
-    )
-    for found, exactly, plainly in zip(outs, exact, plain, strict=True):
-        assert_close(name, found, exactly, plainly, factor)
+def like(name: str, reference: Callable[..., Any]) -> Callable[[Arguments, Any, float], None]:
+    """`OpCase.check` of an operation whose reference takes the same arguments: every tensor of the
+    result, by `assert_close`; tensors of numbers are widened for the exact one."""
+
+    def check(arguments: Arguments, out: Any, factor: float) -> None:
+        wide = [
+            x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
+        ]
+        outs, exact, plain = (
+            (x,) if isinstance(x, Tensor) else x
+            for x in (out, reference(*wide), reference(*arguments))
+        )
+        for found, exactly, plainly in zip(outs, exact, plain, strict=True):
+            if exactly is None and found is not None:
+                raise NotLikeReference(f"{name}: a result that was not wanted")
+            if exactly is not None:
+                assert_close(name, found, exactly, plainly, factor)
+
+    return check
+
+
+def each(make: Callable[[Fill], Arguments]) -> Callable[[Fill, int], list[Arguments]]:
+    """`OpCase.make_inputs` of an operation whose calls have nothing in common."""
+    return lambda tensor, count: [make(tensor) for _ in range(count)]
 
 
 def gradients(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.case import assert_close, gradients
+from bench.case import gradients, like
 from bench.shapes import Shape
 from bench.timing import DEVICE, Fill, empty, randn
 from engine.forest import Forest, Node, decode_items, prefill_items
@@ -186,20 +186,37 @@ class Workload:
         return torch.cat(runs)
 
     def check(self, out: Tensor, factor: float) -> None:
-        """Hold the first, a middle and the last query's results to plain attention."""
-        rows = sorted({0, len(out) // 2, len(out) - 1})
-        slots = [self.slots_of(row) for row in rows]
+        """Hold the first, a middle and the last query's results to dense attention."""
+        rows = torch.tensor(sorted({0, len(out) // 2, len(out) - 1}), device=DEVICE)
+        inputs = self.queries[0][rows], self.k[0], self.v[0], self.visible()[rows]
+        like("attention", lambda *x: self.dense(*x)[0])(inputs, out[rows], factor)
 
-        def plain(dtype: torch.dtype) -> Tensor:
-            q, k, v = self.queries[0], self.k[0], self.v[0]
-            return torch.stack(
-                [
-                    attend(q[row].to(dtype), k[:, at].to(dtype), v[:, at].to(dtype), self.heads)
-                    for row, at in zip(rows, slots, strict=True)
-                ]
-            )
+    def check_backward(
+        self, outs: Sequence[Tensor], d_o: Tensor, d_lse: Tensor | None, factor: float
+    ) -> None:
+        """Hold the gradients of the first key/value head, and of its queries, to dense attention's
+        from d_o (T, Hq, D) and d_lse (T, Hq)."""
+        groups, seen = self.heads.num_heads // self.heads.num_kv_heads, self.visible()
+        d_lse = torch.zeros_like(d_o[..., 0]) if d_lse is None else d_lse
 
-        assert_close("attention", out[rows], plain(torch.float64), plain(self.heads.dtype), factor)
+        def reference(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return gradients(lambda q, k, v: self.dense(q, k, v, seen), tensors[:3], tensors[3:])
+
+        q, k, v = self.queries[0][:, :groups], self.k[0][:1], self.v[0][:1]
+        inputs = q, k, v, d_o[:, :groups], d_lse[:, :groups]
+        found = outs[0][:, :groups], outs[1][:1], outs[2][:1]
+        like("attention backward", reference)(inputs, found, factor)
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Plain attention of (R, Hq, D) over (Hkv, N, D), of which (R, N) bool are seen, and its
+        log-sum-exps."""
+        grouped = q.unflatten(1, (len(k), -1))
+        scores = torch.einsum("rhgd,hnd->rhgn", grouped, k) * self.heads.scale
+        if self.heads.softcap is not None:
+            scores = self.heads.softcap * torch.tanh(scores / self.heads.softcap)
+        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+        out = torch.einsum("rhgn,hnd->rhgd", scores.softmax(-1), v)
+        return out.flatten(1, 2), scores.logsumexp(-1).flatten(1)
 
     def visible(self) -> Tensor:
         """(T, N) bool: which cells every query sees."""
@@ -214,33 +231,6 @@ class Workload:
                 mine &= key_at > at - self.heads.window
             seen[rows, span.slot : span.slot + span.keys] = mine
         return seen
-
-    def check_backward(
-        self, outs: Sequence[Tensor], d_o: Tensor, d_lse: Tensor | None, factor: float
-    ) -> None:
-        """Hold the gradients of the first key/value head, and of its queries, to dense attention's
-        from d_o (T, Hq, D) and d_lse (T, Hq)."""
-        groups = self.heads.num_heads // self.heads.num_kv_heads
-        seen = self.visible()
-        bias = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, -torch.inf)
-        inputs = [self.queries[0][:, :groups], self.k[0][:1], self.v[0][:1]]
-
-        def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            scores = torch.einsum("tgd,nd->gtn", q, k[0]) * self.heads.scale
-            if self.heads.softcap is not None:
-                scores = self.heads.softcap * torch.tanh(scores / self.heads.softcap)
-            scores = scores + bias.to(scores.dtype)
-            return torch.einsum("gtn,nd->tgd", scores.softmax(-1), v[0]), scores.logsumexp(-1).T
-
-        d_lse = torch.zeros_like(d_o[..., 0]) if d_lse is None else d_lse
-        grads = [d_o[:, :groups], d_lse[:, :groups]]
-        exact, plain = (
-            gradients(dense, *([x.to(dtype) for x in each] for each in (inputs, grads)))
-            for dtype in (torch.float64, self.heads.dtype)
-        )
-        found = outs[0][:, :groups], outs[1][:1], outs[2][:1]
-        for out, exactly, plainly in zip(found, exact, plain, strict=True):
-            assert_close("attention backward", out, exactly, plainly, factor)
 
 
 def decode_cost(tree: Tree, heads: Heads) -> tuple[int, int]:
@@ -267,15 +257,6 @@ def prefill_cost(tree: Tree, heads: Heads) -> tuple[int, int]:
 def _cost(heads: Heads, keys: int, queries: int, pairs: int) -> tuple[int, int]:
     moved = keys * heads.cell_bytes + queries * heads.query_bytes
     return moved, 4 * heads.num_heads * heads.head_dim * pairs
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
-    """Plain attention of one query (Hq, D) over keys and values (Hkv, n, D), in their dtype."""
-    grouped = q.unflatten(0, (heads.num_kv_heads, -1))
-    scores = torch.einsum("hgd,hnd->hgn", grouped, k) * heads.scale
-    if heads.softcap is not None:
-        scores = heads.softcap * torch.tanh(scores / heads.softcap)
-    return torch.einsum("hgn,hnd->hgd", scores.softmax(-1), v).flatten(0, 1)
 
 
 def _ends(tree: Tree, heads: Heads, layers: int) -> tuple[KVCache, list[Node]]:

@@ -3,45 +3,29 @@
 from collections.abc import Iterator
 
 import torch.nn.functional as F
-from torch import Tensor
 
-from bench.case import Arguments, OpCase, assert_like, same_inputs
+from bench.case import OpCase, each, like, same_inputs
 from bench.shapes import SHAPES, Shape
-from bench.timing import ON_GPU, Fill
+from bench.timing import ON_GPU
 from kernels.matmul import matmul, matmul_ref
-
-CHECKED = 300  # columns, the first and the last, of the first row, one in the middle and the last
 
 
 def forward(shape: Shape, layer: str, rows: int, bias: bool = False) -> OpCase:
     """The product of one layer for `rows` tokens."""
     size, summed = shape.products[layer]
     dtype = shape.dtype
-
-    def make_inputs(tensor: Fill, count: int) -> list[Arguments]:
-        return [
-            (
-                tensor(rows, summed, dtype=dtype),
-                tensor(size, summed, dtype=dtype, scale=summed**-0.5),
-                *([tensor(size, dtype=dtype)] if bias else []),
-            )
-            for _ in range(count)
-        ]
-
-    def check(arguments: Arguments, out: Tensor, factor: float) -> None:
-        checked = [0, rows // 2, rows - 1]
-        x, *of_columns = arguments
-        for columns in (slice(CHECKED), slice(-CHECKED, None)):
-            inputs = [x[checked], *(each[columns] for each in of_columns)]
-            # The library adds up the terms of few rows in another order.
-            assert_like("matmul", matmul_ref, inputs, out[checked, columns], 2 * factor)
-
     return OpCase(
         "matmul",
         f"{shape.name} {layer}{' + bias' if bias else ''} {rows} rows",
-        make_inputs,
+        each(
+            lambda tensor: (
+                tensor(rows, summed, dtype=dtype),
+                tensor(size, summed, dtype=dtype, scale=summed**-0.5),
+                tensor(size, dtype=dtype) if bias else None,
+            )
+        ),
         matmul,
-        check,
+        like("matmul", matmul_ref),
         (rows * summed + size * summed + rows * size) * dtype.itemsize,
         2 * rows * size * summed,
         same_inputs(torch=F.linear),

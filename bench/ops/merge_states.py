@@ -5,44 +5,42 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bench.case import Arguments, OpCase, assert_like, same_inputs
+from bench.case import Arguments, OpCase, each, like, same_inputs
 from bench.shapes import SHAPES, Shape
 from bench.timing import DEVICE, ON_GPU, Fill
 from kernels.merge_states import merge_states, merge_states_ref
 
-CHECKED = 4  # rows
+
+def _reference(o: Tensor, lse: Tensor, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    out, out_lse = merge_states_ref(o, lse, index)
+    return (out if o.dtype == torch.float64 else out.to(dtype)), out_lse
+
+
+def _eager(o: Tensor, lse: Tensor, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All partials of a row gathered, weighted and summed."""
+    logs = lse[index]
+    total = logs.logsumexp(1)
+    weights = (logs - total[:, None]).exp()
+    return (weights[..., None] * o[index]).sum(1).to(dtype), total
 
 
 def forward(shape: Shape, rows: int, partials: int, dtype: torch.dtype = torch.float32) -> OpCase:
     """`partials` of every row, joined into `dtype`."""
-    heads, dim = shape.num_heads, shape.head_dim
+    heads, dim, size = shape.num_heads, shape.head_dim, rows * partials
 
-    def make_inputs(tensor: Fill, count: int) -> list[Arguments]:
-        index = torch.arange(rows * partials, device=DEVICE).view(partials, rows).T.contiguous()
-        size = rows * partials
-        return [(tensor(size, heads, dim), tensor(size, heads), index, dtype) for _ in range(count)]
-
-    def check(arguments: Arguments, outs: tuple[Tensor, Tensor], factor: float) -> None:
-        o, lse, index, _ = arguments
-        inputs, found = [o, lse, index[:CHECKED]], [out[:CHECKED] for out in outs]
-        assert_like("merge_states", merge_states_ref, inputs, found, factor)
-
-    def eager(o: Tensor, lse: Tensor, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """All partials of a row gathered, weighted and summed."""
-        logs = lse[index]
-        total = logs.logsumexp(1)
-        weights = (logs - total[:, None]).exp()
-        return (weights[..., None] * o[index]).sum(1).to(dtype), total
+    def make(tensor: Fill) -> Arguments:
+        index = torch.arange(size, device=DEVICE).view(partials, rows).T.contiguous()
+        return tensor(size, heads, dim), tensor(size, heads), index, dtype
 
     return OpCase(
         "merge_states",
         f"{shape.name} {rows} rows of {partials}",
-        make_inputs,
+        each(make),
         merge_states,
-        check,
-        4 * rows * heads * (dim + 1) * (partials + 1) + 8 * rows * partials,
-        2 * rows * partials * heads * (dim + 2),
-        same_inputs(eager=eager),
+        like("merge_states", _reference),
+        4 * rows * heads * (dim + 1) * (partials + 1) + 8 * size,
+        2 * size * heads * (dim + 2),
+        same_inputs(eager=_eager),
     )
 
 

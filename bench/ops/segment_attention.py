@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.case import Arguments, OpCase, Peer, Peers, assert_like, calls_on, same_inputs
+from bench.case import Arguments, OpCase, Peer, Peers, calls_on, like, same_inputs
 from bench.forests import Heads
 from bench.shapes import SHAPES, Shape
 from bench.timing import DEVICE, ON_GPU, Fill
@@ -58,8 +58,7 @@ def forward(pairs: int, queries: int, keys: int, causal: bool, heads: Heads) -> 
         for pair in (0, pairs - 1):
             rows = slice(cu_q[pair + 1] - checked, cu_q[pair + 1])  # causal masks end with both
             mine = slice(cu_k[pair], cu_k[pair + 1])
-            inputs = [q[rows], k[mine], v[mine]]
-            assert_like("segment_attention", reference, inputs, o[rows], factor)
+            like("segment_attention", reference)((q[rows], k[mine], v[mine]), o[rows], factor)
 
     def batched(x: Tensor) -> Tensor:
         return x.unflatten(0, (pairs, -1)).transpose(1, 2)
