@@ -20,7 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.ceilings import measure_ceilings
-from bench.decode import Ours, Workload, config_of, floor_seconds, random_model
+from bench.decode import Ours, config_of, floor_seconds, random_model
+from bench.decode_load import Workload
 from bench.shapes import SHAPES
 from bench.timing import DEVICE
 from models import load_weights, read_config

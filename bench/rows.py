@@ -35,7 +35,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from bench.decode import Ours, Workload
+from bench.decode import Ours
+from bench.decode_load import Workload
 from bench.voting import read_labelled
 from engine.decode import Decoder
 from engine.judge import Judge, JudgeOptions, draw_orders
