@@ -12,7 +12,6 @@ than its target has.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
@@ -38,6 +37,7 @@ from triton.runtime.jit import mangle_type
 from bench.case import OpCase
 from bench.forests import Workload
 from bench.ops import OPERATIONS
+from bench.provenance import print_json
 from bench.shapes import SHAPES, Shape
 from bench.timing import empty
 from kernels.launch import TARGETS, Target, intercept
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name: {"launches": len(found), "faults": sum(r.fault is not None for r in found)}
         for name, found in by_target.items()
     }
-    print(json.dumps(counts))
+    print_json(counts)
     return int(any(count["faults"] for count in counts.values()))
 
 

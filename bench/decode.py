@@ -21,7 +21,6 @@ Seconds are wall-clock. Tokens per second count generated tokens: over the whole
 """
 
 import argparse
-import json
 import resource
 import statistics
 import time
@@ -35,6 +34,7 @@ import torch
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.decode_load import Round, Workload
 from bench.decode_peers import peer
+from bench.provenance import print_json
 from bench.shapes import SHAPES, Shape
 from bench.timing import DEVICE, ON_GPU
 from engine.generate import Generator, Group, Usage
@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.json:
         print(ceilings.describe())
         print(describe(figures))
-    print(json.dumps(figures))
+    print_json(figures)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@
 
 Runs the tests of tests/test_triton_*.py on the device, then all benchmarks, those with a goal
 first, then `bench.decode` end to end (DECODES) and the memory of the policy loss (LOSSES), and
-writes DIR/<device>-<date>.json (machine,
-versions, commit, tests, ceilings, figures, goals) and the tables as DIR/<device>-<date>.md. Each
-stage has its time: what did not run is named. Where a test fails or a run breaks off, figures are
-not measured: no speed on a red test. Results that are to stay are committed as
-bench/results/<device>/<date>.json.
+writes DIR/<device>-<date>.json (provenance, device, tests, ceilings, figures, goals) and the tables
+as DIR/<device>-<date>.md. Each stage has its time: what did not run is named. Where a test fails or
+a run breaks off, figures are not measured: no speed on a red test. Results that are to stay are
+committed as bench/results/<device>/<date>.json.
 
 Needs torch, triton, numpy, safetensors, tokenizers, pytest and pytest-benchmark. Exits with 1
 without a GPU, and where a test or a benchmark fails.
@@ -20,7 +19,6 @@ import datetime
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,16 +30,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from bench.ceilings import Ceilings
 from bench.figures import Figure
 from bench.figures import table as figures_table
 from bench.goals import GOALS, compare
 from bench.goals import table as goals_table
+from bench.provenance import ROOT, print_json, provenance, said_by
 from bench.stage import StageLog, read_log
 
-ROOT = Path(__file__).parent.parent
 GRACE = 30.0  # seconds that the test in progress has after the budget
 BENCH = "bench/ops/bench_ops.py"
 # Arguments of bench.decode, and tokens per second to reach on an H200 (None: no goal).
@@ -212,28 +209,16 @@ def describe_loss(entry: dict[str, Any]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The device and what runs on it; None for what cannot be told."""
+    """The device, its driver and toolkit; None for what cannot be told."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "device": properties.name,
         "memory_bytes": properties.total_memory,
         "processors": properties.multi_processor_count,
-        "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        "driver": said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "python": sys.version.split()[0],
-        "commit": _said_by("git", "rev-parse", "HEAD"),
-        "modified": _said_by("git", "status", "--porcelain") not in (None, ""),
     }
-
-
-def _said_by(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def summarise(
@@ -248,7 +233,8 @@ def summarise(
     rates = [] if benches is None else list(benches.log.values("ceilings"))
     outcomes = compare(found, host["device"], GOALS)
     return {
-        "machine": host,
+        "run": provenance(),
+        "device": host,
         "tests": tests.as_dict(),
         "benchmarks": None if benches is None else benches.as_dict(),
         "ceilings": rates[0] if rates else None,
@@ -270,13 +256,14 @@ def summarise(
 
 def markdown(summary: dict[str, Any]) -> str:
     """The summary for a person: goals, figures, and what is missing."""
-    host, tests, benches = summary["machine"], summary["tests"], summary["benchmarks"]
+    host, versions = summary["device"], summary["run"]["versions"]
+    tests, benches = summary["tests"], summary["benchmarks"]
     found = [Figure.from_dict(data) for data in summary["figures"]]
     outcomes = compare(found, host["device"], GOALS)
     lines = [
         f"# {host['device']}",
-        f"torch {host['torch']}, triton {host['triton']}, driver {host['driver']}, commit "
-        f"{host['commit']}{' with changes' if host['modified'] else ''}",
+        f"torch {versions['torch']}, triton {versions['triton']}, driver {host['driver']}, commit "
+        f"{versions['commit']}{' with changes' if versions['modified'] else ''}",
         f"tests: {tests['passed']} passed, {len(tests['failed'])} failed, "
         f"{tests['skipped']} skipped, {len(tests['not_run'])} not run",
     ]
@@ -312,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     started = time.monotonic()
     host = machine()
-    print(f"== {host['device']}, torch {host['torch']}, triton {host['triton']}", flush=True)
+    print(f"== {host['device']}, torch {torch.__version__}", flush=True)
     files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_triton_*.py"))]
     tests = run_stage("tests", ["-q", "-m", "gpu or triton", *files], args.test_seconds)
     benches, decodes, losses = None, [], []
@@ -342,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "goals_met": met.count(True),
         "goals_missed": met.count(False),
     }
-    print(json.dumps(line))
+    print_json(line)
     return 0 if green else 1
 
 

@@ -11,7 +11,6 @@ round. Ends in one JSON line; --plot draws time and floor against each axis.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from bench.ceilings import measure_ceilings
 from bench.decode import Ours, config_of, floor_seconds, random_model
 from bench.decode_load import Workload
+from bench.provenance import print_json
 from bench.shapes import SHAPES
 from bench.timing import DEVICE
 from models import load_weights, read_config
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.plot is not None:
         dtype = str(model.head_weight.dtype).removeprefix("torch.")
         plot(found, f"{name}, {dtype}, {DEVICE.type}", args.plot)
-    print(json.dumps({"model": name, "repeats": args.repeats, **found}))
+    print_json({"model": name, "repeats": args.repeats, **found})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ the measured rate. Ends in one JSON line.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +22,7 @@ import torch
 
 from bench.ceilings import measure_ceilings
 from bench.loss_peers import OPTIONS, Batch, Head, liger, unfused
+from bench.provenance import print_json
 from bench.timing import DEVICE, ON_GPU
 from bench.turns import Run, describe, take_turns
 from kernels.logprob.linear_policy_loss import grpo_loss
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     summary = {"device": str(DEVICE), "threads": torch.get_num_threads(), "small": args.small}
     shape = {"hidden": args.hidden, "vocab": args.vocab, "dtype": args.dtype}
-    print(json.dumps(summary | shape | {"softcap": args.softcap, "points": lines}))
+    print_json(summary | shape | {"softcap": args.softcap, "points": lines})
     return 0
 
 

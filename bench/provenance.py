@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import triton
 
+from bench.timing import ON_GPU
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -29,7 +31,7 @@ def provenance() -> dict[str, Any]:
         "machine": {
             "processor": processor(),
             "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "gpu": torch.cuda.get_device_name() if ON_GPU else None,
         },
         "versions": {
             "python": platform.python_version(),

@@ -11,7 +11,6 @@ G (P + R) / (P + G R). Ends in one JSON line.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from bench.decode import config_of, random_model
 from bench.loss_peers import OPTIONS, Batch, unfused
+from bench.provenance import print_json
 from bench.shapes import SHAPES
 from bench.timing import DEVICE
 from bench.turns import Run, describe, take_turns
@@ -108,9 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(abs(r[key] - told[0][key]) > 1e-3 * abs(told[0][key]) + 1e-6 for r in told):
             print(f"not one {key}: {[r[key] for r in told]}", file=sys.stderr)
             return 1
-    print(json.dumps({"shape": args.shape, "sizes": sizes, "device": str(DEVICE),
-                      "threads": torch.get_num_threads(), "token_ratio": bound,
-                      "peers": results}))  # fmt: skip
+    settings = {"shape": args.shape, "sizes": sizes, "device": str(DEVICE)}
+    threads = {"threads": torch.get_num_threads()}
+    print_json(settings | threads | {"token_ratio": bound, "peers": results})
     return 0
 
 

@@ -1,6 +1,10 @@
 """The benchmarks: what they count, what they refuse, what they write down."""
 
+import datetime
 import json
+import os
+import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
-from bench import figures, goals, gpu, train_step
+from bench import figures, goals, gpu, provenance, train_step
 from bench.case import NotLikeReference, OpCase, Peer
 from bench.ceilings import Ceilings
 from bench.figures import FACTOR, PEERS_FACTOR, Figure, PeerFigure, measure
@@ -24,6 +29,7 @@ from bench.ops.forest_attention import PREFILL_8K, PREFILLS, ROOT_ALONE, backwar
 from bench.ops.linear_logprob import log_probs, loss
 from bench.ops.sample_token import OPTIONS, draw
 from bench.ops.segment_attention import forward as segments
+from bench.provenance import processor, said_by
 from bench.shapes import SHAPES
 from bench.stage import StageLog
 from bench.timing import num_sets, randn, reseed
@@ -197,6 +203,38 @@ def a_case(call: Callable[[], object], check: Callable[..., None], **fields: Any
     return OpCase("op", "case", lambda tensor, count: [()] * 3, call, check, **sizes | fields)
 
 
+def test_a_line_names_where_its_figures_come_from() -> None:
+    code = "from bench.provenance import print_json; print_json({'ms': 2})"
+    words = ["-c", code, "--data", "two words"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    line = json.loads(done.stdout)
+    run = line.pop("run")
+    assert line == {"ms": 2} and run["command"] == shlex.join(["python", *words])
+    assert run["versions"]["python"] == platform.python_version()
+    assert run["versions"]["torch"] == torch.__version__
+    assert run["versions"]["triton"] == triton.__version__
+    status = said_by("git", "status", "--porcelain")
+    assert run["versions"]["commit"] == said_by("git", "rev-parse", "HEAD")
+    assert run["versions"]["modified"] == (None if status is None else status != "")
+    assert run["machine"]["cores"] == os.cpu_count()
+    assert run["machine"]["processor"] == processor()
+    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(run["date"])
+    assert 0 <= age.total_seconds() < 600
+
+
+def test_the_processor_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "Architecture:  aarch64\nModel name:   Neoverse-N1\nModel:   1\n"
+    monkeypatch.setattr(provenance, "said_by", lambda *command: said)
+    assert processor() == "Neoverse-N1"
+
+
+def test_every_benchmark_prints_its_provenance() -> None:
+    files = [*ROOT.glob("bench/**/*.py")]
+    printing = [x.stem for x in files if "print_json(" in x.read_text()]
+    assert len(printing) >= 14
+    assert [x.stem for x in files if "print(json" in x.read_text()] == ["provenance"]
+
+
 class Rounds:
     """In the place of the benchmark fixture."""
 
@@ -363,10 +401,7 @@ def test_goals_beside_figures() -> None:
     ]
 
 
-HOST: dict[str, Any] = {
-    "device": "NVIDIA H100", "torch": "2", "triton": "3", "driver": None, "commit": None,
-    "modified": False,
-}  # fmt: skip
+HOST: dict[str, Any] = {"device": "NVIDIA H100", "driver": None}
 
 
 def a_stage(*outcomes: str, status: int = 0, begun: str | None = None, **said: Any) -> gpu.Stage:
@@ -486,7 +521,8 @@ def test_a_gpu_run_writes_down_what_it_saw(
     written = json.loads(Path(line["file"]).read_text())
     assert Path(line["file"]).name.startswith("nvidia-h100-2")
     assert [Figure.from_dict(x) for x in written["figures"]] == [figure]
-    assert written["ceilings"] == vars(CEILINGS)
+    assert written["ceilings"] == vars(CEILINGS) and written["device"] == HOST
+    assert written["run"]["machine"]["processor"] == line["run"]["machine"]["processor"]
     text = Path(line["file"]).with_suffix(".md").read_text()
     assert "90.9 %" in text
     good, bad = written["decode"]
