@@ -23,7 +23,7 @@ soak: .venv/.stamp      ## the long tests
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -m "soak and triton"
 
 bench: .venv/.stamp     ## every operation on this machine: time, share of the ceiling, peers
-	$(PY) -m pytest -q -o python_files='bench_*.py' --benchmark-columns=median,rounds bench
+	$(PY) -m pytest -q --benchmark-columns=median,rounds bench/ops/bench_ops.py
 
 aot: .venv/.stamp       ## compile all Triton kernels for four kinds of GPU, without one
 	$(PY) -m bench.aot

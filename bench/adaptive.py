@@ -13,7 +13,6 @@ agreement of a fixed k that costs as much. Intervals are 95 %, by a bootstrap ov
 JSON line.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from bench.provenance import print_json
 from bench.voting import chance_correct, interval, read_labelled
 from engine.decided import samples_to_draw
 from engine.judge import Judge
@@ -171,7 +171,7 @@ def main() -> None:
             f"fixed k {each['agreement_of_a_fixed_k']:.4f}",
             file=sys.stderr,
         )
-    print(json.dumps({"model": str(args.model), "rows": len(rows), "levels": levels}))
+    print_json({"model": str(args.model), "rows": len(rows), "levels": levels})
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m bench.aot [--targets sm_80 sm_90 sm_100 gfx942] [--shapes NAME ...]
                         [--operations NAME ...]
 
-Operations run on CPU tensors (their calls are in `bench/launches.py`) with their launches
-intercepted (`kernels.launch.intercept`), so what is compiled is what would run: the arguments'
+Operations run on CPU tensors (their cases are in `bench/ops`) with their launches intercepted
+ (`kernels.launch.intercept`), so what is compiled is what would run: the arguments'
 types and alignment, the constants, warps and stages that the operation itself chose for the target.
 For sm_90 the compiled code is asked for its registers, spills and shared memory. Ends in one JSON
 line; exits with 1 where a launch does not compile, spills on sm_90, or asks for more shared memory
@@ -12,7 +12,6 @@ than its target has.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from bench.launches import OPERATIONS
+from bench.case import OpCase
+from bench.forests import Workload
+from bench.ops import OPERATIONS
+from bench.provenance import print_json
 from bench.shapes import SHAPES, Shape
+from bench.timing import empty
+from kernels.forest_attention.plan import ForestPlan
 from kernels.launch import intercept
 from kernels.target import TARGETS, Target
 
@@ -114,33 +119,55 @@ def describe(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
     )
 
 
-def launches_of(target: Target, call: Callable[[], object]) -> list[Launch]:
-    """The distinct launches of what `call` runs, tiled for a target."""
+def launches_of(target: Target, call: Callable[..., object], *arguments: Any) -> list[Launch]:
+    """The distinct launches of a call, tiled for a target."""
     found: dict[Launch, None] = {}
 
     def record(kernel: Any, grid: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         found[describe(kernel, arguments, options)] = None
 
+    # A plan keeps what it was compiled to, which depends on the target.
+    fresh = (
+        replace(x, plan=recompiled(x.plan)) if isinstance(x, Workload) else x for x in arguments
+    )
     with intercept(record, target), torch.inference_mode():
-        call()
+        call(*fresh)
     return list(found)
+
+
+def recompiled(plan: ForestPlan) -> ForestPlan:
+    """A plan without what it was compiled to."""
+    return ForestPlan(plan.tiles, plan.positions, plan.suffix, plan.advancing, plan.per_split)
+
+
+def dtypes_of(shape: Shape) -> tuple[torch.dtype, ...]:
+    """Both half types, and float32 where a model is small enough for it."""
+    halves = (torch.bfloat16, torch.float16)
+    return (*halves, torch.float32) if shape.hidden_size <= 1024 else halves
+
+
+def cases(shapes: Iterable[Shape], operations: Iterable[str]) -> Iterator[OpCase]:
+    """All ways that these shapes lead to of calling operations, in every dtype."""
+    for name, shape in product(operations, shapes):
+        operation = OPERATIONS[name]
+        for dtype, rows in product(dtypes_of(shape), operation.rows):
+            yield from operation.variants(replace(shape, dtype=dtype), rows)
 
 
 def all_launches(
     shapes: Iterable[Shape], operations: Iterable[str], targets: Iterable[Target]
 ) -> dict[tuple[Launch, str], str]:
-    """One launch of every choice that operations make, with its target's name, and a call that
+    """One launch of every choice that operations make, with its target's name, and a case that
     leads to it; the least special one, with the fewest sizes that are constants to Triton."""
     found: dict[tuple[object, ...], tuple[Launch, str, str]] = {}
-    for shape in shapes:
-        for operation in operations:
-            for label, call in OPERATIONS[operation](shape):
-                for target in targets:
-                    for launch in launches_of(target, call):
-                        key = launch.choice, target.arch
-                        if key not in found or len(launch.constants) < len(found[key][0].constants):
-                            found[key] = launch, target.arch, f"{shape.name}: {label}"
-    return {(launch, arch): call for launch, arch, call in found.values()}
+    for case in cases(shapes, operations):
+        (arguments,) = case.make_inputs(empty, 1)
+        for target in targets:
+            for launch in launches_of(target, case.call, *arguments):
+                key = launch.choice, target.arch
+                if key not in found or len(launch.constants) < len(found[key][0].constants):
+                    found[key] = launch, target.arch, case.key
+    return {(launch, arch): key for launch, arch, key in found.values()}
 
 
 def compiled(launch: Launch, target: Target) -> Any:
@@ -241,15 +268,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = list(choices)
         parser.add_argument(f"--{name}", nargs="+", choices=chosen, default=chosen, metavar="NAME")
     args = parser.parse_args(arguments)
-    targets = [TARGETS[name] for name in args.targets]
-    jobs = all_launches([SHAPES[name] for name in args.shapes], args.operations, targets)
-    calls = {(launch.name, target): call for (launch, target), call in jobs.items()}
+    targets, shapes = (
+        [TARGETS[name] for name in args.targets],
+        [SHAPES[name] for name in args.shapes],
+    )
+    jobs = all_launches(shapes, args.operations, targets)
+    keys = {(launch.name, target): key for (launch, target), key in jobs.items()}
     reports = []
     for report in tqdm(compile_all(list(jobs)), total=len(jobs), unit="launch", smoothing=0.02):
         reports.append(report)
         if report.fault is not None:
-            call = calls[report.launch, report.target]
-            tqdm.write(f"{report.target}: {report.launch} ({call}): {report.fault}")
+            key = keys[report.launch, report.target]
+            tqdm.write(f"{report.target}: {report.launch} ({key}): {report.fault}")
     if "sm_90" in args.targets:
         print(table(report for report in reports if report.target == "sm_90"))
     by_target = {name: [r for r in reports if r.target == name] for name in args.targets}
@@ -259,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name: {"launches": len(found), "faults": sum(r.fault is not None for r in found)}
         for name, found in by_target.items()
     }
-    print(json.dumps(counts))
+    print_json(counts)
     return int(any(count["faults"] for count in counts.values()))
 
 

@@ -4,13 +4,13 @@ Bandwidth is the larger of a copy's (bytes read and written) and of a pass that 
 matrix product is on random data, since zeros draw less power and run faster.
 """
 
-import json
 import statistics
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 
+from bench.provenance import print_json
 from bench.timing import DEVICE, ON_GPU, Call, Rotation
 
 _BYTES = 2 << 30 if ON_GPU else 256 << 20
@@ -73,7 +73,7 @@ def main() -> None:
     """Print the ceilings of this machine's device."""
     ceilings = measure_ceilings()
     print(ceilings.describe())
-    print(json.dumps(asdict(ceilings)))
+    print_json(asdict(ceilings))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ in all and by criterion, *sums* the share of response lines whose total follows 
 verdicts. Ends in one JSON line.
 """
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 import tyro
 
+from bench.provenance import print_json
 from engine.judge import Judge
 from engine.request import make_row
 from engine.verdict import Verdict
@@ -110,7 +110,7 @@ def measure(args: Args) -> dict[str, Any]:
 
 def main() -> None:
     """The command line."""
-    print(json.dumps(measure(tyro.cli(Args, description=Args.__doc__))))
+    print_json(measure(tyro.cli(Args, description=Args.__doc__)))
 
 
 if __name__ == "__main__":

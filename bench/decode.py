@@ -21,18 +21,20 @@ Seconds are wall-clock. Tokens per second count generated tokens: over the whole
 """
 
 import argparse
-import json
 import resource
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
+from bench.decode_load import Round, Workload
+from bench.decode_peers import peer
+from bench.provenance import print_json
 from bench.shapes import SHAPES, Shape
 from bench.timing import DEVICE, ON_GPU
 from engine.generate import Generator, Group, Usage
@@ -45,78 +47,6 @@ from models.config import DTYPES, ModelConfig, Rope
 from models.transformer import Transformer
 
 COMPARE = ("transformers", "llama.cpp")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """k samples of `new_tokens` after `prefix` tokens, shared over a tree of `levels`."""
-
-    prefix: int
-    k: int
-    new_tokens: int
-    levels: int = 1
-    sharing: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("prefix", "k", "new_tokens", "levels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} is less than 1")
-        if self.levels > self.prefix:
-            raise ValueError(f"levels = {self.levels} is more than prefix = {self.prefix}")
-
-    def prompts(self, vocab_size: int, seed: int) -> list[list[tuple[int, ...]]]:
-        """Each sample's prompt as segments; equal segments are equal tuples."""
-        if not self.sharing:
-            table = self._tokens(vocab_size, seed, self.k)
-            return [[tuple(row)] for row in table]
-        samples: list[list[tuple[int, ...]]] = [[] for _ in range(self.k)]
-        # The node of each sample at every level, from the last one up: a node has one parent.
-        at, below = list(range(self.k)), self.k
-        above: list[list[int]] = []
-        for level in reversed(range(self.levels)):
-            nodes = self.num_nodes(level)
-            at, below = [node * nodes // below for node in at], nodes
-            above.insert(0, at)
-        for level in range(self.levels):
-            first = self.prefix * level // self.levels
-            last = self.prefix * (level + 1) // self.levels
-            nodes = self.num_nodes(level)
-            table = self._tokens(vocab_size, seed * self.levels + level, nodes)
-            segments = [tuple(row[first:last]) for row in table]
-            for sample, node in zip(samples, above[level], strict=True):
-                sample.append(segments[node])
-        return samples
-
-    def num_nodes(self, level: int) -> int:
-        """Segments side by side at a level."""
-        return self.k if not self.sharing else round(self.k ** (level / self.levels))
-
-    def prefix_lengths(self) -> list[tuple[int, int, int]]:
-        """(segments, first position, tokens of each) of every level."""
-        if not self.sharing:
-            return [(self.k, 0, self.prefix)]
-        edges = [self.prefix * i // self.levels for i in range(self.levels + 1)]
-        return [(self.num_nodes(i), edges[i], edges[i + 1] - edges[i]) for i in range(self.levels)]
-
-    @property
-    def distinct_tokens(self) -> int:
-        """Prompt tokens that have to be computed."""
-        return sum(nodes * tokens for nodes, _, tokens in self.prefix_lengths())
-
-    def _tokens(self, vocab_size: int, seed: int, rows: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(seed)
-        table = torch.randint(vocab_size, (rows, self.prefix), generator=generator)
-        return table.tolist()
-
-
-@dataclass(frozen=True)
-class Round:
-    """What one round took, in seconds; decode_tokens are those after each sample's first."""
-
-    total: float
-    prefill: float | None  # None: not told apart
-    decode: float | None
-    decode_tokens: int
 
 
 def config_of(shape: Shape, context: int) -> ModelConfig:
@@ -250,19 +180,17 @@ def measure(
     model: Transformer, load: Workload, repeats: int, compare: Sequence[str], ceilings: Ceilings
 ) -> dict[str, Any]:
     """The figures of one workload, ours and the peers' measured in turn."""
-    contenders: list[Any] = [Ours(model, load)]
+    peers: list[Any] = [Ours(model, load)]
     weight = model.head_weight
-    contenders[0].round(0)
+    peers[0].round(0)
     with_ours = peak_bytes()  # before any peer takes its own
     if compare:
-        from bench.decode_peers import peer
-
-        contenders += [peer(name, model, load) for name in compare]
-    for each in contenders[1:]:
+        peers += [peer(name, model, load) for name in compare]
+    for each in peers[1:]:
         each.round(0)
-    rounds: dict[str, list[Round]] = {each.name: [] for each in contenders}
+    rounds: dict[str, list[Round]] = {each.name: [] for each in peers}
     for seed in range(1, repeats + 1):
-        for each in contenders:
+        for each in peers:
             rounds[each.name].append(each.round(seed))
     ours = rounds["quorum"]
     prefill, decode = _median([r.prefill for r in ours]), _median([r.decode for r in ours])
@@ -373,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.json:
         print(ceilings.describe())
         print(describe(figures))
-    print(json.dumps(figures))
+    print_json(figures)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.decode import Round, Workload
+from bench.decode_load import Round, Workload
 from models.transformer import Transformer
 
 

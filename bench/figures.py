@@ -1,68 +1,28 @@
-"""What a benchmark measures, and the figures that come of it.
+"""Measuring a case, and the figures that come of it.
 
-A `Work` is one operation on one shape: the bytes that it has to move and the floating-point
-operations that it has to do (an exponential counts as one), its calls on several input sets, a
-check of its result and its peers. `measure` checks first, times all contenders in turn, and gives a
-`Figure`; a result that does not hold gives none.
+`measure` checks first, times ours and all peers in turn, and gives a `Figure`; a result that does
+not hold gives none.
 
 fraction: floor / time, where the floor is the larger of bytes / bandwidth and operations / matmul
 rate, both measured in the same run (`bench/ceilings.py`); what stays in the cache can exceed 1. The
 ratio to a peer is the median over rounds of its time / ours: above 1, ours is faster.
 """
 
-import json
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
 
+from bench.case import Arguments, OpCase, Peer, calls_on
 from bench.ceilings import Ceilings
-from bench.timing import ON_GPU, Call, Rotation
+from bench.timing import ON_GPU, Rotation, num_sets, randn, reseed
 
 _ROUNDS = (7, 15) if ON_GPU else (3, 9)
-_SECONDS = 1.0  # of all contenders together, if that leaves enough rounds
-_FACTOR, _PEERS_FACTOR = 4, 16  # of the error of the reference in the same dtype
-
-
-class NotLikeReference(Exception):
-    """An operation's result is not that of its reference, so that its speed means nothing."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Something else that does the same work: `make` gives its calls, on the same inputs as ours as
-    far as they go. compare: the first call's result, through `as_ours` if that is given, has to
-    pass our check, at a tolerance for what rounds in other places. third_party: whatever it raises
-    is noted, since it is not for us to repair. capture: see `Rotation`."""
-
-    make: Callable[[], Sequence[Call]]
-    compare: bool = True
-    third_party: bool = False
-    as_ours: Callable[[Any], object] | None = None
-    capture: bool = True
-
-
-@dataclass
-class Work:
-    """An operation on a shape. check(out, factor) raises NotLikeReference unless the result of the
-    first call is that of the reference, within `factor` times the error of the reference in the
-    operation's dtype. absent: why a peer that one would look for is not there. capture: see
-    `Rotation`."""
-
-    op: str
-    case: str
-    num_bytes: int
-    flops: int
-    calls: Sequence[Call]
-    check: Callable[[Any, float], None]
-    peers: dict[str, Peer] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
-    capture: bool = True
+_SECONDS = 1.0  # of ours and all peers together, if that leaves enough rounds
+FACTOR, PEERS_FACTOR = 4, 16  # of the error of the reference in the same dtype
 
 
 @dataclass
@@ -77,7 +37,7 @@ class PeerFigure:
 
 @dataclass
 class Figure:
-    """What was measured of a `Work`."""
+    """What was measured of a case."""
 
     op: str
     case: str
@@ -115,51 +75,13 @@ class Figure:
         return self.peers[peer].ratio if peer in self.peers else None
 
 
-def assert_close(name: str, out: Tensor, exact: Tensor, plain: Tensor, factor: float) -> None:
-    """Raise NotLikeReference unless the largest error of `out` against `exact` (float64) is at most
-    `factor` times that of `plain` (the reference in the operation's dtype), or 2 units in the last
-    place of the largest value."""
-    if out.shape != exact.shape:
-        raise NotLikeReference(f"{name}: shape {tuple(out.shape)}, not {tuple(exact.shape)}")
-    exact = exact.double()
-    error, plain_error = ((x.double() - exact).abs().max().item() for x in (out, plain))
-    unit = torch.finfo(out.dtype).eps * exact.abs().max().item()
-    allowed = max(factor * plain_error, 2 * unit)
-    if not error <= allowed:
-        raise NotLikeReference(f"{name}: off by {error:.3g}, {allowed:.3g} is allowed")
-
-
-def gradients(
-    function: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """What autograd finds for all inputs from gradients of all results; in inference mode too."""
-    with torch.inference_mode(False), torch.enable_grad():
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        return torch.autograd.grad(function(*leaves), leaves, [grad.clone() for grad in grads])
-
-
-def assert_equal(name: str, out: Tensor, expected: Tensor) -> None:
-    """Raise NotLikeReference unless both are the same, NaN being like NaN."""
-    out, expected = out.cpu(), expected.cpu()
-    same = out.shape == expected.shape and bool(
-        ((out == expected) | (out.isnan() & expected.isnan())).all()
-    )
-    if not same:
-        raise NotLikeReference(f"{name}: not equal to the reference")
-
-
-def calls_on(function: Callable[..., object], sets: Sequence[Sequence[Any]]) -> list[Call]:
-    """A call of `function` for each set of arguments."""
-    return [partial(function, *arguments) for arguments in sets]
-
-
-def _prepare(work: Work, peer: Peer) -> Rotation | str:
+def _prepare(case: OpCase, arguments: Arguments, peer: Peer) -> Rotation | str:
     """A peer's rotation, or why it cannot be timed."""
     try:
         calls = peer.make()
         if peer.compare:
             out = calls[0]()
-            work.check(peer.as_ours(out) if peer.as_ours else out, _PEERS_FACTOR)
+            case.check(arguments, peer.as_ours(out) if peer.as_ours else out, PEERS_FACTOR)
         return Rotation(calls, peer.capture)
     except torch.OutOfMemoryError:
         return "out of memory"
@@ -169,49 +91,51 @@ def _prepare(work: Work, peer: Peer) -> Rotation | str:
         return f"{type(error).__name__}: {error}"[:200]
 
 
-def measure(work: Work, ceilings: Ceilings, benchmark: BenchmarkFixture) -> Figure:
+def measure(case: OpCase, ceilings: Ceilings, benchmark: BenchmarkFixture) -> Figure:
     """Check the result, then time ours and all peers in turn. The table of pytest-benchmark shows
     whole rotations of ours. Raises NotLikeReference before anything is timed."""
-    work.check(work.calls[0](), _FACTOR)
-    own = Rotation(work.calls, work.capture)
-    notes: dict[str, str] = dict(work.absent)
-    rivals: dict[str, Rotation] = {}
-    for name, peer in work.peers.items():
-        prepared = _prepare(work, peer)
-        if isinstance(prepared, str):
-            notes[name] = prepared
+    reseed()
+    inputs = case.make_inputs(randn, num_sets(case.num_bytes))
+    case.check(inputs[0], case.call(*inputs[0]), FACTOR)
+    own = Rotation(calls_on(case.call, inputs), case.capture)
+    rotations: dict[str, Rotation] = {}
+    notes: dict[str, str] = {}
+    for name, peer in case.peers(inputs).items():
+        found = peer if isinstance(peer, str) else _prepare(case, inputs[0], peer)
+        if isinstance(found, str):
+            notes[name] = found
         else:
-            rivals[name] = prepared
-    everyone = [own, *rivals.values()]
+            rotations[name] = found
+    everyone = [own, *rotations.values()]
     first = sum(each.time_ms() * len(each.calls) for each in everyone)
     least, most = _ROUNDS
     rounds = min(most, max(least, int(1e3 * _SECONDS / first)))
 
     our_times: list[float] = []
-    times: dict[str, list[float]] = {name: [] for name in rivals}
+    times: dict[str, list[float]] = {name: [] for name in rotations}
 
-    def time_rivals() -> None:
-        for name, rotation in rivals.items():
+    def time_peers() -> None:
+        for name, rotation in rotations.items():
             times[name].append(rotation.time_ms())
 
     benchmark.pedantic(
-        lambda: our_times.append(own.time_ms()), setup=time_rivals, rounds=rounds, iterations=1
+        lambda: our_times.append(own.time_ms()), setup=time_peers, rounds=rounds, iterations=1
     )
     peers = {name: PeerFigure(note=note) for name, note in notes.items()}
-    for name, rotation in rivals.items():
+    for name, rotation in rotations.items():
         peers[name] = PeerFigure(
             ms=statistics.median(times[name]),
             ratio=statistics.median(b / a for a, b in zip(our_times, times[name], strict=True)),
             captured=rotation.captured,
         )
     ms = statistics.median(our_times)
-    floor_ms, bound = ceilings.floor_ms(work.num_bytes, work.flops)
-    gb_per_s, tflop_per_s = work.num_bytes / ms * 1e-6, work.flops / ms * 1e-9
+    floor_ms, bound = ceilings.floor_ms(case.num_bytes, case.flops)
+    gb_per_s, tflop_per_s = case.num_bytes / ms * 1e-6, case.flops / ms * 1e-9
     figure = Figure(
-        op=work.op,
-        case=work.case,
-        num_bytes=work.num_bytes,
-        flops=work.flops,
+        op=case.op,
+        case=case.name,
+        num_bytes=case.num_bytes,
+        flops=case.flops,
         ms=ms,
         gb_per_s=gb_per_s,
         tflop_per_s=tflop_per_s,
@@ -220,7 +144,7 @@ def measure(work: Work, ceilings: Ceilings, benchmark: BenchmarkFixture) -> Figu
         fraction=floor_ms / ms,
         bandwidth_fraction=gb_per_s / ceilings.gb_per_s,
         matmul_fraction=tflop_per_s / ceilings.matmul_tflop_per_s,
-        input_sets=len(work.calls),
+        input_sets=len(inputs),
         captured=own.captured,
         peers=peers,
     )
@@ -242,9 +166,9 @@ def table(figures: Sequence[Figure]) -> str:
     return "\n".join(lines)
 
 
-def json_line(ceilings: Ceilings, figures: Sequence[Figure]) -> str:
-    """The one line that a benchmark ends in."""
-    line = {
+def summary(ceilings: Ceilings, figures: Sequence[Figure]) -> dict[str, Any]:
+    """What the JSON line of `make bench` says."""
+    found = {
         figure.key: {
             "ms": round(figure.ms, 5),
             "fraction": round(figure.fraction, 4),
@@ -252,4 +176,4 @@ def json_line(ceilings: Ceilings, figures: Sequence[Figure]) -> str:
         }
         for figure in figures
     }
-    return json.dumps({"ceilings": asdict(ceilings), "figures": line})
+    return {"ceilings": asdict(ceilings), "figures": found}

@@ -21,7 +21,6 @@ judgements. A tie is a wrong judgement, and a filter that drops ties tells right
 knowing any better who deserves to win: compare the two. Ends in one JSON line.
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from bench.provenance import print_json
 from bench.voting import SUBSETS, chance_correct, interval, read_labelled
 from engine.judge import Judge
 from engine.verdict import Sample, Verdict
@@ -170,7 +170,7 @@ def main() -> None:
         "rows_with_both": len(aucs["meta"]),
         "filters": tables,
     }
-    print(json.dumps(summary))
+    print_json(summary)
 
 
 if __name__ == "__main__":

@@ -4,24 +4,25 @@ A `Tree` has one number of nodes and of tokens for each level; the last level is
 suffixes, every other a level of their prompts. Plans come from the engine's own forest, and the
 layers of its cache are the input sets: one plan, other keys and values, as in a model.
 
-Counts are of what has to happen: every key and value that some query sees is read once, queries
-are read and results written once, and a query and a key that it sees cost 2 D + 2 Dv operations.
+`decode_cost` and `prefill_cost` count what has to happen: every key and value that some query sees
+is read once, queries are read and results written once, and a query and a key that it sees cost
+2 D + 2 Dv operations.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.figures import assert_close, gradients
+from bench.case import gradients, like
 from bench.shapes import Shape
-from bench.timing import DEVICE, randn
+from bench.timing import DEVICE, Fill, empty, randn
 from engine.forest import Forest, Node, decode_tiles, prefill_tiles
 from engine.kv_cache import KVCache, round_up
-from kernels.forest_attention import AttentionOptions
+from kernels.forest_attention import AttentionOptions, forest_attention_with_lse
 from kernels.forest_attention.plan import ForestPlan, Suffixes
 from kernels.forest_attention.reference import dense_attention, visible_keys
 from models.config import ModelConfig, Rope
@@ -158,31 +159,14 @@ class Workload:
     plan: ForestPlan
     spans: list[Span]
 
-    @cached_property
-    def sets(self) -> list[tuple[object, ...]]:
-        """Arguments of `forest_attention`, layer by layer."""
-        return [
-            (q, k, v, self.plan, self.heads.options)
-            for q, k, v in zip(self.queries, self.k, self.v, strict=True)
-        ]
+    def attend(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Attention of a layer, with its log-sum-exps."""
+        return forest_attention_with_lse(*self.arguments(layer))
 
-    @cached_property
-    def cost(self) -> tuple[int, int]:
-        """Bytes to move and operations to do."""
-        positions = self.plan.positions.tolist()
-        # What the queries of a segment's spans see overlaps, so that the ends tell the union.
-        union: dict[int, tuple[int, int]] = {}
-        pairs = 0
-        for span in self.spans:
-            for at in positions[span.query : span.query + span.num_queries]:
-                start, stop = self._seen(span, at)
-                if stop > start:
-                    pairs += stop - start
-                    first, last = union.get(span.slot, (start, stop))
-                    union[span.slot] = min(start, first), max(stop, last)
-        read = sum(stop - start for start, stop in union.values())
-        moved = read * self.heads.cell_bytes + len(positions) * self.heads.query_bytes
-        return moved, 4 * self.heads.num_heads * self.heads.head_dim * pairs
+    def arguments(self, layer: int) -> tuple[Any, ...]:
+        """Of `forest_attention`."""
+        tensors = self.queries[layer], self.k[layer], self.v[layer]
+        return *tensors, self.plan, self.heads.options
 
     def _seen(self, span: Span, at: int, window: int | None = None) -> tuple[int, int]:
         """The positions [start, stop) of a span that a query at a position sees."""
@@ -203,19 +187,31 @@ class Workload:
         return torch.cat(runs)
 
     def check(self, out: Tensor, factor: float) -> None:
-        """Hold the first, a middle and the last query's results to plain attention."""
-        rows = sorted({0, len(out) // 2, len(out) - 1})
-        slots = [self.slots_of(row) for row in rows]
+        """Hold the first, a middle and the last query's results to dense attention."""
+        rows = torch.tensor(sorted({0, len(out) // 2, len(out) - 1}), device=DEVICE)
+        inputs = self.queries[0][rows], self.k[0], self.v[0], self.visible()[rows]
+        like("attention", lambda *x: self.dense(*x)[0])(inputs, out[rows], factor)
 
-        def plain(dtype: torch.dtype) -> Tensor:
-            found = []
-            for row, at in zip(rows, slots, strict=True):
-                q = self.queries[0][row, None].to(dtype)
-                k, v = (x[0][:, at].transpose(0, 1).to(dtype) for x in (self.k, self.v))
-                found.append(dense_attention(q, k, v, self.heads.options)[0])
-            return torch.cat(found)
+    def check_backward(
+        self, outs: Sequence[Tensor], d_o: Tensor, d_lse: Tensor | None, factor: float
+    ) -> None:
+        """Hold the gradients of the first key/value head, and of its queries, to dense attention's
+        from d_o (T, Hq, D) and d_lse (T, Hq)."""
+        groups, seen = self.heads.num_heads // self.heads.num_kv_heads, self.visible()
+        d_lse = torch.zeros_like(d_o[..., 0]) if d_lse is None else d_lse
 
-        assert_close("attention", out[rows], plain(torch.float64), plain(self.heads.dtype), factor)
+        def reference(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return gradients(lambda q, k, v: self.dense(q, k, v, seen), tensors[:3], tensors[3:])
+
+        q, k, v = self.queries[0][:, :groups], self.k[0][:1], self.v[0][:1]
+        inputs = q, k, v, d_o[:, :groups], d_lse[:, :groups]
+        found = outs[0][:, :groups], outs[1][:1], outs[2][:1]
+        like("attention backward", reference)(inputs, found, factor)
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Plain attention of (R, Hq, D) over (Hkv, N, D), of which (R, N) bool are seen, and its
+        log-sum-exps."""
+        return dense_attention(q, k.transpose(0, 1), v.transpose(0, 1), self.heads.options, seen)
 
     def visible(self) -> Tensor:
         """(T, N) bool: which cells every query sees."""
@@ -228,24 +224,31 @@ class Workload:
             seen[rows, span.slot : span.slot + span.keys] = mine
         return seen
 
-    def check_backward(self, outs: Sequence[Tensor], d_o: Tensor, factor: float) -> None:
-        """Hold the gradients of the first key/value head, and of its queries, to dense attention's
-        from d_o (T, Hq, D)."""
-        groups = self.heads.num_heads // self.heads.num_kv_heads
-        seen = self.visible()
-        inputs = [self.queries[0][:, :groups], self.k[0][:1], self.v[0][:1]]
 
-        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k, v = k.transpose(0, 1), v.transpose(0, 1)
-            return dense_attention(q, k, v, self.heads.options, seen)[0]
+def decode_cost(tree: Tree, heads: Heads) -> tuple[int, int]:
+    """Bytes to move and operations to do in one decode step."""
+    stop = tree.prefix + max(tree.suffix, 1)  # of the keys that a query sees
+    first = 0 if heads.window is None else max(0, stop - heads.window)
+    keys, pairs, start = 0, 0, 0
+    for nodes, tokens in zip(tree.nodes, tree.tokens, strict=True):
+        seen = max(0, start + tokens - max(start, first))
+        keys, pairs, start = keys + nodes * seen, pairs + tree.samples * seen, start + tokens
+    return _cost(heads, keys, tree.samples, pairs)
 
-        exact, plain = (
-            gradients(dense, [x.to(dtype) for x in inputs], [d_o[:, :groups].to(dtype)])
-            for dtype in (torch.float64, self.heads.dtype)
-        )
-        found = outs[0][:, :groups], outs[1][:1], outs[2][:1]
-        for out, exactly, plainly in zip(found, exact, plain, strict=True):
-            assert_close("attention backward", out, exactly, plainly, factor)
+
+def prefill_cost(tree: Tree, heads: Heads) -> tuple[int, int]:
+    """Bytes to move and operations to do in the prefill of a tree."""
+    window = heads.window or 1 << 60
+    pairs, start = 0, 0
+    for nodes, tokens in zip(tree.nodes, tree.tokens, strict=True):
+        pairs += nodes * sum(min(at + 1, window) for at in range(start, start + tokens))
+        start += tokens
+    return _cost(heads, tree.num_tokens, tree.num_tokens, pairs)
+
+
+def _cost(heads: Heads, keys: int, queries: int, pairs: int) -> tuple[int, int]:
+    moved = keys * heads.cell_bytes + queries * heads.query_bytes
+    return moved, 4 * heads.num_heads * heads.head_dim * pairs
 
 
 def _ends(tree: Tree, heads: Heads, layers: int) -> tuple[KVCache, list[Node]]:
@@ -288,9 +291,9 @@ def _node_spans(ends: Sequence[Node]) -> dict[Node, Span]:
     return spans
 
 
-def make_decode(tree: Tree, heads: Heads, layers: int, filled: bool = True) -> Workload:
+def make_decode(tree: Tree, heads: Heads, layers: int, tensor: Fill = randn) -> Workload:
     """One decode step of the tree's samples. A suffix of 0 tokens: the prompts alone, without
-    suffixes. filled: keys, values and queries are drawn; otherwise they are whatever they are."""
+    suffixes. tensor: what queries, keys and values are."""
     cache, ends = _ends(tree, heads, layers)
     k, suffix_length = tree.samples, tree.suffix
     stops = torch.tensor([end.stop for end in ends], device=DEVICE)
@@ -312,10 +315,10 @@ def make_decode(tree: Tree, heads: Heads, layers: int, filled: bool = True) -> W
         ]
     at = stops + max(suffix_length, 1) - 1
     plan = ForestPlan(decode_tiles(ends), at, suffix, advancing=True)
-    return _workload(heads, cache, k, plan, spans, filled)
+    return _workload(heads, cache, k, plan, spans, tensor)
 
 
-def make_prefill(tree: Tree, heads: Heads, layers: int, filled: bool = True) -> Workload:
+def make_prefill(tree: Tree, heads: Heads, layers: int, tensor: Fill = randn) -> Workload:
     """The prefill of all nodes of the tree, its last level included (as segments, not suffixes)."""
     whole = Tree((*tree.nodes, tree.samples), (*tree.tokens, 0))
     cache, ends = _ends(whole, heads, layers)
@@ -332,7 +335,7 @@ def make_prefill(tree: Tree, heads: Heads, layers: int, filled: bool = True) -> 
             )
         row += len(node.token_ids)
     plan = ForestPlan(prefill_tiles(pieces), torch.tensor(positions, device=DEVICE))
-    return _workload(heads, cache, row, plan, spans, filled)
+    return _workload(heads, cache, row, plan, spans, tensor)
 
 
 def _workload(
@@ -341,11 +344,11 @@ def _workload(
     num_queries: int,
     plan: ForestPlan,
     spans: list[Span],
-    filled: bool,
+    tensor: Fill,
 ) -> Workload:
     shape = (num_queries, heads.num_heads, heads.head_dim)
-    queries = [torch.empty(shape, dtype=heads.dtype, device=DEVICE) for _ in cache.k]
-    if filled:
-        for tensor in (*queries, *cache.k, *cache.v):
-            tensor.copy_(randn(*tensor.shape, dtype=tensor.dtype))
+    queries = [tensor(*shape, dtype=heads.dtype) for _ in cache.k]
+    if tensor is not empty:
+        for cells in (*cache.k, *cache.v):
+            cells.copy_(tensor(*cells.shape, dtype=cells.dtype))
     return Workload(heads, queries, cache.k, cache.v, plan, spans)

@@ -3,13 +3,12 @@
     python -m bench.gpu [--out runs/gpu] [--seconds 510] [--test-seconds 220] [--decode-seconds 120]
                         [--loss-seconds 60]
 
-Runs the tests of tests/test_triton_*.py on the device, then all benchmarks, those with a target
+Runs the tests of tests/test_triton_*.py on the device, then all benchmarks, those with a goal
 first, then `bench.decode` end to end (DECODES) and the memory of the policy loss (LOSSES), and
-writes DIR/<device>-<date>.json (machine,
-versions, commit, tests, ceilings, figures, targets) and the tables as DIR/<device>-<date>.md. Each
-stage has its time: what did not run is named. Where a test fails or a run breaks off, figures are
-not measured: no speed on a red test. Results that are to stay are committed as
-bench/results/<device>/<date>.json.
+writes DIR/<device>-<date>.json (provenance, device, tests, ceilings, figures, goals) and the tables
+as DIR/<device>-<date>.md. Each stage has its time: what did not run is named. Where a test fails or
+a run breaks off, figures are not measured: no speed on a red test. Results that are to stay are
+committed as bench/results/<device>/<date>.json.
 
 Needs torch, triton, numpy, safetensors, tokenizers, pytest and pytest-benchmark. Exits with 1
 without a GPU, and where a test or a benchmark fails.
@@ -20,7 +19,6 @@ import datetime
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,35 +30,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from bench.ceilings import Ceilings
 from bench.figures import Figure
 from bench.figures import table as figures_table
+from bench.goals import GOALS, compare
+from bench.goals import table as goals_table
+from bench.provenance import ROOT, print_json, provenance, said_by
 from bench.stage import StageLog, read_log
-from bench.targets import TARGETS, compare
-from bench.targets import table as targets_table
 
-ROOT = Path(__file__).parent.parent
 GRACE = 30.0  # seconds that the test in progress has after the budget
-BENCHES = [
-    f"bench/bench_{name}.py"
-    for name in (
-        "forest_attention",
-        "sample_token",
-        "segment_attention",
-        "linear_logprob",
-        "matmul",
-        "merge_states",
-        "rms_norm",
-        "gated_act",
-        "rope",
-        "write_kv",
-    )
-]
-
-
-# Arguments of bench.decode, and tokens per second to reach on an H200 (None: no target).
+BENCH = "bench/ops/bench_ops.py"
+# Arguments of bench.decode, and tokens per second to reach on an H200 (None: no goal).
 DECODES: list[tuple[str, float | None]] = [
     ("--shape qwen3-8b --k 32 --prefix 4096 --new-tokens 1024", 5680),
     ("--shape qwen3-8b --k 32 --prefix 4096 --new-tokens 1024 --no-sharing", None),
@@ -69,7 +50,7 @@ DECODES: list[tuple[str, float | None]] = [
     ("--shape qwen3-8b --k 64 --prefix 8192 --new-tokens 1024 --no-sharing", None),
     ("--shape gemma2-27b --k 32 --prefix 4096 --new-tokens 1024", None),
 ]
-# Arguments of bench.loss, and the extra memory in GB that some of its contenders may take.
+# Arguments of bench.loss, and the extra memory in GB that some of its peers may take.
 LOSSES: list[tuple[str, dict[str, float]]] = [
     (
         "--tokens 8192 --hidden 4608 --vocab 256000 --softcap 30 --dtype bfloat16 --repeats 2",
@@ -216,7 +197,7 @@ def describe_loss(entry: dict[str, Any]) -> str:
         return f"{entry['arguments']}: {entry['error'].splitlines()[-1]}"
     parts = []
     for point in entry["points"]:
-        for name, found in point["contenders"].items():
+        for name, found in point["peers"].items():
             wanted = entry["wanted_gb"].get(name)
             parts.append(
                 f"{name}: {found['error']}"
@@ -228,28 +209,16 @@ def describe_loss(entry: dict[str, Any]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The device and what runs on it; None for what cannot be told."""
+    """The device, its driver and toolkit; None for what cannot be told."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "device": properties.name,
         "memory_bytes": properties.total_memory,
         "processors": properties.multi_processor_count,
-        "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        "driver": said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "python": sys.version.split()[0],
-        "commit": _said_by("git", "rev-parse", "HEAD"),
-        "modified": _said_by("git", "status", "--porcelain") not in (None, ""),
     }
-
-
-def _said_by(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def summarise(
@@ -262,19 +231,20 @@ def summarise(
     """Everything that goes into the JSON file; without figures where tests are not green."""
     found = [] if benches is None else [Figure.from_dict(x) for x in benches.log.values("figure")]
     rates = [] if benches is None else list(benches.log.values("ceilings"))
-    outcomes = compare(found, host["device"], TARGETS)
+    outcomes = compare(found, host["device"], GOALS)
     return {
-        "machine": host,
+        "run": provenance(),
+        "device": host,
         "tests": tests.as_dict(),
         "benchmarks": None if benches is None else benches.as_dict(),
         "ceilings": rates[0] if rates else None,
         "figures": [figure.as_dict() for figure in found],
         "decode": list(decodes),
         "loss": list(losses),
-        "targets": [
+        "goals": [
             {
-                "name": outcome.target.name,
-                "wanted": outcome.target.describe(),
+                "name": outcome.goal.name,
+                "wanted": outcome.goal.describe(),
                 "measured": outcome.value,
                 "note": outcome.note,
                 "met": outcome.met,
@@ -285,14 +255,15 @@ def summarise(
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The summary for a person: targets, figures, and what is missing."""
-    host, tests, benches = summary["machine"], summary["tests"], summary["benchmarks"]
+    """The summary for a person: goals, figures, and what is missing."""
+    host, versions = summary["device"], summary["run"]["versions"]
+    tests, benches = summary["tests"], summary["benchmarks"]
     found = [Figure.from_dict(data) for data in summary["figures"]]
-    outcomes = compare(found, host["device"], TARGETS)
+    outcomes = compare(found, host["device"], GOALS)
     lines = [
         f"# {host['device']}",
-        f"torch {host['torch']}, triton {host['triton']}, driver {host['driver']}, commit "
-        f"{host['commit']}{' with changes' if host['modified'] else ''}",
+        f"torch {versions['torch']}, triton {versions['triton']}, driver {host['driver']}, commit "
+        f"{versions['commit']}{' with changes' if versions['modified'] else ''}",
         f"tests: {tests['passed']} passed, {len(tests['failed'])} failed, "
         f"{tests['skipped']} skipped, {len(tests['not_run'])} not run",
     ]
@@ -300,7 +271,7 @@ def markdown(summary: dict[str, Any]) -> str:
         lines.append("**Tests are red: nothing was measured.**")
     if summary["ceilings"] is not None:
         lines.append(Ceilings(**summary["ceilings"]).describe())
-    lines += ["", targets_table(outcomes), "", figures_table(found)]
+    lines += ["", goals_table(outcomes), "", figures_table(found)]
     lines += ["", *(f"- {describe_decode(entry)}" for entry in summary["decode"])]
     lines += [*(f"- {describe_loss(entry)}" for entry in summary["loss"]), ""]
     for title, stage in (("tests", tests), ("benchmarks", benches)):
@@ -328,15 +299,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     started = time.monotonic()
     host = machine()
-    print(f"== {host['device']}, torch {host['torch']}, triton {host['triton']}", flush=True)
+    print(f"== {host['device']}, torch {torch.__version__}", flush=True)
     files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_triton_*.py"))]
     tests = run_stage("tests", ["-q", "-m", "gpu or triton", *files], args.test_seconds)
     benches, decodes, losses = None, [], []
     if tests.green:
-        chosen = ["-v", "-o", "python_files=bench_*.py", "--benchmark-columns=median,rounds"]
         left = args.seconds - GRACE - args.decode_seconds - args.loss_seconds
         left -= time.monotonic() - started
-        benches = run_stage("benchmarks", [*chosen, *BENCHES], left)
+        chosen = ["-v", "--benchmark-columns=median,rounds", BENCH]
+        benches = run_stage("benchmarks", chosen, left)
         decodes = run_decodes(args.decode_seconds)
         losses = run_losses(args.loss_seconds)
     summary = summarise(host, tests, benches, decodes, losses)
@@ -350,15 +321,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path.with_suffix(".md").write_text(text)
     print(text)
     green = tests.green and benches is not None and benches.green
-    met = [outcome["met"] for outcome in summary["targets"]]
+    met = [outcome["met"] for outcome in summary["goals"]]
     line = {
         "file": str(path),
         "green": green,
         "figures": len(summary["figures"]),
-        "targets_met": met.count(True),
-        "targets_missed": met.count(False),
+        "goals_met": met.count(True),
+        "goals_missed": met.count(False),
     }
-    print(json.dumps(line))
+    print_json(line)
     return 0 if green else 1
 
 

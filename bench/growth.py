@@ -11,7 +11,6 @@ round. Ends in one JSON line; --plot draws time and floor against each axis.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,9 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.ceilings import measure_ceilings
-from bench.decode import Ours, Workload, config_of, floor_seconds, random_model
+from bench.decode import Ours, config_of, floor_seconds, random_model
+from bench.decode_load import Workload
+from bench.provenance import print_json
 from bench.shapes import SHAPES
 from bench.timing import DEVICE
 from models import load_weights, read_config
@@ -44,10 +45,10 @@ def measure_axis(
 ) -> list[dict[str, Any]]:
     """A point for each size: milliseconds a step and a token, and their floor."""
     loads = workloads(axis, sizes)
-    contenders = [Ours(model, load) for load in loads]
+    peers = [Ours(model, load) for load in loads]
     seconds: list[list[float]] = [[] for _ in loads]
     for seed in tqdm(range(repeats + 1), desc=axis, unit="round"):
-        for taken, ours in zip(seconds, contenders, strict=True):
+        for taken, ours in zip(seconds, peers, strict=True):
             round_ = ours.round(seed)
             if seed and round_.decode is not None:
                 taken.append(round_.decode)
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.plot is not None:
         dtype = str(model.head_weight.dtype).removeprefix("torch.")
         plot(found, f"{name}, {dtype}, {DEVICE.type}", args.plot)
-    print(json.dumps({"model": name, "repeats": args.repeats, **found}))
+    print_json({"model": name, "repeats": args.repeats, **found})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 `unfused` makes all logits and lets autograd do the rest; `fused` is `linear_policy_loss`; `fused in
 place` adds the weight's gradient to a float32 buffer that is already there, `fused small` does that
-with --small rows of logits at a time; `liger` is Liger-Kernel's loss, on a GPU where there is one.
+with --small rows of logits at a time; `liger` is Liger-Kernel's loss, on a GPU where it is installed.
 Each runs in a process of its own, all in turn, round by round; the first round is not counted.
 Loss and gradients have to agree. What is given as memory is the peak above what was there before:
 gradients included, but for the weight's where it is added in place. Floor: three matrix products at
@@ -13,7 +13,6 @@ the measured rate. Ends in one JSON line.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -23,11 +22,11 @@ import torch
 
 from bench.ceilings import measure_ceilings
 from bench.loss_peers import OPTIONS, Batch, Head, liger, unfused
+from bench.provenance import print_json
 from bench.timing import DEVICE, ON_GPU
-from bench.turns import Run, contend, describe
-from kernels.logprob.linear_policy_loss import linear_policy_loss
+from bench.turns import Run, describe, take_turns
 
-CONTENDERS = ("fused", "fused in place", "fused small", "unfused", *(["liger"] if ON_GPU else []))
+PEERS = ("fused", "fused in place", "fused small", "unfused", *(["liger"] if ON_GPU else []))
 
 
 def make(name: str, head: Head, small: int) -> Run:
@@ -57,9 +56,9 @@ def make(name: str, head: Head, small: int) -> Run:
 
 
 def measure(head: Head, small: int, repeats: int) -> dict[str, dict[str, Any]]:
-    """What each contender takes."""
-    makers = {name: partial(make, name, head, small) for name in CONTENDERS}
-    return contend(makers, repeats, f"{head.tokens} tokens")
+    """What each peer takes."""
+    makers = {name: partial(make, name, head, small) for name in PEERS}
+    return take_turns(makers, repeats, f"{head.tokens} tokens")
 
 
 def disagreements(results: dict[str, dict[str, Any]], dtype: torch.dtype) -> list[str]:
@@ -102,13 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         floor = 3 * product / ceilings.matmul_tflop_per_s * 1e-12
         print(f"\n{tokens} tokens, head {args.hidden} x {args.vocab}: floor {floor:.3f} s")
         print(describe(results))
-        lines.append({"tokens": tokens, "floor_seconds": floor, "contenders": results})
+        lines.append({"tokens": tokens, "floor_seconds": floor, "peers": results})
     if wrong:
         print("\n".join(wrong), file=sys.stderr)
         return 1
     summary = {"device": str(DEVICE), "threads": torch.get_num_threads(), "small": args.small}
     shape = {"hidden": args.hidden, "vocab": args.vocab, "dtype": args.dtype}
-    print(json.dumps(summary | shape | {"softcap": args.softcap, "points": lines}))
+    print_json(summary | shape | {"softcap": args.softcap, "points": lines})
     return 0
 
 

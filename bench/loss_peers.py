@@ -1,11 +1,11 @@
-"""A step of policy loss to measure, and its rivals: whole logits under autograd, Liger-Kernel."""
+"""A step of policy loss to measure, and its peers: whole logits under autograd, Liger-Kernel."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bench.timing import DEVICE
+from bench.timing import DEVICE, Fill, randn
 from kernels.logprob.policy_loss import PolicyLossOptions
 
 OPTIONS = PolicyLossOptions(beta=0.04)
@@ -35,26 +35,35 @@ class Batch:
     ref_logp: Tensor
 
     @staticmethod
-    def of(head: Head) -> "Batch":
-        generator = torch.Generator(DEVICE).manual_seed(0)
+    def of(head: Head, tensor: Fill = randn) -> "Batch":
+        """Leaves of autograd, in inference mode too. tensor: as in `OpCase.make_inputs`."""
+        n, h = head.tokens, head.hidden
+        with torch.inference_mode(False):
+            row = torch.arange(n, device=DEVICE)
+            near = -randn(n).abs() - 12
+            return Batch(
+                tensor(n, h, dtype=head.dtype).requires_grad_(),
+                tensor(head.vocab, h, dtype=head.dtype, scale=2 * h**-0.5).requires_grad_(),
+                row * 7919 % head.vocab, torch.where(row % 8 < 7, randn(n), 0),
+                torch.full((n,), 1 / n, device=DEVICE), near, near + 0.1 * randn(n),
+            )  # fmt: skip
 
-        def randn(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=DEVICE)
-
-        n = head.tokens
-        weight = (randn(head.vocab, head.hidden) * 2 * head.hidden**-0.5).to(head.dtype)
-        target = torch.randint(head.vocab, (n,), generator=generator, device=DEVICE)
-        near = -randn(n).abs() - 12
-        advantage = torch.where(torch.arange(n, device=DEVICE) % 8 < 7, randn(n), 0)
-        return Batch(
-            randn(n, head.hidden).to(head.dtype).requires_grad_(), weight.requires_grad_(), target,
-            advantage, torch.full((n,), 1 / n, device=DEVICE), near, near + 0.1 * randn(n),
-        )  # fmt: skip
+    def rows(self, rows: list[int], dtype: torch.dtype) -> "Batch":
+        """Some tokens alone, in another dtype, float32 at least beside the head; only `hidden` is a
+        leaf."""
+        wide = torch.promote_types(dtype, torch.float32)
+        of_rows = (
+            x[rows] for x in (self.advantage, self.token_weight, self.old_logp, self.ref_logp)
+        )
+        hidden = self.hidden.detach()[rows].to(dtype).requires_grad_()
+        weight = self.weight.detach().to(dtype)
+        return Batch(hidden, weight, self.target[rows], *(x.to(wide) for x in of_rows))
 
 
 def unfused(batch: Batch, softcap: float | None) -> Tensor:
     """The loss on whole logits."""
-    logits = (batch.hidden @ batch.weight.T).float()
+    logits = batch.hidden @ batch.weight.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logp = torch.log_softmax(logits, -1).gather(1, batch.target[:, None])[:, 0]

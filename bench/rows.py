@@ -22,7 +22,6 @@ Figures are medians of rounds, ratios medians of the rounds' ratios, after one r
 counted. Ends in one JSON line.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from bench.decode import Ours, Workload
+from bench.decode import Ours
+from bench.decode_load import Workload
+from bench.provenance import print_json
 from bench.voting import read_labelled
 from engine.decode import Decoder
 from engine.judge import Judge, JudgeOptions, draw_orders
@@ -284,7 +285,7 @@ def main(args: Args) -> None:
     judge = Judge.load(args.model, device="cpu", max_batch=args.max_batch)
     figures = measure(judge, rows, args)
     print(describe(figures))
-    print(json.dumps(figures))
+    print_json(figures)
 
 
 if __name__ == "__main__":

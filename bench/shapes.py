@@ -6,6 +6,12 @@ Dimensions only: no weights of these models are needed, or looked for.
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from bench.timing import Fill
+
+DECODE_ROWS = (1, 16, 64, 128)
+PREFILL_ROWS = (2048,)
 
 
 @dataclass(frozen=True)
@@ -67,3 +73,9 @@ SHAPES = {
         _gemma2("gemma2-27b", 4608, 36_864, 46, 32, 16, 128),
     )
 }
+
+
+def projected(shape: Shape, rows: int, tensor: Fill) -> list[Tensor]:
+    """Queries, keys and values (rows, heads, head_dim) as slices of one projection."""
+    sizes = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+    return list(tensor(rows, sum(sizes), shape.head_dim, dtype=shape.dtype).split(sizes, 1))

@@ -1,10 +1,10 @@
 """How long a call takes, in milliseconds, on inputs that the cache does not still hold.
 
-A contender is timed as a `Rotation`: its calls, one for each of several input sets that together
+What is timed is a `Rotation`: its calls, one for each of several input sets that together
 are larger than the last cache, made one after another. On a GPU they are captured into one CUDA
 graph (each output in memory of its own) and timed by events around a replay; where something
 cannot be captured, around calls made back to back, and `captured` says so. On CPU a clock runs
-around the calls. Contenders are compared by timing their rotations in turn.
+around the calls. Rotations are compared by timing them in turn.
 
 It knows nothing of what is called, and asserts nothing about time.
 """
@@ -22,6 +22,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 
 Call = Callable[[], object]
+Fill = Callable[..., Tensor]  # (*shape, dtype=, scale=): `randn` or `empty`
 
 _CACHES = 4  # working set, in multiples of the last cache
 _MAX_SETS = 256 if ON_GPU else 4  # on CPU small operations are not bound by memory
@@ -50,9 +51,20 @@ def _generator() -> torch.Generator:
     return torch.Generator(DEVICE).manual_seed(0)
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers on the device, the same in every run of the same benchmarks."""
-    return torch.randn(shape, generator=_generator(), device=DEVICE).to(dtype)
+def reseed() -> None:
+    """Begin the random numbers anew: a case's inputs do not depend on what ran before it."""
+    _generator().manual_seed(0)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """Normal numbers on the device, the same after every `reseed`."""
+    x = torch.randn(shape, generator=_generator(), device=DEVICE)
+    return x.to(dtype) if scale == 1 else x.mul_(scale).to(dtype)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """A tensor of which only type, shape and alignment matter."""
+    return torch.empty(shape, dtype=dtype, device=DEVICE)
 
 
 def rand(*shape: int) -> Tensor:
@@ -61,7 +73,7 @@ def rand(*shape: int) -> Tensor:
 
 
 class Rotation:
-    """The calls of one contender, made before anything is timed. capture: try to."""
+    """Calls to be timed together, made before anything is timed. capture: try to."""
 
     def __init__(self, calls: Sequence[Call], capture: bool = True) -> None:
         self.calls = list(calls)

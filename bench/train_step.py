@@ -1,7 +1,7 @@
 """A step of GRPO on packed trees, beside the same step without sharing and with whole logits.
 
     python -m bench.train_step [--shape qwen3-107m] [--prefix 1024] [--completion 256] [--group 4]
-                               [--rows 1] [--repeats 3] [--contenders NAME ...]
+                               [--rows 1] [--repeats 3] [--peers NAME ...]
 
 `packed` computes each prompt once for its group, forward and backward, and makes no logits, as
 `train.grpo` does; `recomputed` does so with activation checkpointing; `unshared` takes the
@@ -11,7 +11,6 @@ G (P + R) / (P + G R). Ends in one JSON line.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -21,15 +20,15 @@ from torch import Tensor
 
 from bench.decode import config_of, random_model
 from bench.loss_peers import OPTIONS, Batch, unfused
+from bench.provenance import print_json
 from bench.shapes import SHAPES
 from bench.timing import DEVICE
-from bench.turns import Run, contend, describe
-from kernels.logprob.linear_policy_loss import linear_policy_loss
+from bench.turns import Run, describe, take_turns
 from models.transformer import Transformer
 from train.data import Trajectory
 from train.packing import PackedBatch, hidden_states, pack
 
-CONTENDERS = ("packed", "recomputed", "unshared", "whole logits")
+PEERS = ("packed", "recomputed", "unshared", "whole logits")
 
 
 def make(name: str, shape: str, prefix: int, completion: int, group: int, rows: int) -> Run:
@@ -93,11 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in (("prefix", 1024), ("completion", 256), ("group", 4), ("rows", 1)):
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N")
     parser.add_argument("--repeats", type=int, default=3, metavar="R")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
     args = parser.parse_args(arguments)
     sizes = args.prefix, args.completion, args.group, args.rows
-    makers = {name: partial(make, name, args.shape, *sizes) for name in args.contenders}
-    results = contend(makers, args.repeats, "step")
+    makers = {name: partial(make, name, args.shape, *sizes) for name in args.peers}
+    results = take_turns(makers, args.repeats, "step")
     bound = args.group * (args.prefix + args.completion)
     bound /= args.prefix + args.group * args.completion
     print(f"{args.shape}: {args.rows} x ({args.prefix} + {args.group} x {args.completion}) tokens; "
@@ -108,9 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(abs(r[key] - told[0][key]) > 1e-3 * abs(told[0][key]) + 1e-6 for r in told):
             print(f"not one {key}: {[r[key] for r in told]}", file=sys.stderr)
             return 1
-    print(json.dumps({"shape": args.shape, "sizes": sizes, "device": str(DEVICE),
-                      "threads": torch.get_num_threads(), "token_ratio": bound,
-                      "contenders": results}))  # fmt: skip
+    settings = {"shape": args.shape, "sizes": sizes, "device": str(DEVICE)}
+    threads = {"threads": torch.get_num_threads()}
+    print_json(settings | threads | {"token_ratio": bound, "peers": results})
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Contenders in processes of their own, run in turn: what each takes of time and of memory.
+"""Peers in processes of their own, run in turn: what each takes of time and of memory.
 
-A contender is made in its process, and run once every round; the first round is not counted.
+A peer is made in its process, and run once every round; the first round is not counted.
 Memory is the peak during a run above what was there before it: on CPU resident pages, on a GPU
 what torch has allocated.
 """
@@ -22,10 +22,10 @@ from bench.timing import ON_GPU
 Run = Callable[[], dict[str, float]]
 
 
-def contend(
+def take_turns(
     makers: Mapping[str, Callable[[], Run]], repeats: int, title: str
 ) -> dict[str, dict[str, Any]]:
-    """Of each contender: `seconds` (median), `peak_bytes` (largest), `ratio`, the median over the
+    """Of each peer: `seconds` (median), `peak_bytes` (largest), `ratio`, the median over the
     rounds of its time by that of the first, and what its last run gave; or the `error`. makers:
     functions that can be sent to another process."""
     context = multiprocessing.get_context("spawn")
@@ -69,7 +69,7 @@ def contend(
 
 
 def describe(results: Mapping[str, dict[str, Any]]) -> str:
-    """A line for each contender."""
+    """A line for each peer."""
     first = next(iter(results))
     lines = []
     for name, found in results.items():

@@ -9,7 +9,6 @@ without any valid vote as wrong. Intervals are 95 %, by a bootstrap over rows. W
 rows are the judging world's final split. Ends in one JSON line; --plot writes the curves as PNG.
 """
 
-import json
 import sys
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from bench.provenance import print_json
 from engine.judge import Judge
 from engine.request import BadRow, Row, read_rows
 from engine.verdict import Verdict, gold_index
@@ -180,7 +180,7 @@ def main() -> None:
             print(f"  @{size:<3} {entry['mean']:.3f}  [{low:.3f}, {high:.3f}]", file=sys.stderr)
     if args.plot:
         plot(runs, args.plot)
-    print(json.dumps({"model": str(args.model), "rows": len(rows), "runs": runs}))
+    print_json({"model": str(args.model), "rows": len(rows), "runs": runs})
 
 
 if __name__ == "__main__":

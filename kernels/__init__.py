@@ -14,6 +14,6 @@
     log-probs, losses    logprob/               torch, Triton         torch, Triton
     vote                 vote.py                torch
 
-`extract_scores` is accept_token's automaton; `target`, `launch`, `checks`, `device` and `device_math`
+`extract_scores` is accept_token's automaton; `target`, `launch`, `checks`, `device`, `device_math`
 serve all; `cpp` builds and calls C++. An operation runs in Triton on a GPU, else in C++ or torch.
 """

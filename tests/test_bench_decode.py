@@ -10,7 +10,9 @@ import torch
 
 from bench import decode, growth, rows, voting
 from bench.ceilings import Ceilings
-from bench.decode import Workload, config_of, floor_seconds, random_model
+from bench.decode import config_of, floor_seconds, random_model
+from bench.decode_load import Workload
+from bench.decode_peers import peer
 from bench.shapes import SHAPES
 from engine.decode import Decoder
 from engine.judge import Judge
@@ -142,8 +144,6 @@ def test_wrong_arguments(arguments: str, message: str, capsys: pytest.CaptureFix
 
 
 def test_peers_say_what_they_cannot_do() -> None:
-    from bench.decode_peers import peer
-
     config = config_of(SHAPES["pocket"], 100)
     model = random_model(config, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match="levels = 2"):

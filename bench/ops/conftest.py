@@ -1,7 +1,6 @@
-"""Benchmarks run under pytest: `measured` takes a `Work`, checks it, times it, reports it.
+"""Benchmarks run under pytest: `measured` takes an `OpCase`, checks it, times it, reports it.
 
-The end is a table and one JSON line, of what was measured and nothing else. Tests named
-`test_target_...` measure what a target is set for, and run first.
+The end is a table and one JSON line, of what was measured and nothing else.
 """
 
 import gc
@@ -13,8 +12,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench.case import OpCase
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.figures import Figure, Work, json_line, measure, table
+from bench.figures import Figure, measure, summary, table
+from bench.provenance import print_json
 from bench.timing import ON_GPU
 from kernels.launch import INTERPRETED
 
@@ -29,11 +30,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_figures] = []
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cases with a target come first: they should not be what a time budget cuts."""
-    items.sort(key=lambda item: not item.name.startswith("test_target_"))
-
-
 @pytest.fixture(scope="session")
 def ceilings(pytestconfig: pytest.Config) -> Ceilings:
     """The device's ceilings, measured once a run."""
@@ -44,11 +40,11 @@ def ceilings(pytestconfig: pytest.Config) -> Ceilings:
 @pytest.fixture
 def measured(
     request: pytest.FixtureRequest, benchmark: BenchmarkFixture, ceilings: Ceilings
-) -> Iterator[Callable[[Work], Figure]]:
+) -> Iterator[Callable[[OpCase], Figure]]:
     """Measure and report."""
 
-    def run(work: Work) -> Figure:
-        figure = measure(work, ceilings, benchmark)
+    def run(case: OpCase) -> Figure:
+        figure = measure(case, ceilings, benchmark)
         request.config.stash[_figures].append(figure)
         request.node.user_properties += [
             ("ceilings", asdict(ceilings)),
@@ -83,4 +79,4 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     found = config.stash.get(_ceilings, None)
     if found is not None and config.getoption("--log", default=None) is None:
         figures = config.stash[_figures]
-        print(json_line(found, figures))
+        print_json(summary(found, figures))

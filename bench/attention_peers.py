@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.figures import Peer, calls_on
+from bench.case import Peer, Peers, calls_on
 from bench.forests import Heads, Tree, Workload, make_decode, make_prefill
-from bench.timing import DEVICE, ON_GPU, Call, num_sets
+from bench.timing import DEVICE, ON_GPU, Call, empty, num_sets
 from kernels.forest_attention import forest_attention
 from models.transformer import causal_attend
 
@@ -27,11 +27,9 @@ _PAGE = 16  # tokens of a page of FlashInfer
 _WORKSPACE = 256 << 20  # bytes, for FlashInfer
 _EAGER_SCORES = 1 << (28 if ON_GPU else 24)
 
-Peers = tuple[dict[str, Peer], dict[str, str]]
-
 
 def decode_peers(tree: Tree, work: Workload) -> Peers:
-    """Peers of a decode step, and why others are absent."""
+    """Peers of a decode step."""
     heads = work.heads
     shared = tree.nodes[0] < tree.samples and tree.suffix > 0
 
@@ -39,16 +37,15 @@ def decode_peers(tree: Tree, work: Workload) -> Peers:
     def dense() -> list[tuple[Tensor, Tensor, Tensor]]:
         return _dense(work, torch.stack([work.slots_of(i) for i in range(tree.samples)]))
 
-    peers = {"eager": Peer(lambda: calls_on(lambda *x: _eager_decode(heads, *x), dense()))}
-    absent: dict[str, str] = {}
+    peers: dict[str, Peer | str] = {
+        "eager": Peer(lambda: calls_on(lambda *x: _eager_decode(heads, *x), dense())),
+        "sdpa": "has no soft-cap",
+        "unshared": "nothing is shared",
+    }
     if heads.softcap is None:
         peers["sdpa"] = Peer(lambda: calls_on(lambda *x: _sdpa_decode(heads, *x), dense()))
-    else:
-        absent["sdpa"] = "has no soft-cap"
     if shared:
         peers["unshared"] = Peer(lambda: _unshared_decode(tree, work))
-    else:
-        absent["unshared"] = "nothing is shared"
     third: dict[str, tuple[str, Callable[[], Sequence[Call]], str | None]] = {
         "flashinfer cascade": (
             "flashinfer",
@@ -66,8 +63,7 @@ def decode_peers(tree: Tree, work: Workload) -> Peers:
             None if heads.softcap is None else "has no soft-cap",
         ),
     }
-    _add_third_party(third, peers, absent)
-    return peers, absent
+    return peers | _third_party(third)
 
 
 def _no_cascade(tree: Tree, heads: Heads) -> str | None:
@@ -95,11 +91,12 @@ def prefill_peers(tree: Tree, work: Workload) -> Peers:
         return out.flatten(0, 1)[_inverse(work, slots.flatten())[_query_slots(work)]]
 
     capped, windowed = heads.softcap is not None, (heads.window or length) < length
-    peers = {"eager": Peer(lambda: _eager_prefill(heads, sequences()), as_ours=as_ours)}
-    absent: dict[str, str] = {}
-    if capped or windowed:
-        absent["sdpa"] = "has no soft-cap" if capped else "has no window"
-    else:
+    peers: dict[str, Peer | str] = {
+        "eager": Peer(lambda: _eager_prefill(heads, sequences()), as_ours=as_ours),
+        "sdpa": "has no soft-cap" if capped else "has no window",
+        "unshared": "nothing is shared",
+    }
+    if not capped and not windowed:
         peers["sdpa"] = Peer(
             lambda: calls_on(lambda *x: _sdpa_prefill(heads, *x), sequences()), as_ours=as_ours
         )
@@ -109,8 +106,6 @@ def prefill_peers(tree: Tree, work: Workload) -> Peers:
             lambda: _unshared_prefill(flat, heads, sequences()),
             as_ours=lambda out: as_ours(out.unflatten(0, (tree.samples, length))),
         )
-    else:
-        absent["unshared"] = "nothing is shared"
     third: dict[str, tuple[str, Callable[[], Sequence[Call]], str | None]] = {
         "flashinfer": (
             "flashinfer",
@@ -128,26 +123,21 @@ def prefill_peers(tree: Tree, work: Workload) -> Peers:
             "has no soft-cap" if capped else "has no window" if windowed else None,
         ),
     }
-    _add_third_party(third, peers, absent, as_ours)
-    return peers, absent
+    return peers | _third_party(third, as_ours)
 
 
-def _add_third_party(
-    third: dict[str, tuple[str, Callable[[], Sequence[Call]], str | None]],
-    peers: dict[str, Peer],
-    absent: dict[str, str],
+def _third_party(
+    libraries: dict[str, tuple[str, Callable[[], Sequence[Call]], str | None]],
     as_ours: Callable[[Any], object] | None = None,
-) -> None:
+) -> dict[str, Peer | str]:
     """Libraries by (module, calls, why not)."""
-    if not ON_GPU:
-        return
-    for name, (module, make, reason) in third.items():
+    peers: dict[str, Peer | str] = {}
+    for name, (module, make, reason) in libraries.items() if ON_GPU else ():
         if find_spec(module) is None:
-            absent[name] = "not installed"
-        elif reason is not None:
-            absent[name] = reason
+            peers[name] = "not installed"
         else:
-            peers[name] = Peer(make, third_party=True, as_ours=as_ours)
+            peers[name] = reason or Peer(make, third_party=True, as_ours=as_ours)
+    return peers
 
 
 def _dense(work: Workload, at: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -211,13 +201,11 @@ def unshared_gradients(
     grads: Sequence[Tensor],
     run: Callable[..., tuple[Tensor, ...]],
 ) -> Peer:
-    """Our own forward and backward, `run(d_o, q, k, v, plan, ...)`, of the same sequences, each
-    with a prompt of its own."""
+    """Our own forward and backward, `run(work, layer, d_o)`, of the same sequences, each with a
+    prompt of its own."""
     slots = torch.stack([work.slots_of(i, _EVERYTHING) for i in _last_queries(tree)]).flatten()
     rows = _inverse(work, _query_slots(work))[slots]
-    alone = make_prefill(
-        Tree((tree.samples,), (sum(tree.tokens),)), work.heads, len(work.k), filled=False
-    )
+    alone = make_prefill(Tree((tree.samples,), (sum(tree.tokens),)), work.heads, len(work.k), empty)
     cells = _query_slots(alone)
 
     def make() -> Sequence[Call]:
@@ -225,8 +213,7 @@ def unshared_gradients(
             alone.queries[layer] = q[rows]
             alone.k[layer][:, cells] = work.k[layer][:, slots]
             alone.v[layer][:, cells] = work.v[layer][:, slots]
-        sets = zip(grads, alone.sets, strict=True)
-        return [partial(run, d_o[rows], *arguments) for d_o, arguments in sets]
+        return [partial(run, alone, layer, d_o[rows]) for layer, d_o in enumerate(grads)]
 
     def as_ours(out: Any) -> tuple[Tensor, ...]:
         d_q, *of_cells = (x.float() for x in out)
@@ -280,7 +267,7 @@ def _sdpa_prefill(heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _unshared_decode(tree: Tree, work: Workload) -> Sequence[Call]:
     apart = tree.unshared()
     count = min(len(work.k), num_sets(apart.num_tokens * work.heads.cell_bytes))
-    alone = make_decode(apart, work.heads, count, filled=False)
+    alone = make_decode(apart, work.heads, count, empty)
     source, target = (
         torch.cat([each.slots_of(i, _EVERYTHING) for i in range(tree.samples)])
         for each in (work, alone)
@@ -289,19 +276,19 @@ def _unshared_decode(tree: Tree, work: Workload) -> Sequence[Call]:
         alone.queries[layer] = work.queries[layer]
         alone.k[layer][:, target] = work.k[layer][:, source]
         alone.v[layer][:, target] = work.v[layer][:, source]
-    return calls_on(forest_attention, alone.sets)
+    return calls_on(forest_attention, map(alone.arguments, range(len(alone.k))))
 
 
 def _unshared_prefill(
     flat: Tree, heads: Heads, sets: list[tuple[Tensor, Tensor, Tensor]]
 ) -> Sequence[Call]:
-    alone = make_prefill(flat, heads, len(sets), filled=False)
+    alone = make_prefill(flat, heads, len(sets), empty)
     slots = _query_slots(alone)
     for layer, (q, k, v) in enumerate(sets):
         alone.queries[layer] = q.transpose(1, 2).flatten(0, 1).contiguous()
         alone.k[layer][:, slots] = k.transpose(0, 1).flatten(1, 2)
         alone.v[layer][:, slots] = v.transpose(0, 1).flatten(1, 2)
-    return calls_on(forest_attention, alone.sets)
+    return calls_on(forest_attention, map(alone.arguments, range(len(alone.k))))
 
 
 def _query_slots(work: Workload) -> Tensor:

@@ -1,0 +1,55 @@
+"""Every operation's cases, described once for timings, ahead-of-time compilation and tests.
+
+A module of this package describes one operation: functions that give an `OpCase` for a shape and
+options; `CASES`, those that are timed on this machine's device; `variants`, all that a user's model
+and options can lead to. `bench_ops.py` times all cases: `make bench`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from bench.case import OpCase
+from bench.ops import (
+    accept_token,
+    forest_attention,
+    gated_act,
+    linear_logprob,
+    matmul,
+    merge_states,
+    rms_norm,
+    rope,
+    sample_token,
+    segment_attention,
+    write_kv,
+)
+from bench.shapes import DECODE_ROWS, PREFILL_ROWS, Shape
+
+
+@dataclass(frozen=True)
+class Operation:
+    """cases: timed here. variants(shape, rows): all ways to call it with so many rows, in the
+    shape's dtype. rows: numbers of them that between them lead to every launch."""
+
+    cases: Sequence[OpCase]
+    variants: Callable[[Shape, int], Iterator[OpCase]]
+    rows: Sequence[int] = DECODE_ROWS + PREFILL_ROWS
+
+
+# Live samples are padded for the model only: any number of them is drawn for.
+_SAMPLES = (1, 33, 64, 128)
+
+OPERATIONS = {
+    "forest_attention": Operation(forest_attention.CASES, forest_attention.variants),
+    "accept_token": Operation(accept_token.CASES, accept_token.variants, _SAMPLES),
+    "sample_token": Operation(sample_token.CASES, sample_token.variants, _SAMPLES),
+    "segment_attention": Operation(
+        segment_attention.CASES, segment_attention.variants, PREFILL_ROWS
+    ),
+    "linear_logprob": Operation(linear_logprob.CASES, linear_logprob.variants, (1, 2048)),
+    "matmul": Operation(matmul.CASES, matmul.variants),
+    "merge_states": Operation(merge_states.CASES, merge_states.variants),
+    "rms_norm": Operation(rms_norm.CASES, rms_norm.variants),
+    "gated_act": Operation(gated_act.CASES, gated_act.variants),
+    "rope": Operation(rope.CASES, rope.variants),
+    "write_kv": Operation(write_kv.CASES, write_kv.variants),
+}
