@@ -4,8 +4,9 @@
                          [--dtype float32] [--small 1024] [--repeats 3]
 
 `unfused` makes all logits and lets autograd do the rest; `fused` is `linear_policy_loss`; `fused in
-place` adds the weight's gradient to a float32 buffer that is already there, `fused small` does that
-with --small rows of logits at a time; `liger` is Liger-Kernel's loss, on a GPU where it is installed.
+place` adds the weight's gradient to a float32 buffer that is already there, `fused small` does
+that with --small rows of logits at a time; `liger` is Liger-Kernel's loss, on a GPU where it is
+installed.
 Each runs in a process of its own, all in turn, round by round; the first round is not counted.
 Loss and gradients have to agree. What is given as memory is the peak above what was there before:
 gradients included, but for the weight's where it is added in place. Floor: three matrix products at
@@ -25,6 +26,7 @@ from bench.loss_peers import OPTIONS, Batch, Head, liger, unfused
 from bench.provenance import print_json
 from bench.timing import DEVICE, ON_GPU
 from bench.turns import Run, describe, take_turns
+from kernels.logprob.linear_policy_loss import linear_policy_loss
 
 PEERS = ("fused", "fused in place", "fused small", "unfused", *(["liger"] if ON_GPU else []))
 

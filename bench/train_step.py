@@ -24,6 +24,7 @@ from bench.provenance import print_json
 from bench.shapes import SHAPES
 from bench.timing import DEVICE
 from bench.turns import Run, describe, take_turns
+from kernels.logprob.linear_policy_loss import linear_policy_loss
 from models.transformer import Transformer
 from train.data import Trajectory
 from train.packing import PackedBatch, hidden_states, pack
