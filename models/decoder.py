@@ -1,9 +1,9 @@
 """A whole forward of the decoder as one C++ call, for sampling on CPU.
 
 `Transformer` is the definition; this runs the same operations in the same order, over the same
-weights laid out for C++ (`kernels/packed_linear.py`), with forest attention over a cache inside. In
-float32 its results are bit for bit those of `Transformer.forward` in torch. What it saves is the
-time between operations: several hundred calls from Python and torch for every step.
+packed weights (`kernels/packed_linear.py`), with forest attention over a cache inside. What it
+saves is the time between operations: several hundred calls from Python and torch for every step.
+The C++ is in `models/decoder.h`.
 
 It keeps addresses of weights and caches, so both have to stay where they are; weights that change
 in place are packed anew. No gradients.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpp
-from kernels.forest_attention.cpp_impl import chunks_of, partials_of, suffixes_of
+from kernels.forest_attention.cpp_impl import compile_plan, partials_of, suffixes_of
 from kernels.forest_attention.plan import CompiledKey, ForestPlan
 from kernels.packed_linear import packed, packed_linear
 from kernels.rope import rope_cos_sin
@@ -68,9 +68,9 @@ class CppDecoder:
         heads, v_dim = config.num_heads, config.v_head_dim
         o = lse = None
         for layer, spec in zip(self._layers, config.attention, strict=True):
-            chunks = chunks_of(plan, spec.window, heads, v_dim)
+            chunks = compile_plan(plan, spec.window, heads, v_dim)
             layer.chunks, layer.num_chunks = chunks.table.data_ptr(), len(chunks.table)
-            plan.executed += chunks.num_items
+            plan.executed += chunks.num_tiles
             if o is None or chunks.num_partials > len(o):
                 o, lse = partials_of(plan, chunks.num_partials, heads, v_dim)
         out = torch.empty(len(token_ids), config.hidden_size, dtype=self.dtype)

@@ -73,7 +73,7 @@ def _run(
     if runs_triton(q):
         return triton_forward.run(q, k_cache, v_cache, plan, options)
     if runs_cpp(q, k_cache, v_cache):
-        return cpp_impl.attend(q, k_cache, v_cache, plan, options)
+        return cpp_impl.run(q, k_cache, v_cache, plan, options)
     return torch_impl.run(q, k_cache, v_cache, plan, options)
 
 

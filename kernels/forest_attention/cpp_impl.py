@@ -1,10 +1,8 @@
-"""Forest attention on CPU, in C++: a task is an item (or a slot's split) and a key/value head.
+"""Forest attention on a CPU, in C++: a task is a work tile (or a split) and a key/value head.
 
-Query rows (queries x the group's heads) are the lanes of its vectors, keys and channels its
-scalars, so nothing is gathered or padded in memory, and a suffix costs what it holds. One partial
-for every item and query, merged in order, as in `forest_attention_cpu.py`, whose float32 bits these
-are. The C++ is in `kernels/cpp/exports.cpp`; the operation and its reference in
-`kernels/forest_attention`.
+A plan is compiled once into the tables that C++ reads; nothing is gathered or padded in memory, and
+a suffix costs what it holds. There is one partial for every tile and query, merged in order. The
+C++ is in `kernels/cpp/attention.h`.
 """
 
 import ctypes
@@ -30,25 +28,25 @@ _MAX_PARTIAL = 1 << 23  # elements of a chunk's partial outputs: 32 MiB
 
 @dataclass
 class Chunks:
-    """A plan's items as C++ reads them: chunks that serve disjoint runs of queries.
+    """A plan's work tiles as C++ reads them: chunks that serve disjoint ranges of queries.
 
-    table: (chunks, 6) int64: the address of its items (n, 6) int64 (a work item and its first
+    table: (chunks, 6) int64: the address of its tiles (n, 6) int64 (a work tile and its first
     partial), n, the address of its index (queries, J) int64 of partials, J, and the first and the
     last query. The suffixes' partials come first. `kept` holds what the table points to.
     """
 
     table: Tensor
-    num_items: int
+    num_tiles: int
     num_partials: int
     kept: list[Tensor]
 
 
-def attend(
+def run(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: ForestPlan, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """The output (T, Hq, Dv) in q's dtype and the natural log-sum-exps (T, Hq) of checked input."""
     (queries, heads, dim), (kv_heads, _, v_dim) = q.shape, v_cache.shape
-    chunks = chunks_of(plan, options.window, heads, v_dim)
+    chunks = compile_plan(plan, options.window, heads, v_dim)
     o, lse = partials_of(plan, chunks.num_partials, heads, v_dim)
     out = torch.empty(queries, heads, v_dim, dtype=q.dtype)
     out_lse = torch.empty(queries, heads)
@@ -61,13 +59,13 @@ def attend(
     suffixes = suffixes_of(plan)
     if suffixes is not None:
         cpp.call("attend_suffixes", q.dtype, ctypes.byref(arguments), ctypes.byref(suffixes))
-    for items, num_items, index, columns, start, stop in chunks.table.tolist():
-        cpp.call("attend_tiles", q.dtype, ctypes.byref(arguments), items, num_items)
+    for tiles, num_tiles, index, columns, start, stop in chunks.table.tolist():
+        cpp.call("attend_tiles", q.dtype, ctypes.byref(arguments), tiles, num_tiles)
         cpp.call(
             "merge", q.dtype, o, lse, index, stop - start, columns, heads, v_dim, out[start:],
             out_lse[start:],
         )  # fmt: skip
-    plan.executed += chunks.num_items
+    plan.executed += chunks.num_tiles
     return out, out_lse
 
 
@@ -91,8 +89,8 @@ def partials_of(plan: ForestPlan, num: int, heads: int, v_dim: int) -> tuple[Ten
     )
 
 
-def chunks_of(plan: ForestPlan, window: int | None, heads: int, v_dim: int) -> Chunks:
-    """A plan's items for a layer with this window, compiled once."""
+def compile_plan(plan: ForestPlan, window: int | None, heads: int, v_dim: int) -> Chunks:
+    """A plan's tiles for a layer with this window, compiled once."""
     max_partials = _MAX_PARTIAL // (heads * v_dim)
     return plan.compiled(
         CompiledKey("cpp", "forward", window, max_partials),
@@ -106,24 +104,24 @@ def _compile(plan: ForestPlan, window: int | None, max_partials: int) -> Chunks:
     first = 0 if plan.suffix is None else plan.suffix.num_partials
     rows: list[tuple[int, ...]] = []
     chunks = Chunks(torch.empty(0), 0, first, [])
-    for items, start, stop in parts:
-        table, starts, num_partials = _placed(items, first)
-        served = [(i[0], i[1], at) for i, at in zip(items.tolist(), starts, strict=True)]
+    for tiles, start, stop in parts:
+        table, starts, num_partials = _placed(tiles, first)
+        served = [(i[0], i[1], at) for i, at in zip(tiles.tolist(), starts, strict=True)]
         index = partial_table(served, start, stop)
         if own is not None:
             index = torch.cat([index, own[start:stop]], 1)
         index = index.contiguous()
-        rows.append((table.data_ptr(), len(items), index.data_ptr(), index.shape[1], start, stop))
+        rows.append((table.data_ptr(), len(tiles), index.data_ptr(), index.shape[1], start, stop))
         chunks.kept += [table, index]
-        chunks.num_items += len(items)
+        chunks.num_tiles += len(tiles)
         chunks.num_partials = max(chunks.num_partials, num_partials)
     chunks.table = torch.tensor(rows, dtype=torch.int64)
     return chunks
 
 
-def _placed(items: Ints, first: int) -> tuple[Tensor, list[int], int]:
-    """The items (n, 6) with their first partials, those partials, and the number of partials."""
-    ends = first + np.cumsum(items[:, 1])
-    starts = ends - items[:, 1]
-    placed = torch.from_numpy(np.column_stack([items, starts]))
-    return placed, starts.tolist(), int(ends[-1]) if len(items) else first
+def _placed(tiles: Ints, first: int) -> tuple[Tensor, list[int], int]:
+    """The tiles (n, 6) with their first partials, those partials, and the number of partials."""
+    ends = first + np.cumsum(tiles[:, 1])
+    starts = ends - tiles[:, 1]
+    placed = torch.from_numpy(np.column_stack([tiles, starts]))
+    return placed, starts.tolist(), int(ends[-1]) if len(tiles) else first
