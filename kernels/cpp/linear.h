@@ -68,7 +68,8 @@ template <int M, class T>
     };
     int64_t i = 0;
     for (; i + 4 <= terms; i += 4) {
-        __builtin_prefetch(ahead.from + i * ahead.step, 0, 2);
+        for (int64_t byte = 0; byte < 4 * ahead.step; byte += 64)
+            __builtin_prefetch(ahead.from + i * ahead.step + byte, 0, 2);
         for (int j = 0; j < 4; j++) add(i + j);
     }
     for (; i < terms; i++) add(i);
