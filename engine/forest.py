@@ -48,7 +48,7 @@ class Node:
         """The nodes from the root to this one."""
         return [*self.above, self]
 
-    def key_runs(self, tokens: int | None = None) -> Iterator[tuple[int, int, int]]:
+    def key_spans(self, tokens: int | None = None) -> Iterator[tuple[int, int, int]]:
         """The splits of the segment, or of its first `tokens`, as (cache index, keys, position)."""
         assert self.slab is not None
         end = len(self.token_ids) if tokens is None else tokens
@@ -165,8 +165,8 @@ def prefill_tiles(pieces: Sequence[tuple[Node, int, int]]) -> list[WorkTile]:
     tiles = []
     row = 0
     for node, first, stop in pieces:
-        above = [run for ancestor in node.path()[:-1] for run in ancestor.key_runs()]
-        own = list(node.key_runs(stop))
+        above = [span for ancestor in node.path()[:-1] for span in ancestor.key_spans()]
+        own = list(node.key_spans(stop))
         for tile in range(first, stop, MAX_TILE):
             queries = min(MAX_TILE, stop - tile)
             for key, length, position in above:
@@ -201,20 +201,20 @@ def _descend(
     tiles: list[WorkTile],
 ) -> None:
     """Tiles of all nodes from `depth` on of leaves [start, stop), each node before its children;
-    `inlined` are the key runs that the nodes above have left to these."""
+    `inlined` are the spans of keys that the nodes above have left to these."""
     leaves = [i for i in range(start, stop) if depth < len(paths[i])]
     for node, members in groupby(leaves, key=lambda i: paths[i][depth]):
         first, *rest = members
         end = rest[-1] + 1 if rest else first + 1
-        runs = [*inlined, *node.key_runs()]
+        spans = [*inlined, *node.key_spans()]
         if keys_per_partial and all(depth + 1 < len(paths[i]) for i in range(first, end)):
             below = [paths[i][depth + 1] for i in range(first, end)]
-            again = (len(set(below)) - 1) * sum(keys for _, keys, _ in runs)
+            again = (len(set(below)) - 1) * sum(keys for _, keys, _ in spans)
             if again <= (end - first) * keys_per_partial:
-                _descend(paths, first, end, depth + 1, runs, keys_per_partial, tiles)
+                _descend(paths, first, end, depth + 1, spans, keys_per_partial, tiles)
                 continue
         for tile in range(first, end, MAX_TILE):
             queries = min(MAX_TILE, end - tile)
-            for key, length, position in runs:
+            for key, length, position in spans:
                 tiles.append(WorkTile(tile, queries, key, length, position))
         _descend(paths, first, end, depth + 1, [], keys_per_partial, tiles)
