@@ -158,7 +158,7 @@ def _launch(
     rows: int, size: int, summed: int, dtype: torch.dtype, target: Target
 ) -> dict[str, int | bool]:
     """The order of a sum, and the schedule for T = rows, with warps and stages. Tune with
-    bench/bench_matmul.py.
+    bench/ops/matmul.py.
 
     T decides two things, and neither changes a sum. Where few programs would run (decode), each
     sums one piece of its tile and a second kernel adds the pieces; where many do (prefill), a

@@ -81,7 +81,7 @@ def _merge_states_kernel(
 
 
 def _launch(v_dim: int) -> dict[str, int]:
-    """Pairs of a program: about 2,048 values. Tune with bench/bench_merge_states.py."""
+    """Pairs of a program: about 2,048 values. Tune with bench/ops/merge_states.py."""
     block = power_of_two(v_dim, 16)
     return {"BLOCK_DV": block, "PAIRS": max(1, 2048 // block), "num_warps": 4}
 

@@ -18,6 +18,7 @@ from engine.prompt import read_judge_settings, read_judge_template
 from engine.request import make_row
 from engine.sample import POCKET
 from engine.verdict import Sample, Verdict
+from kernels import cpp
 from kernels.logprob.policy_loss import LOSSES
 from models import load
 from models.transformer import Transformer, causal_attend
@@ -195,12 +196,19 @@ def test_what_is_told_of_groups(judge: Judge) -> None:
 
 
 def test_the_sampler_has_the_trainers_weights(tmp_path: Path) -> None:
-    """Log-probs of sampler and trainer agree at every step, after weights have moved."""
+    """Log-probs of sampler and trainer agree at every step, after weights have moved: they add in
+    another order, so each is off by what float32 is off from float64."""
     args = grpo.Args(out=tmp_path / "out", steps=3, rows=3, micro_rows=2, lr=1e-3, warmup=1, beta=0)
     trainer = grpo.Trainer(args)
+    model, _ = load(POCKET)
+    ids = torch.randint(0, 400, (300,), generator=torch.Generator().manual_seed(0))
+    with cpp.torch_only():
+        logprobs = model.logits(ids).log_softmax(-1)
+        exact = model.double().logits(ids).log_softmax(-1)
+    own = float((logprobs - exact).abs().max())
     for step in range(3):
         metrics, seconds = trainer.step(step)
-        assert 0 < metrics["logp_difference"] < 1e-5 and metrics["ratio_off"] == 0
+        assert 0 < metrics["logp_difference"] < 4 * own and metrics["ratio_off"] == 0
         assert set(seconds) == {"sample", "reference", "update"}
 
 

@@ -17,6 +17,7 @@ from engine.prompt import PromptBuilder
 from engine.request import Row, make_row
 from engine.sample import POCKET
 from engine.verdict import RowFailure, Verdict, output_key, to_line
+from kernels import cpp
 from kernels.extract_scores import Reason, parse_scores
 from tests.rows import needs_cpp
 from train.world import cases
@@ -382,6 +383,7 @@ def test_an_option_that_is_off_is_not_in_the_key(judge: Judge) -> None:
         "orders": "rotate", "max_orders": None, "seed": 0, "deterministic": False, "stop": "box",
         "score_min": 1, "score_max": 10, "threshold": 5.5, "anchor": "Scores:",
         "judge_template": "t", "dtype": "torch.float32", "device": "cpu",
+        "implementation": cpp.implementation(),
     }  # fmt: skip
     assert plain.key(row) == output_key(row, written, "f")
     keys = {plain.key(row, until_decided=sure) for sure in (None, 0.9, 0.99)}

@@ -16,7 +16,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data" / "llmbar"
 def read_llmbar(folder: Path) -> list[Row]:
     """The ten-line conversion: label 1 or 2 names the better output."""
     rows = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("[!P]*.json")):  # without the processed FairEval and LLMEval2
         for i, entry in enumerate(json.loads(path.read_text(encoding="utf-8"))):
             responses = [entry["output_1"], entry["output_2"]]
             label = int(entry["label"]) - 1

@@ -37,7 +37,9 @@ def test_equals_the_formula(dtype: torch.dtype, shape: tuple[int, ...], plus_one
 
 
 @pytest.mark.parametrize("plus_one", [False, True])
+@pytest.mark.usefixtures("in_torch")
 def test_op_equals_reference_exactly(plus_one: bool) -> None:
+    """In torch; tests/test_cpp.py holds C++ to float64."""
     x, residual, weight = (
         draw((33, 96), torch.float32),
         draw((33, 96), torch.float32, 1),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels.sample_token as module
+from kernels import cpp
 from kernels.sample_token import (
     TILE,
     SamplingOptions,
@@ -320,10 +321,11 @@ def test_reference_and_op_agree_on_flat_and_tied_logits() -> None:
     logits[3:5] = logits[3:5].mul(8).round() / 8  # many ties
     uniform = random_uniform(12)
     options = SamplingOptions(1.0, top_p=0.9)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, cpp.torch_only():
         patch.setattr(Tensor, "topk", counting)
         token = sample_token(logits, uniform, options)[0]
     assert widths == [64, 512, 2500]
+    assert torch.equal(token, sample_token(logits, uniform, options)[0])
     assert torch.equal(token, sample_token_ref(logits.double(), uniform.double(), options)[0])
     for row in range(12):
         assert tensor_distribution(logits[row], options)[token[row]] > 0
@@ -331,7 +333,8 @@ def test_reference_and_op_agree_on_flat_and_tied_logits() -> None:
 
 @pytest.mark.parametrize("options", [SamplingOptions(0), *OPTIONS], ids=str)
 def test_softcap_and_half_types_are_applied_first(options: SamplingOptions) -> None:
-    """Bit for bit the tokens and log-probs of logits that were widened and capped before."""
+    """The tokens and log-probs of logits that were widened and capped before: bit for bit where one
+    implementation has done both."""
     uniform = random_uniform(5)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         logits = random_logits(5, 1100, seed=3, scale=4.0).to(dtype)
@@ -339,9 +342,13 @@ def test_softcap_and_half_types_are_applied_first(options: SamplingOptions) -> N
         for op in (sample_token, sample_token_ref):
             for softcap, plain in ((None, logits.float()), (5.0, capped)):
                 results = op(logits, uniform, options, softcap)
-                for result, expected in zip(results, op(plain, uniform, options), strict=True):
-                    assert result.dtype == expected.dtype
-                    assert torch.equal(result, expected)
+                expected = op(plain, uniform, options)
+                assert torch.equal(results[0], expected[0])
+                # Float16 runs in torch, float32 in C++, whose tanh and exp are its own.
+                mixed = op is sample_token and (softcap or dtype == torch.float16)
+                close = {"rtol": 2e-6, "atol": 2e-6} if mixed else {"rtol": 0, "atol": 0}
+                for result, exactly in zip(results[1:], expected[1:], strict=True):
+                    torch.testing.assert_close(result, exactly, **close)
         wide = sample_token_ref(logits.double(), uniform, options, 5.0)
         assert wide[1].dtype == torch.float64
         assert torch.equal(wide[0], sample_token(logits, uniform, options, 5.0)[0])

@@ -305,7 +305,7 @@ def _launch_dq(
     groups: int, dim: int, v_dim: int, dtype: torch.dtype, target: Target
 ) -> dict[str, int]:
     """Rows of a query tile, keys of a step, warps and stages: what registers and shared memory hold
-    without spilling. Tune with bench/bench_forest_attention.py."""
+    without spilling. Tune with bench/ops/forest_attention.py."""
     block_d, block_dv = power_of_two(dim, 16), power_of_two(v_dim, 16)
     widest = max(block_d, block_dv)
     if dtype == torch.float32:  # products in float32 are unrolled into registers

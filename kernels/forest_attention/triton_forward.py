@@ -194,7 +194,7 @@ def _forest_attention_kernel(
 
 def _launch(rows: int, dim: int, v_dim: int, dtype: torch.dtype, target: Target) -> dict[str, int]:
     """Keys of a tile, warps and stages of one instance: as many bytes in flight as registers and
-    shared memory hold without spilling. Tune with bench/bench_forest_attention.py."""
+    shared memory hold without spilling. Tune with bench/ops/forest_attention.py."""
     block_d, block_dv = power_of_two(dim, 16), power_of_two(v_dim, 16)
     is_wide = rows > 16
     if dtype == torch.float32:
