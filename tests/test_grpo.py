@@ -197,7 +197,8 @@ def test_what_is_told_of_groups(judge: Judge) -> None:
 
 def test_the_sampler_has_the_trainers_weights(tmp_path: Path) -> None:
     """Log-probs of sampler and trainer agree at every step, after weights have moved: they add in
-    another order, so each is off by what float32 is off from float64."""
+    another order, so each is off by what float32 is off from float64 (measured on another text,
+    so eight times that; weights one update old are off by 0.05)."""
     args = grpo.Args(out=tmp_path / "out", steps=3, rows=3, micro_rows=2, lr=1e-3, warmup=1, beta=0)
     trainer = grpo.Trainer(args)
     model, _ = load(POCKET)
@@ -208,7 +209,7 @@ def test_the_sampler_has_the_trainers_weights(tmp_path: Path) -> None:
     own = float((logprobs - exact).abs().max())
     for step in range(3):
         metrics, seconds = trainer.step(step)
-        assert 0 < metrics["logp_difference"] < 4 * own and metrics["ratio_off"] == 0
+        assert 0 < metrics["logp_difference"] < 8 * own and metrics["ratio_off"] == 0
         assert set(seconds) == {"sample", "reference", "update"}
 
 
