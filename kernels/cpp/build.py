@@ -9,6 +9,7 @@ damaged file is built anew; what is loaded then has to reproduce known bits.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -19,7 +20,8 @@ import subprocess
 import tempfile
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,12 +120,24 @@ def _load() -> Library:
     target = _run([*compiler, "-mtune=native", "-Q", "--help=target"]) if isa != "neon" else ""
     made_from = [*compiler, *_FLAGS, *_ISA_FLAGS[isa], version, target, *texts]
     key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
-    home = _home()
-    for path in home.glob(f"cpp-{isa}-{key}-*.so"):
-        if path.name == f"cpp-{isa}-{key}-{_digest(path)}.so" and _is_private(path):
-            return _open(path)
-        path.unlink()
-    return _open(_build(compiler, isa, home, f"cpp-{isa}-{key}"))
+    home, name = _home(), f"cpp-{isa}-{key}"
+    with _alone_in(home):
+        for path in home.glob(f"{name}-*.so"):
+            if path.name == f"{name}-{_digest(path)}.so" and _is_private(path):
+                return _open(path)
+            path.unlink()
+        return _open(_build(compiler, isa, home, name))
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let other processes wait, so that one of them builds and the others load."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _compiler() -> list[str]:
@@ -157,7 +171,7 @@ def _build(compiler: Sequence[str], isa: str, home: Path, name: str) -> Path:
         with linked.open("rb") as file:
             os.fsync(file.fileno())
         path = home / f"{name}-{_digest(linked)}.so"
-        linked.replace(path)  # whole or not at all: others may build at the same time
+        linked.replace(path)  # whole or not at all
     return path
 
 
