@@ -147,7 +147,7 @@ def dtypes_of(shape: Shape) -> tuple[torch.dtype, ...]:
 
 
 def cases(shapes: Iterable[Shape], operations: Iterable[str]) -> Iterator[OpCase]:
-    """All ways that these shapes lead to of calling operations, in every dtype."""
+    """All variants of the operations for these shapes, in every dtype."""
     for name, shape in product(operations, shapes):
         operation = OPERATIONS[name]
         for dtype, rows in product(dtypes_of(shape), operation.rows):

@@ -44,11 +44,11 @@ Peers = Mapping[str, Peer | str]
 class OpCase:
     """An operation on one shape with given options.
 
-    make_inputs(tensor, count): the arguments of `count` calls, in memory of their own as far as
-    calls write or stream through it; tensor(*shape, dtype=, scale=) makes those whose contents
-    nobody but `check` looks at. call(*arguments): the operation. check(arguments, out, factor):
-    raises NotLikeReference unless the call's result is that of the reference, within `factor` times
-    the error of the reference in the operation's dtype. peers(inputs): what is timed beside it.
+    make_inputs(tensor, count): the arguments of `count` calls, each with its own memory, so that a
+    rotation of them does not fit in the cache. tensor(*shape, dtype=, scale=): `randn` for timings
+    and tests, `empty` for compilation. call(*arguments): the operation. check(arguments, out,
+    factor): raises NotLikeReference unless the result equals the reference's within `factor` times
+    the reference's own error in the operation's dtype. peers(inputs): what is timed beside it.
     capture: see `Rotation`.
     """
 
@@ -83,8 +83,8 @@ def assert_close(name: str, out: Tensor, exact: Tensor, plain: Tensor, factor: f
 
 
 def like(name: str, reference: Callable[..., Any]) -> Callable[[Arguments, Any, float], None]:
-    """`OpCase.check` of an operation whose reference takes the same arguments: every tensor of the
-    result, by `assert_close`; tensors of numbers are widened for the exact one."""
+    """`OpCase.check` for an operation whose reference takes the same arguments. The exact result is
+    the reference's on arguments widened to float64; all results are compared by `assert_close`."""
 
     def check(arguments: Arguments, out: Any, factor: float) -> None:
         wide = [
@@ -104,7 +104,7 @@ def like(name: str, reference: Callable[..., Any]) -> Callable[[Arguments, Any, 
 
 
 def each(make: Callable[[Fill], Arguments]) -> Callable[[Fill, int], list[Arguments]]:
-    """`OpCase.make_inputs` of an operation whose calls have nothing in common."""
+    """`OpCase.make_inputs` for an operation whose calls share no tensor."""
     return lambda tensor, count: [make(tensor) for _ in range(count)]
 
 

@@ -63,7 +63,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    """A tensor of which only type, shape and alignment matter."""
+    """An uninitialised tensor, where only dtype, shape and alignment matter."""
     return torch.empty(shape, dtype=dtype, device=DEVICE)
 
 

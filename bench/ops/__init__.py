@@ -27,8 +27,8 @@ from bench.shapes import DECODE_ROWS, PREFILL_ROWS, Shape
 
 @dataclass(frozen=True)
 class Operation:
-    """cases: timed here. variants(shape, rows): all ways to call it with so many rows, in the
-    shape's dtype. rows: numbers of them that between them lead to every launch."""
+    """cases: timed on this machine. variants(shape, rows): every way to call it with this number of
+    rows, in the shape's dtype. rows: the numbers that together lead to every launch."""
 
     cases: Sequence[OpCase]
     variants: Callable[[Shape, int], Iterator[OpCase]]
