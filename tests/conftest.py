@@ -2,11 +2,13 @@
 fixtures for all."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from kernels import cpp
+from kernels.launch import INTERPRETED
 from tests import attention_packages
 
 
@@ -26,6 +28,24 @@ def in_torch() -> Iterator[None]:
     """Operations on CPU run in torch, as where there is no C++ compiler."""
     with cpp.torch_only():
         yield
+
+
+@pytest.fixture
+def products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter adds up a tile's products in index order. NumPy's library, which it asks
+    otherwise, adds in an order that depends on the tile's rows on some processors."""
+    if not INTERPRETED:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        total = d.data.copy()
+        for k in range(a.data.shape[-1]):
+            column = a.data[..., :, k, None].astype(total.dtype)
+            total += column * b.data[..., None, k, :].astype(total.dtype)
+        return TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture(scope="module")

@@ -294,6 +294,7 @@ def test_a_plan_moves_on() -> None:
         check_decode(grove, out, PLAIN, less)
 
 
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("options", [PLAIN, WINDOWED])
 def test_per_split_bits_do_not_depend_on_the_company(options: AttentionOptions) -> None:
     samples = [

@@ -109,6 +109,7 @@ def alone(group: Group, count: int) -> Group:
     return Group(group.prompts[:count], group.key, group.num_scores, tag=group.tag)
 
 
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32] if ON_GPU else [torch.float32]
 )

@@ -105,6 +105,7 @@ def test_the_gradient_of_likely_tokens(dtype: torch.dtype) -> None:
     assert errors.max() <= max(1e-3, 8 * HALF[dtype]), errors
 
 
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_depend_on_nothing_but_the_row(dtype: torch.dtype) -> None:
     x, w, t = (z.to(DEVICE) for z in problem(150, 40, 300, peaked=False))

@@ -73,6 +73,7 @@ def check_rows(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: tuple[in
     return {(o["BLOCK_M"], o["IN_PIECES"], o["SPLITS"]) for o in taken}
 
 
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_how_many_there_are(dtype: torch.dtype) -> None:
     """In pieces and in one go, in tiles of 64 rows and of 128."""
