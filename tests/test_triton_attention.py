@@ -528,4 +528,4 @@ def test_segment_attention(causal: bool, options: AttentionOptions, dtype: torch
             q, k, v,
         )  # fmt: skip
     with pytest.raises(ValueError, match="'torch' does not run"):
-        segment_attention(q, k, v, *offsets, options, backend="torch")
+        segment_attention(q, k, v, *offsets, options, causal, backend="torch")

@@ -18,10 +18,17 @@ from tests.forests import Array, Grove, Sample, Shape
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None,
+    from_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """o (T, Hq, Dv) and natural log-sum-exps (T, Hq); q (T, Hq, D), k and v (N, Hkv, ...), mask
-    (T, N) bool, True where a query sees a key."""
+    (T, N) bool, True where a query sees a key. from_lse: weights are exp(score - lse), as in a
+    backward that has kept lse alone; its rounding is then in every weight."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     scores = torch.einsum("thd,nhd->htn", q, k) * scale
@@ -29,11 +36,12 @@ def dense_attention(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, float("-inf"))
     seen = mask.any(-1)
-    row_max = scores.where(seen[:, None], 0).amax(-1, keepdim=True).detach()
-    weights = (scores - row_max).exp()
-    row_sum = weights.sum(-1).where(seen, 1)
-    lse = torch.where(seen, row_max[..., 0] + row_sum.log(), float("-inf"))
-    return torch.einsum("htn,nhe->the", weights / row_sum[..., None], v), lse.T
+    lse = torch.where(seen, scores.where(seen[:, None], 0).logsumexp(-1), float("-inf"))
+    if from_lse:
+        weights = (scores - lse.where(seen, 0)[..., None]).exp()
+    else:
+        weights = scores.where(seen[:, None], 0).softmax(-1).where(seen[:, None], 0)
+    return torch.einsum("htn,nhe->the", weights, v), lse.T
 
 
 def causal_mask(tokens: int, keys: int, window: int | None = None) -> Tensor:
@@ -110,7 +118,7 @@ class Problem:
         inputs = [x.detach().cpu().nan_to_num().to(dtype).requires_grad_() for x in self.inputs()]
         q, k, v = inputs
         options = self.options
-        results = dense_attention(q, k, v, self.mask, options.scale, options.softcap)
+        results = dense_attention(q, k, v, self.mask, options.scale, options.softcap, True)
         return self._gradients(results, inputs)
 
     def _gradients(
