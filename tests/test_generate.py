@@ -135,6 +135,7 @@ def test_joining_and_retiring_change_no_bit(tiny: Transformer) -> None:
         assert generator.usage.decode_tokens == 9 * 4 * 19
 
 
+@needs_cpp
 def test_samples_of_unequal_length_retire_one_by_one(tiny: Transformer) -> None:
     """With end tokens on, samples end anywhere, some behind their first split of 256; so leaves of
     all ages meet. What comes before the end is unchanged."""
