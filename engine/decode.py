@@ -30,7 +30,7 @@ from torch import Tensor
 
 from engine.forest import Node, decode_tiles
 from engine.forward import CachedForward
-from engine.kv_cache import ALIGN, KVCache, round_up
+from engine.kv_cache import ALIGN, KVCache
 from kernels import cpp
 from kernels.accept_token import Cursor, LiveSamples, Records, accept_token
 from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
@@ -277,7 +277,7 @@ class Decoder(CachedForward):
 
     def _rows(self, batch: int) -> int:
         """Rows of a step of `batch` samples."""
-        return round_up(batch)
+        return self.padded(batch)
 
     def _steps(self, plan: ForestPlan, steps: int) -> None:
         batch = len(self.leaves)

@@ -2,8 +2,8 @@
 
 What prefill, decode and the scoring of finished samples have in common. On CPU the forward runs in
 C++ where it can; on a GPU a deterministic one takes fixed tiles in matrix products and one partial
-for every split of keys. Rows are padded to a multiple of 16; padding writes the first cells of the
-cache, which are scratch.
+for every split of keys. Outside C++ rows are padded to a multiple of 16; padding writes the first
+cells of the cache, which are scratch.
 
 It does not choose what is computed, allocate cells, or read anything out of hidden states.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.forest import Node, prefill_tiles
-from engine.kv_cache import ALIGN, KVCache
+from engine.kv_cache import KVCache, round_up
 from engine.segment_prefill import SegmentPrefill
 from kernels.device import to_device
 from kernels.forest_attention import AttentionOptions, ForestPlan, forest_attention
@@ -69,6 +69,10 @@ class CachedForward:
 
         return self.model(tokens, positions, self._attend(cache_index, attention), self.product)
 
+    def padded(self, rows: int) -> int:
+        """Rows of a forward of `rows` tokens; C++ needs none beside them."""
+        return rows if self._cpp is not None else round_up(rows)
+
     def head_logits(self, hidden: Tensor) -> Tensor:
         """The model's raw logits of hidden states."""
         if self._cpp is not None:
@@ -87,7 +91,7 @@ class CachedForward:
             tokens += node.token_ids[first:stop]
             positions += range(node.start + first, node.start + stop)
             cache_index += range(node.slab.start + first, node.slab.start + stop)
-        padding = -len(tokens) % ALIGN
+        padding = self.padded(len(tokens)) - len(tokens)
         cache_index += range(padding)
         positions += [0] * padding
         token_ids = self._tensor(tokens + [0] * padding)

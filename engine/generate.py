@@ -321,7 +321,8 @@ class Generator:
         last = last_rows(pieces, ends)
         hidden = self._forward_prefill(pieces)
         if last:
-            hidden = hidden[self._tensor([*last.values(), *[0] * (-len(last) % ALIGN)])]
+            padding = self.decoder.padded(len(last)) - len(last)
+            hidden = hidden[self._tensor([*last.values(), *[0] * padding])]
             for node, logits in zip(last, self.decoder.head_logits(hidden), strict=False):
                 node.logits = logits.clone()  # a view would keep all rows alive
 
