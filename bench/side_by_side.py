@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -62,7 +63,7 @@ def go(*processes: "subprocess.Popen[str]") -> float:
     return seconds
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,7 +71,7 @@ def main() -> None:
     for name, value in (("rows", 32), ("k", 32), ("threads", 2), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.work:
         work(args.rows, args.k, args.threads)
         return

@@ -19,6 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.judge import Judge
+from engine.sample import POCKET
+from engine.verdict import to_line
 from kernels import cpp
 from kernels.cpp import build
 from kernels.forest_attention import AttentionOptions, forest_attention_with_lse
@@ -36,6 +39,7 @@ from tests.forests import Grove, Shape
 from tests.test_forest_attention import OPTIONS, crowd, forests
 from tests.test_generate import drawn, make_generator, make_groups, run
 from tests.tiny import FAMILIES, write_model
+from train.rollout import split_rows
 
 pytestmark = pytest.mark.skipif(
     not cpp.runs_cpp(torch.zeros(1)), reason="operations run in torch here"
@@ -643,6 +647,21 @@ def test_judges_side_by_side(tmp_path: Path) -> None:
     with ThreadPoolExecutor(len(jobs)) as pool:
         for _ in range(3):
             assert list(pool.map(sample, jobs)) == alone
+
+
+def test_one_judge_in_two_threads() -> None:
+    """Two calls of one judge at once, and one of another: the lines of calls that had it alone."""
+    judges = [Judge.load(POCKET, dtype="float32") for _ in range(2)]
+    jobs = [(judges[0], 0), (judges[0], 1), (judges[1], 0)]
+
+    def lines(job: tuple[Judge, int]) -> list[bytes]:
+        judge, seed = job
+        rows = split_rows("threads", "dev", 3, "dev")
+        return [to_line(v) for v in judge.rows(rows, k=4, seed=seed, max_new_tokens=60)]
+
+    alone = [lines(job) for job in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        assert list(pool.map(lines, jobs)) == alone
 
 
 def test_switches_and_recordings_are_a_threads_own() -> None:

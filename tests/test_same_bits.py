@@ -41,10 +41,6 @@ def hash_of_lines(rows: int, max_batch: int, threads: int) -> str:
     return digest.hexdigest()
 
 
-def test_all_lines() -> None:
-    assert hash_of_lines(ROWS, 256, torch.get_num_threads()) == ALL_LINES
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("max_batch", [8, 256])
 def test_any_batch_and_any_threads(threads: int, max_batch: int) -> None:
