@@ -9,8 +9,8 @@
 namespace quorum {
 
 // Weights of a layer: matrices packed, a null pointer for what the model does not have. Caches:
-// (kv_heads, cache_size, dim) and (kv_heads, cache_size, v_dim). chunks: (num_chunks, 6) int64: tiles,
-// number of tiles, index, its columns, first and last query. window, softcap 0: none.
+// (kv_heads, cache_size, dim) and (kv_heads, cache_size, v_dim). chunks: (num_chunks, 6) int64:
+// tiles, number of tiles, index, its columns, first and last query. window, softcap 0: none.
 #define QUORUM_LAYER(F)                                                                            \
     F(const void *, input_norm) F(const void *, qkv) F(const void *, qkv_bias)                     \
     F(const void *, q_norm) F(const void *, k_norm) F(const void *, o)                             \
@@ -41,7 +41,7 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
     const int64_t half = d.dim / 2, stream = n * d.hidden;
     thread_local std::vector<T> scratch;
     thread_local std::vector<float> lse_scratch, weight_scratch;
-    thread_local Laid laid;
+    thread_local RowTiles row_tiles;
     float *merged_lse = room(lse_scratch, n * d.heads);
     // Two residual streams, since a norm reads one while it writes the other.
     const int64_t wide = qkv_size + q_size + attended_size + d.intermediate;
@@ -63,21 +63,23 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
         });
         if (!first) std::swap(hidden, next);
     };
-    const auto lay_norm = [&](const void *weight, bool first = false) {
-        laid.resize(n, d.hidden);
-        const int64_t tile = laid.tile;
+    const auto tile_norm = [&](const void *weight, bool first = false) {
+        row_tiles.resize(n, d.hidden);
+        const int64_t tile = row_tiles.tile;
         add_and_norm(weight, first, [&](auto norm_row) {
-            laid.fill([&](int64_t t) {
-                thread_local std::vector<T> rows;
-                T *y = room(rows, ROWS * d.hidden) + t % tile * d.hidden;
-                norm_row(t, y);
-                return (const T *)y;
-            }, threads);
+            row_tiles.fill(
+                [&](int64_t t) {
+                    thread_local std::vector<T> rows;
+                    T *y = room(rows, ROWS * d.hidden) + t % tile * d.hidden;
+                    norm_row(t, y);
+                    return (const T *)y;
+                },
+                threads);
         });
     };
-    const auto lay_rows = [&](const T *x, int64_t k) {
-        laid.resize(n, k);
-        laid.fill([&](int64_t t) { return x + t * k; }, threads);
+    const auto tile_rows = [&](const T *x, int64_t k) {
+        row_tiles.resize(n, k);
+        row_tiles.fill([&](int64_t t) { return x + t * k; }, threads);
     };
     // Norms and turns the heads of queries and keys; keys and values go into the cache.
     const auto turn_and_write = [&](const Layer &layer) {
@@ -109,19 +111,18 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
         T *to = hidden + t * d.hidden;
         if (d.embedding_scale > 0)
             map_row(d.hidden, to, [&](vec x) { return x * splat(d.embedding_scale); }, from);
-        else
-            std::copy_n(from, d.hidden, to);
+        else std::copy_n(from, d.hidden, to);
     });
     for (int64_t i = 0; i < d.num_layers; i++) {
         const Layer &layer = d.layers[i];
-        lay_norm(layer.input_norm, i == 0);
-        linear(laid, (const T *)layer.qkv, qkv_size, (const T *)layer.qkv_bias, qkv, threads);
+        tile_norm(layer.input_norm, i == 0);
+        linear(row_tiles, (const T *)layer.qkv, qkv_size, (const T *)layer.qkv_bias, qkv, threads);
         turn_and_write(layer);
         const T *k_cache = (const T *)layer.k_cache, *v_cache = (const T *)layer.v_cache;
         const int64_t k_h = d.cache_size * d.dim, v_h = d.cache_size * d.v_dim;
         const Attention<T> a(AttentionArguments{
-            q, k_cache, v_cache, q_size, d.dim, k_h, d.dim, v_h, d.v_dim, d.heads, d.kv_heads, d.dim,
-            d.v_dim, positions, layer.scale, layer.softcap, layer.window, o, lse});
+            q, k_cache, v_cache, q_size, d.dim, k_h, d.dim, v_h, d.v_dim, d.heads, d.kv_heads,
+            d.dim, d.v_dim, positions, layer.scale, layer.softcap, layer.window, o, lse});
         if (suffixes) attend_suffixes(a, *suffixes, threads);
         for (int64_t c = 0; c < layer.num_chunks; c++) {
             const int64_t *chunk = layer.chunks + c * 6, start = chunk[4];
@@ -129,18 +130,18 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
             merge(o, lse, (const int64_t *)chunk[2], chunk[5] - start, chunk[3], d.heads, d.v_dim,
                   attended + start * attended_size, merged_lse + start * d.heads, threads);
         }
-        lay_rows(attended, attended_size);
-        linear<T>(laid, (const T *)layer.o, d.hidden, nullptr, update, threads);
+        tile_rows(attended, attended_size);
+        linear<T>(row_tiles, (const T *)layer.o, d.hidden, nullptr, update, threads);
         if (layer.pre_feedforward_norm) {
             norm_update(layer.post_attention_norm);
-            lay_norm(layer.pre_feedforward_norm);
+            tile_norm(layer.pre_feedforward_norm);
         } else {
-            lay_norm(layer.post_attention_norm);
+            tile_norm(layer.post_attention_norm);
         }
-        linear<T>(laid, (const T *)layer.gate_up, d.intermediate, nullptr, active, threads,
+        linear<T>(row_tiles, (const T *)layer.gate_up, d.intermediate, nullptr, active, threads,
                   d.gelu ? GELU : SILU);
-        lay_rows(active, d.intermediate);
-        linear<T>(laid, (const T *)layer.down, d.hidden, nullptr, update, threads);
+        tile_rows(active, d.intermediate);
+        linear<T>(row_tiles, (const T *)layer.down, d.hidden, nullptr, update, threads);
         if (layer.post_feedforward_norm) norm_update(layer.post_feedforward_norm);
     }
     add_and_norm(d.norm, false, [&](auto norm_row) {

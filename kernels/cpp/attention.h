@@ -1,7 +1,7 @@
 // Forest attention: partial results of queries over runs of keys, and their merge.
 //
-// A task is a work tile (or a split of a slot's suffix) and a key/value head. Scores add channels in
-// index order and outputs add keys in index order, with fused multiply-adds; the sum of a row's
+// A task is a work tile (or a split of a slot's suffix) and a key/value head. Scores add channels
+// in index order and outputs add keys in index order, with fused multiply-adds; the sum of a row's
 // weights runs over 16 lanes by key. So a partial depends on its query and its keys alone.
 // Two forms give the same bits: for a few query rows the lanes are keys, for more they are rows.
 
@@ -12,8 +12,8 @@
 
 namespace quorum {
 
-// q (T, heads, dim), k (kv_heads, N, dim), v (kv_heads, N, v_dim) with their strides; softcap, window
-// 0: none; o, lse: partials (P, heads, v_dim), (P, heads).
+// q (T, heads, dim), k (kv_heads, N, dim), v (kv_heads, N, v_dim) with their strides; softcap,
+// window 0: none; o, lse: partials (P, heads, v_dim), (P, heads).
 #define QUORUM_ATTENTION(F)                                                                        \
     F(const void *, q_data) F(const void *, k_data) F(const void *, v_data) F(int64_t, q_t)        \
     F(int64_t, q_h) F(int64_t, k_h) F(int64_t, k_n) F(int64_t, v_h) F(int64_t, v_n)                \
@@ -27,18 +27,20 @@ struct Attention : AttentionArguments {
     const T *q, *k, *v;
 
     explicit Attention(const AttentionArguments &a)
-        : AttentionArguments(a), q((const T *)a.q_data), k((const T *)a.k_data),
+        : AttentionArguments(a),
+          q((const T *)a.q_data),
+          k((const T *)a.k_data),
           v((const T *)a.v_data) {}
 };
 
-// As `kernels/forest_attention/plan.py` has it: queries, keys, the position of the first key, and the
-// partial of the first query.
+// As `kernels/forest_attention/plan.py` has it: queries, keys, the position of the first key, and
+// the partial of the first query.
 struct Tile {
     int64_t query, num_queries, key, num_keys, position, partial;
 };
 
-// Every slot's own keys, as in kernels/forest_attention/plan.py: row (num_slots,), length and position
-// by row.
+// Every slot's own keys, as in kernels/forest_attention/plan.py: row (num_slots,), length and
+// position by row.
 #define QUORUM_SUFFIXES(F)                                                                         \
     F(const int64_t *, row) F(const int64_t *, length) F(const int64_t *, position)                \
     F(int64_t, num_slots) F(int64_t, base) F(int64_t, capacity) F(int64_t, max_split)              \
@@ -47,7 +49,8 @@ QUORUM_STRUCT(Suffixes, QUORUM_SUFFIXES);
 
 // -- products ------------------------------------------------------------------------------------
 
-// Scores of K keys under V vectors of query rows, (K, V * LANES), and the largest so far of each row.
+// Scores of K keys under V vectors of query rows, (K, V * LANES), and the largest so far of each
+// row.
 template <int V, int K>
 [[gnu::noinline]] void scores_tile(const float *q, const float *keys, int64_t stride, int64_t dim,
                                    float *scores, float *row_max) {
@@ -84,8 +87,8 @@ void scores_of(const float *q, const float *keys, int64_t stride, int64_t n, int
         scores_tile<V, 1>(q, keys + j * stride, stride, dim, scores + j * V * LANES, row_max);
 }
 
-// Adds n weighted values to V vectors of channels of R rows, or to 0 if `first`: weights (n, rows) or,
-// `by_row`, (R, rows); values (n, stride).
+// Adds n weighted values to V vectors of channels of R rows, or to 0 if `first`: weights (n, rows)
+// or, `by_row`, (R, rows); values (n, stride).
 template <int R, int V, bool by_row, class T>
 [[gnu::noinline]] void values_tile(const float *weights, int64_t rows, const T *values,
                                    int64_t stride, int64_t n, float *out, int64_t out_stride,
@@ -185,34 +188,37 @@ inline void visible_keys(const Attention<T> &a, const Tile &tile, int64_t positi
 
 constexpr int FEW_ROWS = 8;
 
-// sum[r] += the product of R query rows and LANES keys over channels [d, d + LANES), or as many more
-// as are taken at once; returns how many.
-template <int R>
-inline int64_t add_channels(const float *q, const float *keys, int64_t stride, int64_t d,
-                            int64_t dim, vec (&sum)[R]) {
+// sum[r] += the products of R query rows and LANES keys over channels [d, d + LANES).
+template <int R, class T>
+inline void add_lanes(const float *q, const T *keys, int64_t stride, int64_t d, int64_t dim,
+                      vec (&sum)[R]) {
     vec key[LANES];
     for (int i = 0; i < LANES; i++) key[i] = load(keys + i * stride + d);
     transpose(key);
     for (int i = 0; i < LANES; i++)
         for (int r = 0; r < R; r++) sum[r] = fma(splat(q[r * dim + d + i]), key[i], sum[r]);
+}
+// The same, over as many channels as are taken at once; returns how many.
+template <int R>
+inline int64_t add_channels(const float *q, const float *keys, int64_t stride, int64_t d,
+                            int64_t dim, vec (&sum)[R]) {
+    add_lanes<R>(q, keys, stride, d, dim, sum);
     return LANES;
 }
 template <int R>
 inline int64_t add_channels(const float *q, const bf16 *keys, int64_t stride, int64_t d,
                             int64_t dim, vec (&sum)[R]) {
-    vec key[LANES];
     if (d + 2 * LANES > dim) {
-        for (int i = 0; i < LANES; i++) key[i] = load(keys + i * stride + d);
-        transpose(key);
-        for (int i = 0; i < LANES; i++)
-            for (int r = 0; r < R; r++) sum[r] = fma(splat(q[r * dim + d + i]), key[i], sum[r]);
+        add_lanes<R>(q, keys, stride, d, dim, sum);
         return LANES;
     }
     // Pairs of channels are transposed as 32-bit words, then taken apart.
-    for (int i = 0; i < LANES; i++) key[i] = read<vec>(keys + i * stride + d);
-    transpose(key);
+    vec pair[LANES];
+    for (int i = 0; i < LANES; i++) pair[i] = read<vec>(keys + i * stride + d);
+    transpose(pair);
     for (int i = 0; i < LANES; i++) {
-        const vec even = (vec)((ivec)key[i] << 16), odd = (vec)((ivec)key[i] & (int32_t)0xFFFF0000);
+        const ivec both = (ivec)pair[i];
+        const vec even = (vec)(both << 16), odd = (vec)(both & (int32_t)0xFFFF0000);
         const float *from = q + d + 2 * i;
         for (int r = 0; r < R; r++) sum[r] = fma(splat(from[r * dim]), even, sum[r]);
         for (int r = 0; r < R; r++) sum[r] = fma(splat(from[r * dim + 1]), odd, sum[r]);
@@ -223,7 +229,8 @@ inline int64_t add_channels(const float *q, const bf16 *keys, int64_t stride, in
 // Scores (R, stride) of n keys under R query rows (R, dim); past them anything.
 template <int R, class T>
 [[gnu::noinline]] void few_scores(const float *q, const T *keys, int64_t k_stride, int64_t n,
-                                  int64_t dim, float *scores, int64_t stride, const NextKeys &next) {
+                                  int64_t dim, float *scores, int64_t stride,
+                                  const NextKeys &next) {
     thread_local std::vector<T> tail;
     const int64_t parts = (n + LANES - 1) / LANES;
     for (int64_t j = 0; j < n; j += LANES) {
@@ -273,11 +280,11 @@ void few_weights(float *scores, int64_t stride, float softcap, const int32_t *lo
 // As `attend`, of R query rows in all.
 template <int R, class T>
 void attend_few(const Attention<T> &a, int64_t head, const Tile &tile, const NextKeys &next) {
-    thread_local std::vector<float> kept_values, kept;
+    thread_local std::vector<float> values_storage, storage;
     const int64_t groups = a.heads / a.kv_heads, num_keys = tile.num_keys;
     const int64_t width = (a.v_dim + LANES - 1) / LANES * LANES;
     const int64_t stride = (num_keys + 15) / 16 * 16;
-    float *scores = room(kept, R * (stride + a.dim + width));
+    float *scores = room(storage, R * (stride + a.dim + width));
     float *q = scores + R * stride, *sums = q + R * a.dim;
     int32_t low[R], high[R];
     int64_t index[R];
@@ -311,7 +318,7 @@ void attend_few(const Attention<T> &a, int64_t head, const Tile &tile, const Nex
     if (width == a.v_dim) {
         add_all(values, v_stride);
     } else {
-        const float *block = block_of(values, v_stride, num_keys, a.v_dim, width, kept_values);
+        const float *block = block_of(values, v_stride, num_keys, a.v_dim, width, values_storage);
         add_all(block, v_stride);
     }
     for (int r = 0; r < R; r++)
@@ -337,37 +344,39 @@ struct QueryRows {
 };
 
 template <class T>
-QueryRows lay_queries(const Attention<T> &a, int64_t head, const Tile &tile, int64_t first) {
-    thread_local std::vector<float> kept;
+QueryRows lay_out_queries(const Attention<T> &a, int64_t head, const Tile &tile, int64_t first) {
+    thread_local std::vector<float> storage;
     const int64_t groups = a.heads / a.kv_heads;
     const int64_t n = std::min<int64_t>(tile.num_queries * groups - first, MAX_VECTORS * LANES);
     int64_t vectors = (n + LANES - 1) / LANES;
     if (vectors == 5) vectors = 6;
     const int64_t rows = vectors * LANES;
-    float *q = room(kept, a.dim * rows);
+    float *q = room(storage, a.dim * rows);
     const T *q_rows[MAX_VECTORS * LANES];
     int64_t t = tile.query + first / groups, g = first % groups;
-    QueryRows laid = {first, n, vectors, rows, q, a.positions[t], a.positions[t]};
+    QueryRows query_rows = {first, n, vectors, rows, q, a.positions[t], a.positions[t]};
     for (int64_t r = 0; r < n; r++) {
         q_rows[r] = a.q + t * a.q_t + (head * groups + g) * a.q_h;
-        laid.earliest = std::min(laid.earliest, a.positions[t]);
-        laid.latest = std::max(laid.latest, a.positions[t]);
+        query_rows.earliest = std::min(query_rows.earliest, a.positions[t]);
+        query_rows.latest = std::max(query_rows.latest, a.positions[t]);
         if (++g == groups) t++, g = 0;
     }
     if (n < rows) std::fill_n(q, a.dim * rows, 0.0f);
     for (int64_t v = 0; v < n; v += LANES)
-        lay([&](int64_t r) { return q_rows[v + r]; }, std::min<int64_t>(n - v, LANES), a.dim, q + v,
-            rows);
+        lay_out([&](int64_t r) { return q_rows[v + r]; }, std::min<int64_t>(n - v, LANES), a.dim,
+                q + v, rows);
     map_row(a.dim * rows, q, [&](vec x) { return x * splat(a.scale); }, q);
-    return laid;
+    return query_rows;
 }
 
-// Partials of laid query rows over a tile's keys.
+// Partials of query rows, laid out as above, over a tile's keys.
 template <class T>
-void attend_rows(const Attention<T> &a, int64_t head, const Tile &tile, const QueryRows &laid) {
+void attend_rows(const Attention<T> &a, int64_t head, const Tile &tile,
+                 const QueryRows &query_rows) {
     thread_local std::vector<float> keys_buffer, values_buffer, scores_buffer, out_buffer;
     const int64_t groups = a.heads / a.kv_heads, width = (a.v_dim + LANES - 1) / LANES * LANES;
-    const int64_t num_keys = tile.num_keys, n = laid.n, rows = laid.rows, vectors = laid.vectors;
+    const int64_t num_keys = tile.num_keys, n = query_rows.n, rows = query_rows.rows,
+                  vectors = query_rows.vectors;
     int64_t k_stride = a.k_n, v_stride = a.v_n;
     const float *keys = block_of(a.k + head * a.k_h + tile.key * a.k_n, k_stride, num_keys, a.dim,
                                  a.dim, keys_buffer);
@@ -378,11 +387,11 @@ void attend_rows(const Attention<T> &a, int64_t head, const Tile &tile, const Qu
     int32_t low[MAX_VECTORS * LANES], high[MAX_VECTORS * LANES];
     const int64_t last = tile.position + num_keys - 1;
     const bool masked =
-        laid.earliest < last || (a.window && laid.latest - tile.position >= a.window);
+        query_rows.earliest < last || (a.window && query_rows.latest - tile.position >= a.window);
     if (masked) {
         std::fill_n(low, rows, 0);
         std::fill_n(high, rows, 0);
-        int64_t t = tile.query + laid.first / groups, g = laid.first % groups;
+        int64_t t = tile.query + query_rows.first / groups, g = query_rows.first % groups;
         for (int64_t r = 0; r < n; r++) {
             visible_keys(a, tile, a.positions[t], low[r], high[r]);
             if (++g == groups) t++, g = 0;
@@ -391,15 +400,14 @@ void attend_rows(const Attention<T> &a, int64_t head, const Tile &tile, const Qu
     float row_max[MAX_VECTORS * LANES];
     std::fill_n(row_max, rows, -INF);
     switch (vectors) {
-        case 1: scores_of<1>(laid.q, keys, k_stride, num_keys, a.dim, scores, row_max); break;
-        case 2: scores_of<2>(laid.q, keys, k_stride, num_keys, a.dim, scores, row_max); break;
-        case 3: scores_of<3>(laid.q, keys, k_stride, num_keys, a.dim, scores, row_max); break;
+        case 1: scores_of<1>(query_rows.q, keys, k_stride, num_keys, a.dim, scores, row_max); break;
+        case 2: scores_of<2>(query_rows.q, keys, k_stride, num_keys, a.dim, scores, row_max); break;
+        case 3: scores_of<3>(query_rows.q, keys, k_stride, num_keys, a.dim, scores, row_max); break;
         default:
             if constexpr (MAX_VECTORS > 3) {
                 if (vectors == 4)
-                    scores_of<4>(laid.q, keys, k_stride, num_keys, a.dim, scores, row_max);
-                else
-                    scores_of<6>(laid.q, keys, k_stride, num_keys, a.dim, scores, row_max);
+                    scores_of<4>(query_rows.q, keys, k_stride, num_keys, a.dim, scores, row_max);
+                else scores_of<6>(query_rows.q, keys, k_stride, num_keys, a.dim, scores, row_max);
             }
     }
     if (masked || a.softcap > 0) {
@@ -445,12 +453,9 @@ void attend_rows(const Attention<T> &a, int64_t head, const Tile &tile, const Qu
                                      width, j == 0);
                 r += R;
             };
-            if (n - r > 4 && rows - r >= 6)
-                add(std::integral_constant<int, 6>{});
-            else if (n - r > 2)
-                add(std::integral_constant<int, 4>{});
-            else
-                add(std::integral_constant<int, 2>{});
+            if (n - r > 4 && rows - r >= 6) add(std::integral_constant<int, 6>{});
+            else if (n - r > 2) add(std::integral_constant<int, 4>{});
+            else add(std::integral_constant<int, 2>{});
         }
     }
     float row_sum[MAX_VECTORS * LANES];
@@ -459,8 +464,8 @@ void attend_rows(const Attention<T> &a, int64_t head, const Tile &tile, const Qu
             for (int i = 0; i < apart; i++) lanes[v][i] += lanes[v][i + apart];
         store(row_sum + v * LANES, lanes[v][0]);
     }
-    int64_t index = (tile.partial + laid.first / groups) * a.heads + head * groups;
-    int64_t g = laid.first % groups;
+    int64_t index = (tile.partial + query_rows.first / groups) * a.heads + head * groups;
+    int64_t g = query_rows.first % groups;
     for (int64_t r = 0; r < n; r++) {
         write_partial(a, index + g, out + r * width, row_max[r], row_sum[r]);
         if (++g == groups) index += a.heads, g = 0;
@@ -481,8 +486,8 @@ void attend(const Attention<T> &a, int64_t head, const Tile *tile, const Tile *e
     fetch(next.k, next.k_bytes, 0, 1);
     fetch(next.v, next.v_bytes, 0, 1);
     for (int64_t first = 0; first < rows; first += MAX_VECTORS * LANES) {
-        const QueryRows laid = lay_queries(a, head, *tile, first);
-        for (const Tile *each = tile; each < end; each++) attend_rows(a, head, *each, laid);
+        const QueryRows query_rows = lay_out_queries(a, head, *tile, first);
+        for (const Tile *each = tile; each < end; each++) attend_rows(a, head, *each, query_rows);
     }
 }
 
@@ -490,8 +495,8 @@ template <class T>
 void attend_tiles(const Attention<T> &a, const Tile *tiles, int64_t n, int64_t threads) {
     // Neighbours with the same queries and few keys make up one task.
     constexpr int64_t ENOUGH_KEYS = 128;
-    thread_local std::vector<int64_t> kept;
-    int64_t *starts = room(kept, n + 1), tasks = 0, keys = 0;
+    thread_local std::vector<int64_t> storage;
+    int64_t *starts = room(storage, n + 1), tasks = 0, keys = 0;
     for (int64_t i = 0; i < n; i++) {
         const bool same = i && tiles[i].query == tiles[i - 1].query &&
                           tiles[i].num_queries == tiles[i - 1].num_queries;
@@ -527,8 +532,8 @@ void attend_suffixes(const Attention<T> &a, const Suffixes &s, int64_t threads) 
                 std::fill_n(a.lse + partial * a.heads, a.heads, -INF);
                 continue;
             }
-            const Tile tile = {mine.row,  1, mine.first, mine.keys,
-                               s.position[mine.row] + mine.start, partial};
+            const Tile tile = {
+                mine.row, 1, mine.first, mine.keys, s.position[mine.row] + mine.start, partial};
             for (int64_t head = 0; head < a.kv_heads; head++) {
                 const bool same = head + 1 < a.kv_heads;
                 attend(a, head, &tile, &tile + 1,
@@ -544,12 +549,12 @@ template <class T>
 void merge(const float *o, const float *lse, const int64_t *index, int64_t queries, int64_t most,
            int64_t heads, int64_t v_dim, T *out, float *out_lse, int64_t threads) {
     parallel(queries, 8, threads, [&](int64_t t) {
-        thread_local std::vector<float> kept;
-        thread_local std::vector<int64_t> kept_partials;
-        int64_t *partials = room(kept_partials, most), n = 0;
+        thread_local std::vector<float> storage;
+        thread_local std::vector<int64_t> partials_storage;
+        int64_t *partials = room(partials_storage, most), n = 0;
         for (int64_t j = 0; j < most; j++)
             if (index[t * most + j] >= 0) partials[n++] = index[t * most + j] * heads;
-        float *weights = room(kept, heads * (n + 2)), *row_max = weights + n * heads;
+        float *weights = room(storage, heads * (n + 2)), *row_max = weights + n * heads;
         float *row_sum = row_max + heads;
         std::fill_n(row_max, heads, -INF);
         for (int64_t j = 0; j < n; j++)

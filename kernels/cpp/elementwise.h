@@ -12,18 +12,16 @@ namespace quorum {
 template <class T>
 void rms_norm_row(const T *x, const T *residual, const float *weight, T *y, T *total, int64_t size,
                   float eps, bool plus_one) {
-    thread_local std::vector<float> kept;
+    thread_local std::vector<float> storage;
     if (residual) {
         map_row(size, total, [](vec a, vec b) { return a + b; }, x, residual);
         x = total;
     }
-    const float *s = widened(x, size, kept);
+    const float *s = widened(x, size, storage);
     const float rstd = 1 / std::sqrt(row_sum<true>(s, size) / size + eps);
     const vec scale = splat(rstd), one = splat(1);
-    if (plus_one)
-        map_row(size, y, [&](vec a, vec w) { return a * scale * (w + one); }, s, weight);
-    else
-        map_row(size, y, [&](vec a, vec w) { return a * scale * w; }, s, weight);
+    if (plus_one) map_row(size, y, [&](vec a, vec w) { return a * scale * (w + one); }, s, weight);
+    else map_row(size, y, [&](vec a, vec w) { return a * scale * w; }, s, weight);
 }
 
 // x: (rows / inner, inner, size), strides x_t, x_a, 1; all else contiguous.
@@ -31,8 +29,8 @@ template <class T>
 void rms_norm(const T *x, int64_t x_t, int64_t x_a, const T *residual, const T *weight, T *y,
               T *total, int64_t rows, int64_t inner, int64_t size, float eps, int64_t plus_one,
               int64_t threads) {
-    std::vector<float> kept;
-    const float *wide = widened(weight, size, kept);
+    std::vector<float> storage;
+    const float *wide = widened(weight, size, storage);
     parallel(rows, std::max<int64_t>(1, 2048 / size), threads, [&](int64_t row) {
         const int64_t first = row * size;
         rms_norm_row(x + row / inner * x_t + row % inner * x_a,
@@ -77,10 +75,19 @@ inline void cos_sin(double angle, float *cos, float *sin) {
     double r = angle - (double)k * 1.57079632673412561417e+00;
     r -= (double)k * 6.07710050650619224932e-11;
     const double z = r * r;
-    const double s = r + r * z * (-1.0 / 6 + z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880 +
-                     z * (-1.0 / 39916800 + z * (1.0 / 6227020800 - z / 1307674368000))))));
-    const double c = 1 - z / 2 + z * z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 +
-                     z * (-1.0 / 3628800 + z * (1.0 / 479001600 - z / 87178291200)))));
+    const double s =
+        r + r * z *
+                (-1.0 / 6 +
+                 z * (1.0 / 120 +
+                      z * (-1.0 / 5040 +
+                           z * (1.0 / 362880 + z * (-1.0 / 39916800 +
+                                                    z * (1.0 / 6227020800 - z / 1307674368000))))));
+    const double c =
+        1 - z / 2 +
+        z * z *
+            (1.0 / 24 +
+             z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800 +
+                                                       z * (1.0 / 479001600 - z / 87178291200)))));
     const bool swap = k & 1;
     *cos = (float)((k + 1) & 2 ? -(swap ? s : c) : (swap ? s : c));
     *sin = (float)(k & 2 ? -(swap ? c : s) : (swap ? c : s));
@@ -115,9 +122,9 @@ void gated_act(const T *gate_up, int64_t stride, T *y, int64_t tokens, int64_t s
         const int64_t n = std::min(PIECE, size - first);
         const T *gate = gate_up + t * stride + first, *up = gate + size;
         if (gelu)
-            map_row(n, y + t * size + first, [](vec a, vec b) { return gelu_tanh(a) * b; }, gate, up);
-        else
-            map_row(n, y + t * size + first, [](vec a, vec b) { return silu(a) * b; }, gate, up);
+            map_row(
+                n, y + t * size + first, [](vec a, vec b) { return gelu_tanh(a) * b; }, gate, up);
+        else map_row(n, y + t * size + first, [](vec a, vec b) { return silu(a) * b; }, gate, up);
     });
 }
 

@@ -29,7 +29,9 @@ void row_dots_of(const T *x, int64_t rows, int64_t size, const float *weight, fl
 // y = f(x) for n numbers, f 0: exp, 1: log, 2: tanh.
 inline void elementary(const float *x, float *y, int64_t n, int64_t f, int64_t threads) {
     parallel_blocks(n, 4096, threads, [&](int64_t first, int64_t last) {
-        const auto map = [&](auto function) { map_row(last - first, y + first, function, x + first); };
+        const auto map = [&](auto function) {
+            map_row(last - first, y + first, function, x + first);
+        };
         if (f == 0) map([](vec v) { return exp(v); });
         if (f == 1) map([](vec v) { return log(v); });
         if (f == 2) map([](vec v) { return tanh(v); });
@@ -62,8 +64,8 @@ static const bool described =
 
 }  // namespace quorum
 
-// All lines of the interface (see interface.h), or the first so many bytes of them; returns how many
-// there are.
+// All lines of the interface (see interface.h), or the first so many bytes of them; returns how
+// many there are.
 extern "C" [[gnu::visibility("default")]] int64_t quorum_interface(char *text, int64_t size) {
     std::string all;
     for (const std::string &line : quorum::interface_lines()) all += line + "\n";

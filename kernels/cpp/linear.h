@@ -1,9 +1,9 @@
 // Linear layers over packed weights: y = x W^T + bias, or act(x W0^T) * (x W1^T).
 //
-// A sum adds BLOCK_TERMS terms in index order, each with one fused multiply-add, then the sums of such
-// blocks in order: one chain over thousands of terms would round off several times as much. Weights
-// are packed in panels of COLUMNS columns, term by term; rows are laid out in tiles of up to ROWS
-// rows, term by term. A block of a panel stays in the first cache for all tiles.
+// A sum adds BLOCK_TERMS terms in index order, each with one fused multiply-add, then the sums of
+// such blocks in order: one chain over thousands of terms would round off several times as much.
+// Weights are packed in panels of COLUMNS columns, term by term; rows are laid out in tiles of up
+// to ROWS rows, term by term. A block of a panel stays in the first cache for all tiles.
 
 #pragma once
 
@@ -90,17 +90,17 @@ void linear_rows(int64_t rows, const float *x, const T *weight, int64_t terms, b
 }
 
 // Rows of a linear layer's input, laid out for its tiles: tile by tile, term by term.
-struct Laid {
+struct RowTiles {
     int64_t m, k, tile;
     float *data;
-    std::vector<float> kept;
+    std::vector<float> storage;
 
     // Makes room for m rows of k numbers.
     void resize(int64_t rows, int64_t terms) {
         m = rows, k = terms;
         const int64_t tiles = (m + ROWS - 1) / ROWS;
         tile = tiles ? (m + tiles - 1) / tiles : 1;
-        data = room(kept, m * k);
+        data = room(storage, m * k);
     }
     // Fills it: row_of(t) gives row t, which stays until the last of its tile is there.
     template <class F>
@@ -110,8 +110,8 @@ struct Laid {
             decltype(row_of(0)) rows[ROWS];
             for (int64_t r = 0; r < here; r++) rows[r] = row_of(first + r);
             for (int64_t r = 0; r < here; r += LANES)
-                lay([&](int64_t i) { return rows[r + i]; }, std::min<int64_t>(here - r, LANES), k,
-                    data + first * k + r, here);
+                lay_out([&](int64_t i) { return rows[r + i]; }, std::min<int64_t>(here - r, LANES),
+                        k, data + first * k + r, here);
         });
     }
 };
@@ -121,10 +121,8 @@ template <class T>
 inline void finish_row(const float *sums, const float *bias, Activation activation, T *y,
                        int64_t columns) {
     const auto write = [&](int64_t first, vec v) {
-        if (columns - first >= LANES)
-            store(y + first, v);
-        else if (columns > first)
-            store_first(y + first, v, columns - first);
+        if (columns - first >= LANES) store(y + first, v);
+        else if (columns > first) store_first(y + first, v, columns - first);
     };
     const vec a = load(sums), b = load(sums + LANES);
     if (activation) {
@@ -137,11 +135,11 @@ inline void finish_row(const float *sums, const float *bias, Activation activati
 
 // y (m, n) of a packed weight (n, k); with an activation the weight is a pair and n that of one.
 template <class T>
-void linear(const Laid &x, const T *weight, int64_t n, const T *bias, T *y, int64_t threads,
+void linear(const RowTiles &x, const T *weight, int64_t n, const T *bias, T *y, int64_t threads,
             Activation activation = NONE) {
     const int64_t m = x.m, k = x.k, tile = x.tile;
     if (!m) return;
-    const float *laid = x.data;
+    const float *row_tiles = x.data;
     const int64_t across = activation ? LANES : COLUMNS;  // columns that a panel gives
     const int64_t panels = (n + across - 1) / across, tiles = (m + tile - 1) / tile;
     // Rows that stay in the second cache while the panels pass by, and fewer where there are so few
@@ -153,12 +151,12 @@ void linear(const Laid &x, const T *weight, int64_t n, const T *bias, T *y, int6
     // Neighbouring panels to one thread, so that it finds what it fetched ahead; several for each.
     const int64_t grain = std::clamp<int64_t>(blocks * panels / (4 * threads), 1, 8);
     parallel(blocks * panels, grain, threads, [&](int64_t task) {
-        thread_local std::vector<float> kept;
+        thread_local std::vector<float> storage;
         const int64_t p = task % panels, first = task / panels * block;
         const int64_t last = std::min(m, first + block);
         const int64_t columns = std::min<int64_t>(across, n - p * across);
         const T *mine = weight + p * COLUMNS * k;
-        float *sums = room(kept, (last - first) * COLUMNS), wide_bias[COLUMNS] = {};
+        float *sums = room(storage, (last - first) * COLUMNS), wide_bias[COLUMNS] = {};
         if (bias) widen_row(bias + p * COLUMNS, wide_bias, columns);
         Prefetch ahead{(const char *)(mine + COLUMNS * k),
                        COLUMNS * (int64_t)sizeof(T) / ((last - first + tile - 1) / tile)};
@@ -166,8 +164,8 @@ void linear(const Laid &x, const T *weight, int64_t n, const T *bias, T *y, int6
             const int64_t terms = std::min(BLOCK_TERMS, k - start);
             for (int64_t t = first; t < last; t += tile) {
                 const int64_t here = std::min(tile, m - t);
-                linear_rows<ROWS>(here, laid + t * k + start * here, mine + start * COLUMNS, terms,
-                                  start == 0, ahead, sums + (t - first) * COLUMNS);
+                linear_rows<ROWS>(here, row_tiles + t * k + start * here, mine + start * COLUMNS,
+                                  terms, start == 0, ahead, sums + (t - first) * COLUMNS);
                 ahead.from += ahead.step * terms;
             }
         }
@@ -179,10 +177,10 @@ void linear(const Laid &x, const T *weight, int64_t n, const T *bias, T *y, int6
 template <class T>
 void linear(const T *x, int64_t m, int64_t k, const T *weight, int64_t n, const T *bias, T *y,
             int64_t threads) {
-    thread_local Laid laid;
-    laid.resize(m, k);
-    laid.fill([&](int64_t t) { return x + t * k; }, threads);
-    linear(laid, weight, n, bias, y, threads);
+    thread_local RowTiles row_tiles;
+    row_tiles.resize(m, k);
+    row_tiles.fill([&](int64_t t) { return x + t * k; }, threads);
+    linear(row_tiles, weight, n, bias, y, threads);
 }
 
 // out[r] = x[r] . weight, summed over 16 lanes: rows of any number have the same bits. weight: as

@@ -1,5 +1,5 @@
-// Drawing one token per row: the order of operations of kernels/sample_token.py, bit for bit the same
-// on every processor.
+// Drawing one token per row: the order of operations of kernels/sample_token.py, bit for bit the
+// same on every processor.
 
 #pragma once
 
@@ -53,8 +53,8 @@ inline void running_tile_sums(const float *weights, int64_t vocab, int64_t tile,
     running_sums(running, tiles, running);
 }
 
-// Sets to 0 the weights that top-k and top-p remove. Tokens are ranked by their logit, equal ones by
-// their index. total: of all weights. x holds no NaN.
+// Sets to 0 the weights that top-k and top-p remove. Tokens are ranked by their logit, equal ones
+// by their index. total: of all weights. x holds no NaN.
 inline void keep_likely(const float *x, float *weights, int64_t vocab, int64_t top_k, float top_p,
                         float total) {
     thread_local std::vector<int32_t> ranking;
@@ -64,7 +64,9 @@ inline void keep_likely(const float *x, float *weights, int64_t vocab, int64_t t
     ranking.resize(vocab);
     mass.resize(vocab);
     std::iota(ranking.begin(), ranking.end(), 0);
-    const auto before = [x](int32_t a, int32_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); };
+    const auto before = [x](int32_t a, int32_t b) {
+        return x[a] > x[b] || (x[a] == x[b] && a < b);
+    };
     int64_t width = limited ? limit : std::min<int64_t>(limit, 64), count = 0;
     for (int64_t sorted = 0;; width = std::min(limit, 8 * width)) {
         std::partial_sort(ranking.begin() + sorted, ranking.begin() + width, ranking.end(), before);
@@ -72,7 +74,8 @@ inline void keep_likely(const float *x, float *weights, int64_t vocab, int64_t t
         for (int64_t i = 0; i < width; i++) mass[i] = weights[ranking[i]];
         running_sums(mass.data(), width, mass.data());
         const float goal = top_p * (limited ? mass[width - 1] : total);
-        const int64_t enough = std::lower_bound(mass.begin(), mass.begin() + width, goal) - mass.begin();
+        const int64_t enough =
+            std::lower_bound(mass.begin(), mass.begin() + width, goal) - mass.begin();
         count = top_p < 1 ? std::min(enough + 1, width) : width;
         if (enough < width || width == limit) break;
     }
@@ -87,9 +90,9 @@ void sample_token(const T *logits, int64_t batch, int64_t vocab, const float *un
                   float min_p, float softcap, int64_t tile, int64_t *token, float *logprob,
                   float *sampling_logprob, int64_t threads) {
     parallel(batch, 1, threads, [&](int64_t row) {
-        thread_local std::vector<float> kept;
+        thread_local std::vector<float> storage;
         const int64_t tiles = (vocab + tile - 1) / tile;
-        float *x = room(kept, 2 * vocab + 2 * tile + tiles), *weights = x + vocab;
+        float *x = room(storage, 2 * vocab + 2 * tile + tiles), *weights = x + vocab;
         float *running = weights + vocab + tile, *inside = running + tiles;
         const T *from = logits + row * vocab;
         if (softcap > 0) {

@@ -27,8 +27,8 @@ constexpr int64_t UNDECIDED = -1, VALID = 0, COUNT = 2, RANGE = 3, NOT_AN_INTEGE
 // Writes the outcome of a box that closes, or clears it.
 inline void record(const Automaton &a, int64_t row, int64_t event, int64_t count) {
     const int64_t *items = a.items + row * (a.max_n + 1), n = a.n[row];
-    const bool outside = std::any_of(
-        items, items + n, [&](int64_t s) { return s < a.score_min || s > a.score_max; });
+    const bool outside = std::any_of(items, items + n,
+                                     [&](int64_t s) { return s < a.score_min || s > a.score_max; });
     const int64_t reason = event == FORGET      ? UNDECIDED
                            : event == CLOSE_BAD ? NOT_AN_INTEGER
                            : count != n         ? COUNT
@@ -60,12 +60,12 @@ inline int64_t advance(const Automaton &a, int64_t row, int64_t state, int64_t t
 
 // On one thread: it is a few hundred samples at most.
 inline void accept_token(const int64_t *drawn, const float *logprob, const float *sampling_logprob,
-                       int64_t *token, int64_t *made, const int64_t *limit, const int64_t *slot,
-                       bool *finished, bool *ended, int64_t *tokens, float *logprobs,
-                       int64_t capacity, int64_t num_recorded, const int64_t *end_ids,
-                       int64_t num_ends, int64_t *position, int64_t *length, int64_t *cell,
-                       int64_t num_rows, int64_t *control, const Automaton *automaton,
-                       int64_t stop_at_box, int64_t) {
+                         int64_t *token, int64_t *made, const int64_t *limit, const int64_t *slot,
+                         bool *finished, bool *ended, int64_t *tokens, float *logprobs,
+                         int64_t capacity, int64_t num_recorded, const int64_t *end_ids,
+                         int64_t num_ends, int64_t *position, int64_t *length, int64_t *cell,
+                         int64_t num_rows, int64_t *control, const Automaton *automaton,
+                         int64_t stop_at_box, int64_t) {
     for (int64_t row = 0; row < num_rows; row++) {
         if (finished[row]) continue;
         const int64_t at = slot[row] * capacity + made[row];
@@ -76,8 +76,8 @@ inline void accept_token(const int64_t *drawn, const float *logprob, const float
         // An end token has no bytes, and must not reset the automaton as other special tokens do.
         ended[row] = std::find(end_ids, end_ids + num_ends, drawn[row]) != end_ids + num_ends;
         if (!ended[row]) control[row] = advance(*automaton, row, control[row], drawn[row]);
-        finished[row] = ended[row] || made[row] >= limit[row] ||
-                        (stop_at_box && control[row] == DECIDED);
+        finished[row] =
+            ended[row] || made[row] >= limit[row] || (stop_at_box && control[row] == DECIDED);
         if (position) {
             position[row]++;
             length[row]++;

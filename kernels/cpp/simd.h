@@ -105,10 +105,10 @@ inline void transpose(vec (&x)[LANES]) {
 // Scratch that a thread keeps: at least n elements of any content, from the start of a cache line
 // on, so that no vector lies in two lines.
 template <class T>
-inline T *room(std::vector<T> &kept, int64_t n) {
+inline T *room(std::vector<T> &storage, int64_t n) {
     constexpr int64_t LINE = 64;
-    if ((int64_t)kept.size() < n + LINE) kept.resize(n + LINE);
-    return (T *)(((uintptr_t)kept.data() + LINE - 1) / LINE * LINE);
+    if ((int64_t)storage.size() < n + LINE) storage.resize(n + LINE);
+    return (T *)(((uintptr_t)storage.data() + LINE - 1) / LINE * LINE);
 }
 
 // n numbers of a row as float32: the row itself, or a copy.
@@ -121,7 +121,7 @@ inline const float *widened(const bf16 *x, int64_t n, std::vector<float> &to) {
 
 // to[i * stride + r] = row(r)[i], for n <= LANES rows of k numbers.
 template <class F>
-void lay(F row, int64_t n, int64_t k, float *to, int64_t stride) {
+void lay_out(F row, int64_t n, int64_t k, float *to, int64_t stride) {
     int64_t i = 0;
     for (; i + LANES <= k; i += LANES) {
         vec block[LANES];

@@ -27,9 +27,7 @@ inline void interleave(vec a, vec b, vec &low, vec &high) {
     high = _mm512_permutex2var_ps(a, (__m512i)(first + 8), b);
 }
 // The first n <= LANES lanes.
-inline void store_lanes(float *p, vec v, int64_t n) {
-    _mm512_mask_storeu_ps(p, (1u << n) - 1, v);
-}
+inline void store_lanes(float *p, vec v, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, v); }
 inline vec load(const bf16 *p) {
     return (vec)((ivec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)) << 16);
 }

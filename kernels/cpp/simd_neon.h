@@ -17,7 +17,9 @@ typedef int32_t ivec __attribute__((vector_size(16)));
 typedef uint32_t uvec __attribute__((vector_size(16)));
 constexpr ivec LANE = {0, 1, 2, 3};
 
-inline vec fma(vec a, vec b, vec c) { return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+inline vec fma(vec a, vec b, vec c) {
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
 inline vec splat(float x) { return (vec)vdupq_n_f32(x); }
 
 // a0 b0 a1 b1 ...: its first and its second half.

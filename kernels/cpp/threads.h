@@ -119,8 +119,7 @@ void parallel_blocks(int64_t n, int64_t grain, int64_t threads, F block) {
     const int64_t blocks = (n + grain - 1) / grain;
     if (threads <= 1 || blocks <= 1)
         for (int64_t i = 0; i < blocks; i++) run(&context, i);
-    else
-        Pool::get().run(blocks, (int)threads, run, &context);
+    else Pool::get().run(blocks, (int)threads, run, &context);
 }
 // Runs task(i) for i in [0, n) on `threads` threads, `grain` at a time.
 template <class F>

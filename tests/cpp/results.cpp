@@ -35,7 +35,8 @@ void append(std::vector<float> &all, const std::vector<T> &x) {
 // window and a soft-cap, its merge, and the drawing of tokens.
 template <class T>
 void compute(int64_t seed, int64_t threads, std::vector<float> &all) {
-    const int64_t rows = 37, terms = 300, columns = 70, heads = 4, kv_heads = 2, dim = 32, keys = 90;
+    const int64_t rows = 37, terms = 300, columns = 70, heads = 4, kv_heads = 2, dim = 32,
+                  keys = 90;
     const auto x = narrowed<T>(numbers(rows * terms, 7 + seed));
     const auto weight = narrowed<T>(numbers(columns * terms, 31));
     const auto scale = narrowed<T>(numbers(terms, 5));
@@ -58,12 +59,14 @@ void compute(int64_t seed, int64_t threads, std::vector<float> &all) {
     for (int64_t queries : {1, 2, 3, 20})
         for (float softcap : {0.0f, 5.0f})
             for (int64_t window : {0, 30}) {
-                std::vector<float> o(rows * heads * dim), lse(rows * heads), merged_lse(rows * heads);
+                std::vector<float> o(rows * heads * dim), lse(rows * heads),
+                    merged_lse(rows * heads);
                 std::vector<T> merged(rows * heads * dim);
                 const AttentionArguments a{
-                    q.data(), cache.data(), cache.data(), heads * dim, dim, keys * dim, dim,
-                    keys * dim, dim, heads, kv_heads, dim, dim, positions.data(), 0.2f, softcap,
-                    window, o.data(), lse.data()};
+                    q.data(),  cache.data(),     cache.data(), heads * dim, dim,      keys * dim,
+                    dim,       keys * dim,       dim,          heads,       kv_heads, dim,
+                    dim,       positions.data(), 0.2f,         softcap,     window,   o.data(),
+                    lse.data()};
                 std::vector<Tile> tiles;
                 for (int64_t first = 0; first < rows; first += queries)
                     tiles.push_back({first, std::min(queries, rows - first), 0, keys, 0, first});
@@ -80,8 +83,8 @@ void compute(int64_t seed, int64_t threads, std::vector<float> &all) {
     std::vector<int64_t> token(rows);
     for (int64_t top_k : {0, 9})
         for (float top_p : {1.0f, 0.8f}) {
-            sample_token<T>(y.data(), rows, columns, chance.data(), 1, 0.7f, top_k, top_p, 0.01f, 30,
-                            32, token.data(), logprob.data(), sampling_logprob.data(), threads);
+            sample_token<T>(y.data(), rows, columns, chance.data(), 1, 0.7f, top_k, top_p, 0.01f,
+                            30, 32, token.data(), logprob.data(), sampling_logprob.data(), threads);
             for (int64_t t : token) all.push_back((float)t);
             append(all, logprob);
             append(all, sampling_logprob);
