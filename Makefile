@@ -4,7 +4,7 @@ PY := .venv/bin/python
 # A process for each processor, of one thread each: small models gain nothing from more.
 SUITE := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadgroup
 
-.PHONY: sample test check soak bench aot gpu pocket clean
+.PHONY: sample test check soak faults bench aot gpu pocket clean
 
 sample: .venv/.stamp    ## judge the bundled rows with the pocket model and its meta model
 	$(PY) -m engine.sample --meta-model models/pocket-meta
@@ -22,6 +22,9 @@ check: .venv/.stamp     ## lint, formatting, types
 soak: .venv/.stamp      ## the long tests
 	$(PY) -m pytest -q -m "soak and not triton"
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -m "soak and triton"
+
+faults: .venv/.stamp    ## plant every fault of tests/FAULTS.md and see its tests turn red
+	$(PY) -m tests.faults
 
 bench: .venv/.stamp     ## every operation on this machine: time, share of the ceiling, peers
 	$(PY) -m pytest -q --benchmark-columns=median,rounds bench/ops/bench_ops.py

@@ -16,7 +16,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -207,17 +206,16 @@ def gated_act_backward(grad: Tensor, gate_up: Tensor, activation: str) -> Tensor
     if runs_triton(gate_up):
         return _run_triton_backward(without_gaps(grad), gate_up, activation)
     wide = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32))
-    gate, up = wide.chunk(2, -1)
-    grad = grad.to(wide.dtype)
+    gate, up = (half.contiguous() for half in wide.chunk(2, -1))  # sigmoid: six times faster
+    z, g_dz = gate, gate  # g z'
+    if activation == "gelu_tanh":
+        square = (gate * gate).clamp_(max=256)  # beyond it the sigmoid is 0 or 1 all the same
+        z = gate * (2 * _SQRT_2_OVER_PI) * (1 + 0.044715 * square)
+        g_dz = gate * (2 * _SQRT_2_OVER_PI) * (1 + 3 * 0.044715 * square)
+    sigmoid, complement = z.sigmoid(), z.neg().sigmoid_()  # one from the other would cancel
     out = torch.empty_like(wide)
     d_gate, d_up = out.chunk(2, -1)
-    if activation == "silu":
-        sigmoid = gate.neg().exp_().add_(1).reciprocal_()
-        active = gate * sigmoid
-        torch.mul(grad, active, out=d_up)
-        slope = active.addcmul_(active, sigmoid, value=-1).add_(sigmoid)
-        torch.mul(slope.mul_(up), grad, out=d_gate)
-    else:
-        torch.mul(grad, F.gelu(gate, approximate="tanh"), out=d_up)
-        d_gate.copy_(torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"))
+    slope = complement.mul_(g_dz).add_(1).mul_(sigmoid)
+    torch.mul(sigmoid.mul_(gate), grad, out=d_up)
+    torch.mul(slope.mul_(up), grad, out=d_gate)
     return out.to(gate_up.dtype)

@@ -31,7 +31,6 @@ from kernels.packed_linear import packed_linear, packs
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_cos_sin
 from kernels.sample_token import SamplingOptions, sample_token, sample_token_ref, uniforms
-from kernels.write_kv import write_kv
 from models import load
 from models.decoder import CppDecoder
 from models.transformer import Transformer, linear
@@ -138,32 +137,6 @@ def test_attention_reads_nothing_past_a_suffix(calls: Counter[str]) -> None:
     assert calls == {"attend_suffixes": 1, "attend_tiles": 1, "merge": 1}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_elementwise_operations(dtype: torch.dtype, threads: int, calls: Counter[str]) -> None:
-    """bfloat16 as well: it is computed in float32 by both."""
-    for size in (1, 20, 64, 192, 768, 2304, 5000):
-        x, residual, weight = (randn(n, size).to(dtype) for n in (50, 50, 1))
-        as_exact(lambda x, w: rms_norm(x, w, 1e-6), x, weight[0])
-        as_exact(lambda x, w, r: rms_norm(x, w, 1e-5, True, r), x, weight[0], residual)
-    wide = randn(41, 12, 40).to(dtype)
-    as_exact(lambda x, w: rms_norm(x, w, 1e-6), wide[:, 2:7], wide[0, 0])
-    cos, sin = rope_cos_sin(torch.arange(41) * 91, torch.rand(20))
-    as_exact(lambda x: rope(x, cos, sin), wide[:, 3:9])
-    for size in (1, 37, 512, 1500):
-        gate_up = 3 * randn(30, 2 * size).to(dtype)
-        as_exact(lambda x: gated_act(x, "silu"), gate_up)
-        as_exact(lambda x: gated_act(x, "gelu_tanh"), gate_up)
-    assert calls == {"rms_norm": 15, "rope_cos_sin": 1, "rope": 1, "gated_act": 8}
-
-
-@pytest.mark.parametrize("shape", [(64,), (7, 64), (2, 3, 64), (2, 3, 4, 64), (0, 64), (3, 0)])
-def test_norms_of_any_shape(shape: tuple[int, ...]) -> None:
-    """Their results have the shape of what came in; nothing is done for nothing."""
-    x, residual, weight = randn(*shape), randn(*shape, seed=1), randn(shape[-1])
-    as_exact(lambda x, w: rms_norm(x, w, 1e-6), x, weight)
-    as_exact(lambda x, w, r: rms_norm(x, w, 1e-6, False, r), x, weight, residual)
-
-
 def test_nothing_is_done_for_nothing() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         weight = randn(8, 64).to(dtype)
@@ -174,26 +147,6 @@ def test_nothing_is_done_for_nothing() -> None:
         assert rope(weight[:, None][:, :0], cos, sin).shape == (8, 0, 64)
         logits, uniform = weight[:0].contiguous(), torch.empty(0)
         assert sample_token(logits, uniform, SamplingOptions())[0].shape == (0,)
-
-
-def test_write_kv(calls: Counter[str]) -> None:
-    k, v = randn(9, 2, 24), randn(9, 5, 20)[:, 1:3]
-    slots = torch.tensor([3, 11, 0, 7, 29, 4, 5, 6, 1])
-
-    def write() -> tuple[Tensor, Tensor]:
-        caches = torch.zeros(2, 30, 24), torch.zeros(2, 30, 20)
-        write_kv(k, v, *caches, slots)
-        return caches
-
-    k_cache, v_cache = write()
-    with cpp.torch_only():
-        expected = write()
-    assert k_cache.equal(expected[0]) and v_cache.equal(expected[1])
-    for wrong in (torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 30]), torch.tensor([0] * 9)):
-        slots = wrong
-        with pytest.raises(ValueError, match=r"cache_index must lie in|written twice"):
-            write()
-    assert calls == {"write_kv": 1}
 
 
 @pytest.mark.parametrize("vocab", [1, 475, 1024, 1025, 5000])
@@ -355,17 +308,6 @@ def test_elementary_functions_of_every_number(name: str) -> None:
         worst = max(worst, largest_error(name, bits))
     print(f"{name}: {worst:.3f} units in the last place")
     assert worst <= FUNCTIONS[name][2]
-
-
-def test_cosines_and_sines_are_those_of_float64() -> None:
-    """Rounded once, for angles up to those of a million positions."""
-    positions = torch.cat([torch.arange(5000), torch.arange(0, 1 << 20, 977)])
-    inv_freq = 1 / 10000 ** (torch.arange(24) / 24)
-    angles = (positions[:, None].float() * inv_freq).double()
-    for found, exact in zip(
-        rope_cos_sin(positions, inv_freq), (angles.cos(), angles.sin()), strict=True
-    ):
-        assert found.equal(exact.float())
 
 
 def test_a_changed_weight_is_packed_again(calls: Counter[str]) -> None:
