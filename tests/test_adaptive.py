@@ -1,18 +1,19 @@
 """The adaptive bench: replays by hand, and a small run from the command line."""
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from bench import adaptive
 from bench.adaptive import Recorded, RecordedSample
+from engine import sample
 from engine.prompt import JudgeSettings
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = JudgeSettings()
 Votes = list[tuple[int, ...] | None]
 
@@ -69,30 +70,26 @@ def test_lines_that_cannot_be_replayed(line: bytes, words: str) -> None:
         adaptive.read_recorded([line])
 
 
-def test_what_is_sampled_and_what_was_written_give_the_same(tmp_path: Path) -> None:
+def test_what_is_sampled_and_what_was_written_give_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The command with its own samples, and with the lines of engine.sample for the same rows."""
 
-    def run(module: str, *options: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", module, *options],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        return done.stdout
+    def run(main: Callable[[], Any], *options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["adaptive", *options])
+        main()
+        return capsys.readouterr().out
 
     data, out = tmp_path / "rows.jsonl", tmp_path / "verdicts.jsonl"
-    data.write_text(
-        "".join(
-            json.dumps({"id": str(i), "prompt": "copy a b", "responses": ["a b", "b"], "label": 0})
-            + "\n"
-            for i in range(2)
-        )
-    )
+    row = {"prompt": "copy a b", "responses": ["a b", "b"], "label": 0}
+    data.write_text("".join(json.dumps({"id": str(i), **row}) + "\n" for i in range(2)))
     options = ["--data", str(data), "--k", "6", "--max-new-tokens", "120"]
-    run("engine.sample", *options, "--out", str(out))
+    run(sample.main, *options, "--out", str(out))
     levels = ["--until-decided", "0.6", "0.99"]
-    now = json.loads(run("bench.adaptive", *options, *levels).splitlines()[-1])
-    lines = run("bench.adaptive", "--verdicts", str(out), *levels).splitlines()
-    replayed = json.loads(lines[-1])
-    assert "bench.adaptive" in now.pop("run")["command"] and replayed.pop("run")
+    now, replayed = (
+        json.loads(run(adaptive.main, *options, *levels).splitlines()[-1])
+        for options in (options, ["--verdicts", str(out)])
+    )
+    assert now.pop("run") and replayed.pop("run")
     assert replayed == now
     assert now["rows"] == 2 and [each["until_decided"] for each in now["levels"]] == [0.6, 0.99]

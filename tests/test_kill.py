@@ -82,11 +82,8 @@ def kill_and_resume(whole: tuple[Path, bytes], out: Path, rng: random.Random) ->
     return under_way
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_runs_resume_byte_for_byte(
-    whole: tuple[Path, bytes], tmp_path: Path, seed: int
-) -> None:
-    assert kill_and_resume(whole, tmp_path / "out.jsonl", random.Random(seed)) > 0
+def test_a_killed_run_resumes_byte_for_byte(whole: tuple[Path, bytes], tmp_path: Path) -> None:
+    assert kill_and_resume(whole, tmp_path / "out.jsonl", random.Random(0)) > 0
 
 
 @pytest.mark.soak

@@ -23,6 +23,7 @@ from engine.prompt import JudgeSettings
 from engine.request import Row, make_row
 from engine.sample import POCKET
 from engine.verdict import RowFailure, Verdict, to_line
+from kernels import cpp
 from tests import tiny
 from tests.judges import rebuilt
 from tests.rows import needs_cpp
@@ -96,26 +97,29 @@ def judge(meta: MetaModel) -> Judge:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize(
-    ("piece", "backend"), [(4096, None), (48, None), (4096, "torch"), (48, "torch")]
-)
 def test_scores_equal_transformers_on_each_sequence_alone(
-    family: str, piece: int, backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Segments longer than the windows of 9 and 11 tokens, in one piece and in pieces that cut; by
-    our own attention and by pairs of segments."""
+    our own attention, in C++ and in torch, and by pairs of segments."""
     theirs = tiny.write_model(tmp_path, family, scalar=True)
     meta = MetaModel.load(tmp_path)
-    monkeypatch.setattr(meta_module, "PREFILL_TOKENS", piece)
-    scorer = MetaScorer(meta, prefill_backend=backend)
-    for number in range(2):
-        row, samples = row_of(number, n=3), samples_of(number, n=3)
-        found = scorer.scores(row, samples)
-        for (order, text), score in zip(samples, found, strict=True):
+    rows = [(row_of(number, n=3), samples_of(number, n=3)) for number in range(2)]
+    exact = []
+    for row, samples in rows:
+        for order, text in samples:
             with torch.inference_mode():
-                ids = torch.tensor([sequence(meta, row, order, text)])
-                assert abs(float(theirs(ids).logits) - score) < 1e-5
-        assert len(set(found)) == len(samples)
+                exact.append(float(theirs(torch.tensor([sequence(meta, row, order, text)])).logits))
+    assert len(set(exact)) == len(exact)
+    for piece in (4096, 48):
+        monkeypatch.setattr(meta_module, "PREFILL_TOKENS", piece)
+        for backend in (None, "torch"):
+            scorer = MetaScorer(meta, prefill_backend=backend)
+            found = [score for each in rows for score in scorer.scores(*each)]
+            assert found == pytest.approx(exact, rel=0, abs=1e-5)
+    with cpp.torch_only():
+        found = [score for each in rows for score in MetaScorer(meta).scores(*each)]
+    assert found == pytest.approx(exact, rel=0, abs=1e-5)
 
 
 def test_each_prompt_is_computed_once(meta: MetaModel) -> None:

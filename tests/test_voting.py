@@ -1,7 +1,6 @@
 """The voting bench: curves against brute force, and a small run from the command line."""
 
 import json
-import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -65,13 +64,14 @@ def test_a_row_without_a_label_is_refused(tmp_path: Path) -> None:
         voting.read_labelled(data, "final", 10, 0)
 
 
-def test_the_command_ends_in_one_json_line(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.voting", "--rows", "3", "--k", "2", "--max-new-tokens", "30",
-         "--temperatures", "0", "1", "--plot", str(tmp_path / "curve.png")],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    figures = json.loads(done.stdout.splitlines()[-1])
+def test_the_command_ends_in_one_json_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["voting", "--rows", "3", "--k", "2", "--max-new-tokens", "30",
+             "--temperatures", "0", "1", "--plot", str(tmp_path / "curve.png")]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", words)
+    voting.main()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["rows"] == 3
     assert [list(run["accuracy"]) for run in figures["runs"]] == [["1"], ["1", "2"]]
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

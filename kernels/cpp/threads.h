@@ -51,10 +51,10 @@ class Pool {
         return *current();
     }
 
-    // Runs run(context, i) for i in [0, n) on up to `threads` threads.
+    // Runs run(context, i) for i in [0, n), n > 1, on up to `threads` > 1 threads.
     void run(int64_t n, int threads, void (*run)(void *, int64_t), void *context) {
         std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
-        if (!lock || threads <= 1 || n <= 1) {
+        if (!lock) {
             for (int64_t i = 0; i < n; i++) run(context, i);
             return;
         }
