@@ -28,7 +28,7 @@ from bench.provenance import print_json
 from bench.voting import chance_correct, interval, read_labelled
 from engine.decided import samples_to_draw
 from engine.judge import Judge
-from engine.prompt import JudgeSettings, read_judge_settings
+from engine.settings import JudgeSettings, read_judge_settings
 from engine.verdict import to_line
 from train.world import Split
 

@@ -36,9 +36,9 @@ from tqdm import tqdm
 from bench.provenance import print_json
 from bench.voting import SUBSETS, chance_correct, interval, read_labelled
 from engine.judge import Judge
+from engine.labels import is_right
 from engine.verdict import Sample, Verdict
 from train.meta_rm import chance_above
-from train.rollout import is_right
 from train.world import Split
 
 FILTERS = ("all", "meta", "random", "shortest", "likeliest", "clearest", "oracle")

@@ -39,7 +39,8 @@ from bench.decode_load import Workload
 from bench.provenance import print_json
 from bench.voting import read_labelled
 from engine.decode import Decoder
-from engine.judge import Judge, JudgeOptions, draw_orders
+from engine.judge import Judge, JudgeOptions
+from engine.orders import draw_orders
 from engine.request import Row
 from engine.verdict import Verdict
 from train.world import Split

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from bench.provenance import print_json
 from engine.judge import Judge
+from engine.labels import chance_right
 from engine.request import BadRow, Row, read_rows
-from engine.verdict import Verdict, gold_index
+from engine.verdict import Verdict
 from train.rollout import split_rows
 from train.world import Split
 
@@ -69,13 +70,7 @@ def chance_correct(
     scores: Sequence[Sequence[int]], label: int | Sequence[float], threshold: float
 ) -> float:
     """The chance that a vote over these samples' scores agrees with the label."""
-    if not scores:
-        return 0.0
-    totals = np.sum(scores, axis=0)
-    if len(totals) == 1:
-        return float((totals[0] / len(scores) > threshold) == bool(label))
-    tied = np.flatnonzero(totals == totals.max())
-    return float(gold_index(label) in tied) / len(tied)
+    return chance_right(np.mean(scores, axis=0).tolist(), label, threshold) if scores else 0.0
 
 
 def voting_curve(

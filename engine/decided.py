@@ -25,7 +25,7 @@ All of this depends on the row's own samples only. Not done here: drawing, and t
 import math
 from collections.abc import Sequence
 
-from engine.prompt import JudgeSettings
+from engine.settings import JudgeSettings
 
 ROUND = 3  # samples at least: the more often one asks, the more often one is wrong
 PRIOR_SAMPLES = 2

@@ -20,27 +20,17 @@ from typing import Any
 import torch
 
 from engine.decided import samples_to_draw
-from engine.generate import (
-    PREFILL_TOKENS,
-    Generation,
-    Generator,
-    Group,
-    GroupResult,
-    Usage,
-)
+from engine.generate import PREFILL_TOKENS, Generation, Generator, Group, GroupResult, Usage
+from engine.key import line_key, model_fingerprint
+from engine.labels import is_correct
 from engine.memory import cache_budget
 from engine.meta import CACHE_SHARE, MetaModel, MetaScorer
 from engine.options import JudgeOptions
-from engine.prompt import JudgeSettings, PromptBuilder, read_judge_settings, read_judge_template
+from engine.orders import draw_orders, in_row_order
+from engine.prompt import PromptBuilder, read_judge_template
 from engine.request import MAX_RESPONSES, BadRow, Message, Row, make_row
-from engine.verdict import (
-    RowFailure,
-    Sample,
-    Verdict,
-    fingerprint_of,
-    is_correct,
-    output_key,
-)
+from engine.settings import JudgeSettings, read_judge_settings
+from engine.verdict import RowFailure, Sample, Verdict
 from kernels import cpp
 from kernels.extract_scores import Reason, ScoreAutomaton
 from kernels.sample_token import SamplingOptions, stream_key, uniforms
@@ -126,7 +116,7 @@ class Judge:
             tokenizer,
             judge_template=read_judge_template(directory) if own is None else own,
             settings=read_judge_settings(directory),
-            fingerprint=fingerprint_of(directory),
+            fingerprint=model_fingerprint(directory),
             max_batch=max_batch,
             cache_bytes=cache_bytes,
             meta=None if meta is None else MetaModel.load(meta, dtype=dtype, device=device),
@@ -168,12 +158,9 @@ class Judge:
             raise ValueError(f"order {shown} is not a permutation of the responses")
         return self.prompts.render(row, shown, hint)
 
-    def key(self, row: Row | BadRow, *, hint: Hint | None = None, **options: Any) -> str:
-        """The key of a row's line under the options of `rows`: a hash of all that decides it."""
-        chosen = self._options(options)
-        if isinstance(row, BadRow):
-            return self._key(row, chosen)
-        return self._key(row, chosen, _hints(row, draw_orders(row, chosen), hint))
+    def key(self, entry: Row | BadRow, *, hint: Hint | None = None, **options: Any) -> str:
+        """The key of an entry's line under the options of `rows`: a hash of all that decides it."""
+        return self._flight(entry, self._options(options), hint).key
 
     def _options(self, given: dict[str, Any]) -> JudgeOptions:
         """The options, checked, with k_meta as it holds where there is a meta model."""
@@ -215,12 +202,13 @@ class Judge:
             }
         if any(hint is not None for hint in hints):
             everything["hints"] = json.dumps(hints)
-        return output_key(row, everything, self.fingerprint)
+        return line_key(row, everything, self.fingerprint)
 
     def rows(
-        self, rows: Iterable[Row], *, hint: Hint | None = None, **options: Any
+        self, entries: Iterable[Row | BadRow], *, hint: Hint | None = None, **options: Any
     ) -> Iterator[Verdict | RowFailure]:
-        """Judge rows, taken as there is room for them; outcomes come in input order.
+        """Judge rows, taken as there is room for them; one outcome for each, in input order. That
+        of a line that is no row is its failure.
 
         Options are the fields of `JudgeOptions`. k samples per row at the given temperature (0:
         greedy), top-k, top-p and min-p. orders: "rotate" shows sample j rotation (r + j mod m)
@@ -259,7 +247,7 @@ class Judge:
             cache_bytes=cache_bytes,
             usage=self.usage,
         )
-        return self._run(generator, scorer, rows, chosen, hint)
+        return self._run(generator, scorer, entries, chosen, hint)
 
     def _scorer(
         self, meta: MetaModel, options: JudgeOptions, backend: Backend | None
@@ -283,25 +271,17 @@ class Judge:
         self,
         generator: Generator,
         scorer: MetaScorer | None,
-        rows: Iterable[Row],
+        entries: Iterable[Row | BadRow],
         options: JudgeOptions,
         hint: Hint | None,
     ) -> Iterator[Verdict | RowFailure]:
         flying: deque[_Flight] = deque()
 
         def groups() -> Iterator[Group]:
-            for row in rows:
-                orders = draw_orders(row, options)
-                flight = _Flight(row, orders, _hints(row, orders, hint))
+            for entry in entries:
+                flight = self._flight(entry, options, hint)
                 flying.append(flight)
-                prompts: list[list[tuple[int, ...]]] = []
-                try:
-                    prompts = self._prompts(flight)
-                except ValueError as error:
-                    flight.outcome = RowFailure(row.id, row.line, None, str(error))
-                key = stream_key(options.seed, row.id, "token")
-                further = self._rounds(flight, options)
-                yield Group(prompts, key, len(row.responses), flight, further)
+                yield self._group(flight, options)
 
         for result in generator.run(groups()):
             flight = result.group.tag
@@ -312,13 +292,33 @@ class Judge:
                 yield outcome
         assert not flying, "a row without an outcome"
 
-    def _prompts(self, flight: "_Flight") -> list[list[tuple[int, ...]]]:
+    def _flight(self, entry: Row | BadRow, options: JudgeOptions, hint: Hint | None) -> "_Flight":
+        if isinstance(entry, BadRow):
+            return _Flight(entry, self._key(entry, options), [], [])
+        orders = draw_orders(entry, options)
+        hints = [None if hint is None else hint(entry, order) for order in orders]
+        return _Flight(entry, self._key(entry, options, hints), orders, hints)
+
+    def _group(self, flight: "_Flight", options: JudgeOptions) -> Group:
+        """What is to be sampled of an entry: nothing of one that has failed."""
+        row, prompts = flight.entry, []
+        if isinstance(row, BadRow):
+            flight.outcome = flight.failure(row.error)
+            return Group([], (0, 0), 1, flight)
+        try:
+            prompts = self._prompts(row, flight)
+        except ValueError as error:
+            flight.outcome = flight.failure(str(error))
+        key = stream_key(options.seed, row.id, "token")
+        return Group(prompts, key, len(row.responses), flight, self._rounds(flight, options))
+
+    def _prompts(self, row: Row, flight: "_Flight") -> list[list[tuple[int, ...]]]:
         """Each sample's prompt as segments; samples that see the same thing share one list."""
         shown = list(zip(flight.orders, flight.hints, strict=True))
         prompts: dict[tuple[tuple[int, ...], str | None], list[tuple[int, ...]]] = {}
         for order, hint in shown:
             if (order, hint) not in prompts:
-                segments = self.prompts.segments(flight.row, order, hint)
+                segments = self.prompts.segments(row, order, hint)
                 if not segments:
                     raise ValueError("the templates make an empty prompt of this row")
                 prompts[order, hint] = [segment.token_ids for segment in segments]
@@ -334,7 +334,8 @@ class Judge:
         cycle = len(set(flight.orders)) if options.orders == "rotate" else 1
 
         def further(drawn: Sequence[Generation]) -> int:
-            scores = list(map(_in_row_order, drawn, flight.orders))
+            pairs = zip(drawn, flight.orders, strict=False)
+            scores = [in_row_order(generation.scores, order) for generation, order in pairs]
             return samples_to_draw(scores, options.k, cycle, sure, self.settings)
 
         return further
@@ -346,9 +347,10 @@ class Judge:
         scorer: MetaScorer | None,
         options: JudgeOptions,
     ) -> Verdict | RowFailure:
-        row = flight.row
+        row = flight.entry
+        assert isinstance(row, Row)
         if result.error is not None:
-            return RowFailure(row.id, row.line, None, result.error)
+            return flight.failure(result.error)
         orders = flight.orders[: len(result.generations)]
         samples = [
             self._sample(order, generation)
@@ -359,7 +361,7 @@ class Judge:
             try:
                 scored = scorer.scores(row, [(sample.order, sample.text) for sample in valid])
             except ValueError as error:
-                return RowFailure(row.id, row.line, None, f"meta model: {error}")
+                return flight.failure(f"meta model: {error}")
             for sample, score in zip(valid, scored, strict=True):
                 sample.meta = score
         meta = None
@@ -383,7 +385,7 @@ class Judge:
         means = votes.mean[0].tolist() if voted else None
         return Verdict(
             id=row.id,
-            key=self._key(row, options, flight.hints),
+            key=flight.key,
             best=best,
             scores=votes.total[0].tolist() if voted else None,
             mean_scores=means,
@@ -408,7 +410,7 @@ class Judge:
         return Sample(
             order=order,
             text=self.tokenizer.decode([t for t in generation.token_ids if t < size]),
-            scores=_in_row_order(generation, order),
+            scores=in_row_order(generation.scores, order),
             invalid=None if generation.reason == Reason.VALID else generation.reason.label,
             meta=None,
             tokens=len(generation.token_ids),
@@ -421,41 +423,16 @@ class Judge:
 
 @dataclass
 class _Flight:
-    """A row between its arrival and its place in the output; orders and hints of its samples."""
+    """An entry between its arrival and its place in the output; orders and hints of its samples."""
 
-    row: Row
+    entry: Row | BadRow
+    key: str
     orders: list[tuple[int, ...]]
     hints: list[str | None]
     outcome: Verdict | RowFailure | None = None
 
-
-def draw_orders(row: Row, options: JudgeOptions) -> list[tuple[int, ...]]:
-    """The order of each of a row's k samples, from the row's own "order" stream."""
-    n, k = len(row.responses), options.k
-    if options.orders == "fixed":
-        return [tuple(range(n))] * k
-    key = torch.tensor([stream_key(options.seed, row.id, "order")])
-    if options.orders == "rotate":
-        zero = torch.zeros(1, dtype=torch.int64)
-        first = int(uniforms(key, zero, zero)[0] * n)
-        distinct = min(options.max_orders or min(n, k), n)
-        rotations = [(first + j % distinct) % n for j in range(k)]
-        return [tuple((place + rotation) % n for place in range(n)) for rotation in rotations]
-    places = torch.arange(n).expand(k, n)
-    draws = uniforms(key.expand(k, 2), torch.arange(k), places)
-    return [tuple(order) for order in draws.argsort(dim=1, stable=True).tolist()]
-
-
-def _hints(row: Row, orders: Sequence[tuple[int, ...]], hint: Hint | None) -> list[str | None]:
-    return [None if hint is None else hint(row, order) for order in orders]
-
-
-def _in_row_order(generation: Generation, order: tuple[int, ...]) -> tuple[int, ...] | None:
-    """A sample's scores in the responses' own order; None where they are invalid."""
-    if generation.scores is None:
-        return None
-    shown = dict(zip(order, generation.scores, strict=True))
-    return tuple(shown[response] for response in range(len(order)))
+    def failure(self, error: str) -> RowFailure:
+        return RowFailure(self.entry.id, self.entry.line, self.key, error)
 
 
 def _range(settings: JudgeSettings) -> tuple[int, int]:

@@ -25,11 +25,12 @@ import torch
 from engine.forest import Forest, Node, TokenIds
 from engine.forward import CachedForward, last_rows, take_pieces
 from engine.generate import PREFILL_TOKENS, Usage
+from engine.key import model_fingerprint
 from engine.kv_cache import ALIGN, KVCache, cell_bytes, round_up, scratch_cells
 from engine.memory import cache_budget, working_bytes
-from engine.prompt import JudgeSettings, PromptBuilder, read_judge_settings, read_judge_template
+from engine.prompt import PromptBuilder, read_judge_template
 from engine.request import Row
-from engine.verdict import fingerprint_of
+from engine.settings import JudgeSettings, read_judge_settings
 from kernels.segment_attention import Backend
 from models import load_scalar
 from models.scalar_head import ScalarModel
@@ -79,7 +80,7 @@ class MetaModel:
             tokenizer,
             judge_template=read_judge_template(directory),
             settings=read_judge_settings(directory),
-            fingerprint=fingerprint_of(directory),
+            fingerprint=model_fingerprint(directory),
         )
 
     def prompt(self, row: Row, order: Sequence[int]) -> list[TokenIds]:

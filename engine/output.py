@@ -7,11 +7,9 @@ file changes before the check is through. What a line holds is not decided here.
 
 import errno
 import fcntl
-import math
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -116,52 +114,6 @@ def read_line(line: bytes) -> LineFacts:
         return msgspec.json.decode(line, type=LineFacts)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(f"not an output line: {error}") from None
-
-
-@dataclass
-class Tally:
-    """Counts over the lines of an output, those of resumed runs included."""
-
-    rows: int = 0
-    errors: int = 0
-    samples: int = 0
-    valid: int = 0
-    undecided: int = 0
-    labelled: int = 0
-    correct: int = 0
-
-    def add(self, facts: LineFacts) -> None:
-        """Count one line."""
-        self.rows += 1
-        if facts.error is not None:
-            self.errors += 1
-            return
-        self.samples += facts.k if facts.k_used is None else facts.k_used
-        self.valid += facts.valid
-        self.undecided += facts.votes == 0
-        self.labelled += facts.correct is not None
-        self.correct += facts.correct is True
-
-    @property
-    def valid_share(self) -> float | None:
-        """Valid samples over all samples."""
-        return self.valid / self.samples if self.samples else None
-
-    @property
-    def accuracy(self) -> float | None:
-        """Correct verdicts over labelled rows; a row without a vote is not correct."""
-        return self.correct / self.labelled if self.labelled else None
-
-    @property
-    def accuracy_95(self) -> tuple[float, float] | None:
-        """Wilson's 95 % interval of the accuracy."""
-        if self.accuracy is None:
-            return None
-        z, share, n = 1.959964, self.accuracy, self.labelled
-        middle = share + z * z / (2 * n)
-        spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-        low, high = (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
-        return max(low, 0.0), min(high, 1.0)  # rounding may step over the ends
 
 
 def resume(

@@ -28,8 +28,9 @@ import tyro
 from tqdm import tqdm
 
 from engine.options import JudgeOptions
-from engine.output import Output, Tally, read_line, resume
+from engine.output import Output, resume
 from engine.request import BadRow, Row, read_rows
+from engine.summary import Tally
 from engine.verdict import RowFailure, Verdict, to_line
 from engine.view import render_error, render_summary, render_verdict
 
@@ -165,10 +166,9 @@ class _Run:
         done = 0
         if self.output is not None and options.resume:
             done = resume(self.output, self.entries, self._key, self.tally.add)
-        # In flight: rows that the judge has taken, and the bad lines between and behind them.
-        self.pending: deque[Row | BadRow] = deque()
+        self.taken: deque[Row | BadRow] = deque()  # by the judge, and not yet back
         self.drain = stack.enter_context(closing(_Drain()))
-        self.outcomes = self.judge.rows(self._rows(), **self.sampling)
+        self.outcomes = self.judge.rows(self._entries(), **self.sampling)
         self.bar = stack.enter_context(
             tqdm(total=_count_lines(path), initial=done, unit="row", disable=None)
         )
@@ -181,17 +181,7 @@ class _Run:
             sys.stdout.reconfigure(errors="backslashreplace")
         start = time.perf_counter()
         for outcome in self.outcomes:
-            row = self.pending.popleft()
-            assert isinstance(row, Row)
-            if isinstance(outcome, RowFailure):
-                outcome = RowFailure(row.id, row.line, self._key(row), outcome.error)
-            else:
-                self.naive_tokens += outcome.prompt_tokens + outcome.decode_tokens
-            self._emit(row, outcome)
-            while self.pending and isinstance(bad := self.pending[0], BadRow):
-                self.pending.popleft()
-                self._emit_bad(bad)
-        assert not self.pending, "the judge left rows without an outcome"
+            self._emit(self.taken.popleft(), outcome)
         self.interrupted = self.drain.requested
         self.bar.close()
         summary = self._summary(time.perf_counter() - start)
@@ -209,28 +199,22 @@ class _Run:
     def _key(self, entry: Row | BadRow) -> str:
         return self.judge.key(entry, **self.sampling)
 
-    def _rows(self) -> Iterator[Row]:
+    def _entries(self) -> Iterator[Row | BadRow]:
         for entry in self.drain.entries(self.entries):
-            if isinstance(entry, BadRow) and not self.pending:
-                self._emit_bad(entry)
-                continue
-            self.pending.append(entry)
-            if isinstance(entry, Row):
-                yield entry
-
-    def _emit_bad(self, bad: BadRow) -> None:
-        self._emit(bad, RowFailure(bad.id, bad.line, self._key(bad), bad.error))
+            self.taken.append(entry)
+            yield entry
 
     def _emit(self, entry: Row | BadRow, outcome: Verdict | RowFailure) -> None:
-        line = to_line(outcome)
         if self.output is not None:
-            self.output.write(line)
+            self.output.write(to_line(outcome))
         elif isinstance(entry, Row):
             self._print(render_verdict(entry, outcome, self.width, self.color))
         else:
             assert isinstance(outcome, RowFailure)
             self._print(render_error(outcome, self.width, self.color))
-        self.tally.add(read_line(line))
+        if isinstance(outcome, Verdict):
+            self.naive_tokens += outcome.prompt_tokens + outcome.decode_tokens
+        self.tally.add(outcome)
         self.bar.update()
 
     def _print(self, text: str) -> None:

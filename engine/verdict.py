@@ -7,15 +7,10 @@ vote, `best`, `scores` and `mean_scores` are null: an absent vote is never a sco
 Not done here: counting votes (kernels/vote.py) and writing files (engine/output.py).
 """
 
-import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
-
-from engine.request import BadRow, Row
 
 
 @dataclass
@@ -121,67 +116,6 @@ def to_line(outcome: Verdict | RowFailure) -> bytes:
             if (value := getattr(outcome, name)) is not None:
                 fields[name] = value
     return (_dumps(fields) + "\n").encode("utf-8")
-
-
-def gold_index(label: int | Sequence[float]) -> int:
-    """The labelled response for n >= 2: the label, or the place of the largest gold score."""
-    if isinstance(label, int):
-        return label
-    return max(range(len(label)), key=label.__getitem__)
-
-
-def is_correct(
-    best: int | None,
-    mean_scores: Sequence[float] | None,
-    label: int | Sequence[float] | None,
-    threshold: float,
-) -> bool | None:
-    """Whether the verdict agrees with the label; None without a label, False without a vote.
-
-    n = 1: (mean score > threshold) == label. n >= 2: best is the labelled response.
-    """
-    if label is None:
-        return None
-    if best is None or mean_scores is None:
-        return False
-    if len(mean_scores) == 1:
-        return (mean_scores[0] > threshold) == bool(label)
-    return best == gold_index(label)
-
-
-def output_key(
-    row: Row | BadRow,
-    options: Mapping[str, str | int | float | bool | None],
-    model_fingerprint: str,
-) -> str:
-    """The key of a row's line: SHA-256, in hex, over all that decides what the line says.
-
-    `options` holds every option that affects output, the template's text or hash, dtype and device
-    type; the order of its entries does not matter, and 1 and 1.0 are the same value. Raises
-    ValueError for an option that is not finite.
-    """
-    for name, value in options.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"option {name} = {value} is not a finite number")
-    plain = {
-        name: int(value) if isinstance(value, float) and value.is_integer() else value
-        for name, value in sorted(options.items())
-    }
-    return hashlib.sha256(_dumps([row.digest, plain, model_fingerprint]).encode()).hexdigest()
-
-
-def fingerprint_of(directory: str | Path) -> str:
-    """SHA-256, in hex, over a model directory's configuration, tokenizer and weights."""
-    root = Path(directory)
-    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-    files = [root / name for name in (*names, "chat_template.jinja")]
-    digest = hashlib.sha256()
-    for path in [*files, *sorted(root.glob("*.safetensors"))]:
-        if path.exists():
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.name}\0{content}\n".encode())
-    return digest.hexdigest()
 
 
 def _sample_fields(sample: Sample) -> dict[str, Any]:

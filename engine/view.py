@@ -12,8 +12,9 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from engine.labels import gold_index
 from engine.request import Row
-from engine.verdict import RowFailure, Sample, Verdict, gold_index
+from engine.verdict import RowFailure, Sample, Verdict
 
 PROMPT_LINES = 12
 RESPONSE_LINES = 8

@@ -16,8 +16,10 @@ from types import ModuleType
 from typing import Any
 
 from engine import sample
+from engine.key import line_key
+from engine.labels import is_correct
 from engine.request import BadRow, Row
-from engine.verdict import RowFailure, Sample, Verdict, is_correct, output_key
+from engine.verdict import RowFailure, Sample, Verdict
 
 IN_FLIGHT = 3
 
@@ -49,15 +51,17 @@ class Judge:
         return cls()
 
     def key(self, row: Row | BadRow, **options: Any) -> str:
-        return output_key(row, options, "fake")
+        return line_key(row, options, "fake")
 
-    def rows(self, rows: Iterable[Row], **options: Any) -> Iterator[Verdict | RowFailure]:
+    def rows(self, rows: Iterable[Row | BadRow], **options: Any) -> Iterator[Verdict | RowFailure]:
         if options["k"] < 1:
             raise ValueError(f"k = {options['k']} is less than 1")
         return self._rows(rows, options)
 
-    def _rows(self, rows: Iterable[Row], options: dict[str, Any]) -> Iterator[Verdict | RowFailure]:
-        flying: deque[Row] = deque()
+    def _rows(
+        self, rows: Iterable[Row | BadRow], options: dict[str, Any]
+    ) -> Iterator[Verdict | RowFailure]:
+        flying: deque[Row | BadRow] = deque()
         for row in rows:
             flying.append(row)
             if len(flying) == IN_FLIGHT:
@@ -65,11 +69,13 @@ class Judge:
         while flying:
             yield self._judge(flying.popleft(), options)
 
-    def _judge(self, row: Row, options: dict[str, Any]) -> Verdict | RowFailure:
-        time.sleep(float(os.environ.get("FAKE_DELAY_S", "0")))
+    def _judge(self, row: Row | BadRow, options: dict[str, Any]) -> Verdict | RowFailure:
         key = self.key(row, **options)
+        if isinstance(row, BadRow):
+            return RowFailure(row.id, row.line, key, row.error)
+        time.sleep(float(os.environ.get("FAKE_DELAY_S", "0")))
         if "TOO LONG" in row.messages[-1].content:
-            return RowFailure(row.id, None, None, "the prompt has 9000 tokens, the context 8192")
+            return RowFailure(row.id, row.line, key, "the prompt has 9000 tokens, the context 8192")
         draws = hashlib.sha256(key.encode()).digest()
         n, k = len(row.responses), options["k"]
         votes = [tuple(draws[(i + j) % 32] % 10 + 1 for i in range(n)) for j in range(k)]

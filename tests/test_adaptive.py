@@ -12,7 +12,7 @@ import pytest
 from bench import adaptive
 from bench.adaptive import Recorded, RecordedSample
 from engine import sample
-from engine.prompt import JudgeSettings
+from engine.settings import JudgeSettings
 
 SETTINGS = JudgeSettings()
 Votes = list[tuple[int, ...] | None]

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from engine.prompt import JudgeSettings, PromptBuilder
+from engine.prompt import PromptBuilder
 from engine.request import make_row
+from engine.settings import JudgeSettings
 from kernels.extract_scores import Reason, parse_scores
 from models.tokenizer import Tokenizer
 from tests.tiny import write_tokenizer

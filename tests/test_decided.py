@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine import decided
 from engine.decided import chance_of_upset, samples_to_draw, student_tail
-from engine.prompt import JudgeSettings
+from engine.settings import JudgeSettings
 
 SETTINGS = JudgeSettings()
 SURE = 0.99

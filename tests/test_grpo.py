@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.judge import Judge
-from engine.prompt import read_judge_settings, read_judge_template
+from engine.labels import is_right
+from engine.prompt import read_judge_template
 from engine.request import make_row
 from engine.sample import POCKET
+from engine.settings import read_judge_settings
 from engine.verdict import Sample, Verdict
 from kernels import cpp
 from kernels.logprob.policy_loss import LOSSES
@@ -28,7 +30,7 @@ from train import grpo, rft
 from train.evaluation import VoteArgs, dev_votes, evaluation_rows
 from train.learner import Learner
 from train.pocket import JUDGE_TEMPLATE
-from train.rollout import Group, advantages, describe, dev_rows, file_rows, is_right, world_rows
+from train.rollout import Group, advantages, describe, dev_rows, file_rows, world_rows
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")

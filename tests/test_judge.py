@@ -11,12 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine import sample as command_line
-from engine.judge import Judge, draw_orders
+from engine.judge import Judge
+from engine.key import line_key
 from engine.options import JudgeOptions
+from engine.orders import draw_orders
 from engine.prompt import PromptBuilder
 from engine.request import Row, make_row
 from engine.sample import POCKET
-from engine.verdict import RowFailure, Verdict, output_key, to_line
+from engine.verdict import RowFailure, Verdict, to_line
 from kernels import cpp
 from kernels.extract_scores import Reason, parse_scores
 from tests.rows import needs_cpp
@@ -385,7 +387,7 @@ def test_an_option_that_is_off_is_not_in_the_key(judge: Judge) -> None:
         "judge_template": "t", "dtype": "torch.float32", "device": "cpu",
         "implementation": cpp.implementation(),
     }  # fmt: skip
-    assert plain.key(row) == output_key(row, written, "f")
+    assert plain.key(row) == line_key(row, written, "f")
     keys = {plain.key(row, until_decided=sure) for sure in (None, 0.9, 0.99)}
     assert len(keys) == 3
 

@@ -19,9 +19,9 @@ from engine import sample as command_line
 from engine.judge import Judge
 from engine.kv_cache import cell_bytes
 from engine.meta import MetaModel, MetaScorer
-from engine.prompt import JudgeSettings
 from engine.request import Row, make_row
 from engine.sample import POCKET
+from engine.settings import JudgeSettings
 from engine.verdict import RowFailure, Verdict, to_line
 from kernels import cpp
 from tests import tiny

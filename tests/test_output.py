@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.output import LineFacts, Output, OutputError, Tally, read_line, resume
+from engine.output import LineFacts, Output, OutputError, read_line, resume
 from engine.request import BadRow, Row, read_rows
+from engine.summary import Tally
 from engine.verdict import RowFailure, to_line
 
 DATA = b"".join(b'{"prompt": "%d", "responses": ["a"]}\n' % i for i in range(4)) + b"bad\n"

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench import filters
 from engine.judge import Judge
-from engine.prompt import JudgeSettings, PromptBuilder, read_judge_settings
+from engine.prompt import PromptBuilder
 from engine.request import make_row
 from engine.sample import POCKET
+from engine.settings import JudgeSettings, read_judge_settings
 from engine.verdict import Verdict
 from models import Tokenizer, load
 from models.config import read_config

@@ -15,14 +15,9 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer
 
-from engine.prompt import (
-    DEFAULT_TEMPLATE,
-    JudgeSettings,
-    PromptBuilder,
-    Segment,
-    read_judge_settings,
-)
+from engine.prompt import DEFAULT_TEMPLATE, PromptBuilder, Segment
 from engine.request import Row, make_row
+from engine.settings import JudgeSettings, read_judge_settings
 from models.tokenizer import Tokenizer
 from tests.tiny import CONTROL, SPECIAL, write_tokenizer
 from train.pocket import JUDGE_TEMPLATE

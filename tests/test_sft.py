@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from engine.prompt import PromptBuilder, read_judge_settings
+from engine.prompt import PromptBuilder
+from engine.settings import read_judge_settings
 from models import load
 from models.transformer import Transformer
 from tests.tiny import FAMILIES, write_model

@@ -7,16 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.key import line_key
+from engine.labels import gold_index, is_correct
 from engine.request import BadRow, make_row
-from engine.verdict import (
-    RowFailure,
-    Sample,
-    Verdict,
-    gold_index,
-    is_correct,
-    output_key,
-    to_line,
-)
+from engine.verdict import RowFailure, Sample, Verdict, to_line
 
 VALID = Sample(
     order=(1, 0),
@@ -143,14 +137,14 @@ OPTIONS: dict[str, str | int | float | bool | None] = {
 def test_a_key_changes_with_everything_it_covers() -> None:
     row = make_row("p", ["a", "b"])
     keys = [
-        output_key(row, OPTIONS, "model"),
-        output_key(make_row("p", ["a", "c"]), OPTIONS, "model"),
-        output_key(make_row("p", ["a", "b"], meta=1), OPTIONS, "model"),
-        output_key(row, OPTIONS, "model 2"),
-        output_key(row, {}, "model"),
-        *(output_key(row, OPTIONS | {name: "other"}, "model") for name in OPTIONS),
-        output_key(row, OPTIONS | {"new": None}, "model"),
-        output_key(BadRow("id", 1, "error", "digest"), OPTIONS, "model"),
+        line_key(row, OPTIONS, "model"),
+        line_key(make_row("p", ["a", "c"]), OPTIONS, "model"),
+        line_key(make_row("p", ["a", "b"], meta=1), OPTIONS, "model"),
+        line_key(row, OPTIONS, "model 2"),
+        line_key(row, {}, "model"),
+        *(line_key(row, OPTIONS | {name: "other"}, "model") for name in OPTIONS),
+        line_key(row, OPTIONS | {"new": None}, "model"),
+        line_key(BadRow("id", 1, "error", "digest"), OPTIONS, "model"),
     ]
     assert len(set(keys)) == len(keys)
     assert all(len(key) == 64 and int(key, 16) >= 0 for key in keys)
@@ -158,12 +152,12 @@ def test_a_key_changes_with_everything_it_covers() -> None:
 
 def test_a_key_does_not_change_with_spelling() -> None:
     row = make_row("p", ["a", "b"])
-    key = output_key(row, OPTIONS, "model")
-    assert output_key(row, dict(reversed(OPTIONS.items())), "model") == key
-    assert output_key(row, OPTIONS | {"k": 8.0}, "model") == key
-    assert output_key(row, OPTIONS | {"greedy": 0}, "model") != key
+    key = line_key(row, OPTIONS, "model")
+    assert line_key(row, dict(reversed(OPTIONS.items())), "model") == key
+    assert line_key(row, OPTIONS | {"k": 8.0}, "model") == key
+    assert line_key(row, OPTIONS | {"greedy": 0}, "model") != key
 
 
 def test_a_key_needs_finite_options() -> None:
     with pytest.raises(ValueError, match="temperature = nan"):
-        output_key(make_row("p", ["a"]), {"temperature": float("nan")}, "model")
+        line_key(make_row("p", ["a"]), {"temperature": float("nan")}, "model")

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.judge import Judge
+from engine.labels import is_right
 from engine.request import Row
 from engine.verdict import RowFailure
 from train import parallel
-from train.rollout import dev_rows, is_right, labelled_rows
+from train.rollout import dev_rows, labelled_rows
 
 
 @dataclass(frozen=True, kw_only=True)

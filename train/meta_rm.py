@@ -32,9 +32,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from engine.judge import Judge
 from engine.meta import MetaModel
-from engine.prompt import read_judge_settings, read_judge_template
+from engine.prompt import read_judge_template
 from engine.request import Row
 from engine.sample import POCKET
+from engine.settings import read_judge_settings
 from engine.verdict import RowFailure
 from models import load
 from models.config import read_json

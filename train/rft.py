@@ -43,16 +43,17 @@ import msgspec
 from tqdm import tqdm
 
 from engine.judge import Judge
+from engine.labels import gold_index, is_right
 from engine.output import Output
 from engine.request import BadRow, Row, read_rows
 from engine.sample import POCKET
-from engine.verdict import RowFailure, Sample, Verdict, gold_index
+from engine.verdict import RowFailure, Sample, Verdict
 from models.tokenizer import Tokenizer
 from train import parallel, sft
 from train.checkpoint import sha256
 from train.data import hint_at
 from train.evaluation import VoteArgs
-from train.rollout import MAX_ROW_BYTES, is_right, seed_of, world_rows
+from train.rollout import MAX_ROW_BYTES, seed_of, world_rows
 from train.run import (
     RunArgs,
     check_args,

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from engine.judge import Judge
-from engine.prompt import read_judge_settings, read_judge_template
+from engine.labels import is_right
+from engine.prompt import read_judge_template
 from engine.request import BadRow, Row, make_row, read_rows
-from engine.verdict import RowFailure, Sample, gold_index
+from engine.settings import read_judge_settings
+from engine.verdict import RowFailure, Sample
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from train import parallel
@@ -46,16 +48,6 @@ class Group:
     row: Row
     samples: list[Sample]
     rewards: list[float]
-
-
-def is_right(scores: Sequence[int] | None, label: int | Sequence[float], threshold: float) -> bool:
-    """Whether one judgement, its scores in the row's own order, agrees with the row's label."""
-    if scores is None:
-        return False
-    if len(scores) == 1:
-        return (scores[0] > threshold) == bool(label)
-    best = gold_index(label)
-    return all(score < scores[best] for i, score in enumerate(scores) if i != best)
 
 
 def world_rows(name: str, seed: int, rows: int) -> Rows:

@@ -29,7 +29,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from engine.verdict import fingerprint_of
+from engine.key import model_fingerprint
 from models.weights import save_pretrained
 from train import checkpoint, parallel
 from train.learner import Learner, LearnerArgs, M
@@ -244,7 +244,7 @@ def settings_of(args: Mapping[str, Any], model: Path) -> dict[str, Any]:
 
 def _digest(path: Path) -> str:
     """Of a file, or of a model directory."""
-    return fingerprint_of(path) if path.is_dir() else checkpoint.sha256(path)
+    return model_fingerprint(path) if path.is_dir() else checkpoint.sha256(path)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

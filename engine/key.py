@@ -1,0 +1,51 @@
+"""The key of an output line: a hash of all that decides what the line says."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from engine.request import BadRow, Row
+
+MODEL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
+
+
+def line_key(
+    row: Row | BadRow,
+    options: Mapping[str, str | int | float | bool | None],
+    fingerprint: str,
+) -> str:
+    """The key of a row's line: SHA-256, in hex, over all that decides what the line says.
+
+    `options` holds every option that affects output, the template's text or hash, dtype and device
+    type; the order of its entries does not matter, and 1 and 1.0 are the same value. Raises
+    ValueError for an option that is not finite.
+    """
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"option {name} = {value} is not a finite number")
+    plain = {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in sorted(options.items())
+    }
+    text = json.dumps(
+        [row.digest, plain, fingerprint], ensure_ascii=False, allow_nan=False, separators=(",", ":")
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_fingerprint(directory: str | Path) -> str:
+    """SHA-256, in hex, over a model directory's configuration, tokenizer and weights."""
+    root = Path(directory)
+    files = [root / name for name in MODEL_FILES]
+    digest = hashlib.sha256()
+    for path in (*files, *sorted(root.glob("*.safetensors"))):
+        if path.exists():
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.name}\0{content}\n".encode())
+    return digest.hexdigest()
