@@ -25,7 +25,8 @@ from tqdm import tqdm
 from bench.provenance import print_json
 from engine.judge import Judge
 from engine.labels import chance_right
-from engine.request import BadRow, Row, read_rows
+from engine.reading import open_rows, read_rows
+from engine.request import BadRow, Row
 from engine.verdict import Verdict
 from train.rollout import split_rows
 from train.world import Split
@@ -57,8 +58,8 @@ def read_labelled(data: Path | None, split: Split, count: int, seed: int) -> lis
     if data is None:
         return split_rows(seed, split, count, split)
     rows = []
-    with data.open("rb") as file:
-        for row in islice(read_rows(file, 1 << 20), count):
+    with open_rows(data) as file:
+        for row in islice(read_rows(file), count):
             if isinstance(row, BadRow) or row.label is None:
                 reason = row.error if isinstance(row, BadRow) else "no label"
                 raise ValueError(f"{data}, line {row.line}: {reason}")

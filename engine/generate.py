@@ -196,6 +196,7 @@ class Generator:
         self.cache = _allocate(self.config, slots, suffix, shared, weight.dtype, self.device)
         self.forest = Forest(self.cache)
         ends = [] if ignore_eos else sorted(self.config.eos_token_ids)
+        self._ended = False  # the source of groups
         self.leaves: list[_Leaf] = []
         self._joining: list[_Leaf] = []  # those whose prompts are being prefilled
         self._queue: deque[tuple[Node, int]] = deque()  # what is left of that, from which token on
@@ -218,16 +219,19 @@ class Generator:
         )
 
     @torch.inference_mode()
-    def run(self, groups: Iterable[Group]) -> Iterator[GroupResult]:
+    def run(self, groups: Iterable[Group | None]) -> Iterator[GroupResult]:
         """Run groups, pulled as there is room for them; yields them as they are done. A group
-        without samples is done at once."""
+        without samples is done at once. None stands for none at present: others run meanwhile."""
         source = iter(groups)
         waiting: deque[tuple[_Pending, int]] = deque()  # samples without a slot
+        self._ended = False
         while True:
             yield from self._admit(source, waiting)
             self._prefill()
             if not self.leaves and not self._joining:
                 assert not waiting
+                if not self._ended:
+                    continue
                 # Polls that are left are of leaves that have been taken out since.
                 yield from self._retire(0, waiting)
                 return
@@ -236,7 +240,7 @@ class Generator:
     # -- admission -------------------------------------------------------------------------------
 
     def _admit(
-        self, source: Iterator[Group], waiting: deque[tuple[_Pending, int]]
+        self, source: Iterator[Group | None], waiting: deque[tuple[_Pending, int]]
     ) -> Iterator[GroupResult]:
         """Fill the free slots with leaves that are to join, once those before them have."""
         if self._joining:
@@ -245,7 +249,11 @@ class Generator:
         fresh: list[Node] = []
         while self.cache.idle_slots:
             if not waiting:
-                group = next(source, None)
+                try:
+                    group = next(source)
+                except StopIteration:
+                    self._ended = True
+                    break
                 if group is None:
                     break
                 if not group.prompts:

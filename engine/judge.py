@@ -22,7 +22,7 @@ import torch
 from engine.decided import samples_to_draw
 from engine.generate import PREFILL_TOKENS, Generation, Generator, Group, GroupResult, Usage
 from engine.key import line_key, model_fingerprint
-from engine.labels import is_correct
+from engine.labels import agrees, is_correct
 from engine.memory import cache_budget
 from engine.meta import CACHE_SHARE, MetaModel, MetaScorer
 from engine.options import JudgeOptions
@@ -205,10 +205,11 @@ class Judge:
         return line_key(row, everything, self.fingerprint)
 
     def rows(
-        self, entries: Iterable[Row | BadRow], *, hint: Hint | None = None, **options: Any
+        self, entries: Iterable[Row | BadRow | None], *, hint: Hint | None = None, **options: Any
     ) -> Iterator[Verdict | RowFailure]:
         """Judge rows, taken as there is room for them; one outcome for each, in input order. That
-        of a line that is no row is its failure.
+        of a line that is no row is its failure. None has no outcome: it says that no entry is there
+        at present, so that those under way go on.
 
         Options are the fields of `JudgeOptions`. k samples per row at the given temperature (0:
         greedy), top-k, top-p and min-p. orders: "rotate" shows sample j rotation (r + j mod m)
@@ -271,14 +272,17 @@ class Judge:
         self,
         generator: Generator,
         scorer: MetaScorer | None,
-        entries: Iterable[Row | BadRow],
+        entries: Iterable[Row | BadRow | None],
         options: JudgeOptions,
         hint: Hint | None,
     ) -> Iterator[Verdict | RowFailure]:
         flying: deque[_Flight] = deque()
 
-        def groups() -> Iterator[Group]:
+        def groups() -> Iterator[Group | None]:
             for entry in entries:
+                if entry is None:
+                    yield None
+                    continue
                 flight = self._flight(entry, options, hint)
                 flying.append(flight)
                 yield self._group(flight, options)
@@ -402,6 +406,7 @@ class Judge:
             k_used=None if options.until_decided is None else len(samples),
             label=row.label,
             correct=is_correct(best, means, row.label, self.settings.threshold),
+            agrees=agrees(best, row.label),
             row_meta=row.meta,
         )
 

@@ -3,35 +3,35 @@
 Two forms of a line are read:
 
 - `{id?, prompt: str | messages, responses: [str], label?, reference?, principles?, meta?}`;
-- TRL's `{prompt?, chosen, rejected}`, with strings or with lists of messages, and beside them
-  `id`, `reference`, `principles` and `meta`. It becomes responses = [chosen, rejected], label = 0.
-  The chosen response is then always response 0; the order in which a sample sees the responses is
-  drawn per row (`--orders rotate`), so a judge that prefers a position gains nothing by it. With
-  `--orders fixed` it would.
+- the pairs of TRL, `{prompt?, chosen, rejected}`, with strings or with lists of messages, and
+  RewardBench 2's, where both are lists of texts. It becomes responses = [*chosen, *rejected], and
+  the chosen ones are best. With `--orders rotate` a judge gains nothing by their place.
 
-A message is `{role: system | user | assistant, content: str}`; a conversation ends with the user's.
-An optional field that is null counts as absent. Any other column belongs under `meta`: an unknown
-key is an error, so that a misspelt one is not ignored.
+A message is `{role, content}`; its content is text or a list of parts of text. A conversation ends
+with a message of the user or of a tool. An optional field that is null counts as absent. Other
+columns of a pair go to `meta`; in the first form an unknown key is an error, so that a misspelt one
+is not ignored. Labels are read by `engine/labels.py`, files by `engine/reading.py`.
 
-Nothing is coerced and nothing is repaired: repeated keys (which decoders resolve silently), NaN,
-infinities, lone surrogates and deep nesting are errors. Text may be empty, identical in all
-responses, and may hold control characters. Datasets in other layouts are not read here.
+Nothing is repaired: repeated keys (which decoders resolve silently), NaN, infinities, lone
+surrogates and deep nesting are errors. Text may be empty, identical in all responses, and may hold
+control characters.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO, Literal, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
 
 import msgspec
+
+from engine.labels import Label, read_label
 
 MAX_RESPONSES = 20
 MAX_DEPTH = 64  # levels of nesting; real rows have 3, and `meta` a few more
 MAX_ERROR_CHARS = 300
-_UTF8_BOM = b"\xef\xbb\xbf"
-_CHUNK_BYTES = 1 << 16
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class RowError(ValueError):
@@ -44,31 +44,49 @@ class RowError(ValueError):
         self.id: str | None = None
 
 
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class Message(msgspec.Struct, frozen=True):
     """One turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str
+
+
+class _Part(msgspec.Struct):
+    type: str
+    text: str | None = None
+
+
+class _Turn(msgspec.Struct):
+    """A message as people write it; what else it says is not shown."""
+
+    role: Role
+    content: str | list[_Part] | None
+    tool_calls: Any = None
+    function_call: Any = None
 
 
 @dataclass(frozen=True)
 class Row:
     """One request, checked.
 
-    `label` is the index of the best response or one gold score per response (n >= 2), or 0 or 1 for
-    wrong or right (n = 1). `digest` is the SHA-256, in hex, of all that the row says; `line` is its
-    1-based line in the input, where it has one, and no part of the digest.
+    `label` is as in `engine/labels.py`. `digest` is the SHA-256, in hex, of all that the row says;
+    no part of it are `line`, the 1-based line in the input, where it has one, and `unread`, the
+    columns that went to `meta` and the keys of messages that are not shown.
     """
 
     id: str
     messages: tuple[Message, ...]
     responses: tuple[str, ...]
-    label: int | tuple[float, ...] | None
+    label: Label | None
     reference: str | None
     principles: str | None
     meta: Any
     digest: str
     line: int | None = field(default=None, compare=False)
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -85,22 +103,22 @@ class BadRow:
 
 
 class _Common(msgspec.Struct, kw_only=True):
-    id: str | None = None
-    reference: str | None = None
-    principles: str | None = None
+    id: str | int | None = None
+    reference: str | int | float | None = None
+    principles: str | list[str] | None = None
     meta: Any = None
 
 
 class _Request(_Common, kw_only=True):
-    prompt: str | list[Message]
+    prompt: str | list[_Turn]
     responses: list[str]
-    label: int | list[float] | None = None
+    label: Any = None
 
 
 class _Preference(_Common, kw_only=True):
-    prompt: str | list[Message] | None = None
-    chosen: str | list[Message]
-    rejected: str | list[Message]
+    prompt: str | list[_Turn] | None = None
+    chosen: str | list[str | _Turn]
+    rejected: str | list[str | _Turn]
 
 
 def make_row(
@@ -108,7 +126,7 @@ def make_row(
     responses: Sequence[str],
     *,
     id: str | None = None,
-    label: int | Sequence[float] | None = None,
+    label: int | str | Sequence[float] | None = None,
     reference: str | None = None,
     principles: str | None = None,
     meta: Any = None,
@@ -126,8 +144,11 @@ def make_row(
     return _build(fields | {"reference": reference, "principles": principles, "meta": meta})
 
 
-def parse_row(line: bytes) -> Row:
-    """Read one line of UTF-8 JSON; raises RowError naming what is wrong with it."""
+def parse_row(
+    line: bytes, convert: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+) -> Row:
+    """Read one line of UTF-8 JSON, of other columns that `convert` makes fields of; raises RowError
+    naming what is wrong with it."""
     try:
         fields = json.loads(
             line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
@@ -141,159 +162,149 @@ def parse_row(line: bytes) -> Row:
     except ValueError as error:
         raise RowError(f"not JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise RowError(f"a row is a JSON object, not {_quote(fields)}")
+        raise RowError(f"a row is a JSON object, not {quote(fields)}")
     try:
-        return _build(fields)
+        return _build(fields if convert is None else convert(fields))
     except RowError as error:
         error.id = _readable_id(fields.get("id"))
         raise
 
 
-def read_rows(stream: BinaryIO, max_row_bytes: int) -> Iterator[Row | BadRow]:
-    """Read JSON lines one at a time, as the consumer asks for them.
-
-    A byte-order mark at the start, CRLF and blank lines are accepted, and so is a last line without
-    its newline if it is whole. A line of more than `max_row_bytes` bytes is read past in pieces and
-    never held. An id seen before, whether given or the content's hash, makes a BadRow.
-    """
-    first_lines: dict[bytes, int] = {}  # digest of an id -> the line that has it
-    number = 0
-    # Room for a byte-order mark and \r\n: what comes without a line end is then over the limit.
-    while line := stream.readline(max_row_bytes + 5):
-        number += 1
-        torn = not line.endswith(b"\n")
-        if number == 1:
-            line = line.removeprefix(_UTF8_BOM)
-        content = line.removesuffix(b"\n").removesuffix(b"\r")
-        if len(content) > max_row_bytes:
-            yield _read_past(stream, line, number, max_row_bytes)
-            continue
-        if not content.strip():
-            continue
-        error = None
-        row_id: str | None
-        try:
-            row = parse_row(content)
-            row_id = row.id
-        except RowError as refusal:
-            row_id = refusal.id
-            error = str(refusal) + (" (the last line, without its newline)" if torn else "")
-        if row_id is not None:
-            first = first_lines.setdefault(_id_digest(row_id), number)
-            if first != number and error is None:
-                error = f"the id {_quote(row_id)} is that of line {first}"
-        if error is None:
-            yield replace(row, line=number)
-        else:
-            yield BadRow(row_id, number, error, hashlib.sha256(content).hexdigest())
-
-
-def _read_past(stream: BinaryIO, start: bytes, number: int, max_row_bytes: int) -> BadRow:
-    """Read the rest of a line that is too long, in pieces of bounded size."""
-    digest = hashlib.sha256()
-    num_bytes = 0
-    piece = start
-    while piece:
-        ends = piece.endswith(b"\n")
-        digest.update(piece.removesuffix(b"\n"))
-        num_bytes += len(piece) - ends
-        piece = b"" if ends else stream.readline(_CHUNK_BYTES)
-    error = f"the line has {num_bytes} bytes, more than max_row_bytes = {max_row_bytes}"
-    return BadRow(None, number, error, digest.hexdigest())
-
-
 def _build(fields: Mapping[str, Any]) -> Row:
     _check_json(fields, "row", 1)
-    form: type[_Request] | type[_Preference] = _Request
-    if "chosen" in fields or "rejected" in fields:
-        form = _Preference
-    for key in fields:
-        if key not in form.__struct_fields__:
-            known = ", ".join(form.__struct_fields__)
-            raise RowError(f"unknown key {_quote(key)}; known are {known}; put others under meta")
+    pair = "chosen" in fields or "rejected" in fields
+    form: type[_Request] | type[_Preference] = _Preference if pair else _Request
+    extra = {key: value for key, value in fields.items() if key not in form.__struct_fields__}
+    if beside := [key for key in ("label", "responses") if pair and extra.get(key) is not None]:
+        raise RowError(f"{beside[0]} beside chosen and rejected, which say which is best")
+    if extra and not pair:
+        known = ", ".join(form.__struct_fields__)
+        raise RowError(
+            f"unknown key {quote(next(iter(extra)))}; known are {known}; put others under meta"
+        )
     try:
         request = msgspec.convert(fields, form)
     except msgspec.ValidationError as error:
         raise RowError(str(error)) from None
-    label: int | tuple[float, ...] | None = 0
+    label: Label | None
     if isinstance(request, _Request):
-        messages = _conversation(request.prompt)
+        messages = _conversation(request.prompt, "prompt")
         responses = tuple(request.responses)
-        label = _check_label(request.label, len(responses))
+        given = request.label
     else:
-        messages, responses = _split_preference(request)
+        messages, responses, given = _split_preference(request)
     if not 1 <= len(responses) <= MAX_RESPONSES:
         raise RowError(f"{len(responses)} responses; a row has 1 to {MAX_RESPONSES}")
-    if not messages or messages[-1].role != "user":
+    try:
+        label = read_label(given, len(responses))
+    except ValueError as error:
+        raise RowError(str(error)) from None
+    if not messages:
+        raise RowError("the prompt has no message")
+    if messages[-1].role not in ("user", "tool"):
         raise RowError(
-            "the prompt has no message"
-            if not messages
-            else "the prompt ends with a "
-            f"message of the {messages[-1].role}; it must end with one of the user"
+            f"the prompt ends with a message of the {messages[-1].role}; it must end with one of "
+            "the user"
         )
     if request.id == "":
         raise RowError("the id is empty")
+    meta = request.meta
+    if extra:
+        if not (meta is None or isinstance(meta, Mapping)):
+            raise RowError(f"other columns go to meta, which is {quote(meta)} and no object")
+        meta = {**extra, **(meta or {})}
+    reference, principles = request.reference, request.principles
+    if not (reference is None or isinstance(reference, str)):
+        reference = json.dumps(reference)
+    if isinstance(principles, list):
+        principles = "\n".join(principles)
     turns = [[message.role, message.content] for message in messages]
-    content = [turns, responses, request.reference, request.principles]
-    row_id = _canonical_digest(content) if request.id is None else request.id
+    content = [turns, responses, reference, principles]
+    row_id = _canonical_digest(content) if request.id is None else str(request.id)
     return Row(
         id=row_id,
         messages=messages,
         responses=responses,
         label=label,
-        reference=request.reference,
-        principles=request.principles,
-        meta=request.meta,
-        digest=_canonical_digest([row_id, *content, label, request.meta]),
+        reference=reference,
+        principles=principles,
+        meta=meta,
+        digest=_canonical_digest([row_id, *content, label, meta]),
+        unread=(*extra, *_unread_keys(fields)),
     )
 
 
-def _conversation(prompt: str | list[Message]) -> tuple[Message, ...]:
+def _unread_keys(fields: Mapping[str, Any]) -> list[str]:
+    """Keys of messages that are not shown, each once, with the column that they stand in."""
+    found = {
+        f"{name}[].{key}"
+        for name in ("prompt", "chosen", "rejected")
+        if isinstance(fields.get(name), list | tuple)
+        for message in fields[name]
+        if isinstance(message, Mapping)
+        for key, value in message.items()
+        if key not in ("role", "content") and value is not None
+    }
+    return sorted(found)
+
+
+def _message(turn: _Turn, place: str) -> Message:
+    if turn.tool_calls or turn.function_call:
+        raise RowError(f"{place} calls a tool, which no template shows: say it in its content")
+    if isinstance(turn.content, str):
+        return Message(turn.role, turn.content)
+    if turn.content is None:
+        raise RowError(f"{place} has no content")
+    for part in turn.content:
+        if part.type not in TEXT_PARTS or part.text is None:
+            raise RowError(f"{place} has a part of type {quote(part.type)}; only text is read")
+    return Message(turn.role, "".join(part.text or "" for part in turn.content))
+
+
+def _conversation(prompt: str | list[_Turn], name: str) -> tuple[Message, ...]:
     if isinstance(prompt, str):
         return (Message(role="user", content=prompt),)
-    return tuple(prompt)
+    return tuple(_message(turn, f"{name}[{i}]") for i, turn in enumerate(prompt))
 
 
-def _split_preference(pair: _Preference) -> tuple[tuple[Message, ...], tuple[str, ...]]:
-    """The conversation and [chosen, rejected] of TRL's explicit and implicit forms."""
-    chosen, rejected = pair.chosen, pair.rejected
-    prompt = () if pair.prompt is None else _conversation(pair.prompt)
-    if isinstance(chosen, str) and isinstance(rejected, str):
+def _split_preference(pair: _Preference) -> tuple[tuple[Message, ...], tuple[str, ...], Any]:
+    """The conversation, [*chosen, *rejected] and the label of a pair."""
+    prompt = () if pair.prompt is None else _conversation(pair.prompt, "prompt")
+    sides = [_texts(side) for side in (pair.chosen, pair.rejected)]
+    if all(side is not None for side in sides):
+        chosen, rejected = (side or [] for side in sides)
         if pair.prompt is None:
             raise RowError("chosen and rejected are text, and there is no prompt")
-        return prompt, (chosen, rejected)
-    if isinstance(chosen, str) or isinstance(rejected, str):
+        label = 0 if len(chosen) == 1 else list(range(len(chosen)))
+        if not chosen or not rejected:
+            raise RowError("chosen and rejected need a text each")
+        return prompt, (*chosen, *rejected), label
+    if any(side is not None for side in sides):
         raise RowError("of chosen and rejected one is text and one a list of messages")
-    for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not messages or messages[-1].role != "assistant":
+    conversations = []
+    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        turns = [turn for turn in side if isinstance(turn, _Turn)]
+        if len(turns) < len(side):
+            raise RowError(f"{name} has texts among its messages")
+        if not turns or turns[-1].role != "assistant":
             raise RowError(f"{name} must end with a message of the assistant")
-    history = tuple(chosen[:-1])
-    if history != tuple(rejected[:-1]):
+        conversations.append(_conversation(turns, name))
+    ours, theirs = conversations
+    history = ours[:-1]
+    if history != theirs[:-1]:
         raise RowError("chosen and rejected differ before their last message")
     # Some sets give the prompt as a column and again at the start of both conversations.
     if history and prompt and history[-len(prompt) :] != prompt:
         raise RowError("chosen and rejected begin with a conversation that is not the prompt")
-    return history or prompt, (chosen[-1].content, rejected[-1].content)
+    return history or prompt, (ours[-1].content, theirs[-1].content), 0
 
 
-def _check_label(
-    label: int | list[float] | None, num_responses: int
-) -> int | tuple[float, ...] | None:
-    if label is None:
-        return None
-    if num_responses == 1:
-        if label not in (0, 1) or not isinstance(label, int):
-            raise RowError(f"label {_quote(label)}; for one response it is 0 (wrong) or 1 (right)")
-        return label
-    if isinstance(label, int):
-        if not 0 <= label < num_responses:
-            raise RowError(f"label {_quote(label)} is no index of {num_responses} responses")
-        return label
-    if len(label) != num_responses:
-        raise RowError(f"label has {len(label)} gold scores for {num_responses} responses")
-    if label.count(max(label)) > 1:
-        raise RowError(f"label {_quote(label)} has two maxima, so no response is the best")
-    return tuple(label)
+def _texts(side: str | list[str | _Turn]) -> list[str] | None:
+    """The responses of one side of a pair; None where it is a conversation."""
+    if isinstance(side, str):
+        return [side]
+    texts = [each for each in side if isinstance(each, str)]
+    return texts if side and len(texts) == len(side) else None
 
 
 def _check_json(value: object, path: str, depth: int) -> None:
@@ -309,9 +320,9 @@ def _check_json(value: object, path: str, depth: int) -> None:
     elif isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise RowError(f"{path}: the key {_quote(key)} is not a string")
+                raise RowError(f"{path}: the key {quote(key)} is not a string")
             _check_json(key, f"{path}: key", depth)
-            _check_json(item, f"{path}.{_quote(key)}", depth + 1)
+            _check_json(item, f"{path}.{quote(key)}", depth + 1)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _check_json(item, f"{path}[{index}]", depth + 1)
@@ -328,7 +339,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise RowError(f"the key {_quote(key)} is repeated")
+                raise RowError(f"the key {quote(key)} is repeated")
             seen.add(key)
     return fields
 
@@ -338,6 +349,8 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _readable_id(value: object) -> str | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
     if not isinstance(value, str) or not value:
         return None
     try:
@@ -352,11 +365,7 @@ def _canonical_digest(content: object) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _id_digest(row_id: str) -> bytes:
-    return hashlib.sha256(row_id.encode("utf-8")).digest()[:16]
-
-
-def _quote(value: object) -> str:
+def quote(value: object) -> str:
     """The value as Python writes it, cut to a length that suits a message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "..."

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from engine.options import JudgeOptions
 from engine.output import Output, resume
-from engine.request import BadRow, Row, read_rows
+from engine.reading import MAX_ROW_BYTES, Columns, Pipe, open_rows, read_rows
+from engine.request import BadRow, Row
 from engine.summary import Tally
 from engine.verdict import RowFailure, Verdict, to_line
 from engine.view import render_error, render_summary, render_verdict
@@ -48,7 +49,11 @@ class Options(JudgeOptions):
     meta_model: Path | None = None
     """Directory of a meta reward model, which scores judgements; the best k_meta of them vote."""
     data: str | None = None
-    """Rows as lines of JSON; - is standard input, none the bundled rows."""
+    """Rows: lines or an array of JSON, gzipped or not, or Parquet; - is standard input, none the
+    bundled rows."""
+    columns: str | None = None
+    """Where a table in another layout has what a row needs: JSON or a file of it, such as
+    {"prompt": "input", "responses": ["a", "b"], "label": {"column": "y", "values": {"1": 0}}}."""
     out: str | None = None
     """Where verdicts go, one JSON line each; - is standard output, none prints for a person."""
     template: Path | None = None
@@ -59,7 +64,7 @@ class Options(JudgeOptions):
     """auto, cpu or cuda."""
     max_batch: int | None = None
     """Most samples decoded together."""
-    max_row_bytes: int = 1 << 20
+    max_row_bytes: int = MAX_ROW_BYTES
     """Longest input line, in bytes; a longer one is an error line."""
     resume: bool = False
     """Continue --out where an earlier run of the same rows and options was cut off."""
@@ -110,17 +115,17 @@ class _Drain:
         if self._reading:
             raise _Interrupted
 
-    def entries(self, source: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
-        """The source's entries until a signal comes."""
-        while not self.requested:
-            try:
-                self._reading = True
-                entry = next(source)
-                self._reading = False
-            except (StopIteration, _Interrupted):
-                self._reading = False
-                return
-            yield entry
+    def next(self, source: Iterator[Row | BadRow]) -> Row | BadRow | None:
+        """The source's next entry; None where there is none, or a signal came."""
+        if self.requested:
+            return None
+        try:
+            self._reading = True
+            return next(source, None)
+        except _Interrupted:
+            return None
+        finally:
+            self._reading = False
 
     def close(self) -> None:
         """Put the previous handlers back."""
@@ -146,10 +151,15 @@ class _Run:
         if options.max_row_bytes < 1:
             raise ValueError(f"--max-row-bytes {options.max_row_bytes} is less than 1")
         path = str(BUNDLED_ROWS) if options.data is None else options.data
-        stream: BinaryIO = sys.stdin.buffer
-        if path != "-":
-            stream = stack.enter_context(Path(path).open("rb"))  # noqa: SIM115
-        self.entries = read_rows(stream, options.max_row_bytes)
+        stream: BinaryIO | Pipe
+        self.is_ready: Callable[[], bool] = lambda: True
+        if path == "-":
+            stream = Pipe(0, options.max_row_bytes)
+            self.is_ready = stream.ready
+        else:
+            stream = stack.enter_context(open_rows(Path(path)))
+        columns = None if options.columns is None else Columns.parse(options.columns)
+        self.entries = read_rows(stream, options.max_row_bytes, columns)
         from engine.judge import Judge  # loads torch: not for --help, nor for a refused output
 
         self.judge = Judge.load(
@@ -199,8 +209,15 @@ class _Run:
     def _key(self, entry: Row | BadRow) -> str:
         return self.judge.key(entry, **self.sampling)
 
-    def _entries(self) -> Iterator[Row | BadRow]:
-        for entry in self.drain.entries(self.entries):
+    def _entries(self) -> Iterator[Row | BadRow | None]:
+        """What there is to judge; None while rows are under way and no other has come."""
+        while True:
+            if self.taken and not self.drain.requested and not self.is_ready():
+                yield None
+                continue
+            entry = self.drain.next(self.entries)
+            if entry is None:
+                return
             self.taken.append(entry)
             yield entry
 
@@ -230,6 +247,7 @@ class _Run:
             "valid_share": tally.valid_share,
             "accuracy": tally.accuracy,
             "accuracy_95": tally.accuracy_95,
+            "agreement": tally.agreement,
             "interrupted": self.interrupted,
             "seconds": round(seconds, 3),
             "tokens_computed": useful + usage["idle_tokens"],
@@ -244,6 +262,9 @@ def _count_lines(path: str) -> int | None:
     if not sys.stderr.isatty() or not Path(path).is_file():
         return None
     with Path(path).open("rb") as file:
+        if not file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+            return None  # packed, or an array
+        file.seek(0)
         return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
 
 

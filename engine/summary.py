@@ -16,8 +16,10 @@ class Tally:
     samples: int = 0
     valid: int = 0
     undecided: int = 0
-    labelled: int = 0
+    labelled: int = 0  # with one best response
     correct: int = 0
+    ties: int = 0  # labels that call several responses best
+    ties_agreed: int = 0
 
     def add(self, outcome: Verdict | RowFailure | LineFacts) -> None:
         """Count an outcome, or a line that an earlier run wrote."""
@@ -31,6 +33,8 @@ class Tally:
         self.undecided += outcome.votes == 0
         self.labelled += outcome.correct is not None
         self.correct += outcome.correct is True
+        self.ties += outcome.agrees is not None
+        self.ties_agreed += outcome.agrees is True
 
     @property
     def valid_share(self) -> float | None:
@@ -41,6 +45,12 @@ class Tally:
     def accuracy(self) -> float | None:
         """Correct verdicts over labelled rows; a row without a vote is not correct."""
         return self.correct / self.labelled if self.labelled else None
+
+    @property
+    def agreement(self) -> float | None:
+        """Verdicts that agree with the label over labelled rows, ties among them."""
+        rows = self.labelled + self.ties
+        return (self.correct + self.ties_agreed) / rows if rows else None
 
     @property
     def accuracy_95(self) -> tuple[float, float] | None:

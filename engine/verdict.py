@@ -47,7 +47,8 @@ class Verdict:
     counts the samples drawn where a row may be decided before it has k, and is None elsewhere.
     `prompt_tokens` counts the full prompts of all samples, `tree_tokens` the distinct tokens of
     their tree, `decode_tokens` the generated ones. `label`, `correct` and `row_meta` are None
-    without a label or meta.
+    without a label or meta. A label that is a tie has no `correct`, but `agrees`: whether `best` is
+    among its best.
     """
 
     id: str
@@ -66,6 +67,7 @@ class Verdict:
     k_used: int | None = None
     label: int | tuple[float, ...] | None = None
     correct: bool | None = None
+    agrees: bool | None = None
     row_meta: Any = None
 
 
@@ -83,8 +85,8 @@ def to_line(outcome: Verdict | RowFailure) -> bytes:
     """The JSON line of a verdict or a failure, newline included.
 
     Fields that are optional in a line (a failure's id, line and key; k_used, label, correct,
-    row_meta) are left out where they are None. A meta score of NaN, which JSON cannot say, is
-    written as null.
+    agrees, row_meta) are left out where they are None. A meta score of NaN, which JSON cannot say,
+    is written as null.
     """
     fields: dict[str, Any]
     if isinstance(outcome, RowFailure):
@@ -112,7 +114,7 @@ def to_line(outcome: Verdict | RowFailure) -> bytes:
                 "decode_tokens": outcome.decode_tokens,
             },
         }
-        for name in ("k_used", "label", "correct", "row_meta"):
+        for name in ("k_used", "label", "correct", "agrees", "row_meta"):
             if (value := getattr(outcome, name)) is not None:
                 fields[name] = value
     return (_dumps(fields) + "\n").encode("utf-8")

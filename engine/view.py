@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from engine.labels import gold_index
+from engine.labels import best_of
 from engine.request import Row
 from engine.verdict import RowFailure, Sample, Verdict
 
@@ -85,6 +85,8 @@ def render_summary(summary: dict[str, Any], width: int) -> str:
         low, high = summary["accuracy_95"]
         share = f"{summary['accuracy']:.0%} agree with the label"
         parts.append(f"{share} (95 % interval {low:.0%} to {high:.0%})")
+    if summary["ties"]:
+        parts.append(f"{summary['ties_agreed']} of {summary['ties']} ties agree")
     if summary["valid_share"] is not None:
         parts.append(f"{summary['valid_share']:.1%} of samples valid")
     computed, naive = summary["tokens_computed"], summary["tokens_naive"]
@@ -200,12 +202,13 @@ def _outcome(row: Row, verdict: Verdict, width: int, paint: _Paint) -> list[str]
         text = f"Best: [{verdict.best}]"
     if verdict.label is not None:
         label = _label_text(verdict.label, len(row.responses))
-        text += ", as labelled" if verdict.correct else f", but the label says {label}"
-    style = "bold" if verdict.correct is None else "green" if verdict.correct else "red"
+        good = verdict.correct or verdict.agrees
+        text += ", as labelled" if good else f", but the label says {label}"
+    style = "bold" if verdict.label is None else "green" if good else "red"
     return [paint(style, line) for line in _wrap(f"{text}; {votes}.", width)]
 
 
 def _label_text(label: int | Sequence[float], num_responses: int) -> str:
     if num_responses == 1:
         return "right" if label else "wrong"
-    return f"[{gold_index(label)}]"
+    return " or ".join(f"[{index}]" for index in best_of(label))

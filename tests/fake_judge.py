@@ -17,7 +17,7 @@ from typing import Any
 
 from engine import sample
 from engine.key import line_key
-from engine.labels import is_correct
+from engine.labels import agrees, is_correct
 from engine.request import BadRow, Row
 from engine.verdict import RowFailure, Sample, Verdict
 
@@ -53,18 +53,21 @@ class Judge:
     def key(self, row: Row | BadRow, **options: Any) -> str:
         return line_key(row, options, "fake")
 
-    def rows(self, rows: Iterable[Row | BadRow], **options: Any) -> Iterator[Verdict | RowFailure]:
+    def rows(
+        self, rows: Iterable[Row | BadRow | None], **options: Any
+    ) -> Iterator[Verdict | RowFailure]:
         if options["k"] < 1:
             raise ValueError(f"k = {options['k']} is less than 1")
         return self._rows(rows, options)
 
     def _rows(
-        self, rows: Iterable[Row | BadRow], options: dict[str, Any]
+        self, rows: Iterable[Row | BadRow | None], options: dict[str, Any]
     ) -> Iterator[Verdict | RowFailure]:
         flying: deque[Row | BadRow] = deque()
         for row in rows:
-            flying.append(row)
-            if len(flying) == IN_FLIGHT:
+            if row is not None:
+                flying.append(row)
+            if len(flying) == IN_FLIGHT or row is None:
                 yield self._judge(flying.popleft(), options)
         while flying:
             yield self._judge(flying.popleft(), options)
@@ -93,7 +96,8 @@ class Judge:
                 for vote in votes
             ],
             prompt_tokens=10 * k, tree_tokens=10, decode_tokens=5 * k,
-            label=row.label, correct=is_correct(best, means, row.label, 5.5), row_meta=row.meta,
+            label=row.label, correct=is_correct(best, means, row.label, 5.5),
+            agrees=agrees(best, row.label), row_meta=row.meta,
         )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from engine.output import LineFacts, Output, OutputError, read_line, resume
-from engine.request import BadRow, Row, read_rows
+from engine.reading import read_rows
+from engine.request import BadRow, Row
 from engine.summary import Tally
 from engine.verdict import RowFailure, to_line
 

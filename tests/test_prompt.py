@@ -385,7 +385,7 @@ def test_the_default_template_says_what_it_should() -> None:
     for count in (1, 3):
         for name in (None, *optional):
             fields = {name: "GIVEN"} if name in ("reference", "principles") else {}
-            row = make_row("QUESTION", [f"ANSWER {i}" for i in range(count)], **fields)  # type: ignore[arg-type]
+            row = make_row("QUESTION", [f"ANSWER {i}" for i in range(count)], **fields)
             hint = "GIVEN" if name == "hint" else None
             text = written(directory, builder.render(row, range(count), hint))
             noun = "1 candidate response" if count == 1 else "3 candidate responses"

@@ -3,14 +3,14 @@
 import hashlib
 import io
 import json
-import tracemalloc
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.request import BadRow, Message, Row, RowError, make_row, parse_row, read_rows
+from engine.reading import read_rows
+from engine.request import BadRow, Message, Row, RowError, make_row, parse_row
 
 LIMIT = 1 << 20
 PLAIN = {"prompt": "p", "responses": ["a", "b"]}
@@ -114,29 +114,26 @@ def test_odd_but_legal_responses(responses: list[str]) -> None:
         ({"prompt": 3}, "prompt"),
         ({"prompt": []}, "no message"),
         ({"prompt": ["hello"]}, r"prompt\[0\]"),
-        ({"prompt": [{"role": "tool", "content": "x"}]}, "tool"),
         ({"prompt": [{"role": "user", "content": None}]}, "content"),
-        ({"prompt": [{"role": "user", "content": "x", "name": "y"}]}, "name"),
         ({"prompt": [{"role": "user"}]}, "content"),
-        ({"prompt": [{"role": "assistant", "content": "x"}]}, "ends with a message of the assist"),
-        ({"id": ""}, "id is empty"),
-        ({"id": 7}, "int.*id"),
-        ({"reference": 7}, "reference"),
-        ({"principles": ["x"]}, "principles"),
-        ({"lable": 0}, "unknown key 'lable'.*under meta"),
-        ({"label": True}, "bool"),
-        ({"label": "0"}, "label"),
-        ({"label": 1.0}, "float"),
+        ({"prompt": [{"role": "robot", "content": "x"}]}, "robot"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}]},
+            r"prompt\[0\] has a part of type 'image_url'; only text is read",
+        ),
+        (
+            {"prompt": [{"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}]},
+            r"prompt\[0\] calls a tool",
+        ),
+        ({"responses": [], "label": []}, "0 responses"),
+        ({"id": True}, "bool.*id"),
+        ({"reference": [1]}, "reference"),
+        ({"principles": [1]}, "principles"),
         ({"label": 2}, "label 2 is no index of 2 responses"),
-        ({"label": -1}, "label -1"),
-        ({"label": [1.0]}, "1 gold scores for 2 responses"),
-        ({"label": [1.0, 2.0, 3.0]}, "3 gold scores"),
-        ({"label": [2, 2.0]}, "two maxima"),
-        ({"label": [True, 0]}, "bool"),
-        ({"label": []}, "0 gold scores"),
-        ({"responses": ["a"], "label": 2}, "0 .wrong. or 1"),
-        ({"responses": ["a"], "label": [0.5]}, "0 .wrong. or 1"),
-        ({"responses": ["a", "b"], "label": 10**4000}, "label 1000"),
+        ({"prompt": [{"role": "assistant", "content": "x"}]}, "ends with a message of the assist"),
+        ({"prompt": [{"role": "developer", "content": "x"}]}, "ends with a message of the develo"),
+        ({"id": ""}, "id is empty"),
+        ({"lable": 0}, "unknown key 'lable'.*under meta"),
     ],
 )
 def test_refused_fields(change: dict[str, object], message: str) -> None:
@@ -152,10 +149,21 @@ def test_missing_fields(missing: str) -> None:
         parse(**{key: value for key, value in PLAIN.items() if key != missing})
 
 
-def test_labels() -> None:
-    assert parse(**PLAIN, label=0).label == 0
-    assert parse(**PLAIN, label=[1, 2]).label == (1.0, 2.0)
-    assert [parse(prompt="p", responses=["a"], label=label).label for label in (0, 1)] == [0, 1]
+def test_what_real_rows_say_otherwise() -> None:
+    """Parts of text, tools and developers, numbers for ids and references, lists of principles."""
+    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
+    turns = [
+        {"role": "developer", "content": "d"},
+        {"role": "user", "content": parts, "language": "English"},
+        {"role": "assistant", "content": "c", "tool_calls": [], "reasoning_content": None},
+        {"role": "tool", "content": "t"},
+    ]
+    row = parse(prompt=turns, responses=["x"], id=7, reference=4.5, principles=["be", "kind"])
+    said = [("developer", "d"), ("user", "ab"), ("assistant", "c"), ("tool", "t")]
+    assert [(m.role, m.content) for m in row.messages] == said
+    assert (row.id, row.reference, row.principles) == ("7", "4.5", "be\nkind")
+    assert row.unread == ("prompt[].language", "prompt[].tool_calls")
+    assert parse(**PLAIN, id="7").id == parse(**PLAIN, id=7).id
 
 
 @pytest.mark.parametrize(
@@ -224,7 +232,6 @@ def test_nesting_up_to_the_limit() -> None:
         {"prompt": b"p"}, {"prompt": None}, {"prompt": 5}, {"responses": {"a", "b"}},
         {"responses": ["a", b"b"]}, {"meta": object()}, {"meta": {1: 2}}, {"meta": float("nan")},
         {"label": [float("inf"), 0.0]}, {"responses": ["\ud800", "b"]},
-        {"prompt": [Message(role="tool", content="x")]},  # type: ignore[arg-type]
     ],
 )  # fmt: skip
 def test_make_row_refuses_what_a_line_cannot_say(values: dict[str, object]) -> None:
@@ -298,9 +305,14 @@ def test_trl_keeps_the_whole_history_and_identical_responses() -> None:
             "differ before",
         ),
         (TRL["implicit"] | {"prompt": "another"}, "not the prompt"),
-        (TRL["explicit text"] | {"label": 0}, "unknown key 'label'"),
-        (TRL["explicit text"] | {"score_chosen": 9}, "unknown key 'score_chosen'"),
-        ({"prompt": "u", "chosen": ["a"], "rejected": ["b"]}, "chosen"),
+        (TRL["explicit text"] | {"label": 0}, "label beside chosen and rejected"),
+        (TRL["explicit text"] | {"responses": ["a"]}, "responses beside chosen and rejected"),
+        (TRL["explicit text"] | {"meta": 3, "score": 9}, "go to meta, which is 3"),
+        (
+            {"prompt": "u", "chosen": ["a", *messages(("assistant", "b"))], "rejected": "c"},
+            "one is",
+        ),
+        ({"prompt": "u", "chosen": [], "rejected": ["b"]}, "one is text"),
         ({"prompt": "u", "chosen": None, "rejected": "b"}, "chosen"),
         (
             {"chosen": messages(("assistant", "a")), "rejected": messages(("assistant", "b"))},
@@ -311,6 +323,21 @@ def test_trl_keeps_the_whole_history_and_identical_responses() -> None:
 def test_refused_trl(fields: dict[str, object], message: str) -> None:
     with pytest.raises(RowError, match=message):
         parse(**fields)
+
+
+def test_other_columns_of_a_pair_go_to_meta() -> None:
+    columns: dict[str, Any] = {"chosen_model": "m", "score_chosen": None, "tools": []}
+    row = parse(**TRL["explicit text"], **columns, meta={"source": 1})
+    assert row.meta == {**columns, "source": 1}
+    assert row.unread == tuple(columns)
+
+
+def test_lists_of_chosen_and_rejected_texts() -> None:
+    """As RewardBench 2 has them: one that is best, or several that are tied."""
+    row = parse(prompt="u", chosen=["a"], rejected=["b", "c"])
+    assert (row.responses, row.label) == (("a", "b", "c"), 0)
+    row = parse(prompt="u", chosen=["a", "b"], rejected=["c"])
+    assert (row.responses, row.label) == (("a", "b", "c"), (1.0, 1.0, 0.0))
 
 
 # Identity
@@ -345,134 +372,3 @@ def test_digest_covers_all_that_a_row_says() -> None:
     assert len({row.digest for row in rows}) == len(rows)
     spaced = b'  {"responses" : ["a", "\\u0062"], "prompt": "p"}  '
     assert parse_row(spaced).digest == rows[0].digest
-
-
-# Reading lines
-
-
-def test_line_ends_blank_lines_and_bom() -> None:
-    one, two = line(prompt="1", responses=["a"]), line(prompt="2", responses=["a"])
-    data = b"\xef\xbb\xbf" + one[:-1] + b"\r\n\n  \r\n" + two + b"\n"
-    rows = [accepted(entry) for entry in read(data)]
-    assert [(row.messages[0].content, row.line) for row in rows] == [("1", 1), ("2", 4)]
-    assert rows == [parse(prompt=text, responses=["a"]) for text in "12"]
-    assert read(b"") == read(b"\xef\xbb\xbf") == read(b"\n\n") == []
-
-
-def test_bom_later_in_the_file_is_an_error() -> None:
-    bad = refused(read(line(**PLAIN) + b"\xef\xbb\xbf" + line(**PLAIN))[1])
-    assert bad.line == 2 and "not JSON" in bad.error
-
-
-def test_torn_last_line() -> None:
-    whole = line(prompt="1", responses=["a"])
-    assert accepted(read(whole + whole.replace(b"1", b"2")[:-1])[1]).line == 2
-    bad = refused(read(whole + whole[:-5])[1])
-    assert (bad.line, bad.id) == (2, None)
-    assert "without its newline" in bad.error
-
-
-def test_errors_stand_in_their_places_with_their_ids() -> None:
-    entries = read(
-        line(**PLAIN, id="one")
-        + b"nonsense\n"
-        + line(**PLAIN, id="three", lable=1)
-        + line(**PLAIN, id=4)
-        + line(**PLAIN, id="\udc00")
-        + line(**PLAIN, id="six")
-    )
-    assert [entry.line for entry in entries] == [1, 2, 3, 4, 5, 6]
-    assert [entry.id for entry in entries] == ["one", None, "three", None, None, "six"]
-    assert [isinstance(entry, BadRow) for entry in entries] == [
-        False,
-        True,
-        True,
-        True,
-        True,
-        False,
-    ]
-    assert refused(entries[1]).digest == hashlib.sha256(b"nonsense").hexdigest()
-
-
-def test_repeated_ids() -> None:
-    same = line(**PLAIN)
-    entries = read(
-        same + line(**PLAIN, id="x") + same + line(prompt="", responses=[], id="x") + same
-    )
-    assert isinstance(entries[0], Row) and isinstance(entries[1], Row)
-    assert "is that of line 1" in refused(entries[2]).error
-    assert "0 responses" in refused(entries[3]).error
-    assert "is that of line 1" in refused(entries[4]).error
-    # A bad row has an output line under its id, so the id is taken.
-    entries = read(line(prompt="", responses=[], id="x") + line(**PLAIN, id="x"))
-    assert "'x' is that of line 1" in refused(entries[1]).error
-
-
-@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
-def test_lines_around_the_limit(start: bytes, end: bytes) -> None:
-    content = line(**PLAIN)[:-1]
-    after = line(prompt="after", responses=["a"])
-    for limit in range(len(content) - 7, len(content) + 4):
-        entries = read(start + content + end + (after if end else b""), limit)
-        assert isinstance(entries[0], Row) == (limit >= len(content))
-        if isinstance(bad := entries[0], BadRow):
-            assert f"more than max_row_bytes = {limit}" in bad.error
-        assert [entry.line for entry in entries] == ([1, 2] if end else [1])
-
-
-@given(st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"\r")), max_size=6))
-def test_no_line_is_lost_or_split(contents: list[bytes]) -> None:
-    entries = read(b"\xef\xbb\xbf" + b"".join(content + b"\n" for content in contents), 6)
-    filled = [
-        number
-        for number, content in enumerate(contents, 1)
-        if content.strip() or len(content.removesuffix(b"\r")) > 6
-    ]
-    assert [entry.line for entry in entries] == filled
-
-
-class EndlessLine(io.RawIOBase):
-    """A stream of one good row, `size` bytes without a line end, and another good row."""
-
-    def __init__(self, size: int) -> None:
-        self.parts: list[bytes | int] = [line(**PLAIN), size, b"\n" + line(**PLAIN, id="last")]
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self.parts:
-            return 0
-        part = self.parts.pop(0)
-        if isinstance(part, int):
-            count = min(part, len(buffer))
-            buffer[:count] = b"x" * count
-            if part > count:
-                self.parts.insert(0, part - count)
-            return count
-        buffer[: len(part)] = part
-        return len(part)
-
-
-def test_a_100_mb_line_is_not_held() -> None:
-    size = 100 * 1000 * 1000
-    rows = read_rows(io.BufferedReader(EndlessLine(size)), 1 << 16)
-    tracemalloc.start()
-    try:
-        entries = list(rows)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    bad = refused(entries[1])
-    assert bad.line == 2 and f"has {size} bytes" in bad.error
-    assert accepted(entries[2]).id == "last"
-    assert peak < 1 << 20
-
-
-def test_rows_are_read_as_they_are_asked_for() -> None:
-    stream = io.BytesIO(b"".join(line(prompt=str(i), responses=["a"]) for i in range(100)))
-    rows = read_rows(stream, LIMIT)
-    for count in range(1, 4):
-        next(rows)
-        assert stream.getvalue()[: stream.tell()].count(b"\n") == count

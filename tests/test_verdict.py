@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.key import line_key
-from engine.labels import gold_index, is_correct
 from engine.request import BadRow, make_row
 from engine.verdict import RowFailure, Sample, Verdict, to_line
 
@@ -102,29 +101,6 @@ def test_a_line_is_one_line_and_reads_back(text: str, number: float) -> None:
 
 
 # Labels
-
-
-@pytest.mark.parametrize(
-    ("best", "means", "label", "expected"),
-    [
-        (0, [7.0], 1, True), (0, [7.0], 0, False), (0, [5.5], 1, False), (0, [5.5], 0, True),
-        (1, [1.0, 2.0], 1, True), (1, [1.0, 2.0], 0, False), (2, [1.0] * 3, (0.0, -1.0, 3.0), True),
-        (0, [9.0, 2.0, 1.0], (0.0, -1.0, 3.0), False), (1, [1.0, 2.0], None, None),
-        (None, None, None, None), (None, None, 0, False), (None, [0.0], 0, False),
-    ],
-)  # fmt: skip
-def test_is_correct(
-    best: int | None,
-    means: list[float] | None,
-    label: int | tuple[float, ...] | None,
-    expected: bool | None,
-) -> None:
-    assert is_correct(best, means, label, threshold=5.5) is expected
-
-
-def test_gold_index() -> None:
-    assert gold_index(3) == 3
-    assert gold_index([-2.0, -1.0, -3.0]) == 1
 
 
 # Keys

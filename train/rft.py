@@ -43,9 +43,10 @@ import msgspec
 from tqdm import tqdm
 
 from engine.judge import Judge
-from engine.labels import gold_index, is_right
+from engine.labels import gold_index, has_best, is_right
 from engine.output import Output
-from engine.request import BadRow, Row, read_rows
+from engine.reading import open_rows, read_rows
+from engine.request import BadRow, Row
 from engine.sample import POCKET
 from engine.verdict import RowFailure, Sample, Verdict
 from models.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ from train import parallel, sft
 from train.checkpoint import sha256
 from train.data import hint_at
 from train.evaluation import VoteArgs
-from train.rollout import MAX_ROW_BYTES, seed_of, world_rows
+from train.rollout import seed_of, world_rows
 from train.run import (
     RunArgs,
     check_args,
@@ -227,10 +228,10 @@ def entries(data: Path | None, rows: int | None, seed: int) -> Iterator[Row | Ba
         yield from islice(fresh, WORLD_ROWS if rows is None else rows)
         return
     labelled = 0
-    with data.open("rb") as stream:
-        for entry in read_rows(stream, MAX_ROW_BYTES):
+    with open_rows(data) as stream:
+        for entry in read_rows(stream):
             yield entry
-            labelled += isinstance(entry, Row) and entry.label is not None
+            labelled += isinstance(entry, Row) and has_best(entry.label)
             if labelled == rows:
                 return
 
@@ -250,7 +251,7 @@ def judged(judge: Judge, chunk: Sequence[Row | BadRow], args: Args) -> Iterator[
         )  # fmt: skip
         return dict(zip([row.id for row in rows], outcomes, strict=True))
 
-    asked = [row for row in chunk if isinstance(row, Row) and row.label is not None]
+    asked = [row for row in chunk if isinstance(row, Row) and has_best(row.label)]
     plain = draw(asked, k=args.samples, seed=args.seed)
     several = [row for row in asked if args.hinted and len(row.responses) > 1]
     hard = [row for row in several if not _too_easy(judge, row, plain[row.id])]
@@ -261,7 +262,7 @@ def judged(judge: Judge, chunk: Sequence[Row | BadRow], args: Args) -> Iterator[
                 Done(id=row.id, row="bad_line", error=f"line {row.line}: {row.error}"),
                 Lines([], []),
             )
-        elif row.label is None:
+        elif not has_best(row.label):
             yield Done(id=row.id, row="no_label"), Lines([], [])
         else:
             yield _decide(judge, row, plain[row.id], hinted.get(row.id), args.keep_hint)

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from engine.judge import Judge
-from engine.labels import is_right
+from engine.labels import has_best, is_right
 from engine.prompt import read_judge_template
-from engine.request import BadRow, Row, make_row, read_rows
+from engine.reading import open_rows, read_rows
+from engine.request import BadRow, Row, make_row
 from engine.settings import read_judge_settings
 from engine.verdict import RowFailure, Sample
 from models.tokenizer import Tokenizer
@@ -38,7 +39,6 @@ from train.world import Split, cases
 Rows = Callable[[int], list[Row]]  # batch number -> its rows
 Scaling = Literal["none", "group", "batch"]
 _EPS = 1e-4
-MAX_ROW_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,16 @@ def tell_left_out(left_out: Counter[str]) -> None:
 
 
 def labelled_rows(path: Path) -> tuple[list[Row], Counter[str]]:
-    """The labelled rows of a JSONL file, and how many lines were left out for which reason: bad
-    rows, and rows without a label. Raises ValueError where there is no labelled row."""
+    """The labelled rows of a file, and how many lines were left out for which reason: bad rows, and
+    rows without a label or with a tie. Raises ValueError where there is no labelled row."""
     kept: list[Row] = []
     left_out: Counter[str] = Counter()
-    with path.open("rb") as stream:
-        for row in read_rows(stream, MAX_ROW_BYTES):
+    with open_rows(path) as stream:
+        for row in read_rows(stream):
             if isinstance(row, BadRow):
                 left_out[f"line {row.line}: {row.error}"] += 1
-            elif row.label is None:
-                left_out["no label"] += 1
+            elif not has_best(row.label):
+                left_out["no label" if row.label is None else "a tie"] += 1
             else:
                 kept.append(row)
     if not kept:
