@@ -24,7 +24,7 @@ from kernels import cpp
 from kernels.logprob.policy_loss import LOSSES
 from models import load
 from models.transformer import Transformer, causal_attend
-from tests.policy_oracle import oracle
+from tests.oracles.policy import oracle
 from tests.tiny import write_model
 from train import grpo, rft
 from train.evaluation import VoteArgs, dev_votes, evaluation_rows

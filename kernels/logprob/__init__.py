@@ -45,9 +45,9 @@ def linear_logprob_ref(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     z = logits / temperature
-    lse = torch.logsumexp(z, -1)
-    entropy = lse - (torch.softmax(z, -1) * z).sum(-1)
-    return LogProbs(z.gather(1, target[:, None])[:, 0] - lse, entropy, lse)
+    log_p = torch.log_softmax(z, -1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return LogProbs(log_p.gather(1, target[:, None])[:, 0], entropy, torch.logsumexp(z, -1))
 
 
 def linear_logprob(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.logprob import add_gradients, check_linear, head_of, linear_logprob
+from kernels.logprob import add_gradients, check_linear, head_of, linear_logprob_ref
 from kernels.logprob.head import LogProbGradients
 from kernels.logprob.policy_loss import PolicyLoss, PolicyLossOptions, policy_loss
 
@@ -78,8 +78,8 @@ def linear_policy_loss_ref(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> LinearPolicyLoss:
-    """Specification of `linear_policy_loss`: `policy_loss` of `linear_logprob`, under autograd."""
-    out = linear_logprob(hidden, weight, target, softcap, temperature)
+    """Specification of `linear_policy_loss`: `policy_loss` of all logits, under autograd."""
+    out = linear_logprob_ref(hidden, weight, target, softcap, temperature)
     tokens = _Tokens(target, advantage, token_weight, old_logp, ref_logp, lengths)
     terms = tokens.terms(out.logp, options)
     through = (terms.coefficient * out.logp).sum()

@@ -22,7 +22,8 @@ class _Saved(NamedTuple):
     target: Tensor  # (n,)
     z: Tensor  # (n, V), less their rows' maxima
     row_max: Tensor  # (n, 1)
-    out: LogProbs
+    log_sum: Tensor  # (n, 1), of exp(z)
+    mean: Tensor  # (n, 1), of z under p
 
 
 class TorchLogitHead(LogitHead):
@@ -55,13 +56,13 @@ class TorchLogitHead(LogitHead):
         row_max = z.amax(-1, keepdim=True)
         z.sub_(row_max)  # only differences from here on: a peaked row's entropy is one of them
         weights = z.exp()
-        row_sum = weights.sum(-1)
-        mean = torch.bmm(weights[:, None], z[:, :, None])[:, 0, 0] / row_sum
+        row_sum = weights.sum(-1, keepdim=True)
+        mean = torch.bmm(weights[:, None], z[:, :, None])[:, 0] / row_sum
         log_sum = row_sum.log()
-        logp = z.gather(1, target[:, None])[:, 0] - log_sum
-        out = LogProbs(logp, log_sum - mean, log_sum + row_max[:, 0])
-        self._saved = _Saved(hidden, target, z, row_max, out) if save else None
-        return LogProbs(*(x[:num_rows] for x in out))
+        out = z.gather(1, target[:, None]) - log_sum, log_sum - mean, log_sum + row_max
+        # From the rounded log-sum-exp, p would be off by the unit of a number as large as that.
+        self._saved = _Saved(hidden, target, z, row_max, log_sum, mean) if save else None
+        return LogProbs(*(x[:num_rows, 0] for x in out))
 
     def gradients(
         self,
@@ -76,9 +77,7 @@ class TorchLogitHead(LogitHead):
         needs_grad = torch.stack([x != 0 for x in d_out if x is not None]).any(0).nonzero()[:, 0]
         d_hidden = saved.hidden.new_zeros(num_rows, saved.hidden.shape[1]) if needs_hidden else None
         if len(needs_grad) < num_rows:
-            hidden, target, z, row_max = (self._padded(x[needs_grad]) for x in saved[:4])
-            out = LogProbs(*(self._padded(x[needs_grad]) for x in saved.out))
-            saved = _Saved(hidden, target, z, row_max, out)
+            saved = _Saved(*(self._padded(x[needs_grad]) for x in saved))
         if not len(needs_grad):
             return d_hidden
         logp, entropy, lse = (
@@ -94,18 +93,17 @@ class TorchLogitHead(LogitHead):
 
     def _logit_gradients(self, saved: _Saved, d_out: LogProbGradients) -> Tensor:
         """The gradients of the raw logits, in place of z."""
-        _, target, z, row_max, out = saved
+        _, target, z, row_max, log_sum, mean = saved
         slope = None
         if self._softcap is not None:
             slope = (z + row_max).mul_(self._temperature / self._softcap)
             slope.square_().neg_().add_(1)
-        dz = z.sub_(out.lse[:, None] - row_max)  # the log-probs of all tokens
         common = -d_out.logp if d_out.lse is None else d_out.lse - d_out.logp
         if d_out.entropy is None:
-            dz.exp_().mul_(common[:, None])
+            dz = z.sub_(log_sum).exp_().mul_(common[:, None])
         else:
-            probability = dz.exp()
-            dz.add_(out.entropy[:, None]).mul_(-d_out.entropy[:, None]).add_(common[:, None])
+            probability = (z - log_sum).exp_()
+            dz = z.sub_(mean).mul_(-d_out.entropy[:, None]).add_(common[:, None])
             dz.mul_(probability)
         dz.scatter_add_(1, target[:, None], d_out.logp[:, None])
         if slope is not None:

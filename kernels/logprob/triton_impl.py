@@ -235,9 +235,10 @@ def _logit_gradients_kernel(
     d_logp = tl.load(d_logp_ptr + row, mask=valid, other=0.0)
     hit = column[None, :] == target[:, None]
     # Where exp(z - m) is 0, so is every term that it multiplies; the target's log-prob is known.
-    log_p = tl.log(tl.where(saved > 0, saved, 1.0)) + (row_max - lse)[:, None]
-    log_p = tl.where(hit, logp[:, None], log_p)
-    p = saved * tl.exp(row_max - lse)[:, None]
+    log_saved = tl.log(tl.where(saved > 0, saved, 1.0))
+    log_p = tl.where(hit, logp[:, None], log_saved + (row_max - lse)[:, None])
+    # The gradient of a likely target is 1 - p: the unit of its log-prob is smaller than that of lse.
+    p = tl.where(hit, tl.exp(logp)[:, None], saved * tl.exp(row_max - lse)[:, None])
     common = -d_logp
     if d_lse_ptr is not None:
         common += tl.load(d_lse_ptr + row, mask=valid, other=0.0)
@@ -245,7 +246,10 @@ def _logit_gradients_kernel(
     if d_entropy_ptr is not None:
         d_entropy = tl.load(d_entropy_ptr + row, mask=valid, other=0.0)
         entropy = tl.load(entropy_ptr + row, mask=valid, other=0.0)
-        dz = dz - d_entropy[:, None] * (log_p + entropy[:, None])
+        # log_p + entropy, without the rounding of a number as large as log_p.
+        above = log_saved + (row_max - lse + entropy)[:, None]
+        above = tl.where(hit, (logp + entropy)[:, None], above)
+        dz = dz - d_entropy[:, None] * above
     dz = p * dz + tl.where(hit, d_logp[:, None], 0.0)
     if SOFTCAP:
         capped = (log_p + lse[:, None]) * (temperature / softcap)

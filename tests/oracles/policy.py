@@ -1,7 +1,5 @@
 """The policy loss once more: published formulas on whole logits, differentiated by autograd."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -45,36 +43,3 @@ def oracle(
     if kind == "dr_grpo":
         return (per_token * mask).sum() / (len(logp) * max_tokens)
     return (per_token * mask).sum() / mask.sum()
-
-
-# Sequences of the tokens of `arguments`, their advantages, and Dr. GRPO's constant.
-LENGTHS = torch.tensor([7, 1, 20, 13])
-ADVANTAGES = torch.tensor([1.0, -0.5, 0.0, 2.0]).double()
-MAX_TOKENS = 25
-
-
-def dense(
-    kind: str, given: dict[str, Any], softcap: float | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of arguments of `linear_policy_loss`, and the gradients of hidden and weight of 3
-    times it, from all logits in float32 at least."""
-    wide = torch.promote_types(given["hidden"].dtype, torch.float32)
-    x, w = (given[name].detach().to(wide).requires_grad_() for name in ("hidden", "weight"))
-    logits = x @ w.T
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    rows = torch.arange(len(x))
-    logp = torch.log_softmax(logits / temperature, -1)[rows, given["target"]]
-    sizes = LENGTHS.tolist()
-    old, ref = given["old_logp"], given["ref_logp"]
-    loss = oracle(
-        kind,
-        list(logp.split(sizes)),
-        None if old is None else list(old.split(sizes)),
-        list(ref.split(sizes)),
-        ADVANTAGES,
-        given["options"],
-        MAX_TOKENS,
-    )
-    (3 * loss).backward()
-    assert x.grad is not None and w.grad is not None
-    return loss.detach(), x.grad, w.grad
