@@ -4,11 +4,9 @@ Exact means: no further from float64 than twice torch's own error in the same dt
 rounding of the largest result."""
 
 import ctypes
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +25,12 @@ from kernels.cpp import build
 from kernels.forest_attention import AttentionOptions, forest_attention_with_lse
 from kernels.forest_attention.plan import ForestPlan
 from kernels.gated_act import gated_act
-from kernels.packed_linear import packed_linear, packs
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_cos_sin
 from kernels.sample_token import SamplingOptions, sample_token, sample_token_ref, uniforms
 from models import load
 from models.decoder import CppDecoder
-from models.transformer import Transformer, linear
+from models.transformer import Transformer
 from tests.forests import Grove, Shape
 from tests.test_forest_attention import OPTIONS, crowd, forests
 from tests.test_generate import drawn, make_generator, make_groups, run
@@ -140,8 +137,6 @@ def test_attention_reads_nothing_past_a_suffix(calls: Counter[str]) -> None:
 def test_nothing_is_done_for_nothing() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         weight = randn(8, 64).to(dtype)
-        assert packed_linear(weight[:0], weight).shape == (0, 8)
-        assert linear(weight[:0], weight).shape == (0, 8)
         assert gated_act(weight[:0], "silu").shape == (0, 32)
         cos, sin = rope_cos_sin(torch.arange(8), torch.rand(32))
         assert rope(weight[:, None][:, :0], cos, sin).shape == (8, 0, 64)
@@ -201,133 +196,6 @@ def test_uniforms(calls: Counter[str]) -> None:
         with cpp.torch_only():
             assert ours.equal(uniforms(keys, index, at))
     assert calls == {"uniforms": 2}
-
-
-@pytest.mark.parametrize("rows", [1, 5, 6, 7, 13, 15, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_linear(rows: int, dtype: torch.dtype, threads: int) -> None:
-    """Sums of a few terms and of several blocks of them; columns that fill no panel."""
-    for columns, terms in ((7, 20), (96, 256), (475, 192), (64, 700), (33, 2100)):
-        weight, bias = randn(columns, terms, seed=1).to(dtype), randn(columns, seed=2).to(dtype)
-        x = randn(rows, terms).to(dtype)
-        as_exact(linear, x, weight)
-        as_exact(linear, x, weight, bias)
-        # Each row alone has the same bits.
-        whole = packed_linear(x, weight, bias)
-        for row in {0, rows // 2, rows - 1}:
-            assert packed_linear(x[row : row + 1], weight, bias).equal(whole[row : row + 1])
-
-
-def test_a_product_is_its_definition() -> None:
-    """Blocks of 256 terms, each in index order with one rounding a term; their sums in order."""
-    x, weight = randn(3, 600), randn(5, 600, seed=1)
-    y = packed_linear(x, weight)
-    for row in range(3):
-        for column in range(5):
-            total = Fraction(0)
-            terms = [*zip(x[row].tolist(), weight[column].tolist(), strict=True)]
-            for first in range(0, len(terms), 256):
-                block = Fraction(0)
-                for a, b in terms[first : first + 256]:
-                    block = rounded(Fraction(a) * Fraction(b) + block)
-                total = rounded(total + block)
-            assert Fraction(y[row, column].item()) == total
-
-
-def rounded(x: Fraction) -> Fraction:
-    """The nearest float32, ties to even (normal numbers)."""
-    if x == 0:
-        return x
-    unit = Fraction(2) ** (math.floor(math.log2(abs(x))) - 23)
-    if abs(x) < unit * 2**23:  # the logarithm was rounded up
-        unit /= 2
-    return round(x / unit) * unit
-
-
-def dot(x: Tensor, weight: Tensor) -> float:
-    out = torch.empty(1)
-    cpp.call("row_dots", torch.float32, x, 1, x.shape[1], weight, out)
-    return float(out)
-
-
-def test_a_sum_is_its_definition() -> None:
-    """16 lanes by index, joined 8, 4, 2 and 1 apart."""
-    for size in (1, 15, 16, 17, 200, 2304):
-        x, ones = randn(1, size), torch.ones(1, size)
-        lanes = np.zeros(16, dtype=np.float32)
-        for i, value in enumerate(x[0].numpy()):
-            lanes[i % 16] += value
-        for apart in (8, 4, 2, 1):
-            lanes[:apart] += lanes[apart : 2 * apart]
-        assert dot(x, ones) == float(lanes[0])
-
-
-FUNCTIONS = {
-    "exp": (0, np.exp, 1.0),
-    "log": (1, np.log, 1.0),
-    "tanh": (2, np.tanh, 2.0),
-}
-
-
-def largest_error(name: str, bits: np.ndarray) -> float:
-    """The largest error of a function on the float32 numbers of these bits, in units in the last
-    place of the exact result; infinities, NaN and zeros have to be exact."""
-    number, function, _ = FUNCTIONS[name]
-    x = bits.view(np.float32)
-    y = torch.empty(len(x))
-    cpp.call("elementary", torch.float32, torch.from_numpy(x), y, len(x), number)
-    with np.errstate(all="ignore"):
-        exact = function(x.astype(np.float64))
-        expected, found = exact.astype(np.float32), y.numpy()
-        assert (np.isnan(found) == np.isnan(expected)).all()
-        infinite = np.isinf(expected) | np.isinf(found)
-        near = np.abs(exact[infinite]) > 3.4028e38
-        assert (near | (found[infinite] == expected[infinite])).all()
-        usual = np.isfinite(expected) & np.isfinite(found)
-        unit = np.spacing(np.maximum(np.abs(expected[usual]), np.float32(2**-126)))
-        errors = np.abs(found[usual].astype(np.float64) - exact[usual]) / unit
-    return float(errors.max(initial=0.0))
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_elementary_functions(name: str) -> None:
-    """Some two million numbers of all sizes, and the special ones."""
-    bits = np.arange(0, 2**32, 2053, dtype=np.int64).astype(np.uint32)
-    special = np.array([0, 1 << 31, 0x7F800000, 0xFF800000, 0x7FC00000, 1, 0x80000001])
-    dense = np.linspace(-110, 100, 100_003).astype(np.float32).view(np.uint32)
-    every = np.concatenate([bits, special.astype(np.uint32), dense])
-    assert largest_error(name, every) <= FUNCTIONS[name][2]
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_elementary_functions_of_every_number(name: str) -> None:
-    worst = 0.0
-    for first in range(0, 2**32, 2**24):
-        bits = np.arange(first, first + 2**24, dtype=np.int64).astype(np.uint32)
-        worst = max(worst, largest_error(name, bits))
-    print(f"{name}: {worst:.3f} units in the last place")
-    assert worst <= FUNCTIONS[name][2]
-
-
-def test_a_changed_weight_is_packed_again(calls: Counter[str]) -> None:
-    weight = torch.nn.Parameter(randn(40, 30).bfloat16())
-    x = randn(5, 30).bfloat16()
-    with torch.no_grad():
-        first = packed_linear(x, weight)
-        assert packed_linear(x, weight).equal(first)
-        assert calls == {"pack": 1, "linear": 2}
-        weight.mul_(2)
-        assert packed_linear(x, weight).equal(2 * first)
-        assert calls == {"pack": 2, "linear": 3}
-        assert packs(x, weight) and not packs(x.float(), weight)  # of one dtype
-    assert not packs(x, weight)  # it would need a gradient
-    with torch.inference_mode():
-        assert not packs(x, weight.clone())
-    with pytest.raises(ValueError, match="must be"):
-        packed_linear(x[:, :3], weight)
-    with pytest.raises(ValueError, match="bias"):
-        packed_linear(x, weight, randn(40))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,7 +2,7 @@
 //
 // Each function reduces its argument and evaluates a polynomial with fused multiply-adds; the
 // polynomials are minimax fits whose own error is below a tenth of a unit in the last place.
-// tests/test_cpp.py walks every float32 and states the largest errors.
+// tests/spec/test_arithmetic.py walks every float32 and states the largest errors.
 //
 // A sum over a row has 16 virtual lanes: term i goes to lane i mod 16, in order, and the lanes are
 // joined in a fixed tree (8 apart, then 4, 2, 1).
