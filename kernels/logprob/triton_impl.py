@@ -237,7 +237,7 @@ def _logit_gradients_kernel(
     # Where exp(z - m) is 0, so is every term that it multiplies; the target's log-prob is known.
     log_saved = tl.log(tl.where(saved > 0, saved, 1.0))
     log_p = tl.where(hit, logp[:, None], log_saved + (row_max - lse)[:, None])
-    # The gradient of a likely target is 1 - p: more exact from its log-prob than from a rounded lse.
+    # The gradient of a likely target is 1 - p: its log-prob is more exact than a rounded lse.
     p = tl.where(hit, tl.exp(logp)[:, None], saved * tl.exp(row_max - lse)[:, None])
     common = -d_logp
     if d_lse_ptr is not None:

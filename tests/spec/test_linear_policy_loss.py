@@ -4,7 +4,7 @@ there is no C++ of it."""
 import math
 from collections.abc import Callable
 from dataclasses import astuple, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,7 +18,6 @@ from kernels.logprob.linear_policy_loss import (
 )
 from kernels.logprob.policy_loss import (
     LOSSES,
-    PolicyLoss,
     PolicyLossOptions,
     policy_loss,
     token_weights,
@@ -35,40 +34,46 @@ pytestmark = pytest.mark.implementations("torch", "triton")
 # Tokens of four sequences, their advantages, and Dr. GRPO's constant.
 LENGTHS, ADVANTAGES, MAX_TOKENS = [7, 1, 20, 13], torch.tensor([1.0, -0.5, 0.0, 2.0]), 25
 N, H, V = 41, 24, 150
-PLAIN: dict[str, Any] = {}
-CAPPED: dict[str, Any] = {"softcap": 10.0, "temperature": 0.6}
-# Loss, beta, whether there are no old log-probs, whether one token has nearly all the mass, and
-# options: every two of them together.
+
+
+class Case(NamedTuple):
+    kind: str = "grpo"
+    beta: float = 0.1
+    on_policy: bool = False
+    peaked: bool = False
+    capped: bool = False
+
+    @property
+    def more(self) -> dict[str, Any]:
+        return {"softcap": 10.0, "temperature": 0.6} if self.capped else {}
+
+
+# Every two of their choices together.
 CASES = [
-    (kind, 0.1 * (i & 1), i > 1, (i ^ j >> 1) & 1 == 1, (PLAIN, CAPPED)[(i ^ i >> 1 ^ j) & 1])
+    Case(kind, 0.1 * (i & 1), i > 1, (i ^ j >> 1) & 1 == 1, (i ^ i >> 1 ^ j) & 1 == 1)
     for j, kind in enumerate(LOSSES)
     for i in range(4)
 ]
-cases = pytest.mark.parametrize(("kind", "beta", "on_policy", "peaked", "more"), CASES)
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 each_loss = pytest.mark.parametrize("kind", LOSSES)
 
 
 def problem(
-    on: Implementation,
-    kind: str,
-    beta: float = 0.1,
-    on_policy: bool = False,
-    peaked: bool = False,
-    dtype: torch.dtype = torch.float32,
-    **more: Any,
+    on: Implementation, case: Case, dtype: torch.dtype = torch.float32
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Hidden states and weight, and the other arguments, which are float32; ratios are past the
     clip."""
-    x, weight, target = draw_head(on, N, H, V, peaked, dtype)
-    logp = linear_logprob_ref(x.double(), weight.double(), target, **more).logp.float()
+    x, weight, target = draw_head(on, N, H, V, case.peaked, dtype)
+    logp = linear_logprob_ref(x.double(), weight.double(), target, **case.more).logp.float()
     lengths = torch.tensor(LENGTHS, device=on.device)
     sizes = {"num_sequences": 4, "num_tokens": N, "max_tokens": MAX_TOKENS}
+    level = "sequence" if case.kind == "gspo" else "token"
     return [x, weight], {
         "target": target,
         "advantage": ADVANTAGES.to(on.device).repeat_interleave(lengths),
-        "token_weight": token_weights(kind, lengths, **sizes),
-        "options": PolicyLossOptions(beta=beta, level="sequence" if kind == "gspo" else "token"),
-        "old_logp": None if on_policy else logp + 0.3 * on.draw(N, seed=3),
+        "token_weight": token_weights(case.kind, lengths, **sizes),
+        "options": PolicyLossOptions(beta=case.beta, level=level),
+        "old_logp": None if case.on_policy else logp + 0.3 * on.draw(N, seed=3),
         "ref_logp": logp + 0.5 * on.draw(N, seed=4),
         "lengths": lengths,
     }
@@ -92,12 +97,6 @@ def of(given: dict[str, Any], op: Any = linear_policy_loss, **more: Any) -> Op:
     return of_inputs
 
 
-def policy_loss_of(logp: Tensor, given: dict[str, Any]) -> PolicyLoss:
-    named = {name: x for name, x in given.items() if name not in ("target", "token_weight")}
-    named |= {name: x.to(logp) for name, x in named.items() if isinstance(x, Tensor)}
-    return policy_loss(logp, weight=given["token_weight"], **named | {"lengths": given["lengths"]})
-
-
 def loss_of(op: Op) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, weight: op(x, weight).loss
 
@@ -111,48 +110,36 @@ def differentiate(op: Op, inputs: list[Tensor]) -> tuple[LinearPolicyLoss, Tenso
 
 
 @pytest.mark.implementations("torch")
-@cases
-def test_reference_is_the_published_loss_of_all_logits(
-    on: Implementation, kind: str, beta: float, on_policy: bool, peaked: bool, more: Any
-) -> None:
-    inputs, given = problem(on, kind, beta, on_policy, peaked, torch.float64, **more)
+@each_case
+def test_reference_is_the_published_loss_of_all_logits(on: Implementation, case: Case) -> None:
+    inputs, given = problem(on, case, torch.float64)
+    others = given["old_logp"], given["ref_logp"]
 
     def published(x: Tensor, weight: Tensor) -> Tensor:
         logits = x @ weight.T
-        if more:
+        if case.capped:
             logits = 10 * torch.tanh(logits / 10) / 0.6
         logp = torch.log_softmax(logits, -1)[torch.arange(N), given["target"]]
-        rows = [
-            None if each is None else [*each.double().split(LENGTHS)]
-            for each in (logp, given["old_logp"], given["ref_logp"])
-        ]
-        assert rows[0] is not None
-        return oracle(kind, rows[0], *rows[1:], ADVANTAGES.double(), given["options"], MAX_TOKENS)
+        old, ref = (None if x is None else [*x.double().split(LENGTHS)] for x in others)
+        new, advantage = [*logp.split(LENGTHS)], ADVANTAGES.double()
+        return oracle(case.kind, new, old, ref, advantage, given["options"], MAX_TOKENS)
 
-    reference = loss_of(of(given, linear_policy_loss_ref, **more))
+    reference = loss_of(of(given, linear_policy_loss_ref, **case.more))
     three = [torch.tensor(3.0).double()]
     found = reference(*inputs), *gradients(reference, inputs, three)
     expected = published(*inputs), *gradients(published, inputs, three)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)  # weights are float32
 
 
-@cases
-def test_values_and_gradients(
-    on: Implementation,
-    dtype: torch.dtype,
-    kind: str,
-    beta: float,
-    on_policy: bool,
-    peaked: bool,
-    more: Any,
-) -> None:
-    """In chunks, the last one ragged; metrics and coefficients too."""
-    inputs, given = problem(on, kind, beta, on_policy, peaked, dtype, **more)
-    reference = of(given, linear_policy_loss_ref, **more)
+@each_case
+def test_values_and_gradients(on: Implementation, dtype: torch.dtype, case: Case) -> None:
+    """In chunks, the last one ragged."""
+    inputs, given = problem(on, case, dtype)
+    reference = of(given, linear_policy_loss_ref, **case.more)
     results: list[LinearPolicyLoss] = []
 
     def loss(x: Tensor, weight: Tensor) -> Tensor:
-        results.append(of(given, chunk_size=32, **more)(x, weight))
+        results.append(of(given, chunk_size=32, **case.more)(x, weight))
         return results[-1].loss
 
     wide = torch.promote_types(dtype, torch.float32)
@@ -160,8 +147,7 @@ def test_values_and_gradients(
     counts = check_gradients(on, loss, loss_of(reference), inputs, [three])
     if on.name == "triton":
         assert counts["_hidden_gradient_kernel"] == counts["_weight_gradient_kernel"] == 2
-        assert counts["_logits_kernel"] == (4 if kind == "gspo" else 2)
-
+        assert counts["_logits_kernel"] == (4 if case.kind == "gspo" else 2)
     (found,) = results
 
     def log_probs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +155,11 @@ def test_values_and_gradients(
         return out.logp, out.entropy
 
     assert_exact((found.logp, found.entropy), log_probs, *inputs)
-    terms = policy_loss_of(found.logp, given)
+    # The loss, its coefficients and metrics are those of these log-probs.
+    terms = policy_loss(
+        found.logp, given["advantage"], given["token_weight"], given["options"],
+        old_logp=given["old_logp"], ref_logp=given["ref_logp"], lengths=given["lengths"],
+    )  # fmt: skip
     assert all(a.equal(b) for a, b in zip(astuple(found.terms), astuple(terms), strict=True))
     assert found.loss.detach().equal(terms.loss)
 
@@ -178,39 +168,36 @@ def test_values_and_gradients(
 def test_tokens_of_weight_0_are_as_if_they_were_not_there(on: Implementation, kind: str) -> None:
     """Whatever is given of them; they are not computed, and have no part in a sequence's mean. In
     Triton some lie in a tile of their own."""
-    inputs, given = problem(on, kind)
+    inputs, given = problem(on, Case(kind))
     kept = torch.arange(N + 100, device=on.device) % 3 != 1
     kept[N:] = False
     lengths = [int(part.sum()) for part in kept[:N].split(LENGTHS)]
     assert lengths == [5, 0, 14, 8]
-    per_token = {name for name, value in given.items() if name not in ("options", "lengths")}
-    few = {name: value[kept[:N]] if name in per_token else value for name, value in given.items()}
-    few["lengths"] = torch.tensor(lengths, device=on.device)
-    expected, d_x, d_weight = differentiate(of(few), [inputs[0][kept[:N]], inputs[1]])
+    few, many, counted = dict(given), dict(given), kept[:N]
+    junk = {"token_weight": 0, "target": 0, "advantage": 7, "old_logp": -math.inf}
 
-    def among(value: Tensor, other: float) -> Tensor:
+    def among(value: Tensor, other: float = math.nan) -> Tensor:
         whole = value.new_full((len(kept), *value.shape[1:]), other)
-        whole[kept] = value[kept[:N]]
+        whole[kept] = value[counted]
         return whole
 
-    junk = {"token_weight": 0, "target": 0, "advantage": 7, "old_logp": -math.inf}
-    many = {
-        name: among(value, junk.get(name, math.nan)) if name in per_token else value
-        for name, value in given.items()
-    }
+    for name in {*junk, "ref_logp"}:
+        few[name], many[name] = given[name][counted], among(given[name], junk.get(name, math.nan))
+    few["lengths"] = torch.tensor(lengths, device=on.device)
     many["lengths"] = torch.tensor([*LENGTHS, 100], device=on.device)
+    expected, d_x, d_weight = differentiate(of(few), [inputs[0][counted], inputs[1]])
     with rows_computed() as computed:
-        found, all_d_x, all_d_weight = differentiate(
-            of(many), [among(inputs[0], math.nan), inputs[1]]
-        )
+        found, all_d_x, all_d_weight = differentiate(of(many), [among(inputs[0]), inputs[1]])
     if on.name == "torch":
         assert set(computed) == {27}
     else:
         assert 2 * _launch(torch.float32, target_of(kept))["BLOCK_M"] < len(kept)
-    assert all_d_x[kept].equal(d_x) and not all_d_x[~kept].any()
-    for name in ("logp", "entropy"):
-        ours = getattr(found, name)
-        assert ours[kept].equal(getattr(expected, name)) and not ours[~kept].any()
+    for ours, theirs in (
+        (all_d_x, d_x),
+        (found.logp, expected.logp),
+        (found.entropy, expected.entropy),
+    ):
+        assert ours[kept].equal(theirs) and not ours[~kept].any()
     assert found.terms.coefficient[kept].all() and not found.terms.coefficient[~kept].any()
     for ours, theirs in (
         (found.loss, expected.loss),
@@ -224,7 +211,7 @@ def test_tokens_of_weight_0_are_as_if_they_were_not_there(on: Implementation, ki
 @pytest.mark.parametrize("kind", ["grpo", "gspo"])
 def test_the_gradient_of_the_weight_in_a_place_of_ones_own(on: Implementation, kind: str) -> None:
     """It is that of the loss itself, and is added to what is there."""
-    inputs, given = problem(on, kind)
+    inputs, given = problem(on, Case(kind))
     _, d_x, d_weight = differentiate(of(given), inputs)
     into = torch.ones_like(inputs[1])
     x, weight = (each.requires_grad_() for each in inputs)
@@ -240,7 +227,7 @@ def test_the_gradient_of_the_weight_in_a_place_of_ones_own(on: Implementation, k
 
 
 def test_backward_runs_once(on: Implementation) -> None:
-    (x, weight), given = problem(on, "grpo")
+    (x, weight), given = problem(on, Case())
     loss = linear_policy_loss(x.requires_grad_(), weight, **given).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward runs once"):
@@ -248,7 +235,7 @@ def test_backward_runs_once(on: Implementation) -> None:
 
 
 def test_nothing_is_differentiated_where_nothing_asks(on: Implementation) -> None:
-    inputs, given = problem(on, "grpo")
+    inputs, given = problem(on, Case())
     op = of(given)
     with on.counted() as counts:
         loss = op(*inputs).loss
@@ -261,7 +248,7 @@ def test_nothing_is_differentiated_where_nothing_asks(on: Implementation) -> Non
 
 
 def test_no_tokens(on: Implementation) -> None:
-    (x, weight), given = problem(on, "dapo", beta=0.0, on_policy=True)
+    (x, weight), given = problem(on, Case("dapo", 0.0, True))
     none = {k: v[:0] if isinstance(v, Tensor) else v for k, v in given.items()}
     found, d_x, d_weight = differentiate(of(none), [x[:0], weight])
     assert found.loss == 0 and d_x.shape == (0, H) and not d_weight.any()
@@ -269,7 +256,7 @@ def test_no_tokens(on: Implementation) -> None:
 
 @pytest.mark.implementations("torch")
 def test_what_is_missing_is_named(on: Implementation) -> None:
-    inputs, given = problem(on, "grpo")
+    inputs, given = problem(on, Case())
     sequence = replace(given["options"], level="sequence")
     for changed, message in (
         ({"ref_logp": None}, "needs ref_logp"),
@@ -295,7 +282,7 @@ def test_what_is_missing_is_named(on: Implementation) -> None:
 def test_logits_are_made_as_often_as_they_have_to_be(
     on: Implementation, kind: str, beta: float, rows: list[int]
 ) -> None:
-    inputs, given = problem(on, kind, beta, on_policy=True)
+    inputs, given = problem(on, Case(kind, beta, True))
     with rows_computed() as computed:
         differentiate(of(given, chunk_size=16), inputs)
     assert computed == rows
@@ -306,7 +293,7 @@ def test_rows_without_a_coefficient_take_no_part_in_the_last_products(
     on: Implementation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With beta 0: tokens of advantage 0, and those that are clipped."""
-    inputs, given = problem(on, "grpo", beta=0.0)
+    inputs, given = problem(on, Case(beta=0.0))
     asked: list[int] = []
     made = TorchLogitHead._logit_gradients
 
@@ -326,7 +313,7 @@ def test_rows_without_a_coefficient_take_no_part_in_the_last_products(
 @pytest.mark.parametrize("half", HALVES)
 def test_the_weights_gradient_is_rounded_once(on: Implementation, half: torch.dtype) -> None:
     """A sum in half precision over 41 chunks would be rounded with each of them."""
-    (x, weight), given = problem(on, "dapo", dtype=half)
+    (x, weight), given = problem(on, Case("dapo"), half)
     many = {k: torch.cat([v] * 16) if isinstance(v, Tensor) else v for k, v in given.items()}
     inputs = [torch.cat([x] * 16), weight]
     exact = differentiate(of(many), [each.double() for each in inputs])[2]
@@ -342,9 +329,9 @@ def test_the_weights_gradient_is_rounded_once(on: Implementation, half: torch.dt
 def test_small_coefficients_in_half_precision(on: Implementation) -> None:
     """Those of a loss over a hundred million tokens are beyond float16; gradients are not, where
     they are taken out in float32."""
-    inputs, given = problem(on, "dapo", 0.0, on_policy=True, dtype=torch.float16)
+    (x, weight), given = problem(on, Case("dapo", 0.0, True), torch.float16)
     found, expected = torch.zeros(2, V, H, device=on.device)
-    linear_policy_loss(*inputs, **given, weight_grad=expected)
+    linear_policy_loss(x, weight, **given, weight_grad=expected)
     given["token_weight"] *= 2.0**-26
-    linear_policy_loss(*inputs, **given, weight_grad=found)
+    linear_policy_loss(x, weight, **given, weight_grad=found)
     assert expected.abs().max() > 0 and (found * 2.0**26).equal(expected)
