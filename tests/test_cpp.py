@@ -27,7 +27,7 @@ from kernels.forest_attention.plan import ForestPlan
 from kernels.gated_act import gated_act
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_cos_sin
-from kernels.sample_token import SamplingOptions, sample_token, sample_token_ref, uniforms
+from kernels.sample_token import SamplingOptions
 from models import load
 from models.decoder import CppDecoder
 from models.transformer import Transformer
@@ -140,62 +140,6 @@ def test_nothing_is_done_for_nothing() -> None:
         assert gated_act(weight[:0], "silu").shape == (0, 32)
         cos, sin = rope_cos_sin(torch.arange(8), torch.rand(32))
         assert rope(weight[:, None][:, :0], cos, sin).shape == (8, 0, 64)
-        logits, uniform = weight[:0].contiguous(), torch.empty(0)
-        assert sample_token(logits, uniform, SamplingOptions())[0].shape == (0,)
-
-
-@pytest.mark.parametrize("vocab", [1, 475, 1024, 1025, 5000])
-def test_sample_token(vocab: int, threads: int, calls: Counter[str]) -> None:
-    """The token of the reference in float64, unless its uniform lies within rounding of another's;
-    log-probs of float32."""
-    logits = 4 * randn(70, vocab)
-    logits[3] = 0  # all equal
-    logits[4, : vocab // 2] = float("-inf")
-    logits[5, vocab // 2] = 60  # certain
-    logits[6, -1] = logits[6].max()  # a tie for the first
-    uniform = torch.rand(70, generator=torch.Generator().manual_seed(1))
-    uniform[:3] = torch.tensor([2.0**-24, 1 - 2.0**-24, 0.5])
-    count = 0
-    for dtype in (torch.float32, torch.bfloat16):
-        rows = logits.to(dtype)
-        for temperature in (0.0, 0.5, 0.7, 1.0):
-            for filters in ({}, {"min_p": 0.05}, {"top_k": 20}, {"top_p": 0.9}, {"softcap": 30.0}):
-                given: dict[str, Any] = dict(filters)
-                softcap = given.pop("softcap", None)
-                options = SamplingOptions(temperature, **given)
-                found = sample_token(rows, uniform, options, softcap)
-                exact = sample_token_ref(rows.double(), uniform, options, softcap)
-                same = found[0] == exact[0]
-                assert same.float().mean() > 0.97
-                for ours, theirs in zip(found[1:], exact[1:], strict=True):
-                    torch.testing.assert_close(
-                        ours[same].double(), theirs[same], rtol=2e-5, atol=2e-5
-                    )
-                count += 1
-    assert calls == {"sample_token": count}
-
-
-def test_a_row_of_nan_gives_some_token(calls: Counter[str]) -> None:
-    logits = randn(4, 2000)
-    logits[1, 7] = float("nan")
-    logits[2] = float("inf")
-    uniform = torch.full((4,), 0.5)
-    for temperature in (0.0, 0.7):
-        token, logprob, _ = sample_token(logits, uniform, SamplingOptions(temperature))
-        assert ((token >= 0) & (token < 2000)).all()
-        assert logprob.isnan().tolist() == [False, True, True, False]
-    assert calls == {"sample_token": 2}
-
-
-def test_uniforms(calls: Counter[str]) -> None:
-    keys = torch.randint(2**32, (50, 2), generator=torch.Generator().manual_seed(0))
-    index = torch.arange(50) << 30
-    positions = torch.arange(50)[:, None] * 2**29 + torch.arange(9)
-    for at in (positions, positions[:, 3]):
-        ours = uniforms(keys, index, at)
-        with cpp.torch_only():
-            assert ours.equal(uniforms(keys, index, at))
-    assert calls == {"uniforms": 2}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""Votes: the paper's fixtures, and hypothesis draws against a brute force in plain Python."""
+"""Votes, in plain torch on any device: the paper's, written cases, and a brute force."""
 
 import math
 from collections.abc import Callable
@@ -21,8 +21,16 @@ META_CASES = [
     ([math.nan, -math.inf, math.inf], 2, [False, True, True]),
     ([-0.0, 0.0, -1.0], 1, [True, False, False]),
 ]
+PAPER = [[1, 5], [5, 6], [4, 8], [7, 6]]
 Vote = Callable[..., VoteResult]
 both = pytest.mark.parametrize("op", [vote, vote_ref])
+
+
+def assert_same(result: VoteResult, reference: VoteResult) -> None:
+    for name, value in vars(reference).items():
+        torch.testing.assert_close(
+            getattr(result, name), value, rtol=0, atol=0, equal_nan=True, msg=name
+        )
 
 
 def one_row(
@@ -47,26 +55,16 @@ def one_row(
 
 
 @both
-def test_paper_votes_sum(op: Vote) -> None:
-    result = one_row(op, [[1, 5], [5, 6], [4, 8], [7, 6]])
-    assert result.total.tolist() == [[17, 25]]
-    assert result.mean.tolist() == [[4.25, 6.25]]
+def test_votes_of_the_paper(op: Vote) -> None:
+    """Samples sum; meta scores keep samples 1 and 3; scores given in reversed order are turned."""
+    result = one_row(op, PAPER)
+    assert result.total.tolist() == [[17, 25]] and result.mean.tolist() == [[4.25, 6.25]]
     assert (result.best.item(), result.votes.item(), result.tie.item()) == (1, 4, False)
-
-
-@both
-def test_paper_meta_scores_keep_samples_1_and_3(op: Vote) -> None:
-    result = one_row(op, [[1, 5], [5, 6], [4, 8], [7, 6]], meta=[0.9, 0.1, 0.8, 0.2], k_meta=2)
-    assert result.total.tolist() == [[5, 13]]
+    result = one_row(op, PAPER, meta=[0.9, 0.1, 0.8, 0.2], k_meta=2)
+    assert result.total.tolist() == [[5, 13]] and result.votes.item() == 2
     assert result.voted.tolist() == [[True, False, True, False]]
-    assert result.votes.item() == 2
-
-
-@both
-def test_paper_votes_given_in_reversed_order(op: Vote) -> None:
     result = one_row(op, [[8, 8], [9, 5], [10, 7]], orders=[[0, 1], [1, 0], [1, 0]])
-    assert result.total.tolist() == [[20, 27]]
-    assert result.best.item() == 1
+    assert result.total.tolist() == [[20, 27]] and result.best.item() == 1
 
 
 def test_unpermute_puts_each_score_at_its_response() -> None:
@@ -77,19 +75,12 @@ def test_unpermute_puts_each_score_at_its_response() -> None:
 
 
 @both
-def test_no_valid_sample_gives_no_best(op: Vote) -> None:
+def test_an_invalid_sample_has_no_vote_and_is_not_zero(op: Vote) -> None:
     result = one_row(op, [[9, 1], [9, 1]], valid=[False, False])
-    assert result.best.item() == -1
-    assert (result.votes.item(), result.tie.item()) == (0, False)
-    assert result.total.tolist() == [[0, 0]]
-    assert result.mean.isnan().all()
-
-
-@both
-def test_invalid_sample_is_not_counted_as_zero(op: Vote) -> None:
+    assert (result.best.item(), result.votes.item(), result.tie.item()) == (-1, 0, False)
+    assert result.total.tolist() == [[0, 0]] and result.mean.isnan().all()
     result = one_row(op, [[-5, -3], [1000, 1000]], valid=[True, False])
-    assert result.total.tolist() == [[-5, -3]]
-    assert result.mean.tolist() == [[-5.0, -3.0]]
+    assert result.total.tolist() == [[-5, -3]] and result.mean.tolist() == [[-5.0, -3.0]]
     assert result.best.item() == 1
 
 
@@ -105,18 +96,9 @@ def test_meta_scores_choose_the_voters(
 
 @both
 def test_ties_are_drawn_evenly_and_flagged(op: Vote) -> None:
-    size = 300
-    uniform = (torch.arange(size) + 0.5) / size
-    scores = torch.tensor([[4, 9, 1, 9, 9]]).expand(size, 1, 5)
-    result = op(
-        scores,
-        torch.arange(5).expand(size, 1, 5),
-        torch.ones(size, 1, dtype=torch.bool),
-        torch.full((size,), 5),
-        uniform,
-    )
-    assert result.tie.all()
-    assert result.best.tolist() == [1] * 100 + [3] * 100 + [4] * 100
+    for i in range(300):
+        result = one_row(op, [[4, 9, 1, 9, 9]], uniform=(i + 0.5) / 300)
+        assert result.tie.item() and result.best.item() == (1, 3, 4)[i // 100]
 
 
 @both
@@ -158,52 +140,42 @@ def test_takes_slices_and_expanded_rows() -> None:
     meta = torch.randn(9, 8, generator=generator)[:, 1:-1]
     arguments = (scores, order, valid, torch.full((9,), 4), torch.rand(9, generator=generator))
     assert not any(x.is_contiguous() for x in (scores, order, valid, meta))
-    result, reference = (op(*arguments, meta, 3) for op in (vote, vote_ref))
-    for name, value in vars(reference).items():
-        torch.testing.assert_close(
-            getattr(result, name), value, rtol=0, atol=0, equal_nan=True, msg=name
-        )
+    assert_same(vote(*arguments, meta, 3), vote_ref(*arguments, meta, 3))
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> dict[str, torch.Tensor | int | None]:
     rows, samples, width = draw(st.integers(0, 4)), draw(st.integers(1, 6)), draw(st.integers(1, 5))
-    n = [draw(st.integers(1, width)) for _ in range(rows)]
+
+    def several(values: st.SearchStrategy, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        size = math.prod(shape)
+        numbers = draw(st.lists(values, min_size=size, max_size=size))
+        return torch.tensor(numbers, dtype=dtype).reshape(shape)
+
+    n = several(st.integers(1, width), rows, dtype=torch.int64)
     order = [
         [draw(st.permutations(range(count))) + [-1] * (width - count) for _ in range(samples)]
-        for count in n
+        for count in n.tolist()
     ]
-    score = st.integers(-3, 3)
-    meta_value = st.sampled_from([0.0, 0.25, 1.0, -1.0, math.inf, -math.inf, math.nan])
-    size = rows * samples
+    quality = st.sampled_from([0.0, 0.25, 1.0, -1.0, math.inf, -math.inf, math.nan])
+    uniform = st.floats(0, 1, exclude_max=True, width=32)
     with_meta = draw(st.booleans())
-    meta = torch.tensor([draw(meta_value) for _ in range(size)]).reshape(rows, samples)
     return {
-        "scores": torch.tensor(
-            [draw(score) for _ in range(size * width)], dtype=torch.int64
-        ).reshape(rows, samples, width),
+        "scores": several(st.integers(-3, 3), rows, samples, width, dtype=torch.int64),
         "order": torch.tensor(order, dtype=torch.int64).reshape(rows, samples, width),
-        "valid": torch.tensor([draw(st.booleans()) for _ in range(size)], dtype=torch.bool).reshape(
-            rows, samples
-        ),
-        "n": torch.tensor(n, dtype=torch.int64),
-        "tie_uniform": torch.tensor(
-            [draw(st.floats(0, 1, exclude_max=True, width=32)) for _ in range(rows)]
-        ).reshape(rows),
-        "meta": meta if with_meta else None,
+        "valid": several(st.booleans(), rows, samples, dtype=torch.bool),
+        "n": n,
+        "tie_uniform": several(uniform, rows, dtype=torch.float32),
+        "meta": several(quality, rows, samples, dtype=torch.float32) if with_meta else None,
         "k_meta": draw(st.integers(1, 8)) if with_meta else None,
     }
 
 
 @settings(max_examples=200, deadline=None)
 @given(batches())
-def test_vote_equals_brute_force_and_reference(batch: dict) -> None:
+def test_votes_equal_brute_force_and_reference(batch: dict) -> None:
     result = vote(**batch)
-    reference = vote_ref(**batch)
-    for name, value in vars(reference).items():
-        torch.testing.assert_close(
-            getattr(result, name), value, rtol=0, atol=0, equal_nan=True, msg=name
-        )
+    assert_same(result, vote_ref(**batch))
     k_meta, meta, width = batch["k_meta"], batch["meta"], batch["scores"].shape[2]
     for r, count in enumerate(batch["n"].tolist()):
         candidates = [k for k, ok in enumerate(batch["valid"][r].tolist()) if ok]
@@ -245,7 +217,7 @@ def test_vote_equals_brute_force_and_reference(batch: dict) -> None:
         ({"meta": torch.zeros(2, 4), "k_meta": 1}, "meta must be"),
     ],
 )
-def test_wrong_arguments_are_named(change: dict, message: str) -> None:
+def test_bad_arguments(change: dict, message: str) -> None:
     arguments = {
         "scores": torch.zeros(2, 3, 4, dtype=torch.int64),
         "order": torch.arange(4).expand(2, 3, 4),

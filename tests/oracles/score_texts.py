@@ -1,4 +1,4 @@
-"""Texts that try the score automaton, for tests on CPU and of the Triton kernels."""
+"""Texts that try the score automaton, and what has to be read in them."""
 
 from collections.abc import Sequence
 
@@ -70,6 +70,8 @@ def outcomes(state: ScoreState, finished: bool) -> list[Outcome]:
     return results
 
 
+_QUOTED = b'It says "Scores: \\boxed{9}",\n> Scores: \\boxed{9}\n- Scores: \\boxed{9}\n'
+
 # Every expected value here was written by hand, not computed.
 CASES: list[tuple[bytes, int, Reason, tuple[int, ...]]] = [
     (rb"Scores: \boxed{8, 10}", 2, Reason.VALID, (8, 10)),
@@ -123,6 +125,8 @@ CASES: list[tuple[bytes, int, Reason, tuple[int, ...]]] = [
     (b"Scores: \\boxed{1" + b"0" * 64 + b"5}", 1, Reason.RANGE, ()),  # 5 modulo 2**64
     (b"Scores: \\boxed{" + b"0" * 5000 + b"7}", 1, Reason.VALID, (7,)),
     (b"", 1, Reason.MISSING, ()),
+    (_QUOTED, 2, Reason.MISSING, ()),
+    (_QUOTED + b"Scores: \\boxed{2, 9}\n", 2, Reason.VALID, (2, 9)),
 ]
 
 FRAGMENTS = [
@@ -133,19 +137,6 @@ FRAGMENTS = [
     *("\uff15".encode(), b"A\\boxed{", b"Scores: \\boxed{2, 3}", b"\nScores: \\boxed{6}"),
 ]
 
-
 ITEMS = [
-    b"1",
-    b" 7",
-    b"10 ",
-    b"3",
-    b"\t007",
-    b"+3",
-    b"-5",
-    b"0",
-    b"11",
-    b"9" * 30,
-    b"x",
-    b"",
-    b"1 0",
+    *(b"1", b" 7", b"10 ", b"3", b"\t007", b"+3", b"-5", b"0", b"11", b"9" * 30, b"x", b"", b"1 0"),
 ]

@@ -1,0 +1,253 @@
+"""Appending to every live sample the token that was drawn for it."""
+
+import random
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.accept_token import LiveSamples, Records, accept_token, accept_token_ref
+from kernels.extract_scores import Reason, ScoreAutomaton, extract_scores_ref, scores_of
+from tests.implementations import Implementation
+from tests.live_samples import END_IDS, PIECES, SPECIAL_IDS, assert_same, draw_tokens, make_live
+from tests.oracles.score_texts import ANCHOR, BYTES, Outcome, outcomes
+
+BLOCK = 32  # rows of a Triton program
+FUNCTIONS = {"torch": {}, "cpp": {"accept_token"}, "triton": {"_accept_token_kernel"}}
+
+
+def automaton(on: Implementation, anchor: str | None = ANCHOR) -> ScoreAutomaton:
+    return ScoreAutomaton(PIECES, SPECIAL_IDS, anchor, 1, 10, on.device)
+
+
+@pytest.mark.parametrize(
+    ("batch", "num_ends", "stop_at_box", "moves", "anchor"),
+    [
+        (0, 3, True, True, ANCHOR),
+        (1, 3, True, True, ANCHOR),
+        (9, 2, True, True, None),
+        (31, 0, True, True, ANCHOR),
+        (32, 1, False, True, ANCHOR),
+        (33, 1, False, False, None),
+        (70, 3, True, True, ANCHOR),
+    ],
+)
+def test_equals_its_reference(
+    on: Implementation,
+    batch: int,
+    num_ends: int,
+    stop_at_box: bool,
+    moves: bool,
+    anchor: str | None,
+) -> None:
+    """Every tensor after every step, until all are finished and beyond."""
+    rng = random.Random(batch)
+    scores = automaton(on, anchor)
+    live, records = make_live(batch, 9, scores, finished=batch > 1)
+    ends = END_IDS[:num_ends].to(on.device)
+    first = torch.arange(batch + 5, device=on.device)
+    cursor = first.clone(), 10 * first, 100 * first
+    theirs, their_records, their_cursor = deepcopy((live, records, cursor))
+    walked = set()
+    with on.counted() as counts:
+        for _ in range(11):
+            step = draw_tokens(rng, live)
+            read = step[0].masked_fill(live.finished | torch.isin(step[0], ends), len(PIECES))
+            walks = scores._table[live.scores.control, read] < 0
+            walked |= {bool(block.any()) for block in walks.split(BLOCK)}
+            rules = scores, ends, stop_at_box
+            accept_token(live, records, *step, *rules, cursor if moves else None)
+            accept_token_ref(theirs, their_records, *step, *rules, their_cursor if moves else None)
+            assert_same(live, records, theirs, their_records)
+            assert all(a.equal(b) for a, b in zip(cursor, their_cursor, strict=True))
+    assert counts == dict.fromkeys(FUNCTIONS[on.name] if batch else (), 11)
+    assert live.finished.all() and walked == ({True, False} if batch else {False})
+
+
+@pytest.mark.parametrize("stop_at_box", [True, False])
+def test_what_a_sample_leaves_is_what_was_drawn_for_it(
+    on: Implementation, stop_at_box: bool
+) -> None:
+    """Replayed from lists: each sample ends by its first end token, decided box or limit, its
+    scores are those of the parser on its tokens without the end, and nothing else was written."""
+    rng = random.Random(0)
+    scores_automaton = automaton(on)
+    live, records = make_live(40, 8, scores_automaton)
+    place = torch.zeros(45, dtype=torch.int64, device=on.device)
+    cursor = place, place + 7, place + 70
+    steps = []
+    while not live.finished.all():
+        steps.append(draw_tokens(rng, live))
+        rules = scores_automaton, END_IDS.to(on.device), stop_at_box
+        accept_token(live, records, *steps[-1], *rules, cursor)
+    scores, reasons = scores_of(live.scores, live.ended)
+    ends, causes, written = set(END_IDS.tolist()), set(), 0
+    for b in range(40):
+        drawn = [int(token[b]) for token, _, _ in steps]
+        n, limit = int(live.scores.n[b]), int(live.limit[b])
+        kept: list[int] = []
+        cause = "limit"
+        for token in drawn[:limit]:
+            kept.append(token)
+            read = [t for t in kept if t not in ends]
+            reason, expected = extract_scores_ref(
+                PIECES, SPECIAL_IDS, read, n, ANCHOR.encode(), 1, 10, token in ends
+            )
+            decided = reason not in (Reason.MISSING, Reason.TRUNCATED)
+            if token in ends or (stop_at_box and decided):
+                cause = "end" if token in ends else "box"
+                break
+        slot, count = int(live.slot[b]), len(kept)
+        assert int(live.count[b]) == count and int(live.token[b]) == kept[-1]
+        assert records.tokens[slot, :count].tolist() == kept
+        for record, which in zip(records.logprobs, (1, 2), strict=True):
+            assert record[slot, :count].tolist() == [float(s[which][b]) for s in steps[:count]]
+        assert bool(live.ended[b]) == (cause == "end")
+        assert Reason(int(reasons[b])) == reason
+        assert scores[b, :n].tolist() == (list(expected) if reason == Reason.VALID else [0] * n)
+        assert [int(m[b]) for m in cursor] == [count, count + 7, count + 70]
+        causes.add(cause)
+        written += count
+    assert causes == ({"end", "limit", "box"} if stop_at_box else {"end", "limit"})
+    assert (records.tokens != -7).sum() == written
+    assert (~records.logprobs.isnan()).sum() == 2 * written
+    assert all(len(m[40:].unique()) == 1 for m in cursor)
+
+
+@pytest.mark.parametrize("anchor", [ANCHOR, None])
+def test_samples_may_be_reordered_joined_and_retired(
+    on: Implementation, anchor: str | None
+) -> None:
+    """In one batch, which changes after every token, each leaves what its own text says."""
+    texts = [
+        rb"Scores: \boxed{1, 2} and more of it",
+        rb"Scores: \boxed{1, 2, 3} and more",
+        rb"well   \boxed{3} \boxed{7, x   } more",
+        rb"Scores: \boxed{ 10 , 9 } \boxed{5,5",
+        rb"Scores: \boxed{9999999999999999999, 1}",
+    ]
+    scores = ScoreAutomaton(BYTES, (), anchor, 1, 10, on.device)
+    lengths, n = torch.tensor([len(text) for text in texts]), torch.full((5,), 2)
+    records = Records.empty(5, 40, on.device)
+
+    def start(slots: list[int]) -> LiveSamples:
+        limit, slot = lengths[slots].to(on.device), torch.tensor(slots, device=on.device)
+        return LiveSamples.start(limit, slot, scores.start(n[slots], 4))
+
+    live, left = start([0, 2, 3]), dict[int, Outcome]()
+    no_ends = torch.empty(0, dtype=torch.int64, device=on.device)
+    generator = torch.Generator().manual_seed(1)
+    while len(live.token):
+        at = list(zip(live.slot.tolist(), live.count.tolist(), strict=True))
+        token = torch.tensor([texts[slot][count] for slot, count in at], device=on.device)
+        logprob = torch.zeros(len(at), device=on.device)
+        accept_token(live, records, token, logprob, logprob, scores, no_ends, False)
+        if not left and at[0][1] == 9:
+            live = live.concat(start([1, 4]))
+        for row, outcome in enumerate(outcomes(live.scores, True)):
+            if live.finished[row]:
+                left[int(live.slot[row])] = outcome
+        order = torch.randperm(len(live.token), generator=generator).to(on.device)
+        live = live.index_select(order[~live.finished[order]])
+    for slot, text in enumerate(texts):
+        assert bytes(records.tokens[slot, : len(text)].tolist()) == text
+        rules = 2, None if anchor is None else anchor.encode(), 1, 10, True
+        assert left[slot] == extract_scores_ref(BYTES, (), text, *rules)
+    assert len(set(left.values())) > 3
+
+
+def test_a_slot_passes_on_nothing_but_its_records(on: Implementation) -> None:
+    """A sample that joins where a decided one was starts like any other."""
+    scores = automaton(on)
+    live, records = make_live(3, 9, scores)
+    fresh, _ = make_live(1, 9, scores)
+    fresh.slot.copy_(live.slot[1])
+    for samples in (live, fresh):
+        samples.limit.fill_(9)
+        samples.scores.n.fill_(1)
+    box = [PIECES.index(piece) for piece in (b"Scores: ", b"\\boxed{", b"7", b"}")]
+
+    def take(token: int) -> None:
+        tokens = torch.full((3,), token, device=on.device)
+        logprob = torch.zeros(3, device=on.device)
+        accept_token(live, records, tokens, logprob, logprob, scores, END_IDS.to(on.device), True)
+
+    for token in box:
+        take(token)
+    assert live.finished.all() and live.scores.decided.all()
+    live = fresh.concat(live.index_select(torch.tensor([2, 0], device=on.device)))
+    for token in box[:3]:
+        take(token)
+    assert live.finished.tolist() == [False, True, True] and live.count.tolist() == [3, 4, 4]
+    assert live.scores.reason.tolist() == [Reason.UNDECIDED, Reason.VALID, Reason.VALID]
+    take(box[3])
+    assert live.finished.all() and live.scores.scores.tolist() == [[7, 0, 0]] * 3
+
+
+def refuse(arguments: dict[str, Any], message: str, **change: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        accept_token(**(arguments | change))
+
+
+def good_arguments(on: Implementation) -> dict[str, Any]:
+    live, records = make_live(4, 8, automaton(on))
+    step = draw_tokens(random.Random(0), live)
+    rules = {"automaton": automaton(on), "end_ids": END_IDS.to(on.device), "stop_at_box": True}
+    names = "live", "records", "token", "logprob", "sampling_logprob"
+    return dict(zip(names, (live, records, *step), strict=True)) | rules
+
+
+def test_bad_arguments_change_nothing(on: Implementation) -> None:
+    good = good_arguments(on)
+    live, records, token, logprob = (good[x] for x in ("live", "records", "token", "logprob"))
+    refuse(good, r"token must be \(4,\) torch.int64, got \(3,\)", token=token[:3])
+    refuse(good, r" logprob must be .* got \(4,\) torch.float64", logprob=logprob.double())
+    refuse(good, r"sampling_logprob .* got \(4, 1\)", sampling_logprob=logprob[:, None])
+    refuse(good, r"end_ids must be .* got \(3,\) torch.int32", end_ids=END_IDS.int())
+    short = Records(records.tokens, records.logprobs[:1])
+    refuse(good, r"records.logprobs must be \(2, 7, 8\)", records=short)
+    refuse(good, r"\(at least 4,\) int64, got \(3,\)", cursor=(token[:3], token, token))
+    flags = LiveSamples(**{**live.tensors(), "finished": token}, scores=live.scores)
+    refuse(good, r"live.finished must be \(4,\) torch.bool", live=flags)
+    assert (records.tokens == -7).all() and not live.count.any()
+
+
+@pytest.mark.implementations("cpp", "triton")
+def test_what_is_not_contiguous_is_refused(on: Implementation) -> None:
+    good = good_arguments(on)
+    live, records = good["live"], good["records"]
+    for tokens, logprobs in (
+        (records.tokens.T.contiguous().T, records.logprobs),
+        (records.tokens, records.logprobs.mT.contiguous().mT),
+    ):
+        refuse(good, r"must be contiguous, got \(", records=Records(tokens, logprobs))
+    turned = deepcopy(live)
+    turned.scores.items = turned.scores.items.T.contiguous().T
+    refuse(good, "items must be contiguous", live=turned)
+    live.count = torch.zeros(4, 2, dtype=torch.int64, device=on.device)[:, 0]
+    refuse(good, r"contiguous, got .*\(2,\)")
+
+
+# -- Triton alone ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.implementations("triton")
+def test_a_captured_graph_takes_tokens_too(on: Implementation) -> None:
+    rng = random.Random(0)
+    scores = automaton(on)
+    live, records = make_live(33, 9, scores)
+    theirs, their_records = deepcopy((live, records))
+    ends = END_IDS.to(on.device)
+    static = draw_tokens(rng, live)
+    accept_token(deepcopy(live), deepcopy(records), *static, scores, ends, True)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        accept_token(live, records, *static, scores, ends, True)
+    for _ in range(9):
+        for buffer, value in zip(static, draw_tokens(rng, live), strict=True):
+            buffer.copy_(value)
+        graph.replay()
+        accept_token_ref(theirs, their_records, *static, scores, ends, True)
+        assert_same(live, records, theirs, their_records)

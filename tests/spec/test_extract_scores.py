@@ -1,0 +1,326 @@
+"""The score automaton, which reads tokens as `accept_token` takes them, against its parser."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels.accept_token
+from kernels.extract_scores import (
+    Reason,
+    ScoreAutomaton,
+    extract_scores_ref,
+    parse_scores,
+    rows_launch,
+)
+from kernels.launch import INTERPRETED
+from kernels.target import TARGETS
+from tests.implementations import Implementation
+from tests.live_samples import PIECES, SPECIAL_IDS
+from tests.oracles.score_texts import (
+    ANCHOR,
+    BYTES,
+    CASES,
+    FRAGMENTS,
+    ITEMS,
+    SPECIAL,
+    Outcome,
+    bytes_of,
+    outcomes,
+    read,
+    run,
+)
+
+Pieces = list[bytes | None]
+MISSING, THREE = (Reason.MISSING, ()), (Reason.VALID, (3,))
+# Called once for each token of the longest text.
+FUNCTIONS = {"torch": {}, "cpp": {"accept_token"}, "triton": {"_accept_token_kernel"}}
+
+
+@pytest.fixture(autouse=True)
+def _one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter, where a program takes milliseconds for a symbol, one has all rows."""
+    if INTERPRETED:
+        one = {"ROWS": 512, "num_warps": 1}
+        monkeypatch.setattr(kernels.accept_token, "rows_launch", lambda target: one)
+
+
+def check(
+    on: Implementation,
+    texts: list[Pieces],
+    n: int | list[int],
+    expected: list[Outcome],
+    anchor: str | None = ANCHOR,
+    finished: bool = True,
+    bounds: tuple[int, int] = (1, 10),
+) -> None:
+    with on.counted() as counts:
+        found = run(texts, n, anchor, finished, bounds, on.device)
+    assert counts == dict.fromkeys(FUNCTIONS[on.name], max(map(len, texts)))
+    assert found == expected
+
+
+def singly(text: bytes) -> Pieces:
+    return [*bytes_of(text)]
+
+
+def cut(text: bytes, rng: random.Random) -> Pieces:
+    """The text in up to 9 pieces, some of them empty."""
+    cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(9)))
+    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+
+# -- the language ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "n", "reason", "scores"), CASES)
+def test_reference_reads_the_written_cases(
+    text: bytes, n: int, reason: Reason, scores: tuple[int, ...]
+) -> None:
+    assert parse_scores(text, n, ANCHOR.encode(), 1, 10, True) == (reason, scores)
+    reason = Reason.TRUNCATED if reason == Reason.MISSING else reason
+    assert parse_scores(text, n, ANCHOR.encode(), 1, 10, False) == (reason, scores)
+
+
+def test_written_cases_reach_every_reason() -> None:
+    reached = {reason for _, _, reason, _ in CASES} | {Reason.TRUNCATED, Reason.UNDECIDED}
+    assert reached == set(Reason)
+    assert [reason.label for reason in Reason] == [
+        *("undecided", "valid", "missing", "count", "range", "not an integer", "truncated")
+    ]
+
+
+def test_written_cases_under_every_tokenization(on: Implementation) -> None:
+    """Runs of 5,000 digits are 60 where a symbol is a step, or takes milliseconds."""
+    rng = random.Random(0)
+    texts = [text for text, _, _, _ in CASES]
+    short = [text.replace(b"9" * 4940, b"").replace(b"0" * 4940, b"") for text in texts]
+    tokenizations = [
+        *map(singly, short),
+        *([text] for text in (short if INTERPRETED else texts)),
+        *(cut(text, rng) for text in short),
+    ]
+    numbers = [n for _, n, _, _ in CASES]
+    expected = [(reason, scores) for _, _, reason, scores in CASES]
+    check(on, tokenizations, numbers * 3, expected * 3)
+
+
+def test_without_an_anchor_the_last_complete_box_decides(on: Implementation) -> None:
+    cases: list[tuple[bytes, Reason, tuple[int, ...]]] = [
+        (rb"a \boxed{1} b \boxed{2} c", Reason.VALID, (2,)),
+        (rb"\boxed{1} \boxed{2", Reason.VALID, (1,)),
+        (rb"\boxed{1} \boxed{2, 3, 4", Reason.VALID, (1,)),
+        (rb"\boxed{1}\boxed{x}", Reason.NOT_AN_INTEGER, ()),
+        (rb"\boxed{x}\boxed{1}", Reason.VALID, (1,)),
+        (rb"\boxed{1}\boxed{5, 6}", Reason.COUNT, ()),
+        (rb"\boxed{1}\boxed{50}", Reason.RANGE, ()),
+        (rb"\boxed{1", Reason.TRUNCATED, ()),
+    ]
+    texts = [singly(text) for text, _, _ in cases] + [[text] for text, _, _ in cases]
+    expected = [(reason, scores) for _, reason, scores in cases]
+    check(on, texts, 1, expected * 2, anchor=None, finished=False)
+
+
+def test_a_special_token_resets_but_not_a_decided_row(on: Implementation) -> None:
+    box, line = rb"\boxed{3}", rb"Scores: \boxed{3}"
+    anchored: list[tuple[Pieces, Outcome]] = [
+        ([b"Scores:", None, box], MISSING),
+        ([b"Scores: \\boxed{1, ", None, b"3}"], MISSING),
+        ([b"Scores: \\bo", None, b"xed{3}"], MISSING),
+        ([b"no line ", None, line], THREE),
+        ([b"Sco", None, b"res: \\boxed{3}"], MISSING),
+        ([line, None, b"Scores: \\boxed{4}"], THREE),
+        ([b"Scores: \\boxed{1, ", None, line], THREE),
+    ]
+    plain: list[tuple[Pieces, Outcome]] = [
+        ([box, None], MISSING),
+        ([box, None, b"x"], MISSING),
+        ([box, None, box], THREE),
+    ]
+    check(on, [text for text, _ in anchored], 1, [outcome for _, outcome in anchored])
+    check(on, [text for text, _ in plain], 1, [outcome for _, outcome in plain], anchor=None)
+
+
+def automaton_of_bytes(on: Implementation, anchor: str | None = ANCHOR) -> ScoreAutomaton:
+    return ScoreAutomaton([*BYTES, b"<s>"], {SPECIAL}, anchor, 1, 10, on.device)
+
+
+def test_decided_the_moment_the_box_closes_and_never_after(on: Implementation) -> None:
+    box, more = [*rb"Scores: \boxed{4, 5}"], [*b"\nScores: \\boxed{9, 9}", SPECIAL, *b"Scores: x"]
+    text = box + more
+    rows = [text[:length] for length in range(len(text) + 1)]
+    n = torch.tensor([2] * len(text) + [3])  # the last one has room for three scores
+    state = read(automaton_of_bytes(on), rows, n)
+    assert state.decided.tolist() == [len(row) >= len(box) for row in rows]
+    decided = outcomes(state, True)[len(box) :]
+    assert decided == [(Reason.VALID, (4, 5))] * len(more) + [(Reason.COUNT, ())]
+    twice = [*rb"\boxed{4}\boxed{5}"]
+    state = read(automaton_of_bytes(on, None), [twice[:9], twice], torch.tensor([1, 1]))
+    assert not state.decided.any() and outcomes(state, True)[1] == (Reason.VALID, (5,))
+
+
+def test_long_integers_saturate_on_both_sides(on: Implementation) -> None:
+    """What is 5 and -5 modulo 2**64 is out of range all the same."""
+    digits = b"%d" % (2**64 + 5)
+    texts: list[Pieces] = [
+        [b"Scores: \\boxed{", sign, digits if long else b"0" * 30 + b"5", b"}"]
+        for sign in (b"", b"-")
+        for long in (True, False)
+    ]
+    outside = (Reason.RANGE, ())
+    expected = [outside, (Reason.VALID, (5,)), outside, (Reason.VALID, (-5,))]
+    check(on, texts, 1, expected, bounds=(-9, 9))
+
+
+def test_more_items_than_there_is_room_for(on: Implementation) -> None:
+    """Rows beside each other, each with its own n; what is too many must not reach a neighbour."""
+    texts: list[Pieces] = []
+    expected: list[Outcome] = []
+    numbers = (0, 1, 2, 3, 4, 20)
+    for n in numbers:
+        for items in (n, 21, 45):
+            scores = [1 + i % 9 for i in range(items)]
+            texts.append([b"Scores: \\boxed{", b",".join(b"%d" % x for x in scores), b"}"])
+            expected.append((Reason.VALID, tuple(scores)) if items == n else (Reason.COUNT, ()))
+    check(on, texts, [n for n in numbers for _ in range(3)], expected)
+
+
+@pytest.mark.implementations("cpp")
+def test_a_megabyte_without_end(on: Implementation) -> None:
+    plain, digits, blanks = b"x" * 1000, b"1" * 100, b" \n" * 500
+    texts: list[Pieces] = [
+        [plain] * 1000,
+        [b"Scores: ", *[plain] * 1000],
+        [b"Scores: \\boxed{x", *[plain] * 1000],
+        [b"Scores: \\boxed{", *[digits] * 50],
+        [b"Scores: \\boxed{", *[b"7, " * 20] * 20],
+        [*[b"\nScores" * 140] * 1000],
+        [b"Scores: \\boxed{", *[blanks] * 1000, b"6}"],
+    ]
+    expected: list[Outcome] = [(Reason.TRUNCATED, ())] * 6 + [(Reason.VALID, (6,))]
+    check(on, texts, 1, expected, finished=False)
+
+
+def hostile(rng: random.Random, anchor: str | None, n: int) -> Pieces:
+    """Fragments; most texts also hold an anchored line with a box of about n plausible items."""
+
+    def fragments(most: int) -> Pieces:
+        choices = [*FRAGMENTS, None, rng.randbytes(rng.randrange(4))]
+        return [rng.choice(choices) for _ in range(rng.randrange(most))]
+
+    pieces = fragments(6)
+    if rng.randrange(4):
+        plausible = ITEMS[:6] if n > 3 or rng.randrange(2) else ITEMS
+        items = rng.choices(plausible, k=rng.choice([n, n, n, n + 1]))
+        content = [piece for item in items for piece in (b",", item)][1:]
+        pieces += [b"\n", (anchor or "").encode(), b" ", b"\\boxed{", *content, b"}"]
+        pieces += fragments(4)
+    return pieces
+
+
+def parsed(
+    pieces: Pieces, n: int, anchor: str | None, bounds: tuple[int, int], finished: bool
+) -> Outcome:
+    """The reference; it parses between special tokens: with an anchor the first text that decides
+    counts, else the last one."""
+    texts = [b""]
+    for piece in pieces:
+        texts = [*texts, b""] if piece is None else [*texts[:-1], texts[-1] + piece]
+    rules = n, None if anchor is None else anchor.encode(), *bounds, finished
+    verdicts = [parse_scores(text, *rules) for text in texts]
+    absent = Reason.MISSING if finished else Reason.TRUNCATED
+    deciding = [v for v in verdicts if v[0] != absent] if anchor is not None else []
+    expected = deciding[0] if deciding else verdicts[-1]
+    special = {i for i, piece in enumerate(pieces) if piece is None}
+    vocabulary = [b"" if piece is None else piece for piece in pieces]
+    assert extract_scores_ref(vocabulary, special, range(len(pieces)), *rules) == expected
+    return expected
+
+
+RULES = [
+    (ANCHOR, (1, 10), False),
+    (None, (-5, 10), True),
+    ("", (1, 10), False),
+    ("A\\boxed{", (-5, 10), False),
+    (ANCHOR, (-5, 7), True),
+    (None, (1, 10), False),
+    ("SS:", (1, 10), False),
+]
+
+
+@pytest.mark.parametrize(
+    ("anchor", "bounds", "finished"), RULES[:4] if INTERPRETED else RULES, ids=str
+)
+def test_hostile_texts_under_every_tokenization(
+    on: Implementation, anchor: str | None, bounds: tuple[int, int], finished: bool
+) -> None:
+    """With special tokens, and with more items than a row expects."""
+    rng = random.Random(len(anchor or "none") + finished)
+    tokenizations: list[tuple[Pieces, ...]] = []
+    numbers: list[int] = []
+    expected: list[Outcome] = []
+    while len(numbers) < (30 if INTERPRETED else 100):
+        n = rng.choice([0, 1, 2, 3, 7])
+        text = hostile(rng, anchor, n)
+        if sum(len(piece or b"x") for piece in text) > (34 if INTERPRETED else 200):
+            continue
+        single: Pieces = []
+        pieces: Pieces = []
+        for piece in text:
+            single += [None] if piece is None else singly(piece)
+            pieces += [None] if piece is None else cut(piece, rng)
+        tokenizations.append((single, pieces, text))
+        numbers.append(n)
+        expected.append(parsed(text, n, anchor, bounds, finished))
+    texts = [row for each in zip(*tokenizations, strict=True) for row in each]
+    assert len({reason for reason, _ in expected}) > 3
+    check(on, texts, numbers * 3, expected * 3, anchor, finished, bounds)
+
+
+# -- the automaton ---------------------------------------------------------------------------------
+
+
+def test_ordinary_text_is_one_look_up_per_token(on: Implementation) -> None:
+    """With symbols that are all wrong plain words still end where they should; a box does not."""
+    words = [i for i, piece in enumerate(PIECES) if not set(piece) & set(b"0123456789,}{")]
+    box = [PIECES.index(piece) for piece in (b"Scores: ", b"\\boxed{", b"1", b"}")]
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.tensor(words)[torch.randint(len(words), (4, 30), generator=generator)]
+    boxed = torch.tensor([box] * 4)
+    right, wrong = (ScoreAutomaton(PIECES, SPECIAL_IDS, ANCHOR, 1, 10, on.device) for _ in "ab")
+    wrong._symbols.fill_(ord("x"))
+    wrong._transitions[:, 1:] = 1
+
+    def control(automaton: ScoreAutomaton, tokens: Tensor) -> Tensor:
+        return read(automaton, tokens.tolist(), torch.ones(4, dtype=torch.int64)).control
+
+    assert control(right, plain).equal(control(wrong, plain))
+    assert control(right, boxed).unique().numel() == 1
+    assert not control(right, boxed).equal(control(wrong, boxed))
+
+
+def test_bad_arguments() -> None:
+    for special, anchor, bounds, message in (
+        (set(), "a\nb", (1, 10), "newline"),
+        (set(), "a" * 257, (1, 10), "at most 256 bytes"),
+        (set(), ANCHOR, (5, 4), "got 5 and 4"),
+        (set(), ANCHOR, (1, 10**17), "got 1 and 100000000000000000"),
+        ({256}, ANCHOR, (1, 10), r"below 256, got \[256\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ScoreAutomaton(BYTES, special, anchor, *bounds)
+    automaton = ScoreAutomaton(BYTES, set(), ANCHOR, 1, 10)
+    with pytest.raises(ValueError, match=r"in \[0, 2\]"):
+        automaton.start(torch.tensor([3]), 2)
+
+
+# -- Triton alone ----------------------------------------------------------------------------------
+
+
+@pytest.mark.implementations("triton")
+def test_one_row_a_thread(on: Implementation) -> None:
+    """Registers are stored and loaded without a barrier, which holds for one row a thread."""
+    for target in TARGETS.values():
+        options = rows_launch(target)
+        assert options["num_warps"] * (64 if target.is_hip else 32) == options["ROWS"]
