@@ -11,7 +11,7 @@ from kernels.accept_token import LiveSamples, Records, accept_token, accept_toke
 from kernels.extract_scores import Reason, ScoreAutomaton, extract_scores_ref, scores_of
 from tests.implementations import Implementation
 from tests.live_samples import END_IDS, PIECES, SPECIAL_IDS, assert_same, draw_tokens, make_live
-from tests.oracles.score_texts import ANCHOR, BYTES, Outcome, outcomes
+from tests.oracles.score_texts import ANCHOR, BYTES, outcomes
 
 BLOCK = 32  # rows of a Triton program
 FUNCTIONS = {"torch": {}, "cpp": {"accept_token"}, "triton": {"_accept_token_kernel"}}
@@ -116,10 +116,11 @@ def test_what_a_sample_leaves_is_what_was_drawn_for_it(
 
 
 @pytest.mark.parametrize("anchor", [ANCHOR, None])
-def test_samples_may_be_reordered_joined_and_retired(
+def test_samples_may_be_reordered_retired_and_replaced(
     on: Implementation, anchor: str | None
 ) -> None:
-    """In one batch, which changes after every token, each leaves what its own text says."""
+    """In one batch, which changes after every token, each leaves what its own text says, also in a
+    slot that another has left."""
     texts = [
         rb"Scores: \boxed{1, 2} and more of it",
         rb"Scores: \boxed{1, 2, 3} and more",
@@ -128,61 +129,33 @@ def test_samples_may_be_reordered_joined_and_retired(
         rb"Scores: \boxed{9999999999999999999, 1}",
     ]
     scores = ScoreAutomaton(BYTES, (), anchor, 1, 10, on.device)
-    lengths, n = torch.tensor([len(text) for text in texts]), torch.full((5,), 2)
-    records = Records.empty(5, 40, on.device)
-
-    def start(slots: list[int]) -> LiveSamples:
-        limit, slot = lengths[slots].to(on.device), torch.tensor(slots, device=on.device)
-        return LiveSamples.start(limit, slot, scores.start(n[slots], 4))
-
-    live, left = start([0, 2, 3]), dict[int, Outcome]()
+    records = Records.empty(3, 40, on.device)
     no_ends = torch.empty(0, dtype=torch.int64, device=on.device)
-    generator = torch.Generator().manual_seed(1)
+    generator, seen, text_of = torch.Generator().manual_seed(1), set(), dict[int, bytes]()
+
+    def start(slot: int) -> LiveSamples:
+        text_of[slot] = texts.pop()
+        limit, slots = (torch.tensor([x], device=on.device) for x in (len(text_of[slot]), slot))
+        return LiveSamples.start(limit, slots, scores.start(torch.tensor([2]), 4))
+
+    live = start(1).concat(start(0)).concat(start(2))
     while len(live.token):
-        at = list(zip(live.slot.tolist(), live.count.tolist(), strict=True))
-        token = torch.tensor([texts[slot][count] for slot, count in at], device=on.device)
-        logprob = torch.zeros(len(at), device=on.device)
+        at = zip(live.slot.tolist(), live.count.tolist(), strict=True)
+        token = torch.tensor([text_of[slot][count] for slot, count in at], device=on.device)
+        logprob = torch.zeros(len(token), device=on.device)
         accept_token(live, records, token, logprob, logprob, scores, no_ends, False)
-        if not left and at[0][1] == 9:
-            live = live.concat(start([1, 4]))
-        for row, outcome in enumerate(outcomes(live.scores, True)):
-            if live.finished[row]:
-                left[int(live.slot[row])] = outcome
-        order = torch.randperm(len(live.token), generator=generator).to(on.device)
-        live = live.index_select(order[~live.finished[order]])
-    for slot, text in enumerate(texts):
-        assert bytes(records.tokens[slot, : len(text)].tolist()) == text
-        rules = 2, None if anchor is None else anchor.encode(), 1, 10, True
-        assert left[slot] == extract_scores_ref(BYTES, (), text, *rules)
-    assert len(set(left.values())) > 3
-
-
-def test_a_slot_passes_on_nothing_but_its_records(on: Implementation) -> None:
-    """A sample that joins where a decided one was starts like any other."""
-    scores = automaton(on)
-    live, records = make_live(3, 9, scores)
-    fresh, _ = make_live(1, 9, scores)
-    fresh.slot.copy_(live.slot[1])
-    for samples in (live, fresh):
-        samples.limit.fill_(9)
-        samples.scores.n.fill_(1)
-    box = [PIECES.index(piece) for piece in (b"Scores: ", b"\\boxed{", b"7", b"}")]
-
-    def take(token: int) -> None:
-        tokens = torch.full((3,), token, device=on.device)
-        logprob = torch.zeros(3, device=on.device)
-        accept_token(live, records, tokens, logprob, logprob, scores, END_IDS.to(on.device), True)
-
-    for token in box:
-        take(token)
-    assert live.finished.all() and live.scores.decided.all()
-    live = fresh.concat(live.index_select(torch.tensor([2, 0], device=on.device)))
-    for token in box[:3]:
-        take(token)
-    assert live.finished.tolist() == [False, True, True] and live.count.tolist() == [3, 4, 4]
-    assert live.scores.reason.tolist() == [Reason.UNDECIDED, Reason.VALID, Reason.VALID]
-    take(box[3])
-    assert live.finished.all() and live.scores.scores.tolist() == [[7, 0, 0]] * 3
+        order = torch.randperm(len(token), generator=generator).to(on.device)
+        going, found = live.index_select(order[~live.finished[order]]), outcomes(live.scores, True)
+        for row in live.finished.nonzero()[:, 0].tolist():
+            slot, text = int(live.slot[row]), text_of[int(live.slot[row])]
+            assert bytes(records.tokens[slot, : len(text)].tolist()) == text
+            rules = 2, None if anchor is None else anchor.encode(), 1, 10, True
+            assert found[row] == extract_scores_ref(BYTES, (), text, *rules)
+            seen.add(found[row])
+            if texts:
+                going = start(slot).concat(going)
+        live = going
+    assert len(seen) > 3 and not texts
 
 
 def refuse(arguments: dict[str, Any], message: str, **change: Any) -> None:

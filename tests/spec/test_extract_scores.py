@@ -1,6 +1,7 @@
 """The score automaton, which reads tokens as `accept_token` takes them, against its parser."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -124,22 +125,24 @@ def test_without_an_anchor_the_last_complete_box_decides(on: Implementation) -> 
 
 def test_a_special_token_resets_but_not_a_decided_row(on: Implementation) -> None:
     box, line = rb"\boxed{3}", rb"Scores: \boxed{3}"
-    anchored: list[tuple[Pieces, Outcome]] = [
-        ([b"Scores:", None, box], MISSING),
-        ([b"Scores: \\boxed{1, ", None, b"3}"], MISSING),
-        ([b"Scores: \\bo", None, b"xed{3}"], MISSING),
-        ([b"no line ", None, line], THREE),
-        ([b"Sco", None, b"res: \\boxed{3}"], MISSING),
-        ([line, None, b"Scores: \\boxed{4}"], THREE),
-        ([b"Scores: \\boxed{1, ", None, line], THREE),
-    ]
-    plain: list[tuple[Pieces, Outcome]] = [
-        ([box, None], MISSING),
-        ([box, None, b"x"], MISSING),
-        ([box, None, box], THREE),
-    ]
-    check(on, [text for text, _ in anchored], 1, [outcome for _, outcome in anchored])
-    check(on, [text for text, _ in plain], 1, [outcome for _, outcome in plain], anchor=None)
+
+    def check_texts(texts: dict[bytes, Outcome], anchor: str | None) -> None:
+        """Of pieces with a | for each special token."""
+        pieces = (re.split(rb"(\|)", text) for text in texts)
+        rows: list[Pieces] = [[None if x == b"|" else x for x in row] for row in pieces]
+        check(on, rows, 1, [*texts.values()], anchor)
+
+    anchored = {
+        b"Scores:|" + box: MISSING,
+        b"Scores: \\boxed{1, |3}": MISSING,
+        b"Scores: \\bo|xed{3}": MISSING,
+        b"no line |" + line: THREE,
+        b"Sco|res: \\boxed{3}": MISSING,
+        line + b"|Scores: \\boxed{4}": THREE,
+        b"Scores: \\boxed{1, |" + line: THREE,
+    }
+    check_texts(anchored, ANCHOR)
+    check_texts({box + b"|": MISSING, box + b"|x": MISSING, box + b"|" + box: THREE}, None)
 
 
 def automaton_of_bytes(on: Implementation, anchor: str | None = ANCHOR) -> ScoreAutomaton:

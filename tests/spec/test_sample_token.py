@@ -4,9 +4,9 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate, product
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -90,53 +90,6 @@ def test_uniforms_are_in_the_open_interval(on: Implementation) -> None:
     assert drawn.tolist() == [[SMALLEST, LARGEST]]
 
 
-def token_keys(*rows: str) -> Tensor:
-    return torch.tensor([stream_key(7, row, "token") for row in rows])
-
-
-def test_uniforms_do_not_depend_on_k_slot_or_compaction(on: Implementation) -> None:
-    """Those of (row, sample, position) are the same wherever and whenever they are drawn."""
-
-    def draw(keys: Tensor, index: Tensor, positions: Tensor) -> Tensor:
-        return uniforms(*(x.to(on.device) for x in (keys, index, positions))).cpu()
-
-    keys = token_keys("a", "b", "c").repeat_interleave(32, 0)
-    index = torch.arange(32).repeat(3)
-    positions = torch.arange(40).expand(96, 40)
-    full = draw(keys, index, positions)
-    few = (index < 4).nonzero()[:, 0]  # k = 4 of k = 32
-    slots = few[torch.randperm(len(few), generator=torch.Generator().manual_seed(0))]
-    assert draw(keys[slots], index[slots], positions[slots]).equal(full[slots])
-    late = torch.arange(13, 96)  # samples that joined at other positions, one position a call
-    now = (index[late] * 5) % 40
-    assert draw(keys[late], index[late], now).equal(full[late, now])
-
-
-@pytest.mark.parametrize("pair", ["position", "sample index", "row", "stream"])
-def test_neighbouring_uniforms_are_independent(pair: str) -> None:
-    """Pearson's test of joint counts over a 16 x 16 grid of each uniform and its neighbour."""
-    samples, places = 256, 257
-    index, positions = torch.arange(samples), torch.arange(places).expand(samples, places)
-
-    def draw(key: Tensor) -> Tensor:
-        return uniforms(key.expand(samples, 2), index, positions)
-
-    first = second = draw(token_keys("a"))
-    if pair == "position":
-        first, second = first[:, :-1], first[:, 1:]
-    elif pair == "sample index":
-        first, second = first[:-1], first[1:]
-    elif pair == "row":
-        second = draw(token_keys("b"))
-    else:
-        second = draw(torch.tensor([stream_key(7, "a", "tie")]))
-    cell = (first * 16).long() * 16 + (second * 16).long()
-    counts, mean = cell.flatten().bincount(minlength=256), cell.numel() / 256
-    # Wilson and Hilferty's approximation of the quantile at 1 - 1e-5.
-    scale = 2 / (9 * 255)
-    assert ((counts - mean) ** 2 / mean).sum() < 255 * (1 - scale + 4.265 * math.sqrt(scale)) ** 3
-
-
 def test_stream_keys_are_fixed_and_distinct() -> None:
     # Changing these changes every published sample.
     row = hashlib.sha256("row é".encode()).digest()
@@ -174,21 +127,16 @@ def halves(on: Implementation) -> tuple[torch.dtype, ...]:
     return (torch.bfloat16,) if on.name == "cpp" else (torch.bfloat16, torch.float16)
 
 
-class Draws(NamedTuple):
-    """Rows of logits, the uniform of each, and the token that it draws with what certainty."""
-
-    logits: Tensor
-    uniform: Tensor
-    token: Tensor
-    logprob: Tensor
-    sampling_logprob: Tensor
+def random_uniform(batch: int, seed: int = 0) -> Tensor:
+    uniform = torch.rand(batch, generator=torch.Generator().manual_seed(seed))
+    return uniform.clamp(SMALLEST, LARGEST)
 
 
 def draws_at_ends(
     logits: Tensor, options: SamplingOptions, softcap: float | None = None, most: int = 8
-) -> Draws:
-    """At most so many draws from each row, just inside both ends of the exact intervals of its
-    last token, of others, and of the first.
+) -> tuple[Tensor, ...]:
+    """Rows of logits, uniforms, the tokens drawn and their log-probs: at most so many draws from
+    each row, just inside both ends of the exact intervals of its last token, others, and the first.
 
     float32 moves the ends by the rounding of weights (an exponent is off by units of what it is,
     and 3 of the soft-cap's tanh) and of at most TILE + tiles additions.
@@ -217,9 +165,9 @@ def draws_at_ends(
             high = LARGEST if i == kept[-1] else running[i + 1] - error
             logprob = math.log(plain[i]) if plain[i] else -math.inf
             draws.append((row, high if at_the_end else low, i, logprob, math.log(exact[i])))
-    row, *columns = zip(*draws, strict=True)
-    uniform, token, logprob, sampling_logprob = map(torch.tensor, columns)
-    return Draws(logits[list(row)], uniform, token, logprob, sampling_logprob)
+    rows, uniform, token, *logprobs = zip(*draws, strict=True)
+    exactly = (torch.tensor(x, dtype=torch.float64) for x in logprobs)
+    return logits[list(rows)], torch.tensor(uniform), torch.tensor(token), *exactly
 
 
 def check(
@@ -251,15 +199,10 @@ def check(
 
 
 OPTIONS = [
-    SamplingOptions(0.3),
-    SamplingOptions(1.0),
-    SamplingOptions(1.7),
-    SamplingOptions(1.0, min_p=0.1),
-    SamplingOptions(1.0, top_k=1),
-    SamplingOptions(1.7, top_k=5),
-    SamplingOptions(0.3, top_p=0.05),
-    SamplingOptions(1.0, top_p=0.9),
-    SamplingOptions(0.5, top_k=50, top_p=0.95),
+    *(SamplingOptions(temperature) for temperature in (0.3, 1.0, 1.7)),
+    *(SamplingOptions(1.0, min_p=0.1), SamplingOptions(1.0, top_p=0.9)),
+    *(SamplingOptions(1.0, top_k=1), SamplingOptions(1.7, top_k=5)),
+    *(SamplingOptions(0.3, top_p=0.05), SamplingOptions(0.5, top_k=50, top_p=0.95)),
     SamplingOptions(1.7, top_k=40, top_p=0.9),
     SamplingOptions(1.0, top_k=300, top_p=0.6, min_p=0.02),
     SamplingOptions(2.0, top_k=700, top_p=0.8, min_p=0.02),
@@ -274,11 +217,9 @@ def test_reference_draws_from_the_exact_distribution(
     options: SamplingOptions, vocab_size: int
 ) -> None:
     logits = random_logits(3, vocab_size, vocab_size).double()
-    draws = draws_at_ends(logits, options)
-    token, *logprobs = sample_token_ref(logits=draws.logits, uniform=draws.uniform, options=options)
-    assert token.equal(draws.token)
-    for found, expected in zip(logprobs, draws[3:], strict=True):
-        torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-6)
+    rows, uniform, token, *logprobs = draws_at_ends(logits, options)
+    found = sample_token_ref(rows, uniform, options)
+    torch.testing.assert_close(found, (token, *logprobs), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("options", "vocab_size"), PAIRS, ids=str)
@@ -405,7 +346,7 @@ def test_half_types_and_the_soft_cap_come_first(on: Implementation, softcap: flo
         half = logits.to(dtype)
         check(on, half, SamplingOptions(0.3), softcap)
         check(on, half, SamplingOptions(1.0, top_k=30, top_p=0.8), softcap)
-        arguments = half.to(on.device), torch.rand(len(half)).to(on.device)
+        arguments = half.to(on.device), random_uniform(len(half)).to(on.device)
         for options in (SamplingOptions(0), SamplingOptions(0.3)):
             found = on.run(sample_token, *arguments, options, softcap)
             widened = sample_token(arguments[0].float(), arguments[1], options, softcap)
@@ -446,18 +387,15 @@ def test_tokens_of_weight_0_are_never_drawn(
     on: Implementation, vocab_size: int, temperature: float
 ) -> None:
     """Nor by a uniform of 1, which Philox never gives; whole tiles are -inf."""
-    logits = torch.full((4, vocab_size), -math.inf)
+    logits, options = torch.full((4, vocab_size), -math.inf), SamplingOptions(temperature)
     logits[0, 3] = 2.0
     logits[1, 2:5] = torch.tensor([1.0, -1e4, 1.0])
     logits[2, -2] = -3.0
     logits[3, 1:4] = torch.tensor([0.0, -1e30, -1e30])
     for value in (SMALLEST, 0.5, 1.0):
         uniform = torch.full((4,), value).to(on.device)
-        results = on.run(sample_token, logits.to(on.device), uniform, SamplingOptions(temperature))
-        for found in (
-            results,
-            sample_token_ref(logits, uniform.cpu(), SamplingOptions(temperature)),
-        ):
+        results = on.run(sample_token, logits.to(on.device), uniform, options)
+        for found in (results, sample_token_ref(logits, uniform.cpu(), options)):
             token, *logprobs = (x.cpu() for x in found)
             assert (logits.gather(1, token[:, None]) > -math.inf).all()
             assert all(x.isfinite().all() for x in logprobs)
@@ -487,7 +425,7 @@ def test_a_row_without_a_finite_maximum_harms_no_other(
     on: Implementation, options: SamplingOptions, vocab_size: int
 ) -> None:
     """It gets some token, and log-probs of NaN."""
-    logits, uniform = random_logits(5, vocab_size, 1).to(on.device), torch.rand(5).to(on.device)
+    logits, uniform = random_logits(5, vocab_size, 1).to(on.device), random_uniform(5).to(on.device)
     logits[0, 2] = logits[1] = math.nan
     logits[3, 2] = math.inf
     logits[4] = -math.inf
@@ -517,7 +455,7 @@ def test_a_row_depends_on_neither_its_batch_nor_threads(
     on: Implementation, vocab_size: int, size: int
 ) -> None:
     """Bit for bit, in any batch size, at any place, with 1 to 4 threads."""
-    logits, uniform = random_logits(size, vocab_size, 2), torch.rand(size).to(on.device)
+    logits, uniform = random_logits(size, vocab_size, 2), random_uniform(size).to(on.device)
     logits[::2, 0] = 16  # near-certain tokens: their log-probs show every bit of the normalizer
     logits = logits.to(on.device)
     for options in KINDS if SLOW else (*KINDS, OPTIONS[1], OPTIONS[-1]):
@@ -552,7 +490,7 @@ SEARCHED = MASKED | {"_threshold_kernel": 1}
 )
 def test_what_runs(on: Implementation, options: SamplingOptions, launches: dict[str, int]) -> None:
     """One C++ function, or the kernels that the options need; for no rows nothing."""
-    logits, uniform = random_logits(1, 9).to(on.device), torch.rand(1).to(on.device)
+    logits, uniform = random_logits(1, 9).to(on.device), random_uniform(1).to(on.device)
     with on.counted() as counts:
         sample_token(logits, uniform, options)
         expected = {"torch": {}, "cpp": {"sample_token": 1}, "triton": launches}[on.name]
@@ -578,24 +516,22 @@ def test_bad_options(wrong: dict[str, Any]) -> None:
 
 
 def test_bad_arguments(on: Implementation) -> None:
-    options, uniform, logits = SamplingOptions(), torch.zeros(2), torch.zeros(2, 4)
-    keys, index = torch.zeros(2, 2, dtype=torch.int64), torch.arange(2)
-    for op, arguments, message in (
-        (sample_token, (logits.double(), uniform, options), r"got .*float64"),
-        (sample_token, (torch.zeros(2, 0), uniform, options), r"got \(2, 0\)"),
-        (sample_token, (torch.zeros(4, 2).T, uniform, options), r"strides \(1, 2\)"),
-        (sample_token, (logits, torch.zeros(3), options), r"uniform must be \(2,\) .*, got \(3,\)"),
-        *(
-            (sample_token, (logits, uniform, options, cap), f"positive and finite, got {cap}")
-            for cap in (0.0, -1.0, math.inf, math.nan)
-        ),
-        (uniforms, (keys, torch.arange(3), index), r"sample_index must be \(2,\)"),
-        (uniforms, (keys, index, torch.arange(3)), r"positions must be \(2,\)"),
-        (uniforms, (keys, index, index.int()), r"positions must be .*int64, got .*int32"),
-    ):
+    def refuse(message: str, op: Callable[..., Any], *arguments: Any) -> None:
         given = [x.to(on.device) if isinstance(x, Tensor) else x for x in arguments]
         with pytest.raises(ValueError, match=message):
-            op(*given)  # type: ignore[operator]
+            op(*given)
+
+    options, uniform, logits = SamplingOptions(), torch.zeros(2), torch.zeros(2, 4)
+    refuse(r"got .*float64", sample_token, logits.double(), uniform, options)
+    refuse(r"got \(2, 0\)", sample_token, logits[:, :0], uniform, options)
+    refuse(r"strides \(1, 4\)", sample_token, logits.T, torch.zeros(4), options)
+    refuse(r"uniform must be \(2,\) .*, got \(3,\)", sample_token, logits, torch.zeros(3), options)
+    for cap in (0.0, -1.0, math.inf, math.nan):
+        refuse(f"positive and finite, got {cap}", sample_token, logits, uniform, options, cap)
+    keys, index = torch.zeros(2, 2, dtype=torch.int64), torch.arange(2)
+    refuse(r"sample_index must be \(2,\)", uniforms, keys, torch.arange(3), index)
+    refuse(r"positions must be \(2,\)", uniforms, keys, index, torch.arange(3))
+    refuse(r"positions must be .*int64, got .*int32", uniforms, keys, index, index.int())
 
 
 # -- Triton alone ----------------------------------------------------------------------------------
@@ -638,11 +574,8 @@ def test_passes_of_the_bisection(on: Implementation, monkeypatch: pytest.MonkeyP
 
 # On a GPU: real sizes.
 LARGE = [
-    SamplingOptions(0),
-    SamplingOptions(1.0),
-    SamplingOptions(0.7, min_p=0.05),
-    SamplingOptions(1.0, top_k=50),
-    SamplingOptions(1.0, top_p=0.9),
+    *(SamplingOptions(0), SamplingOptions(1.0), SamplingOptions(0.7, min_p=0.05)),
+    *(SamplingOptions(1.0, top_k=50), SamplingOptions(1.0, top_p=0.9)),
     SamplingOptions(0.8, top_k=1000, top_p=0.95, min_p=0.001),
 ]
 
@@ -662,7 +595,7 @@ def test_large_vocabularies(
     """Tokens lie at their uniforms in the reference's own distribution in float64, log-probs are
     its own, and a second run gives the same bits."""
     logits = random_logits(64, vocab_size, vocab_size, scale=3.0).to(dtype_of_logits).to(on.device)
-    uniform = torch.rand(64).clamp(SMALLEST, LARGEST).to(on.device)
+    uniform = random_uniform(64).to(on.device)
     first = sample_token(logits, uniform, options, softcap)
     for result, again in zip(first, sample_token(logits, uniform, options, softcap), strict=True):
         assert result.equal(again)
@@ -689,13 +622,13 @@ def test_large_vocabularies(
 @pytest.mark.parametrize("options", LARGE, ids=str)
 def test_a_cuda_graph_replays_sampling(on: Implementation, options: SamplingOptions) -> None:
     logits = random_logits(8, 151_936, scale=3.0).bfloat16().to(on.device)
-    uniform = torch.rand(8).to(on.device)
+    uniform = random_uniform(8).to(on.device)
     sample_token(logits, uniform, options)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = sample_token(logits, uniform, options)
     logits.copy_(random_logits(8, 151_936, 1, scale=3.0))
-    uniform.copy_(torch.rand(8))
+    uniform.copy_(random_uniform(8, 1))
     graph.replay()
     for result, expected in zip(results, sample_token(logits, uniform, options), strict=True):
         assert result.equal(expected)
