@@ -14,25 +14,24 @@ SPECIAL = 256  # an id just after the bytes
 FIVE_THOUSAND = b"9" * 5000
 
 Outcome = tuple[Reason, tuple[int, ...]]
+Pieces = list[bytes | None]  # None is a special token
 
 
 def run(
-    texts: Sequence[bytes | list[bytes | None]],
+    texts: list[Pieces],
     n: int | list[int],
     anchor: str | None = ANCHOR,
     finished: bool = True,
     bounds: tuple[int, int] = (1, 10),
     device: torch.device | str = "cpu",
 ) -> list[Outcome]:
-    """Outcomes of texts (cut into single bytes) or lists of pieces (None: a special token); n of
-    all texts or of each."""
-    pieces = [[*bytes_of(text)] if isinstance(text, bytes) else text for text in texts]
-    vocabulary = sorted({piece for text in pieces for piece in text if piece is not None})
+    """Outcomes of texts in pieces; n of all texts or of each."""
+    vocabulary = sorted({piece for text in texts for piece in text if piece is not None})
     ids: dict[bytes | None, int] = {piece: i for i, piece in enumerate(vocabulary)}
     ids[None] = len(vocabulary)
     automaton = ScoreAutomaton([*vocabulary, b"<s>"], {ids[None]}, anchor, *bounds, device)
     expected = torch.tensor([n] * len(texts) if isinstance(n, int) else n)
-    state = read(automaton, [[ids[piece] for piece in text] for text in pieces], expected)
+    state = read(automaton, [[ids[piece] for piece in text] for text in texts], expected)
     return outcomes(state, finished)
 
 
@@ -56,7 +55,7 @@ def read(automaton: ScoreAutomaton, rows: Sequence[Sequence[int]], n: Tensor) ->
     return state
 
 
-def bytes_of(text: bytes) -> list[bytes]:
+def singly(text: bytes) -> Pieces:
     return [text[i : i + 1] for i in range(len(text))]
 
 

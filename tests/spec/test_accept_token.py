@@ -65,22 +65,22 @@ def test_equals_its_reference(
     assert live.finished.all() and walked == ({True, False} if batch else {False})
 
 
-@pytest.mark.parametrize("stop_at_box", [True, False])
+@pytest.mark.parametrize(("stop_at_box", "anchor"), [(True, ANCHOR), (False, None)])
 def test_what_a_sample_leaves_is_what_was_drawn_for_it(
-    on: Implementation, stop_at_box: bool
+    on: Implementation, stop_at_box: bool, anchor: str | None
 ) -> None:
     """Replayed from lists: each sample ends by its first end token, decided box or limit, its
     scores are those of the parser on its tokens without the end, and nothing else was written."""
     rng = random.Random(0)
-    scores_automaton = automaton(on)
+    scores_automaton = automaton(on, anchor)
     live, records = make_live(40, 8, scores_automaton)
     place = torch.zeros(45, dtype=torch.int64, device=on.device)
     cursor = place, place + 7, place + 70
     steps = []
     while not live.finished.all():
         steps.append(draw_tokens(rng, live))
-        rules = scores_automaton, END_IDS.to(on.device), stop_at_box
-        accept_token(live, records, *steps[-1], *rules, cursor)
+        end_ids = END_IDS.to(on.device)
+        accept_token(live, records, *steps[-1], scores_automaton, end_ids, stop_at_box, cursor)
     scores, reasons = scores_of(live.scores, live.ended)
     ends, causes, written = set(END_IDS.tolist()), set(), 0
     for b in range(40):
@@ -91,9 +91,8 @@ def test_what_a_sample_leaves_is_what_was_drawn_for_it(
         for token in drawn[:limit]:
             kept.append(token)
             read = [t for t in kept if t not in ends]
-            reason, expected = extract_scores_ref(
-                PIECES, SPECIAL_IDS, read, n, ANCHOR.encode(), 1, 10, token in ends
-            )
+            rules = n, None if anchor is None else anchor.encode(), 1, 10, token in ends
+            reason, expected = extract_scores_ref(PIECES, SPECIAL_IDS, read, *rules)
             decided = reason not in (Reason.MISSING, Reason.TRUNCATED)
             if token in ends or (stop_at_box and decided):
                 cause = "end" if token in ends else "box"

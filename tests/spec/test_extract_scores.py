@@ -7,14 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.accept_token
-from kernels.extract_scores import (
-    Reason,
-    ScoreAutomaton,
-    extract_scores_ref,
-    parse_scores,
-    rows_launch,
-)
+from kernels import accept_token, extract_scores
+from kernels.extract_scores import Reason, ScoreAutomaton, extract_scores_ref, parse_scores
 from kernels.launch import INTERPRETED
 from kernels.target import TARGETS
 from tests.implementations import Implementation
@@ -27,13 +21,13 @@ from tests.oracles.score_texts import (
     ITEMS,
     SPECIAL,
     Outcome,
-    bytes_of,
+    Pieces,
     outcomes,
     read,
     run,
+    singly,
 )
 
-Pieces = list[bytes | None]
 MISSING, THREE = (Reason.MISSING, ()), (Reason.VALID, (3,))
 # Called once for each token of the longest text.
 FUNCTIONS = {"torch": {}, "cpp": {"accept_token"}, "triton": {"_accept_token_kernel"}}
@@ -44,7 +38,7 @@ def _one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the interpreter, where a program takes milliseconds for a symbol, one has all rows."""
     if INTERPRETED:
         one = {"ROWS": 512, "num_warps": 1}
-        monkeypatch.setattr(kernels.accept_token, "rows_launch", lambda target: one)
+        monkeypatch.setattr(accept_token, "rows_launch", lambda target: one)
 
 
 def check(
@@ -60,10 +54,6 @@ def check(
         found = run(texts, n, anchor, finished, bounds, on.device)
     assert counts == dict.fromkeys(FUNCTIONS[on.name], max(map(len, texts)))
     assert found == expected
-
-
-def singly(text: bytes) -> Pieces:
-    return [*bytes_of(text)]
 
 
 def cut(text: bytes, rng: random.Random) -> Pieces:
@@ -118,7 +108,8 @@ def test_without_an_anchor_the_last_complete_box_decides(on: Implementation) -> 
         (rb"\boxed{1}\boxed{50}", Reason.RANGE, ()),
         (rb"\boxed{1", Reason.TRUNCATED, ()),
     ]
-    texts = [singly(text) for text, _, _ in cases] + [[text] for text, _, _ in cases]
+    texts: list[Pieces] = [[text] for text, _, _ in cases]
+    texts += [singly(text) for text, _, _ in cases]
     expected = [(reason, scores) for _, reason, scores in cases]
     check(on, texts, 1, expected * 2, anchor=None, finished=False)
 
@@ -325,5 +316,5 @@ def test_bad_arguments() -> None:
 def test_one_row_a_thread(on: Implementation) -> None:
     """Registers are stored and loaded without a barrier, which holds for one row a thread."""
     for target in TARGETS.values():
-        options = rows_launch(target)
+        options = extract_scores.rows_launch(target)
         assert options["num_warps"] * (64 if target.is_hip else 32) == options["ROWS"]

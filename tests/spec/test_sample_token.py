@@ -184,7 +184,7 @@ def check(
     rows, uniform, token, _, _ = draws_at_ends(logits, options, softcap, most)
     every_second = torch.stack((uniform, torch.full_like(uniform, math.nan)), 1)[:, 0]
     arguments = rows.to(on.device), every_second.to(on.device)
-    found, *logprobs = on.run(lambda *given: sample_token(*given, options, softcap), *arguments)
+    found, *logprobs = on.run(lambda x, u: sample_token(x, u, options, softcap), *arguments)
     assert found.cpu().equal(token)
 
     def with_one(values: list[Tensor]) -> tuple[Tensor, ...]:
