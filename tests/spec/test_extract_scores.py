@@ -2,6 +2,7 @@
 
 import random
 import re
+from typing import cast
 
 import pytest
 import torch
@@ -87,9 +88,9 @@ def test_written_cases_under_every_tokenization(on: Implementation) -> None:
     rng = random.Random(0)
     texts = [text for text, _, _, _ in CASES]
     short = [text.replace(b"9" * 4940, b"").replace(b"0" * 4940, b"") for text in texts]
-    tokenizations = [
+    tokenizations: list[Pieces] = [
         *map(singly, short),
-        *([text] for text in (short if INTERPRETED else texts)),
+        *(cast(Pieces, [text]) for text in (short if INTERPRETED else texts)),
         *(cut(text, rng) for text in short),
     ]
     numbers = [n for _, n, _, _ in CASES]
@@ -213,16 +214,21 @@ def hostile(rng: random.Random, anchor: str | None, n: int) -> Pieces:
     return pieces
 
 
+def segments(pieces: Pieces) -> list[bytes]:
+    """The texts between special tokens."""
+    texts = [b""]
+    for piece in pieces:
+        texts = [*texts, b""] if piece is None else [*texts[:-1], texts[-1] + piece]
+    return texts
+
+
 def parsed(
     pieces: Pieces, n: int, anchor: str | None, bounds: tuple[int, int], finished: bool
 ) -> Outcome:
     """The reference; it parses between special tokens: with an anchor the first text that decides
     counts, else the last one."""
-    texts = [b""]
-    for piece in pieces:
-        texts = [*texts, b""] if piece is None else [*texts[:-1], texts[-1] + piece]
     rules = n, None if anchor is None else anchor.encode(), *bounds, finished
-    verdicts = [parse_scores(text, *rules) for text in texts]
+    verdicts = [parse_scores(text, *rules) for text in segments(pieces)]
     absent = Reason.MISSING if finished else Reason.TRUNCATED
     deciding = [v for v in verdicts if v[0] != absent] if anchor is not None else []
     expected = deciding[0] if deciding else verdicts[-1]
@@ -261,10 +267,10 @@ def test_hostile_texts_under_every_tokenization(
             continue
         single: Pieces = []
         pieces: Pieces = []
-        for piece in text:
-            single += [None] if piece is None else singly(piece)
-            pieces += [None] if piece is None else cut(piece, rng)
-        tokenizations.append((single, pieces, text))
+        for segment in segments(text):
+            single += [None, *singly(segment)]
+            pieces += [None, *cut(segment, rng)]
+        tokenizations.append((single[1:], pieces[1:], text))
         numbers.append(n)
         expected.append(parsed(text, n, anchor, bounds, finished))
     texts = [row for each in zip(*tokenizations, strict=True) for row in each]
