@@ -6,7 +6,7 @@ whatever company it appears.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -83,6 +83,22 @@ class Sample:
     generated: int
 
 
+def crowd() -> list[Sample]:
+    """64 samples of three trees, in all lengths up to 288."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for i in range(64):
+        if i < 40:
+            prompt: tuple[Segment, ...] = ((0, 70), (1, 300), (2 + i % 3, 33 + 90 * (i % 3)))
+        elif i < 60:
+            prompt = ((0, 70), (5, 130))
+        else:
+            prompt = ((6, 17), (7 + i % 2, 20))
+        samples.append(Sample(100 + i, prompt, 288 if i == 3 else int(rng.integers(1, 288))))
+    return samples
+
+
+@lru_cache(512)
 def token_data(name: int, tokens: int, shape: Shape) -> tuple[Array, Array, Array]:
     """Queries (tokens, Hq, D), keys (tokens, Hkv, D) and values (tokens, Hkv, Dv); float32."""
     heads = shape.kv_heads * shape.groups
@@ -97,15 +113,9 @@ def token_data(name: int, tokens: int, shape: Shape) -> tuple[Array, Array, Arra
     )
 
 
-def sequence_data(segments: Sequence[Segment], shape: Shape) -> tuple[Array, Array, Array]:
-    """The data of a whole sequence."""
-    parts = [token_data(name, tokens, shape) for name, tokens in segments]
-    q, k, v = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return q, k, v
-
-
 class Grove:
-    """Samples in depth-first order over one cache, their prompts written unless told not to."""
+    """Samples in depth-first order over one cache, their prompts written unless told not to.
+    `names` are the nodes' segments, `fresh` the nodes in the order of a prefill."""
 
     def __init__(
         self,
@@ -146,7 +156,8 @@ class Grove:
             for node in self.fresh:
                 self.write(node, 0, len(node.token_ids))
 
-    def _region(self, slot: int) -> slice:
+    def region(self, slot: int) -> slice:
+        """The cells of a slot."""
         first = self.cache.suffix_base + slot * self.cache.suffix_capacity
         return slice(first, first + self.cache.suffix_capacity)
 
@@ -160,12 +171,21 @@ class Grove:
         _, k, v = token_data(*self.names[node], self.shape)
         self._put(node.slab.start + first, k[first:stop], v[first:stop])
 
-    def attend_to(self, node: Node, stop: int) -> tuple[Array, Array, Array]:
-        """Data of the sequence that ends with the first `stop` tokens of a node."""
-        above = [self.names[each] for each in node.path()[:-1]]
-        q, k, v = sequence_data([*above, self.names[node]], self.shape)
-        end = node.start + stop
-        return q[:end], k[:end], v[:end]
+    def cells_to(self, node: Node, stop: int) -> Tensor:
+        """Cache indices of the sequence that ends with the first `stop` tokens of a node."""
+        parts = []
+        for each in node.path():
+            assert each.slab is not None
+            tokens = stop if each is node else len(each.token_ids)
+            parts.append(torch.arange(each.slab.start, each.slab.start + tokens))
+        return torch.cat(parts)
+
+    def cells_of(self, i: int, less: int = 0) -> Tensor:
+        """Those of all that sample i's last token sees, or the one `less` tokens earlier."""
+        end = self.ends[i]
+        first = self.region(self.slots[i]).start
+        own = torch.arange(first, first + max(self.samples[i].generated - less, 0))
+        return torch.cat([self.cells_to(end, len(end.token_ids)), own])
 
     def prefill(
         self, pieces: Sequence[tuple[Node, int, int]], per_split: bool = False
@@ -186,24 +206,29 @@ class Grove:
         """All that is to be prefilled, in one piece."""
         return [(node, 0, len(node.token_ids)) for node in self.fresh]
 
+    def queries(self, less: int = 0) -> Tensor:
+        """Those of each sample's last token, or of the one `less` tokens earlier."""
+        rows = [
+            token_data(sample.name, max(sample.generated - less, 1), self.shape)[0][-1]
+            for sample in self.samples
+        ]
+        return torch.from_numpy(np.stack(rows)).to(self.shape.dtype).to(self.device)
+
     def decode(
         self,
         less: int = 0,
         max_length: int | None = None,
         advancing: bool = True,
         per_split: bool = False,
+        keys_per_partial: int = 0,
     ) -> tuple[Tensor, ForestPlan]:
         """Queries and plan of each sample's last token, or of the one `less` tokens earlier."""
         lengths = [max(sample.generated - less, 0) for sample in self.samples]
         row = [-1] * self.cache.num_slots
-        queries = []
-        for i, (sample, slot, length) in enumerate(
-            zip(self.samples, self.slots, lengths, strict=True)
-        ):
+        for i, slot in enumerate(self.slots):
             row[slot] = i
-            q, k, v = token_data(sample.name, max(length, 1), self.shape)
-            self._put(self._region(slot).start, k[:length], v[:length])
-            queries.append(q[-1])
+            _, k, v = token_data(self.samples[i].name, max(lengths[i], 1), self.shape)
+            self._put(self.region(slot).start, k[: lengths[i]], v[: lengths[i]])
         stops = torch.tensor([end.stop for end in self.ends], device=self.device)
         suffix = Suffixes(
             self.cache.suffix_base,
@@ -214,17 +239,8 @@ class Grove:
             max(lengths) if max_length is None else max_length,
         )
         at = stops + suffix.length - 1
-        stacked = torch.from_numpy(np.stack(queries)).to(self.shape.dtype).to(self.device)
-        return stacked, ForestPlan(decode_tiles(self.ends), at, suffix, advancing, per_split)
-
-    def sequence(self, i: int, less: int = 0) -> tuple[Array, Array, Array]:
-        """Query of sample i's last token, and keys and values of all it sees."""
-        sample = self.samples[i]
-        length = max(sample.generated - less, 0)
-        own = [(sample.name, length)] if length else []
-        _, k, v = sequence_data([*sample.prompt, *own], self.shape)
-        q = token_data(sample.name, max(length, 1), self.shape)[0]
-        return q[-1:], k, v
+        tiles = decode_tiles(self.ends, keys_per_partial)
+        return self.queries(less), ForestPlan(tiles, at, suffix, advancing, per_split)
 
     @property
     def caches(self) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Whether a row's result depends on what else is computed with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,18 +17,25 @@ needs_cpp = pytest.mark.skipif(
 )
 
 
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Run operations on a CPU on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def check_rows(op: Callable[[int], Tensor]) -> None:
     """Fail unless `op(T)`, over the first T of ROWS rows, has the same bits for every T.
 
     T takes several multiples of 16 at 1 to 4 threads, whose work is cut at different places.
     """
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 4):
-            torch.set_num_threads(count)
+    for count in (1, 2, 3, 4):
+        with num_threads(count):
             expected = op(ROWS)
             for rows in (160, 64, 48, 32, 16):
                 differ = (op(rows) != expected[:rows]).flatten(1).any(-1)
                 assert not differ.any(), f"{int(differ.sum())} of {rows} rows, {count} threads"
-    finally:
-        torch.set_num_threads(threads)

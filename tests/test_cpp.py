@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.judge import Judge
@@ -22,8 +20,6 @@ from engine.sample import POCKET
 from engine.verdict import to_line
 from kernels import cpp
 from kernels.cpp import build
-from kernels.forest_attention import AttentionOptions, forest_attention_with_lse
-from kernels.forest_attention.plan import ForestPlan
 from kernels.gated_act import gated_act
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_cos_sin
@@ -31,8 +27,7 @@ from kernels.sample_token import SamplingOptions
 from models import load
 from models.decoder import CppDecoder
 from models.transformer import Transformer
-from tests.forests import Grove, Shape
-from tests.test_forest_attention import OPTIONS, crowd, forests
+from tests.forests import Grove, Shape, crowd
 from tests.test_generate import drawn, make_generator, make_groups, run
 from tests.tiny import FAMILIES, write_model
 from train.rollout import split_rows
@@ -87,51 +82,6 @@ def as_exact(operation: Callable[..., Any], *inputs: Tensor) -> None:
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@st.composite
-def head_shapes(draw: st.DrawFn) -> Shape:
-    """Groups that fill a vector in part, wholly, and more than all that are taken together."""
-    return Shape(
-        kv_heads=draw(st.integers(1, 2)),
-        groups=draw(st.sampled_from([1, 2, 3, 5, 16])),
-        head_dim=draw(st.sampled_from([8, 20, 32, 64, 144])),
-        v_head_dim=draw(st.sampled_from([8, 20, 32, 64, 80])),
-    )
-
-
-@given(forests(), head_shapes(), OPTIONS, st.sampled_from([1, 2]))
-@settings(max_examples=25)
-def test_forest_attention(
-    samples: list, shape: Shape, options: AttentionOptions, num_threads: int
-) -> None:
-    """Decode and prefill; outputs and log-sum-exps."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        for written in (True, False):
-            grove = Grove(samples, shape, capacity=304, written=written)
-            q, plan = grove.decode() if written else grove.prefill(grove.whole())
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, plan: ForestPlan = plan) -> Any:
-                return forest_attention_with_lse(q, k, v, plan, options)
-
-            as_exact(attend, q, *grove.caches)
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_attention_reads_nothing_past_a_suffix(calls: Counter[str]) -> None:
-    """NaN there stays there: slots are not cleared for C++."""
-    grove = Grove(crowd(), Shape(2, 3, 32, 32), capacity=304)
-    for slot in range(grove.cache.num_slots):
-        grove.cache.v[0][:, grove._region(slot)] = float("nan")
-        grove.cache.k[0][:, grove._region(slot)] = float("nan")
-    q, plan = grove.decode()
-    assert grove.cache.v[0].isnan().any()
-    out, lse = forest_attention_with_lse(q, *grove.caches, plan, AttentionOptions(0.25))
-    assert out.isfinite().all() and lse.isfinite().all()
-    assert calls == {"attend_suffixes": 1, "attend_tiles": 1, "merge": 1}
 
 
 def test_nothing_is_done_for_nothing() -> None:

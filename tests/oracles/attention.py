@@ -4,17 +4,15 @@ It is independent of `kernels/forest_attention`: who sees what is told from the 
 no formula is shared with the code under test.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engine.forest import Node
 from kernels.forest_attention import AttentionOptions, ForestPlan, forest_attention_with_lse
-from tests.forests import Array, Grove, Sample, Shape
+from tests.forests import Grove, Sample, Shape
 
 
 def dense_attention(
@@ -50,37 +48,34 @@ def causal_mask(tokens: int, keys: int, window: int | None = None) -> Tensor:
     return (distance >= 0) & (distance < (keys if window is None else window))
 
 
-class Tolerance:
-    """Errors against dense attention in float64, summed up over all that is compared: at most 4
-    times the largest error of dense attention in float32, and never held below 8 units in the last
-    place of the largest value; scaled to the dtype tested."""
+Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # of q, k, v: o and lse
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.eps = torch.finfo(dtype).eps
-        self.error = self.plain_error = self.largest = 0.0
 
-    def compare(
-        self, out: Tensor, data: tuple[Array, Array, Array], options: AttentionOptions
-    ) -> None:
-        """out: (L, Hq, Dv), to be causal attention of the last L queries of `data`."""
-        q, k, v = (torch.from_numpy(x) for x in data)
-        q = q[len(q) - len(out) :]
-        mask = causal_mask(len(q), len(k), options.window)
-        expected, plain = (
-            dense_attention(
-                q.to(dtype), k.to(dtype), v.to(dtype), mask, options.scale, options.softcap
-            )[0].double()
-            for dtype in (torch.float64, torch.float32)
-        )
-        assert out.shape == expected.shape
-        error = np.abs(out.double().cpu().numpy() - expected.numpy()).max(initial=0)
-        self.error = max(self.error, error if not math.isnan(error) else math.inf)
-        self.plain_error = max(self.plain_error, (plain - expected).abs().max().item())
-        self.largest = max(self.largest, v.abs().max().item())
+def rounded_once(attend: Attend) -> Attend:
+    """The same in float32 at least; then o is rounded to the dtype of q."""
 
-    def check(self) -> None:
-        units = self.plain_error / torch.finfo(torch.float32).eps
-        assert self.error <= self.eps * max(4 * units, 8 * self.largest), (self.error, units)
+    def rounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        o, lse = attend(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)))
+        return o.to(q.dtype), lse
+
+    return rounded
+
+
+def over_sequences(sequences: Sequence[tuple[int, Tensor]], options: AttentionOptions) -> Attend:
+    """Attention of queries (T, Hq, D) in caches (Hkv, N, ...), each over its own sequence alone. An
+    entry is a number of queries and the cells of the sequence whose last tokens they are."""
+
+    def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
+        counts = [count for count, _ in sequences]
+        results = []
+        for queries, (count, cells) in zip(q.split(counts), sequences, strict=True):
+            k, v = (cache[:, cells].transpose(0, 1) for cache in (k_cache, v_cache))
+            mask = causal_mask(count, len(cells), options.window)
+            results.append(dense_attention(queries, k, v, mask, options.scale, options.softcap))
+        outs, lses = zip(*results, strict=True)
+        return torch.cat(outs), torch.cat(lses)
+
+    return rounded_once(attend)
 
 
 @dataclass
