@@ -3,7 +3,7 @@
     python -m bench.gpu [--out runs/gpu] [--seconds 510] [--test-seconds 220] [--decode-seconds 120]
                         [--loss-seconds 60]
 
-Runs the tests of tests/test_triton_*.py on the device, then all benchmarks, those with a goal
+Runs the Triton tests of tests/spec and tests/triton on the device, then all benchmarks, those with a goal
 first, then `bench.decode` end to end (DECODES) and the memory of the policy loss (LOSSES), and
 writes DIR/<device>-<date>.json (provenance, device, tests, ceilings, figures, goals) and the tables
 as DIR/<device>-<date>.md. Each stage has its time: what did not run is named. Where a test fails or
@@ -40,6 +40,7 @@ from bench.provenance import ROOT, print_json, provenance, said_by
 from bench.stage import StageLog, read_log
 
 GRACE = 30.0  # seconds that the test in progress has after the budget
+TESTS = ("tests/spec", "tests/triton")
 BENCH = "bench/ops/bench_ops.py"
 # Arguments of bench.decode, and tokens per second to reach on an H200 (None: no goal).
 DECODES: list[tuple[str, float | None]] = [
@@ -300,8 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     host = machine()
     print(f"== {host['device']}, torch {torch.__version__}", flush=True)
-    files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_triton_*.py"))]
-    tests = run_stage("tests", ["-q", "-m", "gpu or triton", *files], args.test_seconds)
+    tests = run_stage("tests", ["-q", "-m", "gpu or triton", *TESTS], args.test_seconds)
     benches, decodes, losses = None, [], []
     if tests.green:
         left = args.seconds - GRACE - args.decode_seconds - args.loss_seconds

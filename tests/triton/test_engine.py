@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.triton_device import ON_GPU, on_triton
+from tests.implementations import ON_GPU
 
-pytestmark = [*on_triton, pytest.mark.skipif(ON_GPU, reason="compares CPU with CPU")]
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(ON_GPU, reason="compares CPU with CPU"),
+]
 
 ROW = {
     "id": "one",

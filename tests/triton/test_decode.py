@@ -23,9 +23,10 @@ from kernels.forest_attention import schedule as forest_schedule
 from kernels.sample_token import SamplingOptions
 from models.transformer import Transformer
 from tests.forests import make_config
-from tests.triton_device import DEVICE, on_triton
+from tests.implementations import Implementation
 
-pytestmark = on_triton
+pytestmark = pytest.mark.triton
+DEVICE = Implementation("triton").device
 
 Step = Callable[[], None]
 ENDS = (3, 9, 14, 21, 28, 33)
