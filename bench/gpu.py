@@ -3,15 +3,15 @@
     python -m bench.gpu [--out runs/gpu] [--seconds 510] [--test-seconds 220] [--decode-seconds 120]
                         [--loss-seconds 60]
 
-Runs the Triton tests of tests/spec and tests/triton on the device, then all benchmarks, those with a goal
-first, then `bench.decode` end to end (DECODES) and the memory of the policy loss (LOSSES), and
-writes DIR/<device>-<date>.json (provenance, device, tests, ceilings, figures, goals) and the tables
-as DIR/<device>-<date>.md. Each stage has its time: what did not run is named. Where a test fails or
-a run breaks off, figures are not measured: no speed on a red test. Results that are to stay are
-committed as bench/results/<device>/<date>.json.
+Runs the Triton tests of tests/spec and tests/triton on the device, then all benchmarks, those with
+a goal first, then `bench.decode` end to end (DECODES) and the memory of the policy loss (LOSSES),
+and writes DIR/<device>-<date>.json (provenance, device, tests, ceilings, figures, goals) and the
+tables as DIR/<device>-<date>.md. Each stage has its time: what did not run is named. Where a test
+fails or a run breaks off, figures are not measured: no speed on a red test. Results that are to
+stay are committed as bench/results/<device>/<date>.json.
 
-Needs torch, triton, numpy, safetensors, tokenizers, pytest and pytest-benchmark. Exits with 1
-without a GPU, and where a test or a benchmark fails.
+Needs torch, triton, numpy, safetensors, tokenizers, pytest, pytest-benchmark and hypothesis. Exits
+with 1 without a GPU, and where a test or a benchmark fails.
 """
 
 import argparse

@@ -4,11 +4,7 @@ import math
 import random
 from collections.abc import Sequence
 
-import pytest
 import torch
-
-pytest.importorskip("hypothesis")  # machines with a GPU may lack it
-
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
