@@ -38,6 +38,13 @@ def test_values(
             assert packed_linear(x[row : row + 1], weight, bias).equal(whole[row : row + 1])
 
 
+def test_whole_numbers_are_exact(on: Implementation, dtype: torch.dtype) -> None:
+    """Nothing of a neighbour's number is in one of half precision."""
+    x, weight = on.draw(7, 20).round(), on.draw(70, 20, seed=1).round()
+    y = packed_linear(x.to(dtype), weight.to(dtype))
+    assert y.equal(matmul_ref(x, weight).to(dtype))
+
+
 def test_no_rows(on: Implementation, dtype: torch.dtype) -> None:
     weight = on.draw(8, 64, dtype=dtype)
     assert packed_linear(weight[:0], weight).shape == (0, 8)
