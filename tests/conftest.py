@@ -1,6 +1,7 @@
 """Uninitialised memory is NaN in tests of Triton kernels, so that what no program wrote shows; and
 fixtures for all."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,30 @@ import torch
 from kernels import cpp
 from kernels.launch import INTERPRETED
 from tests import attention_packages
+
+
+def _find_builtins_once() -> None:
+    """Triton's interpreter looks through the whole language at each call of a function: an eighth
+    of these tests' time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    names = {
+        package: [name for name, each in inspect.getmembers(package) if tl.core.is_builtin(each)]
+        for package in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
+    }
+
+    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+        for name in names[package]:
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+if INTERPRETED:
+    _find_builtins_once()
 
 
 @pytest.fixture(autouse=True)

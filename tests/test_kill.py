@@ -82,10 +82,6 @@ def kill_and_resume(whole: tuple[Path, bytes], out: Path, rng: random.Random) ->
     return under_way
 
 
-def test_a_killed_run_resumes_byte_for_byte(whole: tuple[Path, bytes], tmp_path: Path) -> None:
-    assert kill_and_resume(whole, tmp_path / "out.jsonl", random.Random(0)) > 0
-
-
 @pytest.mark.soak
 def test_50_killed_runs_resume_byte_for_byte(whole: tuple[Path, bytes], tmp_path: Path) -> None:
     under_way = 0

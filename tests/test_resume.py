@@ -49,7 +49,7 @@ RUNS: dict[str, RunArgs] = {
 TRAIN: dict[str, Any] = {"sft": sft.train, "grpo": grpo.train, "meta_rm": meta_rm.train}
 TRAIN["adapters"] = grpo.train
 ROUNDED = sft.Args(
-    model=POCKET, out=Path("rounded"), steps=3, rows=3, micro_rows=1, lr=1e-3, warmup=1,
+    model=POCKET, out=Path("rounded"), steps=2, rows=3, micro_rows=1, lr=1e-3, warmup=1,
     dtype="bfloat16",
 )  # fmt: skip
 SAMPLED = rft.Args(out=Path("rft"), rows=5, chunk_rows=3, max_new_tokens=LONGEST, hinted=False)

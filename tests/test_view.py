@@ -166,19 +166,19 @@ def test_failures() -> None:
 
 SUMMARY = {
     "rows": 5, "errors": 1, "interrupted": False, "seconds": 2.0, "accuracy": 0.75,
-    "accuracy_95": (0.3, 0.95), "valid_share": 0.9, "tokens_computed": 1000, "tokens_naive": 4200,
-    "tokens_per_second": 500.0,
+    "accuracy_95": (0.3, 0.95), "ties": 3, "ties_agreed": 2, "valid_share": 0.9,
+    "tokens_computed": 1000, "tokens_naive": 4200, "tokens_per_second": 500.0,
 }  # fmt: skip
 
 
 def test_summary() -> None:
     text = " ".join(render_summary(SUMMARY, 80).splitlines())
     assert "5 rows in 2.0 s; 1 not judged; 75% agree with the label" in text
-    assert "interval 30% to 95%); 90.0% of samples valid." in text
+    assert "interval 30% to 95%); 2 of 3 ties agree; 90.0% of samples valid." in text
     assert "1,000 tokens computed at 500 tokens/s" in text
     assert "would compute 4,200 (4.2 times as many)." in text
     empty = SUMMARY | {"accuracy": None, "accuracy_95": None, "valid_share": None, "rows": 0}
-    empty |= {"tokens_computed": 0, "tokens_naive": 0, "interrupted": True}
+    empty |= {"ties": 0, "tokens_computed": 0, "tokens_naive": 0, "interrupted": True}
     assert render_summary(empty, 80).startswith("0 rows in 2.0 s; interrupted; 1 not judged.\n0 ")
 
 

@@ -97,7 +97,7 @@ def replaying(monkeypatch: pytest.MonkeyPatch, capture: Recorder) -> None:
     monkeypatch.setattr(generate, "make_decoder", make_decoder)
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("ahead", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_replayed_steps_give_the_same_samples(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over live sets of several sizes, with samples that end one by one. Both look equally late:
     where Triton merges partials may depend on the live set, and with it the last bit."""
