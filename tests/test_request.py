@@ -1,7 +1,6 @@
-"""engine/request.py: what is a row, what is refused and with which words, how lines are read."""
+"""engine/request.py: what is a row, and what is refused with which words."""
 
 import hashlib
-import io
 import json
 from typing import Any
 
@@ -9,10 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.reading import read_rows
-from engine.request import BadRow, Message, Row, RowError, make_row, parse_row
+from engine.request import Message, Row, RowError, make_row, parse_row
 
-LIMIT = 1 << 20
 PLAIN = {"prompt": "p", "responses": ["a", "b"]}
 # JSON text can hold everything but lone surrogates.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -20,24 +17,6 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 def parse(**fields: object) -> Row:
     return parse_row(json.dumps(fields).encode())
-
-
-def read(data: bytes, limit: int = LIMIT) -> list[Row | BadRow]:
-    return list(read_rows(io.BytesIO(data), limit))
-
-
-def line(**fields: object) -> bytes:
-    return json.dumps(fields).encode() + b"\n"
-
-
-def refused(entry: Row | BadRow) -> BadRow:
-    assert isinstance(entry, BadRow), entry
-    return entry
-
-
-def accepted(entry: Row | BadRow) -> Row:
-    assert isinstance(entry, Row), entry
-    return entry
 
 
 # What a row is
