@@ -262,7 +262,7 @@ class Generator:
                 longest = max(sum(map(len, prompt)) for prompt in group.prompts)
                 if longest >= self.config.max_position_embeddings:
                     yield GroupResult(
-                        group, [], 0, _too_long(longest, self.config.max_position_embeddings)
+                        group, [], 0, too_long(longest, self.config.max_position_embeddings)
                     )
                     continue
                 waiting.extend(_Pending(group, self.forest.grow(group.prompts)[0]).next_round())
@@ -476,5 +476,6 @@ def _allocate(
         slots, shared = slots // 2, round_up(shared // 2)
 
 
-def _too_long(tokens: int, context: int) -> str:
+def too_long(tokens: int, context: int) -> str:
+    """Why a prompt cannot be judged."""
     return f"the prompt has {tokens} tokens, the model's context is {context}"

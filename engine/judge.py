@@ -20,7 +20,15 @@ from typing import Any
 import torch
 
 from engine.decided import samples_to_draw
-from engine.generate import PREFILL_TOKENS, Generation, Generator, Group, GroupResult, Usage
+from engine.generate import (
+    PREFILL_TOKENS,
+    Generation,
+    Generator,
+    Group,
+    GroupResult,
+    Usage,
+    too_long,
+)
 from engine.key import line_key, model_fingerprint
 from engine.labels import agrees, is_correct
 from engine.memory import cache_budget
@@ -320,11 +328,16 @@ class Judge:
         """Each sample's prompt as segments; samples that see the same thing share one list."""
         shown = list(zip(flight.orders, flight.hints, strict=True))
         prompts: dict[tuple[tuple[int, ...], str | None], list[tuple[int, ...]]] = {}
+        known: dict[Any, Any] = {}
+        context = self.model.config.max_position_embeddings
         for order, hint in shown:
             if (order, hint) not in prompts:
-                segments = self.prompts.segments(row, order, hint)
-                if not segments:
+                segments = self.prompts.segments(row, order, hint, known)
+                tokens = sum(len(segment.token_ids) for segment in segments)
+                if not tokens:
                     raise ValueError("the templates make an empty prompt of this row")
+                if tokens >= context:  # in every order: the others are not made
+                    raise ValueError(too_long(tokens, context))
                 prompts[order, hint] = [segment.token_ids for segment in segments]
         return [prompts[each] for each in shown]
 

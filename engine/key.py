@@ -8,9 +8,10 @@ from pathlib import Path
 
 from engine.request import BadRow, Row
 
+# What is read of a model directory, beside its weights; an index decides which of those.
 MODEL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja",
+    "chat_template.jinja", "model.safetensors.index.json",
 )  # fmt: skip
 
 

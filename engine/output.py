@@ -8,6 +8,7 @@ file changes before the check is through. What a line holds is not decided here.
 import errno
 import fcntl
 import os
+import select
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,7 +78,10 @@ class Output:
         rest = memoryview(line)
         try:
             while rest:  # one turn, unless a pipe is slow or the disk is full
-                rest = rest[os.write(self._descriptor, rest) :]
+                try:
+                    rest = rest[os.write(self._descriptor, rest) :]
+                except BlockingIOError:  # a pipe that does not block, and is full
+                    select.select([], [self._descriptor], [])
         except OSError as error:
             if self._is_file:
                 os.ftruncate(self._descriptor, self._end)

@@ -29,8 +29,9 @@ import secrets
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import minijinja
 
@@ -102,11 +103,18 @@ class PromptBuilder:
                 raise ValueError(f"{name} template: {error.message}") from error
         self._layout = lru_cache(maxsize=1024)(self._make_layout)
 
-    def segments(self, row: Row, order: Sequence[int], hint: str | None = None) -> list[Segment]:
+    def segments(
+        self,
+        row: Row,
+        order: Sequence[int],
+        hint: str | None = None,
+        known: dict[Any, Any] | None = None,
+    ) -> list[Segment]:
         """The segments of one sample's prompt.
 
         `order[j]` is the response shown in position j, a permutation of range(n). `hint` is text
-        for the template's `hint` (rejective fine-tuning shows the best response there).
+        for the template's `hint` (rejective fine-tuning shows the best response there). `known`
+        keeps what has been tokenized for the same row in another order.
         """
         assert sorted(order) == list(range(len(row.responses))), f"{order} is not a permutation"
         shape = _Shape(
@@ -116,25 +124,34 @@ class PromptBuilder:
             row.principles is not None,
             hint is not None,
         )
+        known = {} if known is None else known
         optional = {"reference": row.reference, "principles": row.principles, "hint": hint}
+
+        def text_of(field: _Field) -> str:
+            if field.name == "message":
+                return row.messages[field.number].content
+            if field.name == "response":
+                return row.responses[order[field.number]]
+            text = optional[field.name]
+            assert text is not None
+            return text
+
         segments = []
-        for kind, pieces in self._layout(shape):
-            token_ids: list[int] = []
-            for piece in pieces:
-                if not isinstance(piece, _Field):
-                    token_ids.extend(piece)
-                    continue
-                if piece.name == "message":
-                    text = row.messages[piece.number].content
-                elif piece.name == "response":
-                    text = row.responses[order[piece.number]]
-                else:
-                    value = optional[piece.name]
-                    assert value is not None
-                    text = value
-                token_ids.extend(self.tokenizer.encode_text(text))
-            if token_ids:
-                segments.append(Segment(kind, tuple(token_ids)))
+        for number, (kind, pieces) in enumerate(self._layout(shape)):
+            texts = tuple(text_of(piece) for piece in pieces if isinstance(piece, _Field))
+            segment = known.get((shape, number, texts))
+            if segment is None:
+                for text in texts:
+                    if text not in known:
+                        known[text] = self.tokenizer.encode_text(text)
+                left = iter(texts)
+                tokens = [
+                    known[next(left)] if isinstance(piece, _Field) else piece for piece in pieces
+                ]
+                segment = Segment(kind, tuple(chain.from_iterable(tokens)))
+                known[shape, number, texts] = segment
+            if segment.token_ids:
+                segments.append(segment)
         return segments
 
     def render(self, row: Row, order: Sequence[int], hint: str | None = None) -> list[int]:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -222,6 +224,23 @@ def test_rows_without_an_outcome_do_not_pile_up(judge: Judge) -> None:
     outcomes = judge.rows(rows(), k=1)
     assert isinstance(next(outcomes), RowFailure)
     assert len(taken) == 1
+
+
+def test_a_text_is_tokenized_once_for_all_orders() -> None:
+    """And a prompt that is too long in one order is not made in the others."""
+    judge = Judge.load(POCKET)
+    responses = [f"answer {i}" for i in range(6)]
+    options: dict[str, Any] = {"k": 30, "orders": "random", "max_new_tokens": 2}
+    encode, segments = judge.tokenizer.encode_text, judge.prompts.segments
+    with patch.object(judge.tokenizer, "encode_text", wraps=encode) as encoded:
+        verdict = judge("question", responses, **options)
+    assert len({sample.order for sample in verdict.samples}) > 20
+    texts = [call.args[0] for call in encoded.call_args_list]
+    assert sorted(texts) == sorted([*responses, "question"])
+    too_long = pytest.raises(ValueError, match=r"prompt has [0-9]+ tokens, the model's context is")
+    with patch.object(judge.prompts, "segments", wraps=segments) as made, too_long:
+        judge("many words " * 9000, responses, **options)
+    assert made.call_count == 1
 
 
 def test_a_megabyte_without_a_blank_is_a_failure_like_another(judge: Judge) -> None:

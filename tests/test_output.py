@@ -1,9 +1,12 @@
 """engine/output.py: one writer, whole lines, resuming; and the counts of the closing summary."""
 
 import io
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -89,6 +92,27 @@ def test_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
     output.close()
     print("still open", flush=True)
     assert capfd.readouterr().out == "line\nstill open\n"
+
+
+def test_a_pipe_that_does_not_block(tmp_path: Path) -> None:
+    """As a parent such as Node leaves it: what it has no room for waits for the reader."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    lines = [bytes([65 + i]) * 50_000 + b"\n" for i in range(5)]
+    with ThreadPoolExecutor(1) as pool:
+        path = f"/dev/fd/{writer}"
+        output = Output(path)
+        os.set_blocking(output._descriptor, False)
+        written = pool.submit(output.write, b"".join(lines))
+        read = b""
+        while len(read) < sum(map(len, lines)):
+            time.sleep(0.001)
+            read += os.read(reader, 9_000)
+        written.result()
+        output.close()
+    os.close(reader)
+    os.close(writer)
+    assert read == b"".join(lines)
 
 
 def test_a_full_device() -> None:

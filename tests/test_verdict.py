@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.key import line_key
+from engine.key import MODEL_FILES, line_key, model_fingerprint
 from engine.request import BadRow, make_row
 from engine.verdict import RowFailure, Sample, Verdict, to_line
 
@@ -137,3 +138,15 @@ def test_a_key_does_not_change_with_spelling() -> None:
 def test_a_key_needs_finite_options() -> None:
     with pytest.raises(ValueError, match="temperature = nan"):
         line_key(make_row("p", ["a"]), {"temperature": float("nan")}, "model")
+
+
+def test_every_file_that_is_read_is_in_the_fingerprint(tmp_path: Path) -> None:
+    """The index too, which decides which weights are read."""
+    found = set()
+    for name in (*MODEL_FILES, "a.safetensors", "b.safetensors"):
+        for content in ("one", "two"):
+            (tmp_path / name).write_text(content)
+            found.add(model_fingerprint(tmp_path))
+    assert len(found) == 2 * (len(MODEL_FILES) + 2)
+    (tmp_path / "notes.txt").write_text("not read")
+    assert model_fingerprint(tmp_path) in found
