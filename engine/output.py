@@ -98,6 +98,15 @@ class Output:
             os.close(self._descriptor)
 
 
+class SampleFacts(msgspec.Struct):
+    """What the closing summary needs of a sample in an output line."""
+
+    order: list[int] = []
+    text: str = ""
+    scores: list[int] | None = None
+    invalid: str | None = None
+
+
 class LineFacts(msgspec.Struct):
     """What resuming and the closing summary need of an output line; the rest is skipped."""
 
@@ -111,6 +120,7 @@ class LineFacts(msgspec.Struct):
     correct: bool | None = None
     agrees: bool | None = None
     k_used: int | None = None
+    samples: list[SampleFacts] = []
 
 
 def read_line(line: bytes) -> LineFacts:

@@ -4,8 +4,9 @@ Without --out the verdicts are printed for a person; with it they are lines of J
 and a summary of one JSON line goes to standard error. Input is read as the judge asks for it.
 
 Exit status: 0 when every row was judged; 1 when a line could not be judged or written; 2 for wrong
-options, an unreadable model, or an output that is refused; 130 after SIGINT or SIGTERM. The first
-such signal ends the input: rows in flight are finished and written. The second one kills.
+options, an unreadable model, or an output that is refused; 3 when rows were judged and none of them
+got a verdict; 130, 143 and 129 after SIGINT, SIGTERM and SIGHUP. The first such signal ends the
+input: rows in flight are finished and written. The second one kills.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -37,7 +38,7 @@ from engine.view import render_error, render_summary, render_verdict
 
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
 BUNDLED_ROWS = Path(__file__).with_name("rows.jsonl")
-DRAIN_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+DRAIN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -97,27 +98,29 @@ class _Interrupted(KeyboardInterrupt):
 
 
 class _Drain:
-    """Ends the input at the first SIGINT or SIGTERM; the second one does what it does by default.
+    """Ends the input at the first signal; the second one does what it does by default.
 
     The signal may find the run blocked in reading a pipe, where a flag alone would not be seen
     until the next row: there, and only there, the handler raises.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.signal: int | None = None  # that has come
         self._reading = False
         self._previous = {number: signal.signal(number, self._handle) for number in DRAIN_SIGNALS}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.signal = number
         for each in DRAIN_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
+        with suppress(OSError):
+            os.write(2, b"\nfinishing the rows under way; a second signal stops at once\n")
         if self._reading:
             raise _Interrupted
 
     def next(self, source: Iterator[Row | BadRow]) -> Row | BadRow | None:
         """The source's next entry; None where there is none, or a signal came."""
-        if self.requested:
+        if self.signal is not None:
             return None
         try:
             self._reading = True
@@ -192,7 +195,7 @@ class _Run:
         start = time.perf_counter()
         for outcome in self.outcomes:
             self._emit(self.taken.popleft(), outcome)
-        self.interrupted = self.drain.requested
+        self.interrupted = self.drain.signal is not None
         self.bar.close()
         summary = self._summary(time.perf_counter() - start)
         if self.output is None:
@@ -200,10 +203,20 @@ class _Run:
         else:
             print(json.dumps(summary), file=sys.stderr)
 
+        if self.tally.is_in_vain:
+            reasons = ", ".join(f"{count} {name}" for name, count in summary["invalid"].items())
+            print(
+                f"error: no row got a verdict: none of {self.tally.samples} samples has scores "
+                f"that could be read ({reasons})",
+                file=sys.stderr,
+            )
+
     @property
     def status(self) -> int:
-        if self.interrupted:
-            return 128 + signal.SIGINT
+        if self.drain.signal is not None:
+            return 128 + self.drain.signal
+        if self.tally.is_in_vain:
+            return 3
         return 1 if self.tally.errors else 0
 
     def _key(self, entry: Row | BadRow) -> str:
@@ -212,7 +225,7 @@ class _Run:
     def _entries(self) -> Iterator[Row | BadRow | None]:
         """What there is to judge; None while rows are under way and no other has come."""
         while True:
-            if self.taken and not self.drain.requested and not self.is_ready():
+            if self.taken and self.drain.signal is None and not self.is_ready():
                 yield None
                 continue
             entry = self.drain.next(self.entries)
@@ -239,15 +252,10 @@ class _Run:
         sys.stdout.flush()
 
     def _summary(self, seconds: float) -> dict[str, Any]:
-        tally = self.tally
         usage = dataclasses.asdict(self.judge.usage)
         useful = usage["prefill_tokens"] + usage["decode_tokens"]
         return {
-            **dataclasses.asdict(tally),
-            "valid_share": tally.valid_share,
-            "accuracy": tally.accuracy,
-            "accuracy_95": tally.accuracy_95,
-            "agreement": tally.agreement,
+            **self.tally.facts(),
             "interrupted": self.interrupted,
             "seconds": round(seconds, 3),
             "tokens_computed": useful + usage["idle_tokens"],

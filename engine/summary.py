@@ -1,10 +1,17 @@
 """What a run amounts to: counts over its rows, and what follows from them."""
 
 import math
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
 
-from engine.output import LineFacts
-from engine.verdict import RowFailure, Verdict
+from engine.output import LineFacts, SampleFacts
+from engine.verdict import RowFailure, Sample, Verdict
+
+_SCORE_LINE = re.compile(r"^.*boxed.*$|^.*\bscores?\b.*$", re.IGNORECASE | re.MULTILINE)
+_LINE_CHARS = 80
+_MOST_LINES = 1000  # different unread lines that are counted
 
 
 @dataclass
@@ -15,11 +22,18 @@ class Tally:
     errors: int = 0
     samples: int = 0
     valid: int = 0
+    invalid: Counter[str] = field(default_factory=Counter)  # samples by reason
+    cut_while_thinking: int = 0  # of the truncated ones
     undecided: int = 0
     labelled: int = 0  # with one best response
+    labelled_undecided: int = 0
     correct: int = 0
     ties: int = 0  # labels that call several responses best
     ties_agreed: int = 0
+    winners: int = 0  # samples that score one of several responses highest
+    first_won: int = 0  # those where it was the one shown first
+    first_expected: float = 0.0  # as many of a judge that does not look at places
+    unread: Counter[str] = field(default_factory=Counter)  # lines that look like scores
 
     def add(self, outcome: Verdict | RowFailure | LineFacts) -> None:
         """Count an outcome, or a line that an earlier run wrote."""
@@ -32,30 +46,68 @@ class Tally:
         self.valid += outcome.valid
         self.undecided += outcome.votes == 0
         self.labelled += outcome.correct is not None
+        self.labelled_undecided += outcome.correct is not None and outcome.votes == 0
         self.correct += outcome.correct is True
         self.ties += outcome.agrees is not None
         self.ties_agreed += outcome.agrees is True
+        for sample in outcome.samples:
+            self._add_sample(sample)
+
+    def _add_sample(self, sample: Sample | SampleFacts) -> None:
+        if sample.scores is None:
+            self.invalid[sample.invalid or "missing"] += 1
+            if sample.text.rfind("<think>") > sample.text.rfind("</think>"):
+                self.cut_while_thinking += sample.invalid == "truncated"
+            found = _SCORE_LINE.findall(sample.text)
+            if found and (len(self.unread) < _MOST_LINES or found[-1] in self.unread):
+                self.unread[found[-1].strip()[:_LINE_CHARS]] += 1
+            return
+        top = max(sample.scores)
+        if len(sample.scores) > 1 and sample.scores.count(top) == 1:
+            self.winners += 1
+            self.first_won += sample.scores[sample.order[0]] == top
+            self.first_expected += 1 / len(sample.scores)
+
+    def facts(self) -> dict[str, Any]:
+        """All of it for the closing summary. Shares are None where there is nothing to share.
+
+        accuracy: correct verdicts over labelled rows, where a row without a vote is not correct;
+        accuracy_of_decided: over those that have one; agreement: over labelled rows and ties.
+        """
+        decided = self.labelled - self.labelled_undecided
+        labels = self.labelled + self.ties
+        commonest = self.unread.most_common(1)
+        return {
+            "rows": self.rows,
+            "errors": self.errors,
+            "undecided": self.undecided,
+            "samples": self.samples,
+            "valid": self.valid,
+            "valid_share": _share(self.valid, self.samples),
+            "invalid": dict(self.invalid.most_common()),
+            "cut_while_thinking": self.cut_while_thinking,
+            "unread_line": commonest[0][0] if commonest else None,
+            "labelled": self.labelled,
+            "correct": self.correct,
+            "accuracy": _share(self.correct, self.labelled),
+            "accuracy_95": wilson(self.correct, self.labelled) if self.labelled else None,
+            "accuracy_of_decided": _share(self.correct, decided),
+            "ties": self.ties,
+            "ties_agreed": self.ties_agreed,
+            "agreement": _share(self.correct + self.ties_agreed, labels),
+            "first_wins": _share(self.first_won, self.winners),
+            "first_wins_95": wilson(self.first_won, self.winners) if self.winners else None,
+            "first_wins_expected": _share(self.first_expected, self.winners),
+        }
 
     @property
-    def valid_share(self) -> float | None:
-        """Valid samples over all samples."""
-        return self.valid / self.samples if self.samples else None
+    def is_in_vain(self) -> bool:
+        """Whether rows were judged, and none of them got a verdict."""
+        return 0 < self.undecided == self.rows - self.errors
 
-    @property
-    def accuracy(self) -> float | None:
-        """Correct verdicts over labelled rows; a row without a vote is not correct."""
-        return self.correct / self.labelled if self.labelled else None
 
-    @property
-    def agreement(self) -> float | None:
-        """Verdicts that agree with the label over labelled rows, ties among them."""
-        rows = self.labelled + self.ties
-        return (self.correct + self.ties_agreed) / rows if rows else None
-
-    @property
-    def accuracy_95(self) -> tuple[float, float] | None:
-        """Wilson's 95 % interval of the accuracy."""
-        return wilson(self.correct, self.labelled) if self.labelled else None
+def _share(part: float, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

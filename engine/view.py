@@ -87,8 +87,23 @@ def render_summary(summary: dict[str, Any], width: int) -> str:
         parts.append(f"{share} (95 % interval {low:.0%} to {high:.0%})")
     if summary["ties"]:
         parts.append(f"{summary['ties_agreed']} of {summary['ties']} ties agree")
+    if summary["undecided"]:
+        parts.append(f"{summary['undecided']} without a verdict")
     if summary["valid_share"] is not None:
         parts.append(f"{summary['valid_share']:.1%} of samples valid")
+    if summary["invalid"]:
+        reasons = ", ".join(f"{count} {name}" for name, count in summary["invalid"].items())
+        parts.append(f"the others: {reasons}")
+    if summary["cut_while_thinking"]:
+        parts.append(f"{summary['cut_while_thinking']} were cut while thinking")
+    if summary["unread_line"] is not None:
+        parts.append(f"their commonest line of scores: {escape(summary['unread_line'])}")
+    if summary["first_wins"] is not None:
+        low, high = summary["first_wins_95"]
+        parts.append(
+            f"the response shown first wins {summary['first_wins']:.0%} of judgements (95 % "
+            f"interval {low:.0%} to {high:.0%}; {summary['first_wins_expected']:.0%} expected)"
+        )
     computed, naive = summary["tokens_computed"], summary["tokens_naive"]
     tokens = f"{computed:,} tokens computed at {summary['tokens_per_second']:,.0f} tokens/s"
     if computed:

@@ -79,6 +79,8 @@ class Judge:
         time.sleep(float(os.environ.get("FAKE_DELAY_S", "0")))
         if "TOO LONG" in row.messages[-1].content:
             return RowFailure(row.id, row.line, key, "the prompt has 9000 tokens, the context 8192")
+        if "UNREAD" in row.messages[-1].content:
+            return _without_scores(row, key, options["k"])
         draws = hashlib.sha256(key.encode()).digest()
         n, k = len(row.responses), options["k"]
         votes = [tuple(draws[(i + j) % 32] % 10 + 1 for i in range(n)) for j in range(k)]
@@ -99,6 +101,15 @@ class Judge:
             label=row.label, correct=is_correct(best, means, row.label, 5.5),
             agrees=agrees(best, row.label), row_meta=row.meta,
         )  # fmt: skip
+
+
+def _without_scores(row: Row, key: str, k: int) -> Verdict:
+    order = tuple(range(len(row.responses)))
+    lost = Sample(order, "**Scores:** 7", None, "missing", None, 5, "eos", [], [], [])
+    return Verdict(
+        id=row.id, key=key, best=None, scores=None, mean_scores=None, tie=False, k=k, valid=0,
+        votes=0, samples=[lost] * k, prompt_tokens=10 * k, tree_tokens=10, decode_tokens=5 * k,
+    )  # fmt: skip
 
 
 def as_module() -> ModuleType:

@@ -1,4 +1,4 @@
-"""engine/output.py: one writer, whole lines, resuming; and the counts of the closing summary."""
+"""engine/output.py: one writer, whole lines, resuming."""
 
 import io
 import os
@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.output import LineFacts, Output, OutputError, read_line, resume
+from engine.output import LineFacts, Output, OutputError, SampleFacts, read_line, resume
 from engine.reading import read_rows
 from engine.request import BadRow, Row
-from engine.summary import Tally
 from engine.verdict import RowFailure, to_line
 
 DATA = b"".join(b'{"prompt": "%d", "responses": ["a"]}\n' % i for i in range(4)) + b"bad\n"
@@ -235,33 +234,13 @@ def test_changed_data(tmp_path: Path) -> None:
 
 def test_facts_of_a_line() -> None:
     line = (
-        b'{"id":"a","key":"b","best":null,"k":8,"valid":7,"votes":6,"samples":[{}],"correct":true}'
+        b'{"id":"a","key":"b","best":null,"k":8,"valid":7,"votes":6,"correct":true,"samples":'
+        b'[{"order":[1,0],"text":"x","scores":[2,7],"invalid":null,"tokens":3}]}'
     )
-    assert read_line(line) == LineFacts("a", None, "b", None, 8, 7, 6, True)
+    sample = SampleFacts([1, 0], "x", [2, 7], None)
+    facts = LineFacts("a", None, "b", None, 8, 7, 6, True, samples=[sample])
+    assert read_line(line) == facts
     assert read_line(b'{"k":8,"k_used":4}') == LineFacts(k=8, k_used=4)
     for bad in (b"", b"[]", b'{"k":"8"}', b'{"k":8', b"\xff"):
         with pytest.raises(ValueError, match="not an output line"):
             read_line(bad)
-
-
-def test_tally() -> None:
-    tally = Tally()
-    assert (tally.valid_share, tally.accuracy, tally.accuracy_95) == (None, None, None)
-    for index in range(10):
-        tally.add(LineFacts(k=4, valid=3, votes=3, correct=index < 8))
-    tally.add(LineFacts(k=4, valid=0, votes=0))
-    tally.add(LineFacts(line=12, error="bad"))
-    assert (tally.rows, tally.errors, tally.samples, tally.valid) == (12, 1, 44, 30)
-    assert (tally.undecided, tally.labelled, tally.correct) == (1, 10, 8)
-    assert tally.valid_share == 30 / 44 and tally.accuracy == 0.8
-    tally.add(LineFacts(k=32, k_used=6, valid=6, votes=6))
-    assert (tally.samples, tally.valid) == (50, 36)
-    # Wilson's interval for 8 of 10, as published tables have it.
-    assert tally.accuracy_95 == pytest.approx((0.4902, 0.9433), abs=5e-5)
-    for correct, interval in ((True, (0.7225, 1.0)), (False, (0.0, 0.2775))):
-        tally = Tally()
-        for _ in range(10):
-            tally.add(LineFacts(correct=correct))
-        assert tally.accuracy_95 == pytest.approx(interval, abs=5e-5)
-        assert tally.accuracy_95 is not None
-        assert min(tally.accuracy_95) >= 0.0 and max(tally.accuracy_95) <= 1.0

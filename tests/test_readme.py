@@ -36,7 +36,8 @@ def test_the_command_and_the_row_work(tmp_path: Path) -> None:
     assert words[0] == ".venv/bin/python"
     for name in ("rows.jsonl", "verdicts.jsonl"):
         words[words.index(name)] = str(tmp_path / name)
-    subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True)
+    assert done.returncode in (0, 3), done.stderr  # 3: the pocket model may find no scores
     verdict = json.loads((tmp_path / "verdicts.jsonl").read_text())
     shown = README[README.index('{"id": "r1", "key"') :]
     for key in (

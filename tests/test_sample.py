@@ -145,6 +145,19 @@ def test_standard_streams() -> None:
     assert json.loads(err)["rows"] == 12
 
 
+def test_a_run_in_vain_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    """Rows were judged and no sample had scores: another status, and one sentence."""
+    rows = [row(i, prompt="UNREAD") for i in range(3)]
+    assert judge(rows, "--k", "4")[0] == 3
+    summary, said = capfd.readouterr().err.strip().splitlines()
+    assert json.loads(summary)["unread_line"] == "**Scores:** 7"
+    assert said == (
+        "error: no row got a verdict: none of 12 samples has scores that could be read (12 missing)"
+    )
+    os.remove("out")
+    assert judge([*rows, *GOOD[5:6]], "--k", "4")[0] == 0
+
+
 def test_options_reach_the_judge() -> None:
     Path("template.jinja").touch()
     judge(GOOD[:1], "--template", "template.jinja", "--dtype", "float32", "--max-batch", "7")
@@ -307,7 +320,7 @@ def test_options_that_do_not_parse(options: list[str]) -> None:
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", sample.DRAIN_SIGNALS)
 def test_a_signal_drains(number: signal.Signals) -> None:
     _, whole = judge(LONG)
     os.remove("out")
@@ -317,8 +330,9 @@ def test_a_signal_drains(number: signal.Signals) -> None:
     process.send_signal(number)
     _, err = process.communicate(timeout=TIMEOUT_S)
     out = Path("out").read_bytes()
-    assert process.returncode == 130
-    assert json.loads(err)["interrupted"] is True
+    assert process.returncode == 128 + number
+    said, summary = err.decode().strip().splitlines()
+    assert "finishing the rows under way" in said and json.loads(summary)["interrupted"] is True
     assert whole.startswith(out) and out.endswith(b"\n") and out != whole
     assert num_lines() >= seen + IN_FLIGHT - 1  # rows in flight were finished
     assert judge(LONG, "--resume") == (1, whole)
