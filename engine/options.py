@@ -7,6 +7,8 @@ the command line can print its help without it.
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_K = 1 << 14  # every sample of a row has a prompt before any is drawn
+
 
 @dataclass(frozen=True)
 class JudgeOptions:
@@ -51,6 +53,8 @@ class JudgeOptions:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r} is not an integer of at least 1")
+        if self.k > MAX_K:
+            raise ValueError(f"k = {self.k} is more than {MAX_K}")
         if self.k_meta is not None and self.k_meta > self.k:
             raise ValueError(f"k_meta = {self.k_meta} is more than k = {self.k}")
         if self.orders not in ("rotate", "random", "fixed"):

@@ -38,6 +38,7 @@ from engine.view import render_error, render_summary, render_verdict
 
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
 BUNDLED_ROWS = Path(__file__).with_name("rows.jsonl")
+_MOST_ROW_BYTES = 1 << 30
 DRAIN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -151,8 +152,10 @@ class _Run:
             stack.enter_context(closing(self.output))
         elif options.resume:
             raise ValueError("--resume needs --out FILE")
-        if options.max_row_bytes < 1:
-            raise ValueError(f"--max-row-bytes {options.max_row_bytes} is less than 1")
+        if not 1 <= options.max_row_bytes <= _MOST_ROW_BYTES:
+            raise ValueError(
+                f"--max-row-bytes {options.max_row_bytes} is not from 1 to {_MOST_ROW_BYTES}"
+            )
         path = str(BUNDLED_ROWS) if options.data is None else options.data
         stream: BinaryIO | Pipe
         self.is_ready: Callable[[], bool] = lambda: True

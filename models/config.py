@@ -13,7 +13,8 @@ and llama3.
 import json
 import math
 import os
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ SCALAR_ARCHITECTURES = {
     name.replace("ForCausalLM", "ForSequenceClassification"): family
     for name, family in ARCHITECTURES.items()
 }
+MAX_LAYERS = 1024
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -146,6 +148,14 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
     return value
 
 
+def _shown(value: object) -> str:
+    """A value in a message, cut: an integer may have thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
 class _Reader:
     """Typed access to the keys of a config, with the file's name in every error."""
 
@@ -159,11 +169,13 @@ class _Reader:
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
         value = self.values.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(f"{key} must be a positive integer, got {value!r}")
+            raise self.error(f"{key} must be a positive integer, got {_shown(value)}")
+        if value > most:
+            raise self.error(f"{key} must be at most {most}, got {_shown(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -172,9 +184,9 @@ class _Reader:
         if (
             not isinstance(value, int | float)
             or isinstance(value, bool)
-            or not (0 < value < math.inf)
+            or not (0 < value <= sys.float_info.max)
         ):
-            raise self.error(f"{key} must be a positive number, got {value!r}")
+            raise self.error(f"{key} must be a positive number, got {_shown(value)}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -207,7 +219,7 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
     _refuse_unsupported(reader, architecture)
 
     hidden_size = reader.integer("hidden_size")
-    num_layers = reader.integer("num_hidden_layers")
+    num_layers = reader.integer("num_hidden_layers", most=MAX_LAYERS)
     num_heads = reader.integer("num_attention_heads")
     num_kv_heads = reader.integer(
         "num_key_value_heads", default=num_heads if architecture == "llama" else None
@@ -269,6 +281,7 @@ def _architecture(reader: _Reader, scalar: bool) -> str:
             raise reader.error(f"model_type {model_type!r} is not supported (only {supported})")
         return str(model_type)
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    name = name if isinstance(name, str) else None
     if scalar and name in ARCHITECTURES:
         raise reader.error(f"{name} is a language model; a meta model is one of {supported}")
     if not scalar and name in SCALAR_ARCHITECTURES:
@@ -290,10 +303,13 @@ def _require_one_label(reader: _Reader) -> None:
 
 
 def _refuse_unsupported(reader: _Reader, architecture: str) -> None:
-    if "auto_map" in reader.values:
+    if reader.values.get("auto_map"):
         raise reader.error("auto_map names code to run, which is refused")
-    if reader.has("quantization_config"):
-        raise reader.error("quantization_config: quantised checkpoints are not supported")
+    for key in ("quantization_config", "compression_config"):
+        if quantised := reader.values.get(key):
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+            kind = f" ({method})" if method else ""
+            raise reader.error(f"{key}: quantised checkpoints{kind} are not supported")
     flags = ["mlp_bias", "use_bidirectional_attention"]
     if architecture != "qwen2":  # its bias is on q, k and v only, whatever the key says
         flags.append("attention_bias")
@@ -346,6 +362,7 @@ def _rope(reader: _Reader) -> Rope:
         for name, entry in (value or {}).items():
             if parameters.setdefault(name, entry) != entry:
                 raise reader.error(f"rope_scaling and rope_parameters disagree on {name}")
+    parameters = _same_for_all_layers(reader, parameters)
     theta = reader.values.get("rope_theta")
     if theta is not None and parameters.setdefault("rope_theta", theta) != theta:
         raise reader.error(f"rope_theta {theta!r} contradicts {parameters['rope_theta']!r}")
@@ -359,10 +376,19 @@ def _rope(reader: _Reader) -> Rope:
     ):
         raise reader.error("partial_rotary_factor other than 1 is not supported")
     base = inner.number("rope_theta", default=10000.0)
+    if kind == "linear" and inner.number("factor") == 1:
+        kind = "default"
+        del parameters["factor"]
+    if kind not in ("default", "llama3"):
+        raise reader.error(f"rope type {kind!r} is not supported (only default, llama3)")
+    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+    if kind == "llama3":
+        known |= {f.name for f in fields(RopeScaling)}
+    for key in parameters:
+        if key not in known:
+            raise reader.error(f"{key} has no meaning for rope type {kind!r}")
     if kind == "default":
         return Rope(base, None)
-    if kind != "llama3":
-        raise reader.error(f"rope type {kind!r} is not supported (only default, llama3)")
     scaling = RopeScaling(
         factor=inner.number("factor"),
         low_freq_factor=inner.number("low_freq_factor"),
@@ -375,6 +401,21 @@ def _rope(reader: _Reader) -> Rope:
             f"{scaling.low_freq_factor}"
         )
     return Rope(base, scaling)
+
+
+def _same_for_all_layers(reader: _Reader, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Rope parameters that stand once for each type of layer, where all types have the same."""
+    if not parameters or not set(parameters) <= {"full_attention", "sliding_attention"}:
+        return parameters
+    (name, first), *others = parameters.items()
+    for other, values in others:
+        if values != first:
+            raise reader.error(
+                f"rope_parameters.{name} and rope_parameters.{other} differ, which is not supported"
+            )
+    if not isinstance(first, dict):
+        raise reader.error(f"rope_parameters.{name} must be an object, got {_shown(first)}")
+    return dict(first)
 
 
 def _eos(reader: _Reader, generation_path: Path, vocab_size: int) -> frozenset[int]:
@@ -402,13 +443,16 @@ def _pad(reader: _Reader, vocab_size: int) -> int | None:
 
 def _dtype(reader: _Reader) -> torch.dtype | None:
     names = [reader.values[key] for key in ("dtype", "torch_dtype") if reader.has(key)]
-    if len(set(map(str, names))) > 1:
+    if len({str(name).removeprefix("torch.") for name in names}) > 1:
         raise reader.error(f"dtype {names[0]!r} contradicts torch_dtype {names[1]!r}")
     if not names:
         return None
-    if names[0] not in DTYPES:
-        raise reader.error(f"dtype {names[0]!r} is not supported (only {', '.join(DTYPES)})")
-    return DTYPES[names[0]]
+    name = names[0].removeprefix("torch.") if isinstance(names[0], str) else None
+    if name == "auto":
+        return None
+    if name not in DTYPES:
+        raise reader.error(f"dtype {_shown(names[0])} is not supported (only {', '.join(DTYPES)})")
+    return DTYPES[name]
 
 
 def hf_config(config: ModelConfig, scalar: bool = False) -> dict[str, Any]:

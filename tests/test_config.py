@@ -233,6 +233,33 @@ def test_gemma_defaults_of_transformers_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"architectures": [["Qwen3ForCausalLM"]]}, "architectures"),
+        ({"architectures": [{}]}, "architectures"),
+        ({"hidden_size": 2**63}, "hidden_size must be at most"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 1024"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive number, got an integer of"),
+        (
+            {"sliding_window": 2**64 + 5, "use_sliding_window": True, "max_window_layers": 0},
+            "sliding_window must be at most",
+        ),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised checkpoints \(fp8\)"),
+        ({"compression_config": {"format": "int"}}, "compression_config"),
+        ({"torch_dtype": ["float32"]}, r"dtype \['float32'\]"),
+        ({"torch_dtype": "torch.int8"}, "'torch.int8'"),
+        ({"torch_dtype": "torch.float16", "dtype": "bfloat16"}, "contradicts"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 8.0}}, "factor has no meaning"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [16]}}, "mrope_section has no mean"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'linear'"),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+                    "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+                }
+            },
+            r"rope_parameters.full_attention and rope_parameters.sliding_attention differ",
+        ),
+        ({"rope_parameters": {"full_attention": 7}}, "full_attention must be an object"),
         ({"auto_map": {"AutoModel": "modeling.Evil"}}, "auto_map"),
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "SequenceClassification"),
@@ -287,6 +314,23 @@ def test_refusals_name_the_file_and_the_value(
     with pytest.raises(ValueError, match=message) as caught:
         read_config(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_what_names_nothing_is_accepted(tmp_path: Path) -> None:
+    """Empty entries, spellings of a dtype, rope that is the same for all types of layers."""
+    plain = read_config(write(tmp_path, QWEN3))
+    changes: list[dict[str, Any]] = [
+        {"auto_map": None}, {"auto_map": {}}, {"quantization_config": {}},
+        {"compression_config": None}, {"torch_dtype": "torch.bfloat16"},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+    ]  # fmt: skip
+    for change in changes:
+        assert read_config(write(tmp_path, QWEN3 | change)) == plain
+    same = {"rope_theta": QWEN3["rope_theta"], "rope_type": "default"}
+    nested = {"full_attention": same, "sliding_attention": same}
+    bare = {key: value for key, value in QWEN3.items() if key != "rope_theta"}
+    assert read_config(write(tmp_path, bare | {"rope_parameters": nested})) == plain
+    assert read_config(write(tmp_path, QWEN3 | {"torch_dtype": "auto"})).dtype is None
 
 
 @pytest.mark.parametrize(

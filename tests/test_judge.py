@@ -359,6 +359,7 @@ def test_options_out_of_range_are_refused(judge: Judge) -> None:
     row = world_rows(1)[0]
     for options, name in (
         ({"k": 0}, "k = 0"),
+        ({"k": 1_000_000}, "k = 1000000 is more than 16384"),
         ({"max_orders": 0}, "max_orders"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),

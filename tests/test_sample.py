@@ -295,6 +295,7 @@ def test_two_writers() -> None:
         (["--data", "data", "--resume"], "--resume needs --out"),
         (["--data", "data", "--out", "-", "--resume"], "--resume needs a file"),
         (["--data", "data", "--max-row-bytes", "0"], "--max-row-bytes 0"),
+        (["--data", "data", "--max-row-bytes", str(2**63)], "is not from 1 to 1073741824"),
     ],
 )
 def test_what_the_user_got_wrong(
