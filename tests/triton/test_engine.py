@@ -56,7 +56,7 @@ def sample(directory: Path, tokens: int, interpreted: bool) -> tuple[bytes, dict
         [sys.executable, "-c", SCRIPT, *options],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    assert run.returncode in (0, 3), run.stderr  # 3: too short for scores
     return out.read_bytes(), json.loads(run.stderr.splitlines()[-1])
 
 
