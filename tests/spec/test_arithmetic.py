@@ -10,7 +10,7 @@ from tests.implementations import Implementation
 pytestmark = pytest.mark.implementations("cpp")
 
 # Their numbers in C++, and the largest errors that are allowed, in units in the last place.
-FUNCTIONS = {"exp": (0, np.exp, 1.0), "log": (1, np.log, 1.0), "tanh": (2, np.tanh, 2.0)}
+FUNCTIONS = {"exp": (0, np.exp, 1.03), "log": (1, np.log, 1.0), "tanh": (2, np.tanh, 2.0)}
 
 
 def test_a_sum_is_its_definition(on: Implementation) -> None:
