@@ -12,14 +12,17 @@ import json
 import os
 import select
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
-from engine.request import BadRow, Row, RowError, parse_row, quote
+from engine.labels import quote
+from engine.request import BadRow, Row, RowError, parse_row
 
 MAX_ROW_BYTES = 1 << 20
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -53,6 +56,8 @@ class Columns:
             given = json.loads(text)
         except ValueError as error:
             raise ValueError(f"columns are not JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise ValueError(f"columns are an object, not {quote(given)}")
         values = None
         if isinstance(label := given.get("label"), dict):
             if set(label) != {"column", "values"} or not isinstance(label["values"], dict):
@@ -87,11 +92,11 @@ class Columns:
         row: dict[str, Any] = {}
         for name, column in self.fields.items():
             if isinstance(column, str):
-                row[name] = take(column)
+                row[name] = take(column) if name in ("id", "label") else _text(take(column))
             elif name == "responses":
-                row[name] = [_text(take(each)) for each in column]
+                row[name] = _text([take(each) for each in column])
             else:
-                texts = [_text(take(each)) for each in column]
+                texts = _text([take(each) for each in column])
                 if not all(isinstance(text, str | None) for text in texts):
                     raise RowError(f"the columns of {name} are not all text")
                 row[name] = "\n\n".join(text for text in texts if text)
@@ -105,7 +110,26 @@ class Columns:
 
 
 def _text(value: Any) -> Any:
+    """Numbers and truth values, also those of a list, as JSON writes them; all else as it is."""
+    if isinstance(value, list):
+        return [_text(each) for each in value]
     return json.dumps(value) if isinstance(value, bool | int | float) else value
+
+
+class _Gzip(gzip.GzipFile):
+    """A gzipped file whose damage is an OSError, as that of a disk is."""
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._checked(super().readline, size)
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._checked(super().read, size)
+
+    def _checked(self, read: Callable[[int | None], bytes], size: int | None) -> bytes:
+        try:
+            return read(size)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise OSError(f"{self.name} is damaged: {error}") from None
 
 
 class Pipe:
@@ -157,15 +181,11 @@ class Pipe:
 def open_rows(path: Path) -> BinaryIO:
     """Open a file of rows for `read_rows`, unpacked where it is gzipped. Raises OSError, and
     ValueError for a Parquet file without pyarrow."""
-    file = path.open("rb")
-    start = file.read(4)
-    file.seek(0)
+    with path.open("rb") as file:
+        start = file.read(4)
     if start.startswith(_GZIP):
-        return gzip.open(file, "rb")  # type: ignore[return-value]
-    if start == _PARQUET:
-        with file:
-            return _lines_of_parquet(path)
-    return file
+        return _Gzip(path)  # type: ignore[return-value]
+    return _lines_of_parquet(path) if start == _PARQUET else path.open("rb")
 
 
 def _lines_of_parquet(path: Path) -> BinaryIO:
@@ -193,7 +213,8 @@ def read_rows(
     """
     first_lines: dict[bytes, int] = {}  # digest of an id -> the line that has it
     warned = False
-    for entry in _entries(stream, max_row_bytes, lambda line: _parse(line, columns)):
+    convert = None if columns is None else columns.row
+    for entry in _entries(stream, max_row_bytes, partial(parse_row, convert=convert)):
         if entry.id is not None:
             assert entry.line is not None
             first = first_lines.setdefault(_id_digest(entry.id), entry.line)
@@ -208,10 +229,6 @@ def read_rows(
                 stacklevel=2,
             )
         yield entry
-
-
-def _parse(line: bytes, columns: Columns | None) -> Row:
-    return parse_row(line) if columns is None else parse_row(line, columns.row)
 
 
 def _entries(

@@ -58,9 +58,10 @@ class Tally:
             self.invalid[sample.invalid or "missing"] += 1
             if sample.text.rfind("<think>") > sample.text.rfind("</think>"):
                 self.cut_while_thinking += sample.invalid == "truncated"
-            found = _SCORE_LINE.findall(sample.text)
-            if found and (len(self.unread) < _MOST_LINES or found[-1] in self.unread):
-                self.unread[found[-1].strip()[:_LINE_CHARS]] += 1
+            for line in _SCORE_LINE.findall(sample.text)[-1:]:
+                shown = line.strip()[:_LINE_CHARS]
+                if shown in self.unread or len(self.unread) < _MOST_LINES:
+                    self.unread[shown] += 1
             return
         top = max(sample.scores)
         if len(sample.scores) > 1 and sample.scores.count(top) == 1:

@@ -226,6 +226,19 @@ def test_gzip(tmp_path: Path) -> None:
         assert list(read_rows(stream)) == read(data)
 
 
+def test_a_damaged_gzip_file_ends_in_an_error_that_names_it(tmp_path: Path) -> None:
+    """After the rows before the damage."""
+    whole = gzip.compress(b"".join(line(**PLAIN, id=str(i)) for i in range(20_000)))
+    for damage in (whole[: len(whole) // 2], whole[:9000] + b"\x00" * 999 + whole[9999:]):
+        (tmp_path / "rows.gz").write_bytes(damage)
+        entries: list[Row | BadRow] = []
+        named = pytest.raises(OSError, match=r"rows\.gz is damaged")
+        with open_rows(tmp_path / "rows.gz") as stream, named:
+            for entry in read_rows(stream):
+                entries.append(entry)
+        assert accepted(entries[0]).id == "0"
+
+
 def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -260,6 +273,11 @@ def test_columns() -> None:
     assert accepted(row) == parse(
         id="5", prompt="do", responses=["a", "b"], label="tie", meta={"annotator2": "1"}
     )
+    (row,) = read_rows(
+        io.BytesIO(line(q=7, answers=["a", 1])),
+        columns=Columns.parse('{"prompt": "q", "responses": "answers"}'),
+    )
+    assert accepted(row) == parse(prompt="7", responses=["a", "1"])
     many = Columns.parse('{"prompt": "q", "responses": "answers", "label": "best"}')
     yes = {"idx": 6, "instruction": "ok?", "input": None, "response1": True, "response2": 0.5,
            "annotator1": "1"}  # fmt: skip
@@ -273,6 +291,7 @@ def test_columns() -> None:
     ("text", "message"),
     [
         ("{", "not JSON"),
+        ("FILE", "columns are an object, not"),
         ('{"prompt": "p"}', "do not say where the responses"),
         ('{"prompt": "p", "responses": 3}', "responses = 3 is no column"),
         ('{"prompt": "p", "responses": []}', "is no column"),
@@ -281,9 +300,10 @@ def test_columns() -> None:
         ('{"prompt": "p", "responses": ["a"], "label": {"column": "l"}}', "column, values"),
     ],
 )
-def test_columns_that_say_nothing(text: str, message: str) -> None:
+def test_columns_that_say_nothing(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "columns").write_text("[1]")
     with pytest.raises(ValueError, match=message):
-        Columns.parse(text)
+        Columns.parse(text.replace("FILE", str(tmp_path / "columns")))
 
 
 def test_a_record_that_columns_do_not_fit() -> None:

@@ -91,3 +91,11 @@ def test_the_interval_is_wilsons() -> None:
         (1, 29, 0.0061, 0.1718), (29, 29, 0.8830, 1.0),
     ):  # fmt: skip
         assert wilson(successes, n) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_a_line_that_is_known_is_counted_when_no_other_is_kept() -> None:
+    tally, line = Tally(), "  Score: " + "7" * 100
+    lost = [f"score {i}" for i in range(1000)]
+    for text in (line, *lost, line, line, "one score more"):
+        tally.add(verdict([sample((0, 1), None, "missing", text)]))
+    assert tally.unread.most_common(1) == [(line.strip()[:80], 3)] and len(tally.unread) == 1000
