@@ -168,7 +168,10 @@ class Judge:
 
     def key(self, entry: Row | BadRow, *, hint: Hint | None = None, **options: Any) -> str:
         """The key of an entry's line under the options of `rows`: a hash of all that decides it."""
-        return self._flight(entry, self._options(options), hint).key
+        chosen = self._options(options)
+        if hint is None:  # then no order has a part in it
+            return self._key(entry, chosen)
+        return self._flight(entry, chosen, hint).key
 
     def _options(self, given: dict[str, Any]) -> JudgeOptions:
         """The options, checked, with k_meta as it holds where there is a meta model."""

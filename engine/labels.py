@@ -31,7 +31,7 @@ def read_label(label: Any, n: int) -> Label | None:
     """
     if label is None:
         return None
-    wrong = ValueError(f"label {_quote(label)} is {_expected(n)}")
+    wrong = ValueError(f"label {quote(label)} is {_expected(n)}")
     value = _number(label)
     if n == 1:
         if isinstance(value, str):
@@ -84,7 +84,8 @@ def _comparison(text: str, n: int) -> int | list[float] | None:
     return [1.0, 1.0] if found[2].startswith("=") else "AB".index(found[1])
 
 
-def _quote(value: object) -> str:
+def quote(value: object) -> str:
+    """The value as Python writes it, cut to a length that suits a message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "..."
 

@@ -26,7 +26,7 @@ from typing import Any, Literal, NoReturn
 
 import msgspec
 
-from engine.labels import Label, read_label
+from engine.labels import Label, quote, read_label
 
 MAX_RESPONSES = 20
 MAX_DEPTH = 64  # levels of nesting; real rows have 3, and `meta` a few more
@@ -363,9 +363,3 @@ def _readable_id(value: object) -> str | None:
 def _canonical_digest(content: object) -> str:
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def quote(value: object) -> str:
-    """The value as Python writes it, cut to a length that suits a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."

@@ -145,7 +145,6 @@ class _Run:
         self.options = options
         self.tally = Tally()
         self.naive_tokens = 0
-        self.interrupted = False
         self.output: Output | None = None
         if options.out is not None:
             self.output = Output(options.out, resume=options.resume)
@@ -198,14 +197,12 @@ class _Run:
         start = time.perf_counter()
         for outcome in self.outcomes:
             self._emit(self.taken.popleft(), outcome)
-        self.interrupted = self.drain.signal is not None
         self.bar.close()
         summary = self._summary(time.perf_counter() - start)
         if self.output is None:
             print("─" * self.width + "\n" + render_summary(summary, self.width))
         else:
             print(json.dumps(summary), file=sys.stderr)
-
         if self.tally.is_in_vain:
             reasons = ", ".join(f"{count} {name}" for name, count in summary["invalid"].items())
             print(
@@ -259,7 +256,7 @@ class _Run:
         useful = usage["prefill_tokens"] + usage["decode_tokens"]
         return {
             **self.tally.facts(),
-            "interrupted": self.interrupted,
+            "interrupted": self.drain.signal is not None,
             "seconds": round(seconds, 3),
             "tokens_computed": useful + usage["idle_tokens"],
             "tokens_naive": self.naive_tokens,

@@ -39,7 +39,7 @@ if INTERPRETED:
 
 @pytest.fixture(autouse=True)
 def _poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.node.get_closest_marker("triton") is None:
+    if request.path.parent.name not in ("spec", "triton"):
         yield
         return
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,5 +1,5 @@
 """A test of a specification takes `on`, the implementation that it runs under, and may take
-`dtype`, one of those that the implementation computes in. Uninitialised memory is NaN."""
+`dtype`, one of those that the implementation computes in."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -35,11 +35,3 @@ def on(request: pytest.FixtureRequest) -> Iterator[Implementation]:
         pytest.skip("there is no C++ compiler")
     with cpp.torch_only() if request.param == "torch" else nullcontext():
         yield Implementation(request.param)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
