@@ -42,6 +42,7 @@ from engine.kv_cache import cell_bytes, round_up
 from kernels.extract_scores import ScoreAutomaton
 from kernels.forest_attention import AttentionOptions
 from kernels.sample_token import SamplingOptions
+from kernels.score_grammar import ScoreRules
 from models import load_weights, read_config
 from models.config import DTYPES, ModelConfig, Rope
 from models.transformer import Transformer
@@ -112,7 +113,7 @@ class Ours:
         weight = model.head_weight
         self.generator = Generator(
             model,
-            ScoreAutomaton(texts, [], "Scores:", 1, 10, weight.device),
+            ScoreAutomaton(texts, [], ScoreRules(first=True), weight.device),
             options=SamplingOptions(temperature=1.0),
             max_new_tokens=load.new_tokens,
             max_batch=load.k,

@@ -33,11 +33,12 @@ from engine.forward import CachedForward
 from engine.kv_cache import ALIGN, KVCache
 from kernels import cpp
 from kernels.accept_token import Cursor, LiveSamples, Records, accept_token
-from kernels.extract_scores import Reason, ScoreAutomaton, scores_of
+from kernels.extract_scores import ScoreAutomaton, scores_of
 from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, Suffixes
 from kernels.forest_attention.schedule import HeadShape, StaticPlan, keys_per_partial
 from kernels.launch import runs_triton
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
+from kernels.score_grammar import Reason
 from kernels.segment_attention import Backend
 from kernels.target import power_of_two, target_of
 from models.transformer import Transformer

@@ -84,6 +84,10 @@ class Forest:
             ends.append(node)
         return ends, tree_tokens(ends)
 
+    def below(self, end: Node, segment: TokenIds) -> Node:
+        """A node of its own for one more segment of a sample whose text ended at `end`."""
+        return self._node(segment, end)
+
     def allocate(self, end: Node) -> list[Node] | None:
         """Hold the path to `end` for one more leaf. Returns the nodes that got their slab now and
         must be prefilled, or None (and nothing is held) when the cache has no room."""

@@ -17,21 +17,23 @@ Works on token ids; needs nothing of templates, requests or verdicts.
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from engine.decode import DeviceEvent, Sampled, StatusPoll, make_decoder
+from engine.forced import ForcedScores, ScoreForm
 from engine.forest import Forest, Node, TokenIds, tree_tokens
 from engine.forward import Piece, last_rows, take_pieces
 from engine.kv_cache import ALIGN, KVCache, cell_bytes, round_up, scratch_cells
 from engine.memory import cache_budget, is_out_of_memory
 from kernels.accept_token import LiveSamples
 from kernels.device import to_device
-from kernels.extract_scores import Reason, ScoreAutomaton
-from kernels.sample_token import SamplingOptions, uniforms
+from kernels.extract_scores import ScoreAutomaton
+from kernels.sample_token import SamplingOptions, sample_token, uniforms
+from kernels.score_grammar import Reason
 from kernels.segment_attention import Backend
 from models.config import ModelConfig
 from models.transformer import Transformer
@@ -48,19 +50,25 @@ class Group:
 
     `next_round`, where there is one, is given all samples so far, in order, when every one of them
     is done (at first none), and says how many to draw next: 0 ends the group. It must depend on
-    nothing else. Without it all samples are drawn at once."""
+    nothing else. Without it all samples are drawn at once. `opening` is the text at the end of the
+    prompt that a sample goes on with, and `nonce` the row's, as `ScoreAutomaton.start` takes them.
+    """
 
     prompts: Sequence[Sequence[TokenIds]]
     key: tuple[int, int]
     num_scores: int
     tag: Any = None
     next_round: Callable[[Sequence["Generation"]], int] | None = None
+    opening: bytes = b""
+    nonce: str | None = None
 
 
 @dataclass
 class Generation:
     """One sample: its tokens (with the end token, if it came) and their log-probs, natural, under
-    the model and under the distribution sampled from; scores in shown order where VALID."""
+    the model and under the distribution sampled from; scores in shown order where VALID. forced: it
+    was made to write its scores (`engine/forced.py`); tokens that were not drawn have 0 for a
+    log-prob."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -68,6 +76,7 @@ class Generation:
     finish: Literal["box", "eos", "length"]
     reason: Reason
     scores: tuple[int, ...] | None
+    forced: bool = False
 
 
 @dataclass
@@ -98,14 +107,24 @@ class Usage:
 @dataclass
 class _Pending:
     """A group under way: its ends in the forest, the ends that it retains until its last sample has
-    a slot (so that no prompt is computed twice), how many samples it has requested, and the samples
-    that are done."""
+    a slot (so that no prompt is computed twice), how many samples it has requested, the samples
+    that are done, and those that are made to write their scores."""
 
     group: Group
     ends: list[Node]
     retained: set[Node] = field(default_factory=set)
     num_requested: int = 0
     done: dict[int, Generation] = field(default_factory=dict)
+    forced: "dict[int, _Forced]" = field(default_factory=dict)
+
+    def end(self, sample: int) -> Node:
+        """Where a sample's next token is to be drawn."""
+        return self.forced[sample].end if sample in self.forced else self.ends[sample]
+
+    @property
+    def holds(self) -> bool:
+        """Whether it holds room in the cache beside its live samples'."""
+        return bool(self.retained) or any(f.held is not None for f in self.forced.values())
 
     def next_round(self) -> list[tuple["_Pending", int]]:
         """Request the samples to draw next, when all earlier ones are done."""
@@ -114,6 +133,17 @@ class _Pending:
             left = min(left, self.group.next_round([self.done[j] for j in range(first)]))
         self.num_requested += left
         return [(self, sample) for sample in range(first, self.num_requested)]
+
+
+@dataclass
+class _Forced:
+    """A sample that is made to write its scores: what it has written, the form, where in the forest
+    its text ends, and the node above that, while it is held until the end is in the cache."""
+
+    generation: Generation
+    scores: ForcedScores
+    end: Node
+    held: Node | None
 
 
 @dataclass(eq=False)
@@ -156,13 +186,15 @@ class Generator:
         prefill_backend: Backend | None = None,
         cache_bytes: int | None = None,
         usage: Usage | None = None,
+        form: ScoreForm | None = None,
     ) -> None:
         """max_batch: most samples decoded together. max_scores: most scores of any group. stop:
         "box" ends a sample as soon as its scores are decided, "eos" lets it end by itself.
         deterministic: results on a GPU have the same bits in any company; on CPU it changes
         nothing. prefill_backend: whose attention a prefill runs, None for `forest_attention`.
         cache_bytes bounds keys and values (default: what memory allows, `engine/memory.py`); a
-        batch that does not fit is made smaller. Raises ValueError for limits below 1, a cache that
+        batch that does not fit is made smaller. form: a sample without valid scores is made to
+        write them (`engine/forced.py`). Raises ValueError for limits below 1, a cache that
         cannot hold one sample, or a backend that cannot prefill for this model."""
         for name, value in (("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
             if value < 1:
@@ -174,6 +206,8 @@ class Generator:
         self.max_scores = max_scores
         self.stop = stop
         self.usage = usage if usage is not None else Usage()
+        self.form = form
+        self._options = options
         weight = model.head_weight
         self.device = weight.device
         self.deterministic = deterministic
@@ -199,6 +233,7 @@ class Generator:
         self._ended = False  # the source of groups
         self.leaves: list[_Leaf] = []
         self._joining: list[_Leaf] = []  # those whose prompts are being prefilled
+        self._filling: list[tuple[_Pending, int]] = []  # forced samples that are, beside them
         self._queue: deque[tuple[Node, int]] = deque()  # what is left of that, from which token on
         # How many polls the host leaves unread while it prepares the device's next work. A sample
         # that has finished meanwhile idles; on CPU there is nothing to gain.
@@ -227,8 +262,10 @@ class Generator:
         self._ended = False
         while True:
             yield from self._admit(source, waiting)
-            self._prefill()
-            if not self.leaves and not self._joining:
+            yield from self._prefill(waiting)
+            if not self.leaves and not self._joining and not self._filling:
+                if waiting:
+                    continue
                 assert not waiting
                 if not self._ended:
                     continue
@@ -243,7 +280,7 @@ class Generator:
         self, source: Iterator[Group | None], waiting: deque[tuple[_Pending, int]]
     ) -> Iterator[GroupResult]:
         """Fill the free slots with leaves that are to join, once those before them have."""
-        if self._joining:
+        if self._joining or self._filling:
             return
         joining: list[_Leaf] = []
         fresh: list[Node] = []
@@ -260,71 +297,95 @@ class Generator:
                     yield GroupResult(group, [], 0)
                     continue
                 longest = max(sum(map(len, prompt)) for prompt in group.prompts)
-                if longest >= self.config.max_position_embeddings:
-                    yield GroupResult(
-                        group, [], 0, too_long(longest, self.config.max_position_embeddings)
-                    )
+                if longest >= self._context(group):
+                    yield GroupResult(group, [], 0, too_long(longest, self._context(group)))
                     continue
                 waiting.extend(_Pending(group, self.forest.grow(group.prompts)[0]).next_round())
                 assert waiting, "a group that wants none of its samples"
             pending, sample = waiting[0]
-            end = pending.ends[sample]
+            end = pending.end(sample)
             nodes = self.forest.allocate(end)
             if nodes is None:
-                if self.leaves or joining:
+                if self.leaves or joining or self._filling:
                     break  # room comes when others retire
-                holder = next((other for other, _ in reversed(waiting) if other.retained), None)
+                holder = next((other for other, _ in reversed(waiting) if other.holds), None)
                 if holder is not None:  # nothing is live: whoever holds room, waits here
                     self._let_go(holder)
                     continue
-                while waiting and waiting[0][0] is pending:
-                    waiting.popleft()
+                others = [entry for entry in waiting if entry[0] is not pending]
+                waiting.clear()
+                waiting.extend(others)
                 size = self.cache.size - self.cache.shared_base
                 error = f"the prompt needs {end.stop} tokens of cache, there are {size}"
                 yield GroupResult(pending.group, [], 0, error)
                 continue
             waiting.popleft()
             fresh += nodes
+            if (forced := pending.forced.get(sample)) is not None:
+                self._release_held(forced)
+                self._filling.append((pending, sample))
+                continue
             if sample == len(pending.ends) - 1:
                 self._let_go(pending)
             elif end not in pending.retained:
                 self.forest.allocate(end)
                 pending.retained.add(end)
-            limit = min(self.max_new_tokens, self.config.max_position_embeddings - end.stop)
+            limit = min(self.max_new_tokens, self._context(pending.group) - end.stop)
             joining.append(_Leaf(pending, sample, end, self.cache.take_slot(), limit))
         self._joining = joining
         self._queue.extend((node, 0) for node in fresh)
         # An end that came into the cache as part of a longer prompt has no logits yet: its last
         # token is run again, which writes the same keys and values.
-        old = {leaf.end for leaf in joining}.difference(fresh)
+        ends = {leaf.end for leaf in joining} | {p.end(sample) for p, sample in self._filling}
+        old = ends.difference(fresh)
         self._queue.extend((end, len(end.token_ids) - 1) for end in old if end.logits is None)
+
+    def _context(self, group: Group) -> int:
+        """The most tokens of a prompt and what follows it, but for what may be forced."""
+        kept = 0 if self.form is None else self.form.most_tokens(group.num_scores)
+        return self.config.max_position_embeddings - kept
 
     def _let_go(self, pending: _Pending) -> None:
         for end in pending.retained:
             self.forest.release(end)
         pending.retained.clear()
+        for forced in pending.forced.values():
+            self._release_held(forced)
 
-    def _prefill(self) -> None:
+    def _release_held(self, forced: _Forced) -> None:
+        if forced.held is not None:
+            self.forest.release(forced.held)
+            forced.held = None
+
+    def _prefill(self, waiting: deque[tuple[_Pending, int]]) -> Iterator[GroupResult]:
         """Run what the joining leaves need, parents first, and let them join when all of it is in
-        the cache. While others decode it is one piece at a time, and on a GPU a small one: they
-        stand still meanwhile."""
-        if not self._joining:
+        the cache; forced samples write what follows. While others decode it is one piece at a time,
+        and on a GPU a small one: they stand still meanwhile. Yields the groups that this
+        completes."""
+        if not self._joining and not self._filling:
             return
         start = DeviceEvent(self.device)
-        waiting = bool(self.leaves)
-        small = waiting and self.device.type == "cuda"
+        others_decode = bool(self.leaves)
+        small = others_decode and self.device.type == "cuda"
         while self._queue:
             self._prefill_piece(INTERLEAVED_TOKENS if small else PREFILL_TOKENS)
-            if waiting:
+            if others_decode:
                 break
+        results: list[GroupResult] = []
         if not self._queue:
+            filling, self._filling = self._filling, []
+            for pending, sample in filling:
+                results += self._fill_in(pending, sample, waiting)
             joining, self._joining = self._joining, []
-            self._join(joining)
+            if joining:
+                self._join(joining)
         self._spans.append(("prefill_seconds", start, DeviceEvent(self.device)))
+        yield from results
 
     def _prefill_piece(self, room: int) -> None:
         """Run the next `room` tokens that are to be prefilled, and keep the logits after ends."""
         ends = {leaf.end for leaf in self._joining}
+        ends |= {pending.end(sample) for pending, sample in self._filling}
         pieces = take_pieces(self._queue, room)
         last = last_rows(pieces, ends)
         hidden = self._forward_prefill(pieces)
@@ -340,11 +401,17 @@ class Generator:
 
     def _join(self, joining: list[_Leaf]) -> None:
         """Draw first tokens and put the new leaves among the live ones, depth-first."""
-        num_scores = torch.tensor([leaf.pending.group.num_scores for leaf in joining])
+        groups = [leaf.pending.group for leaf in joining]
+        nonces = [int(group.nonce) for group in groups if group.nonce is not None]
         fresh = LiveSamples.start(
             limit=self._tensor([leaf.limit for leaf in joining]),
             slot=self._tensor([leaf.slot for leaf in joining]),
-            scores=self.automaton.start(num_scores, self.max_scores),
+            scores=self.automaton.start(
+                torch.tensor([group.num_scores for group in groups]),
+                self.max_scores,
+                nonces if self.automaton.rules.nonce else None,
+                [group.opening for group in groups],
+            ),
         )
         logits = [leaf.end.logits for leaf in joining]
         first = torch.stack([row for row in logits if row is not None])
@@ -407,20 +474,95 @@ class Generator:
         self._select(self.decoder.live, sorted(staying))
         results = []
         for leaf, sampled in zip(leaving, outcomes, strict=True):
-            pending = leaf.pending
-            pending.done[leaf.sample] = self._generation(leaf, sampled)
+            pending, generation = leaf.pending, self._generation(leaf, sampled)
             self.cache.free_slot(leaf.slot)
+            if self.form is not None and generation.scores is None:
+                self._force(leaf, generation, waiting)
+                continue
             self.forest.release(leaf.end)
-            if len(pending.done) < pending.num_requested:
-                continue
-            if further := pending.next_round():
-                waiting.extendleft(reversed(further))  # their prompts are retained and need no room
-                continue
-            self._let_go(pending)
-            generations = [pending.done[j] for j in range(pending.num_requested)]
-            tokens = tree_tokens(pending.ends[: pending.num_requested])
-            results.append(GroupResult(pending.group, generations, tokens))
+            results += self._complete(pending, leaf.sample, generation, waiting)
         return results
+
+    def _complete(
+        self,
+        pending: _Pending,
+        sample: int,
+        generation: Generation,
+        waiting: deque[tuple[_Pending, int]],
+    ) -> list[GroupResult]:
+        """A sample is done; so may be its group."""
+        pending.done[sample] = generation
+        if len(pending.done) < pending.num_requested:
+            return []
+        if further := pending.next_round():
+            waiting.extendleft(reversed(further))  # their prompts are retained and need no room
+            return []
+        self._let_go(pending)
+        generations = [pending.done[j] for j in range(pending.num_requested)]
+        tokens = tree_tokens(pending.ends[: pending.num_requested])
+        return [GroupResult(pending.group, generations, tokens)]
+
+    # -- forced scores ---------------------------------------------------------------------------
+
+    def _force(
+        self, leaf: _Leaf, generation: Generation, waiting: deque[tuple[_Pending, int]]
+    ) -> None:
+        """Let a sample without valid scores go on with the form of its scores."""
+        assert self.form is not None
+        group = leaf.pending.group
+        tokens = generation.token_ids
+        if generation.finish == "eos":
+            tokens = tokens[:-1]
+        opening = self.form.opening(tokens, group.opening, group.nonce)
+        generation = replace(generation, token_ids=list(tokens), forced=True)
+        forced = _Forced(generation, ForcedScores(self.form, group.num_scores), leaf.end, None)
+        leaf.pending.forced[leaf.sample] = forced
+        self._write(forced, opening, 0.0, 0.0)
+        forced.end = self.forest.below(leaf.end, tuple(forced.generation.token_ids))
+        forced.held = leaf.end  # as the leaf held it
+        waiting.appendleft((leaf.pending, leaf.sample))
+
+    def _fill_in(
+        self, pending: _Pending, sample: int, waiting: deque[tuple[_Pending, int]]
+    ) -> list[GroupResult]:
+        """Draw a forced sample's next token of those that its form allows, and write what must
+        follow it. Returns the group if that completes it."""
+        forced = pending.forced[sample]
+        logits, choices = forced.end.logits, forced.scores.choices()
+        assert logits is not None, "an end without logits"
+        place = len(forced.generation.token_ids)
+        uniform = uniforms(*(torch.tensor([x]) for x in (pending.group.key, sample, place)))
+        drawn = sample_token(
+            logits[None, self._tensor(choices)],
+            to_device(uniform, self.device),
+            self._options,
+            self.config.final_softcap,
+        )
+        index, logprob, sampling_logprob = (value.item() for value in drawn)
+        taken = forced.scores.take(choices[int(index)])
+        self._write(forced, taken, logprob, sampling_logprob)
+        if not forced.scores.is_full:
+            forced.held, forced.end = forced.end, self.forest.below(forced.end, tuple(taken))
+            waiting.appendleft((pending, sample))
+            return []
+        self.forest.release(forced.end)
+        del pending.forced[sample]
+        scores = tuple(forced.scores.scores)
+        generation = replace(forced.generation, reason=Reason.VALID, scores=scores)
+        return self._complete(pending, sample, generation, waiting)
+
+    def _write(
+        self, forced: _Forced, tokens: Sequence[int], logprob: float, sampling_logprob: float
+    ) -> None:
+        """Append tokens, of which the first was drawn."""
+        written, rest = forced.generation, [0.0] * (len(tokens) - 1)
+        count = len(written.token_ids)
+        forced.generation = replace(
+            written,
+            token_ids=[*written.token_ids, *tokens],
+            logprobs=[*written.logprobs[:count], logprob, *rest],
+            sampling_logprobs=[*written.sampling_logprobs[:count], sampling_logprob, *rest],
+        )
 
     def _take_times(self) -> None:
         """Count the seconds of what is over."""

@@ -12,7 +12,7 @@ how a tie falls, is drawn from streams of its own.
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from engine.decided import samples_to_draw
+from engine.forced import ScoreForm
+from engine.formats import read_verdict
 from engine.generate import (
     PREFILL_TOKENS,
     Generation,
@@ -40,8 +42,9 @@ from engine.request import MAX_RESPONSES, BadRow, Message, Row, make_row
 from engine.settings import JudgeSettings, read_judge_settings
 from engine.verdict import RowFailure, Sample, Verdict
 from kernels import cpp
-from kernels.extract_scores import Reason, ScoreAutomaton
+from kernels.extract_scores import ScoreAutomaton
 from kernels.sample_token import SamplingOptions, stream_key, uniforms
+from kernels.score_grammar import Reason, ScoreRules
 from kernels.segment_attention import Backend
 from kernels.vote import vote
 from models import load
@@ -86,15 +89,8 @@ class Judge:
                 f"{_range(self.settings)}: see judge.json of each"
             )
         self.usage = Usage()
-        vocab = model.config.vocab_size
-        self._automaton = ScoreAutomaton(
-            [*tokenizer.token_bytes, *[b""] * (vocab - tokenizer.size)],
-            tokenizer.special_ids,
-            self.settings.anchor,
-            self.settings.score_min,
-            self.settings.score_max,
-            model.head_weight.device,
-        )
+        self._automata: dict[ScoreRules, ScoreAutomaton] = {}
+        self._forms: dict[ScoreRules, ScoreForm] = {}
 
     @classmethod
     def load(
@@ -107,13 +103,15 @@ class Judge:
         max_batch: int | None = None,
         cache_bytes: int | None = None,
         meta: str | Path | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> "Judge":
         """Load a model directory in Hugging Face layout.
 
         template: a judge template file in place of the directory's own judge_template.jinja or the
         default. dtype "auto" is the stored one; device "auto" is a GPU where there is one;
         max_batch and cache_bytes as for the constructor. meta: the directory of a meta reward
-        model, a sequence classifier of one label, with a template of its own. Raises ValueError
+        model, a sequence classifier of one label, with a template of its own. settings: fields of
+        `JudgeSettings` in place of what the directory's judge.json says. Raises ValueError
         naming the file for anything that cannot be read or is not supported.
         """
         directory = Path(directory)
@@ -123,7 +121,7 @@ class Judge:
             model.eval(),
             tokenizer,
             judge_template=read_judge_template(directory) if own is None else own,
-            settings=read_judge_settings(directory),
+            settings=read_judge_settings(directory, settings),
             fingerprint=model_fingerprint(directory),
             max_batch=max_batch,
             cache_bytes=cache_bytes,
@@ -176,6 +174,8 @@ class Judge:
     def _options(self, given: dict[str, Any]) -> JudgeOptions:
         """The options, checked, with k_meta as it holds where there is a meta model."""
         options = JudgeOptions(**given)
+        if self.settings.format != "boxed" and (options.stop == "box" or options.force_scores):
+            raise ValueError(f"format {self.settings.format!r} has no box to stop at or to force")
         if self.meta is None:
             if options.k_meta is not None:
                 raise ValueError(f"k_meta = {options.k_meta} needs a meta model")
@@ -192,19 +192,13 @@ class Judge:
     ) -> str:
         weight = self.model.head_weight
         everything = asdict(options) | {
-            **asdict(self.settings),
+            **{f"judge_{name}": value for name, value in asdict(self.settings).items()},
             "judge_template": self.prompts.judge_template,
             "dtype": str(weight.dtype),
             "device": weight.device.type,
         }
         if weight.device.type == "cpu":
             everything["implementation"] = cpp.implementation()
-        if options.until_decided is None:  # lines from before there was this option keep their key
-            del everything["until_decided"]
-        if options.k_meta is None:  # nor do those from before there were meta models
-            del everything["k_meta"]
-        if options.attention == "auto":  # nor from before there was a choice
-            del everything["attention"]
         if self.meta is not None:
             everything |= {
                 "meta_fingerprint": self.meta.fingerprint,
@@ -225,8 +219,10 @@ class Judge:
         Options are the fields of `JudgeOptions`. k samples per row at the given temperature (0:
         greedy), top-k, top-p and min-p. orders: "rotate" shows sample j rotation (r + j mod m)
         mod n, r drawn per row, m = max_orders (default min(n, k)); "random" is a free shuffle,
-        "fixed" the given order. stop: "box" ends a sample when its scores are decided, "eos" when
-        it ends itself. deterministic: on a GPU a sample has the same bits whatever else is judged
+        "fixed" the given order. stop: "box" ends a sample with its first box, which decides, "eos"
+        when it ends itself, where the last one does; None is what the judge's settings say.
+        force_scores: a sample without valid scores is made to write them (`engine/forced.py`).
+        deterministic: on a GPU a sample has the same bits whatever else is judged
         with it; on CPU, where float32 results are reproducible as they are, it changes nothing.
         attention: whose attention computes prompts, of the judge and of a meta model; "auto" is
         `forest_attention`, the others are the backends of `kernels/segment_attention.py`.
@@ -236,8 +232,8 @@ class Judge:
         scores; only with a meta model, and then by default k / 2, rounded up. hint gives
         the text that the template's `hint` shows a sample, or None for no hint; a meta model sees
         none. A row that cannot be judged comes out as a RowFailure in its place. Raises ValueError
-        for options out of range, for an attention that cannot run here, and for until_decided with
-        a meta model.
+        for options out of range, for an attention that cannot run here, for until_decided with a
+        meta model, and for a box where the judge's format has none.
         """
         chosen = self._options(options)
         sampling = SamplingOptions(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
@@ -246,20 +242,61 @@ class Judge:
         cache_bytes, scorer = self.cache_bytes, None
         if self.meta is not None:
             scorer, cache_bytes = self._scorer(self.meta, chosen, backend)
+        rules = self.settings.rules(chosen.stop or self.settings.stop, False)
         generator = Generator(
             self.model,
-            self._automaton,
+            self._automaton(rules),
             options=sampling,
             max_new_tokens=chosen.max_new_tokens,
             max_batch=self.max_batch,
             max_scores=MAX_RESPONSES,
-            stop=chosen.stop,
+            stop=chosen.stop or self.settings.stop,
+            form=self._form(rules) if chosen.force_scores else None,
             deterministic=chosen.deterministic,
             prefill_backend=backend,
             cache_bytes=cache_bytes,
             usage=self.usage,
         )
         return self._run(generator, scorer, entries, chosen, hint)
+
+    def _automaton(self, rules: ScoreRules) -> ScoreAutomaton:
+        if rules not in self._automata:
+            tokenizer, vocab = self.tokenizer, self.model.config.vocab_size
+            token_bytes = [*tokenizer.token_bytes, *[b""] * (vocab - tokenizer.size)]
+            special = set(tokenizer.special_ids)
+            for tag in ("<think>", "</think>"):  # text, also where they are special tokens
+                ids = tokenizer.encode_template(tag)
+                if len(ids) == 1 and ids[0] in special:
+                    special.remove(ids[0])
+                    token_bytes[ids[0]] = tag.encode()
+            self._automata[rules] = ScoreAutomaton(
+                token_bytes, special, rules, self.model.head_weight.device
+            )
+        return self._automata[rules]
+
+    def _form(self, rules: ScoreRules) -> ScoreForm:
+        if rules not in self._forms:
+            self._forms[rules] = ScoreForm(self.tokenizer, rules)
+        return self._forms[rules]
+
+    def _read(self, generation: Generation, n: int) -> Generation:
+        """A sample with its scores: where they stand in no box, they are read here."""
+        settings = self.settings
+        if settings.format == "boxed":
+            return generation
+        reason, scores = read_verdict(
+            settings.format,
+            self._text(generation),
+            n,
+            settings.score_min,
+            settings.score_max,
+            generation.finish == "eos",
+        )
+        return replace(generation, reason=reason, scores=scores or None)
+
+    def _text(self, generation: Generation) -> str:
+        size = self.tokenizer.size  # the model may have more ids, which mean nothing
+        return self.tokenizer.decode([t for t in generation.token_ids if t < size])
 
     def _scorer(
         self, meta: MetaModel, options: JudgeOptions, backend: Backend | None
@@ -355,7 +392,7 @@ class Judge:
 
         def further(drawn: Sequence[Generation]) -> int:
             pairs = zip(drawn, flight.orders, strict=False)
-            scores = [in_row_order(generation.scores, order) for generation, order in pairs]
+            scores = [in_row_order(self._read(g, len(order)).scores, order) for g, order in pairs]
             return samples_to_draw(scores, options.k, cycle, sure, self.settings)
 
         return further
@@ -371,10 +408,11 @@ class Judge:
         assert isinstance(row, Row)
         if result.error is not None:
             return flight.failure(result.error)
-        orders = flight.orders[: len(result.generations)]
+        generations = [self._read(g, len(row.responses)) for g in result.generations]
+        orders = flight.orders[: len(generations)]
         samples = [
             self._sample(order, generation)
-            for order, generation in zip(orders, result.generations, strict=True)
+            for order, generation in zip(orders, generations, strict=True)
         ]
         if scorer is not None:
             valid = [sample for sample in samples if sample.scores is not None]
@@ -392,9 +430,9 @@ class Judge:
         tie_key = torch.tensor([stream_key(options.seed, row.id, "tie")])
         zero = torch.zeros(1, dtype=torch.int64)
         votes = vote(
-            torch.tensor([[g.scores or blank for g in result.generations]]),
+            torch.tensor([[g.scores or blank for g in generations]]),
             torch.tensor([orders]),
-            torch.tensor([[g.scores is not None for g in result.generations]]),
+            torch.tensor([[g.scores is not None for g in generations]]),
             torch.tensor([n]),
             uniforms(tie_key, zero, zero),
             meta,
@@ -427,15 +465,15 @@ class Judge:
         )
 
     def _sample(self, order: tuple[int, ...], generation: Generation) -> Sample:
-        size = self.tokenizer.size  # the model may have more ids, which mean nothing
         return Sample(
             order=order,
-            text=self.tokenizer.decode([t for t in generation.token_ids if t < size]),
+            text=self._text(generation),
             scores=in_row_order(generation.scores, order),
             invalid=None if generation.reason == Reason.VALID else generation.reason.label,
             meta=None,
             tokens=len(generation.token_ids),
             finish=generation.finish,
+            forced=generation.forced,
             token_ids=generation.token_ids,
             logprobs=generation.logprobs,
             sampling_logprobs=generation.sampling_logprobs,

@@ -39,8 +39,11 @@ class JudgeOptions:
     """Bit-equal results in any company on a GPU too (slower; on CPU float32 always is)."""
     attention: Literal["auto", "triton", "torch", "flash-attn", "xformers"] = "auto"
     """What computes the attention of prompts: the engine's own kernels (auto), or a backend."""
-    stop: Literal["box", "eos"] = "box"
-    """End a sample when its scores are decided (box) or when it ends itself (eos)."""
+    stop: Literal["box", "eos"] | None = None
+    """End a sample with its first box, which then decides (box), or when it ends itself, where the
+    last box does (eos); none is what the model directory's judge.json says, or eos."""
+    force_scores: bool = False
+    """Make a sample that has ended without valid scores write them, by the model's own choice."""
     k_meta: int | None = None
     """How many votes a meta model or head lets through, those it scores highest (half of k)."""
     until_decided: float | None = None
@@ -67,7 +70,7 @@ class JudgeOptions:
             )
         if self.deterministic and self.attention != "auto":
             raise ValueError(f"deterministic needs attention = 'auto', not {self.attention!r}")
-        if self.stop not in ("box", "eos"):
+        if self.stop not in ("box", "eos", None):
             raise ValueError(f"stop = {self.stop!r} is not box or eos")
         sure = self.until_decided
         if sure is not None and not (isinstance(sure, float) and 0 < sure < 1):

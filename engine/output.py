@@ -105,6 +105,7 @@ class SampleFacts(msgspec.Struct):
     text: str = ""
     scores: list[int] | None = None
     invalid: str | None = None
+    forced: bool = False
 
 
 class LineFacts(msgspec.Struct):

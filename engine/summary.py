@@ -23,6 +23,7 @@ class Tally:
     samples: int = 0
     valid: int = 0
     invalid: Counter[str] = field(default_factory=Counter)  # samples by reason
+    forced: int = 0  # of the valid ones, made to write their scores
     cut_while_thinking: int = 0  # of the truncated ones
     undecided: int = 0
     labelled: int = 0  # with one best response
@@ -63,6 +64,7 @@ class Tally:
                 if shown in self.unread or len(self.unread) < _MOST_LINES:
                     self.unread[shown] += 1
             return
+        self.forced += sample.forced
         top = max(sample.scores)
         if len(sample.scores) > 1 and sample.scores.count(top) == 1:
             self.winners += 1
@@ -85,6 +87,7 @@ class Tally:
             "samples": self.samples,
             "valid": self.valid,
             "valid_share": _share(self.valid, self.samples),
+            "forced": self.forced,
             "invalid": dict(self.invalid.most_common()),
             "cut_while_thinking": self.cut_while_thinking,
             "unread_line": commonest[0][0] if commonest else None,

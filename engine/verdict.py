@@ -20,7 +20,8 @@ class Sample:
     `order[j]` is the response shown in position j. `scores` are one integer per response, in the
     row's own order, or None, and then `invalid` says why. `meta` is the meta RM's or the meta
     head's score of a valid sample, NaN where it has none and so no vote; None without either.
-    `tokens` counts generated tokens; `finish` says what ended them. The log-probs, one per
+    `tokens` counts generated tokens; `finish` says what ended them; `forced`, that it was then made
+    to write its scores, whose tokens count. The log-probs, one per
     generated token, are natural logarithms under the model's own distribution and under the one
     sampled from.
     """
@@ -35,6 +36,7 @@ class Sample:
     token_ids: list[int]
     logprobs: list[float]
     sampling_logprobs: list[float]
+    forced: bool = False
 
 
 @dataclass
@@ -85,8 +87,8 @@ def to_line(outcome: Verdict | RowFailure) -> bytes:
     """The JSON line of a verdict or a failure, newline included.
 
     Fields that are optional in a line (a failure's id, line and key; k_used, label, correct,
-    agrees, row_meta) are left out where they are None. A meta score of NaN, which JSON cannot say,
-    is written as null.
+    agrees, row_meta; a sample's forced) are left out where they are None or false. A meta score of
+    NaN, which JSON cannot say, is written as null.
     """
     fields: dict[str, Any]
     if isinstance(outcome, RowFailure):
@@ -130,6 +132,7 @@ def _sample_fields(sample: Sample) -> dict[str, Any]:
         "meta": None if meta is not None and math.isnan(meta) else meta,
         "tokens": sample.tokens,
         "finish": sample.finish,
+        **({"forced": True} if sample.forced else {}),
     }
 
 

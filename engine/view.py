@@ -91,6 +91,8 @@ def render_summary(summary: dict[str, Any], width: int) -> str:
         parts.append(f"{summary['undecided']} without a verdict")
     if summary["valid_share"] is not None:
         parts.append(f"{summary['valid_share']:.1%} of samples valid")
+    if summary["forced"]:
+        parts.append(f"{summary['forced']} of them had their scores forced")
     if summary["invalid"]:
         reasons = ", ".join(f"{count} {name}" for name, count in summary["invalid"].items())
         parts.append(f"the others: {reasons}")

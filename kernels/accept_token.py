@@ -160,14 +160,17 @@ def _accept_token_kernel(
     count_ptr,
     items_ptr,
     n_ptr,
+    nonce_ptr,
     reason_ptr,
     scores_ptr,
     max_n,
     table_ptr,
     transitions_ptr,
     symbols_ptr,
+    column_ptr,
     first_ptr,
     last_ptr,
+    num_columns,
     num_tokens,
     score_min,
     score_max,
@@ -208,9 +211,9 @@ def _accept_token_kernel(
     control = tl.load(control_ptr + row, mask=mask, other=0)
     control = advance_rows(
         control, read, row, mask,
-        value_ptr, count_ptr, items_ptr, n_ptr, reason_ptr, scores_ptr, max_n,
-        table_ptr, transitions_ptr, symbols_ptr, first_ptr, last_ptr,
-        num_tokens, score_min, score_max, saturated,
+        value_ptr, count_ptr, items_ptr, n_ptr, nonce_ptr, reason_ptr, scores_ptr, max_n,
+        table_ptr, transitions_ptr, symbols_ptr, column_ptr, first_ptr, last_ptr,
+        num_columns, num_tokens, score_min, score_max, saturated,
     )  # fmt: skip
     tl.store(control_ptr + row, control, mask=active)
     if STOP_AT_BOX:

@@ -1,113 +1,50 @@
-r"""Read the scores out of generated tokens: an automaton over their bytes, one token at a time.
+"""Read the scores out of generated tokens: an automaton over their bytes, one token at a time.
 
-Dimension letters: B rows (live samples), V vocabulary, C control states.
+Dimension letters: B rows (live samples), V vocabulary, C control states, K columns.
 
-Language (`parse_scores` is the specification). With an anchor: after the first line that begins
-with the anchor, the first complete `\boxed{` ... `}` decides, valid or not. Without an anchor: the
-last complete box of the text. A box ends at the first `}`. Its content must be exactly n integers
-(one optional sign and ASCII digits), separated by commas, with blanks (space, tab, CR, LF) around
-them, each within [score_min, score_max]. A special token has no bytes and resets an undecided row:
-the text starts anew after it. A decided row (anchor only) stays decided.
-
-Design. The control state is an integer: the position in the anchor, in `\boxed{`, or in the
-content. A table over (state, symbol) has the next state and the symbol's action on the registers:
-item value, item count, event. Symbols are the 256 bytes, RESET (a special token) and PAD. A second
-table, over (state, token), has the next state of whole tokens without an action, which are nearly
-all: a decode step is one look-up, and only rows inside a box walk their token symbol by symbol.
+`kernels/score_grammar.py` has the language, its parser, and its table over (state, symbol): the
+next state and the symbol's action on the registers (item value, item count, event). Symbols are the
+256 bytes, RESET (a special token) and PAD. A special token has no bytes: the text starts anew after
+it, unless the row is decided. A second table has the next state of whole tokens without an action,
+which are nearly all: a decode step is one look-up, and only rows inside a box or at a nonce walk
+their token symbol by symbol. Tokens that lead to the same states share a column of it.
 
 `advance_rows` is that step for a block of rows in a Triton kernel; `ScoreAutomaton.advance_ref` is
 the same step in torch. Neither un-permutes scores or votes, and neither sees the prompt.
 """
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.device import to_device
+from kernels.score_grammar import (
+    ALPHABET,
+    BOUND,
+    CHECK_NONCE,
+    CHECK_ROOM,
+    CLOSE,
+    CLOSE_BAD,
+    FORGET,
+    PAD,
+    RESET,
+    Outcome,
+    Reason,
+    ScoreRules,
+    parse_scores,
+    transitions,
+)
 from kernels.target import Target
 
-_BOX = rb"\boxed{"
-_INTEGER = re.compile(rb"[+-]?[0-9]+")
-_BLANKS = b" \t\r\n"
-_RESET, _PAD, _ALPHABET = 256, 257, 258
-# Control states: decided, then the content of a box, then 7 places in `\boxed{`, then the anchor.
-_DECIDED, _FIRST, _ITEM, _PLUS, _MINUS, _DIGITS, _NEG_DIGITS, _AFTER, _BAD, _SEARCH = range(10)
-_ANCHOR = _SEARCH + len(_BOX)
-_CLOSE, _CLOSE_BAD, _FORGET = 1, 2, 3  # events
+_DECIDED = 0  # control state
+_EDGE = 7  # numbers of a transition
 _BY_SYMBOL = -1  # in the token table: the token has an action
-_MAX_ANCHOR = 256  # bytes; the token table has a row for each
-_BOUND = 10**17  # of scores, so that ten times a value fits in int64
-
-
-class Reason(IntEnum):
-    """Why a sample has no vote (or VALID); UNDECIDED is internal to a running state."""
-
-    UNDECIDED = -1
-    VALID = 0
-    MISSING = 1
-    COUNT = 2
-    RANGE = 3
-    NOT_AN_INTEGER = 4
-    TRUNCATED = 5
-
-    @property
-    def label(self) -> str:
-        """The reason as it stands in a verdict line."""
-        return self.name.lower().replace("_", " ")
-
-
-def parse_scores(
-    data: bytes, n: int, anchor: bytes | None, score_min: int, score_max: int, finished: bool
-) -> tuple[Reason, tuple[int, ...]]:
-    """The specification on plain bytes: the reason, and the n scores if it is VALID.
-
-    data: the bytes of the text (after the last special token); anchor None: no anchor; finished:
-    the text ended by itself, so that an absent box is MISSING and not TRUNCATED.
-    """
-    contents = []
-    start = 0 if anchor is None else _after_anchor(data, anchor)
-    while start >= 0 and (box := data.find(_BOX, start)) >= 0:
-        end = data.find(b"}", box)
-        if end < 0:
-            break
-        contents.append(data[box + len(_BOX) : end])
-        start = end + 1
-    if not contents:
-        return Reason.MISSING if finished else Reason.TRUNCATED, ()
-    content = contents[-1 if anchor is None else 0]
-    items = [item.strip(_BLANKS) for item in content.split(b",")] if content.strip(_BLANKS) else []
-    if not all(_INTEGER.fullmatch(item) for item in items):
-        return Reason.NOT_AN_INTEGER, ()
-    if len(items) != n:
-        return Reason.COUNT, ()
-    scores = tuple(_integer(item) for item in items)
-    if not all(score_min <= score <= score_max for score in scores):
-        return Reason.RANGE, ()
-    return Reason.VALID, scores
-
-
-def _after_anchor(data: bytes, anchor: bytes) -> int:
-    """Index just after the anchor of the first line that begins with it, or -1."""
-    start = 0
-    while not data.startswith(anchor, start):
-        start = data.find(b"\n", start) + 1
-        if start == 0:
-            return -1
-    return start + len(anchor)
-
-
-def _integer(item: bytes) -> int:
-    """The integer; one of the same sign out of every range for many digits: int() refuses 5000."""
-    digits = item.lstrip(b"+-").lstrip(b"0") or b"0"
-    magnitude = int(digits) if len(digits) < 18 else _BOUND
-    return -magnitude if item.startswith(b"-") else magnitude
 
 
 def extract_scores_ref(
@@ -115,28 +52,30 @@ def extract_scores_ref(
     special_ids: Collection[int],
     tokens: Sequence[int],
     n: int,
-    anchor: bytes | None,
-    score_min: int,
-    score_max: int,
+    rules: ScoreRules,
     finished: bool,
-) -> tuple[Reason, tuple[int, ...]]:
+    nonce: int | None = None,
+) -> Outcome:
     """The specification on the tokens of one row: `parse_scores` between special tokens."""
     text = bytearray()
     for token in tokens:
         if token not in special_ids:
             text += token_bytes[token]
             continue
-        reason, _ = parse_scores(bytes(text), n, anchor, score_min, score_max, True)
-        if anchor is not None and reason != Reason.MISSING:
+        reason, _ = parse_scores(bytes(text), n, rules, True, nonce)
+        if rules.first and reason != Reason.MISSING:
             break
         text.clear()
-    return parse_scores(bytes(text), n, anchor, score_min, score_max, finished)
+    return parse_scores(bytes(text), n, rules, finished, nonce)
 
 
 # Triton takes no other globals.
 DECIDED = tl.constexpr(_DECIDED)
-_SYMBOLS, _WALKS = tl.constexpr(_ALPHABET), tl.constexpr(_BY_SYMBOL)
-_CLOSES_BAD, _FORGETS = tl.constexpr(_CLOSE_BAD), tl.constexpr(_FORGET)
+_SYMBOLS, _NUMBERS = tl.constexpr(ALPHABET), tl.constexpr(_EDGE)
+_WALKS = tl.constexpr(_BY_SYMBOL)
+_CLOSES, _CLOSES_BAD = tl.constexpr(CLOSE), tl.constexpr(CLOSE_BAD)
+_FORGETS, _CHECKS_NONCE = tl.constexpr(FORGET), tl.constexpr(CHECK_NONCE)
+_CHECKS_ROOM = tl.constexpr(CHECK_ROOM)
 _UNDECIDED, _VALID = tl.constexpr(int(Reason.UNDECIDED)), tl.constexpr(int(Reason.VALID))
 _WRONG_COUNT, _OUTSIDE = tl.constexpr(int(Reason.COUNT)), tl.constexpr(int(Reason.RANGE))
 _NO_INTEGER = tl.constexpr(int(Reason.NOT_AN_INTEGER))
@@ -144,25 +83,31 @@ _NO_INTEGER = tl.constexpr(int(Reason.NOT_AN_INTEGER))
 
 @triton.jit
 def _record_rows(
-    event, count, row, items_ptr, n_ptr, reason_ptr, scores_ptr, max_n, score_min, score_max
-):
-    """Write the outcome of boxes that close, and clear that of rows that forget."""
-    changed = event > 0  # (ROWS,)
-    n = tl.load(n_ptr + row, mask=changed, other=0)
+    event, value, count, row,
+    items_ptr, n_ptr, nonce_ptr, reason_ptr, scores_ptr, max_n, score_min, score_max,
+):  # fmt: skip
+    """Write the outcome of boxes that close, and clear that of rows that forget. Returns whose
+    check has failed."""
+    n = tl.load(n_ptr + row, mask=event > 0, other=0)  # (ROWS,)
+    is_full = (event == _CHECKS_ROOM) & (count >= n)
+    nonce = tl.load(nonce_ptr + row, mask=event == _CHECKS_NONCE, other=0)
+    changed = is_full | ((event > 0) & (event < _CHECKS_NONCE))
     outside = event < 0  # none
     for i in range(tl.max(n, 0)):
-        item = tl.load(items_ptr + row * (max_n + 1) + i, mask=i < n, other=0)
+        item = tl.load(items_ptr + row * (max_n + 1) + i, mask=changed & (i < n), other=0)
         outside |= (i < n) & ((item < score_min) | (item > score_max))
     reason = tl.where(outside, _OUTSIDE, _VALID)
-    reason = tl.where(count != n, _WRONG_COUNT, reason)
+    reason = tl.where((count != n) | is_full, _WRONG_COUNT, reason)
     reason = tl.where(event == _CLOSES_BAD, _NO_INTEGER, reason)
     reason = tl.where(event == _FORGETS, _UNDECIDED, reason)
     tl.store(reason_ptr + row, reason.to(tl.int64), mask=changed)
     # Scores from the n-th on are 0 from the start.
     for i in range(tl.max(n, 0)):
-        item = tl.load(items_ptr + row * (max_n + 1) + i, mask=i < n, other=0)
+        item = tl.load(items_ptr + row * (max_n + 1) + i, mask=changed & (i < n), other=0)
         score = tl.where(reason == _VALID, item, 0)
-        tl.store(scores_ptr + row * max_n + i, score, mask=i < n)
+        tl.store(scores_ptr + row * max_n + i, score, mask=changed & (i < n))
+    is_invalid = (event == _CLOSES) & (reason != _VALID)
+    return is_full | is_invalid | ((event == _CHECKS_NONCE) & (value != nonce))
 
 
 @triton.jit
@@ -171,18 +116,21 @@ def advance_rows(
     token,  # (ROWS,) int64, num_tokens - 1 for none
     row,  # (ROWS,) int64
     mask,  # (ROWS,) bool
-    value_ptr,  # (B,) int64, as the next five: the registers of a `ScoreState`
+    value_ptr,  # (B,) int64, as the next six: the registers of a `ScoreState`
     count_ptr,
     items_ptr,  # (B, max_n + 1)
     n_ptr,
+    nonce_ptr,
     reason_ptr,
     scores_ptr,  # (B, max_n)
     max_n,
-    table_ptr,  # (C, num_tokens) int16
-    transitions_ptr,  # (C * symbols, 6) int64
+    table_ptr,  # (C, num_columns) int16
+    transitions_ptr,  # (C * symbols, 7) int64
     symbols_ptr,
-    first_ptr,  # (num_tokens,) int64
-    last_ptr,  # (num_tokens,) int64
+    column_ptr,  # (num_tokens,) int64, as the next two
+    first_ptr,
+    last_ptr,
+    num_columns,
     num_tokens,
     score_min,
     score_max,
@@ -190,7 +138,8 @@ def advance_rows(
 ):
     """The control states of a block of rows after one more token each. Registers stay in memory and
     are read only if a token has an action."""
-    table_ptrs = table_ptr + control * num_tokens + token
+    column = tl.load(column_ptr + token, mask=mask, other=0)
+    table_ptrs = table_ptr + control * num_columns + column
     following = tl.load(table_ptrs, mask=mask, other=0).to(tl.int64)  # (ROWS,)
     walks = following == _WALKS
     if tl.max(walks.to(tl.int32), 0) > 0:
@@ -201,7 +150,7 @@ def advance_rows(
         state = control.to(tl.int32)
         for _ in range(tl.max(last - symbol_index, 0)):
             symbol = tl.load(symbols_ptr + symbol_index, mask=walks, other=0).to(tl.int32)
-            edge_ptrs = transitions_ptr + (state * _SYMBOLS + symbol) * 6
+            edge_ptrs = transitions_ptr + (state * _SYMBOLS + symbol) * _NUMBERS
             state = tl.load(edge_ptrs, mask=walks, other=0).to(tl.int32)
             # The item under way is stored with every symbol, so it is complete when it ends.
             item_ptrs = items_ptr + row * (max_n + 1) + tl.minimum(count, max_n)
@@ -213,10 +162,13 @@ def advance_rows(
             count += tl.load(edge_ptrs + 4, mask=walks, other=0)
             event = tl.load(edge_ptrs + 5, mask=walks, other=0).to(tl.int32)
             if tl.max(event, 0) > 0:
-                _record_rows(
-                    event, count, row,
-                    items_ptr, n_ptr, reason_ptr, scores_ptr, max_n, score_min, score_max,
+                fails = _record_rows(
+                    event, value, count, row,
+                    items_ptr, n_ptr, nonce_ptr, reason_ptr, scores_ptr, max_n,
+                    score_min, score_max,
                 )  # fmt: skip
+                otherwise = tl.load(edge_ptrs + 6, mask=walks, other=0).to(tl.int32)
+                state = tl.where(fails, otherwise, state)
             symbol_index = tl.minimum(symbol_index + 1, last)
         tl.store(value_ptr + row, value, mask=walks)
         tl.store(count_ptr + row, count, mask=walks)
@@ -239,12 +191,13 @@ class ScoreState:
     count: Tensor  # (B,) int64, items of the box being read that are complete
     items: Tensor  # (B, max_n + 1) int64, these items; those past max_n go into the last column
     n: Tensor  # (B,) int64, scores expected
+    nonce: Tensor  # (B,) int64, that an anchored line must hold, where rules have a nonce
     reason: Tensor  # (B,) int64, of the box that decides so far, else UNDECIDED
     scores: Tensor  # (B, max_n) int64, its scores if VALID, else 0
 
     @property
     def decided(self) -> Tensor:
-        """(B,) bool: no later token can change the row (never without an anchor)."""
+        """(B,) bool: no later token can change the row (only where the first box decides)."""
         return self.control == _DECIDED
 
     def registers(self) -> tuple[Any, ...]:
@@ -254,7 +207,9 @@ class ScoreState:
             if not field.is_contiguous():
                 raise ValueError(f"{f.name} must be contiguous, got strides {field.stride()}")
         max_n = self.scores.shape[1]
-        return self.value, self.count, self.items, self.n, self.reason, self.scores, max_n
+        return (
+            self.value, self.count, self.items, self.n, self.nonce, self.reason, self.scores, max_n,
+        )  # fmt: skip
 
     def index_select(self, index: Tensor) -> "ScoreState":
         """The rows `index` (int64), copied."""
@@ -287,81 +242,84 @@ def scores_of(state: ScoreState, finished: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ScoreAutomaton:
-    """The automaton of one tokenizer, anchor and score range, as tables on one device.
+    """The automaton of one tokenizer and one way to write scores, as tables on one device.
 
     token_bytes: the bytes of each token id, of every id the model can produce; those of
-    special_ids are ignored. anchor None: the last box decides (see the module's docstring).
-    ValueError for an anchor with a newline, an empty or too large range, or a special id outside
-    the vocabulary.
+    special_ids are ignored. ValueError for a special id outside the vocabulary.
     """
 
     def __init__(
         self,
         token_bytes: Sequence[bytes],
         special_ids: Collection[int],
-        anchor: str | None,
-        score_min: int,
-        score_max: int,
+        rules: ScoreRules,
         device: torch.device | str = "cpu",
     ) -> None:
-        if anchor is not None and "\n" in anchor:
-            raise ValueError(f"anchor must not contain a newline, got {anchor!r}")
-        if not -_BOUND < score_min <= score_max < _BOUND:
-            raise ValueError(
-                f"score_min and score_max must be ordered and within +-{_BOUND}, "
-                f"got {score_min} and {score_max}"
-            )
         if not all(0 <= token < len(token_bytes) for token in special_ids):
             raise ValueError(
                 f"special ids must be below {len(token_bytes)}, got {sorted(special_ids)}"
             )
-        anchor_bytes = None if anchor is None else anchor.encode()
-        if len(anchor_bytes or b"") > _MAX_ANCHOR:
-            raise ValueError(f"anchor must have at most {_MAX_ANCHOR} bytes, got {anchor!r}")
-        self.score_min, self.score_max = score_min, score_max
-        # Values saturate here, so integers may have any length.
-        self._saturated = max(abs(score_min), abs(score_max)) + 1
+        self.rules = rules
+        # Values saturate here, so integers may have any length; a nonce saturates at its own bound.
+        largest = max(abs(rules.score_min), abs(rules.score_max)) + 1
+        self._saturated = BOUND if rules.nonce else largest
         self.vocab_size = len(token_bytes)
-        transitions, self._start = _transitions(anchor_bytes)
+        table, self._start = transitions(rules)
 
         # Every token's symbols end in a PAD; one more token, of no bytes, fills short rows.
-        texts = [
-            [_RESET, _PAD] if token in special_ids else [*text, _PAD]
+        texts: list[tuple[int, ...]] = [
+            (RESET,) if token in special_ids else tuple(text)
             for token, text in enumerate([*token_bytes, b""])
         ]
-        lengths = torch.tensor([len(text) for text in texts])
-        symbols = torch.tensor([symbol for text in texts for symbol in text])
-        last = lengths.cumsum(0) - 1
-        first = last - lengths + 1
-        table = _compose(transitions, symbols, first, last)
-        self._transitions = transitions.flatten(0, 1).to(device)  # (C * symbols, 6)
+        columns, column = _compose(table, texts)
+        last = torch.tensor([len(text) + 1 for text in texts]).cumsum(0) - 1
+        symbols = torch.tensor([symbol for text in texts for symbol in (*text, PAD)])
+        self._transitions = table.flatten(0, 1).to(device)  # (C * symbols, 7)
         self._symbols = symbols.to(device)
-        self._first, self._last = first.to(device), last.to(device)  # (V + 1,)
-        self._table = table.to(device)  # (C, V + 1) int16
+        self._last = last.to(device)  # (V + 1,)
+        self._first = (last - torch.tensor([len(text) for text in texts])).to(device)  # (V + 1,)
+        self._column = column.to(device)  # (V + 1,)
+        self._table = columns.to(device)  # (C, K) int16
 
-    def start(self, n: Tensor, max_n: int) -> ScoreState:
-        """The state of rows without text that expect n (B,) int64 scores, 0 <= n <= max_n. With n
-        on CPU nothing waits for the device."""
+    def start(
+        self,
+        n: Tensor,
+        max_n: int,
+        nonces: Sequence[int] | None = None,
+        openings: Sequence[bytes] = (),
+    ) -> ScoreState:
+        """The state of rows that expect n (B,) int64 scores, 0 <= n <= max_n. nonces: of each row,
+        where rules have one. openings: of each row, the text of its prompt that it goes on with.
+        With n on CPU and no opening nothing waits for the device."""
         if n.dim() != 1 or n.dtype != torch.int64 or ((n < 0) | (n > max_n)).any():
             raise ValueError(f"n must be (B,) int64 in [0, {max_n}], got {n}")
+        if (nonces is not None) != self.rules.nonce:
+            raise ValueError("nonces are given where rules have a nonce, and only there")
         device = self._table.device
         zero = torch.zeros(len(n), dtype=torch.int64, device=device)
-        return ScoreState(
+        state = ScoreState(
             control=zero + self._start,
-            value=zero,
+            value=zero.clone(),
             count=zero.clone(),
             items=zero[:, None].repeat(1, max_n + 1),
             n=to_device(n, device).clone(),
+            nonce=zero.clone() if nonces is None else to_device(torch.tensor(nonces), device),
             reason=zero + int(Reason.UNDECIDED),
             scores=zero[:, None].repeat(1, max_n),
         )
+        for opening in set(openings) - {b""}:
+            rows = torch.tensor([i for i, text in enumerate(openings) if text == opening])
+            rows = to_device(rows, device)
+            for byte in opening:
+                state.control[rows] = self._step(state, rows, torch.full_like(rows, byte))
+        return state
 
     def advance_ref(self, state: ScoreState, tokens: Tensor) -> None:
         """Move every row past its next token, in place and in torch; reads `any` flags.
 
         tokens: (B,) int64, ids below V, or V for no token.
         """
-        following = self._table[state.control, tokens].long()
+        following = self._table[state.control, self._column[tokens]].long()
         by_symbol = following == _BY_SYMBOL
         if by_symbol.any():
             rows = by_symbol.nonzero()[:, 0]
@@ -371,110 +329,80 @@ class ScoreAutomaton:
     def tables(self) -> tuple[Any, ...]:
         """What `advance_rows` takes of an automaton."""
         return (
-            self._table, self._transitions, self._symbols, self._first, self._last,
-            self.vocab_size + 1, self.score_min, self.score_max, self._saturated,
+            self._table, self._transitions, self._symbols, self._column, self._first, self._last,
+            self._table.shape[1], self.vocab_size + 1,
+            self.rules.score_min, self.rules.score_max, self._saturated,
         )  # fmt: skip
 
     def _advance_by_symbol(self, state: ScoreState, rows: Tensor, tokens: Tensor) -> Tensor:
         """Walk the tokens of some rows, with their actions; returns the control states."""
-        control, value, count = state.control[rows], state.value[rows], state.count[rows]
-        items = state.items[rows]
         symbol_index, last = self._first[tokens], self._last[tokens]
+        control = state.control[rows]
         for _ in range(int((last - symbol_index).max())):
-            symbol = self._symbols[symbol_index]
-            control, value_scale, digit, count_scale, ended, event = self._transitions[
-                control * _ALPHABET + symbol
-            ].unbind(1)
-            # The item under way is stored with every symbol, so it is complete when it ends.
-            items.scatter_(1, count.clamp(max=items.shape[1] - 1)[:, None], value[:, None])
-            value = (value * value_scale + digit).clamp_(-self._saturated, self._saturated)
-            count = count * count_scale + ended
-            if event.any():
-                self._record(state, rows, event, count, items[:, :-1])
+            state.control[rows] = control
+            control = self._step(state, rows, self._symbols[symbol_index])
             symbol_index = torch.minimum(symbol_index + 1, last)
-        state.value[rows], state.count[rows], state.items[rows] = value, count, items
         return control
 
-    def _record(
-        self, state: ScoreState, rows: Tensor, event: Tensor, count: Tensor, items: Tensor
-    ) -> None:
-        """Write the outcome of boxes that close, and clear that of rows that forget."""
-        n = state.n[rows]
+    def _step(self, state: ScoreState, rows: Tensor, symbol: Tensor) -> Tensor:
+        """The control states of some rows after one more symbol each, whose actions are done."""
+        value, count, items = state.value[rows], state.count[rows], state.items[rows]
+        edges = self._transitions[state.control[rows] * ALPHABET + symbol]
+        control, value_scale, digit, count_scale, ended, event, otherwise = edges.unbind(1)
+        # The item under way is stored with every symbol, so it is complete when it ends.
+        items = items.scatter(1, count.clamp(max=items.shape[1] - 1)[:, None], value[:, None])
+        value = (value * value_scale + digit).clamp_(-self._saturated, self._saturated)
+        count = count * count_scale + ended
+        state.value[rows], state.count[rows], state.items[rows] = value, count, items
+        if not event.any():
+            return control
+        fails = self._record(state, rows, event)
+        return torch.where(fails, otherwise, control)
+
+    def _record(self, state: ScoreState, rows: Tensor, event: Tensor) -> Tensor:
+        """Write the outcome of boxes that close, and clear that of rows that forget. Returns whose
+        check has failed."""
+        value, count, n = state.value[rows], state.count[rows], state.n[rows]
+        items = state.items[rows][:, :-1]
         expected = torch.arange(items.shape[1], device=items.device) < n[:, None]
-        outside = expected & ((items < self.score_min) | (items > self.score_max))
-        reason = torch.where(outside.any(1), int(Reason.RANGE), int(Reason.VALID))
-        reason = torch.where(count != n, int(Reason.COUNT), reason)
-        reason = torch.where(event == _CLOSE_BAD, int(Reason.NOT_AN_INTEGER), reason)
-        reason = torch.where(event == _FORGET, int(Reason.UNDECIDED), reason)
+        outside = (items < self.rules.score_min) | (items > self.rules.score_max)
+        is_full = (event == CHECK_ROOM) & (count >= n)
+        reason = torch.where((expected & outside).any(1), int(Reason.RANGE), int(Reason.VALID))
+        reason = torch.where((count != n) | is_full, int(Reason.COUNT), reason)
+        reason = torch.where(event == CLOSE_BAD, int(Reason.NOT_AN_INTEGER), reason)
+        reason = torch.where(event == FORGET, int(Reason.UNDECIDED), reason)
         scores = items * (expected & (reason == Reason.VALID)[:, None])
-        changed = event.nonzero()[:, 0]
-        state.reason[rows[changed]] = reason[changed]
-        state.scores[rows[changed]] = scores[changed]
+        changed = is_full | (event == CLOSE) | (event == CLOSE_BAD) | (event == FORGET)
+        state.reason[rows] = torch.where(changed, reason, state.reason[rows])
+        state.scores[rows] = torch.where(changed[:, None], scores, state.scores[rows])
+        is_invalid = (event == CLOSE) & (reason != Reason.VALID)
+        return is_full | is_invalid | ((event == CHECK_NONCE) & (value != state.nonce[rows]))
 
 
-def _transitions(anchor: bytes | None) -> tuple[Tensor, int]:
-    """The table (C, symbols, 6) int64 over control states and symbols, and the first state.
-
-    Last dimension: next state; scale and digit (value := value * scale + digit); scale and ended
-    (count := count * scale + ended); event.
-    """
-    keep, opening, ended = (1, 0, 1, 0, 0), (0, 0, 0, 0, 0), (0, 0, 1, 1, 0)
-    size = len(anchor or b"")
-    skip_line = _ANCHOR + size
-    start = _ANCHOR if anchor else _SEARCH
-    after_box, forget = (_SEARCH, _FORGET) if anchor is None else (_DECIDED, 0)
-    table = [[(state, *keep)] * _ALPHABET for state in range(skip_line + 1)]
-    for state in range(_FIRST, skip_line + 1):
-        table[state][_RESET] = (start, 1, 0, 1, 0, forget)
-
-    for place in range(size + 1):
-        table[_ANCHOR + place][:_RESET] = [(skip_line, *keep)] * _RESET
-        table[_ANCHOR + place][ord("\n")] = (_ANCHOR, *keep)
-    for place, byte in enumerate(anchor or b""):
-        following = _SEARCH if place + 1 == size else _ANCHOR + place + 1
-        table[_ANCHOR + place][byte] = (following, *keep)
-
-    for place in range(len(_BOX)):
-        for byte in range(_RESET):
-            seen = _BOX[:place] + bytes([byte])
-            matched = max(k for k in range(len(_BOX)) if seen.endswith(_BOX[:k]))
-            table[_SEARCH + place][byte] = (_SEARCH + matched, *keep)
-    table[_SEARCH + len(_BOX) - 1][_BOX[-1]] = (_FIRST, *opening)
-
-    for state in range(_FIRST, _SEARCH):
-        table[state][:_RESET] = [(_BAD, *keep)] * _RESET
-        table[state][ord("}")] = (after_box, 1, 0, 1, 0, _CLOSE_BAD)
-    table[_FIRST][ord("}")] = (after_box, 1, 0, 1, 0, _CLOSE)
-    for state in (_FIRST, _ITEM):
-        table[state][ord("+")] = (_PLUS, *keep)
-        table[state][ord("-")] = (_MINUS, *keep)
-        for blank in _BLANKS:
-            table[state][blank] = (state, *keep)
-    for state in (_DIGITS, _NEG_DIGITS, _AFTER):
-        table[state][ord(",")] = (_ITEM, *ended)
-        table[state][ord("}")] = (after_box, 1, 0, 1, 1, _CLOSE)
-        for blank in _BLANKS:
-            table[state][blank] = (_AFTER, *keep)
-    for digit in range(10):
-        for state in (_FIRST, _ITEM, _PLUS, _DIGITS):
-            table[state][ord("0") + digit] = (_DIGITS, 10, digit, 1, 0, 0)
-        for state in (_MINUS, _NEG_DIGITS):
-            table[state][ord("0") + digit] = (_NEG_DIGITS, 10, -digit, 1, 0, 0)
-    return torch.tensor(table), start
-
-
-def _compose(transitions: Tensor, symbols: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """(C, tokens) int16: the state after each token, _BY_SYMBOL where its path has an action."""
-    num_states = transitions.shape[0]
-    has_action = (transitions[..., 1:] != torch.tensor([1, 0, 1, 0, 0])).any(-1)
-    following = transitions[..., 0].masked_fill(has_action, num_states)
+def _compose(table: Tensor, texts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """The state after each token, _BY_SYMBOL where its path has an action: distinct columns (C, K)
+    int16, and the column of each token, (tokens,) int64."""
+    num_states = table.shape[0]
+    has_action = (table[..., 1:6] != torch.tensor([1, 0, 1, 0, 0])).any(-1)
     # The row num_states absorbs: once a path has met an action, it stays marked.
-    following = torch.cat([following, torch.full((1, _ALPHABET), num_states)])
-    by_length = (last - first).argsort(descending=True)
-    first, length = first[by_length], (last - first)[by_length]
-    state = torch.arange(num_states)[:, None].repeat(1, len(by_length))
-    for place in range(int(length[0])):
-        longer = int((length > place).sum())
-        state[:, :longer] = following[state[:, :longer], symbols[first[:longer] + place]]
-    state[state == num_states] = _BY_SYMBOL
-    return torch.empty_like(state, dtype=torch.int16).index_copy_(1, by_length, state.short())
+    following = table[..., 0].masked_fill(has_action, num_states)
+    following = torch.cat([following, torch.full((1, ALPHABET), num_states)])
+    edges = following.T.short().numpy()  # (symbols, C + 1)
+    columns = [np.arange(num_states, dtype=np.int16)]
+    known = {columns[0].tobytes(): 0}
+    after: dict[tuple[int, int], int] = {}  # the column of a text with a column, then a symbol
+    column = []
+    for text in texts:
+        at = 0
+        for symbol in text:
+            found = after.get((at, symbol))
+            if found is None:
+                states = edges[symbol][columns[at]]
+                found = known.setdefault(states.tobytes(), len(columns))
+                if found == len(columns):
+                    columns.append(states)
+                after[at, symbol] = found
+            at = found
+        column.append(at)
+    distinct = torch.from_numpy(np.stack(columns, 1))
+    return distinct.masked_fill(distinct == num_states, _BY_SYMBOL), torch.tensor(column)

@@ -10,7 +10,7 @@ import pytest
 from engine.prompt import PromptBuilder
 from engine.request import make_row
 from engine.settings import JudgeSettings
-from kernels.extract_scores import Reason, parse_scores
+from kernels.score_grammar import Reason, ScoreRules, parse_scores
 from models.tokenizer import Tokenizer
 from tests.tiny import write_tokenizer
 from train.data import Trajectory, file_batches, world_batches
@@ -56,7 +56,7 @@ def test_the_teacher_uses_what_the_prompt_gives_it(builder: PromptBuilder) -> No
         prompt = builder.tokenizer.decode(flat(trajectory))
         text = builder.tokenizer.decode(trajectory.completion)
         responses = prompt.count("\nResponse ")
-        reason, scores = parse_scores(text.encode(), responses, b"Scores:", 1, 10, True)
+        reason, scores = parse_scores(text.encode(), responses, ScoreRules(first=True), True)
         assert reason == Reason.VALID
         listed = text.split("\n")[0].removeprefix("Specific Criteria: ")
         assert len({item.split()[0] for item in listed.split(", ")} & set(CRITERIA)) == 3

@@ -12,6 +12,7 @@ import engine.generate as generate
 from engine.generate import Generation, Generator, Group, GroupResult
 from kernels.extract_scores import ScoreAutomaton
 from kernels.sample_token import SamplingOptions
+from kernels.score_grammar import ScoreRules
 from models import load
 from models.transformer import Transformer
 from tests.rows import needs_cpp
@@ -29,7 +30,7 @@ def make_generator(model: Transformer, **options: object) -> Generator:
         "ignore_eos": True,
     }
     vocab = model.config.vocab_size
-    automaton = ScoreAutomaton([b"x"] * vocab, [], "Scores:", 1, 10)
+    automaton = ScoreAutomaton([b"x"] * vocab, [], ScoreRules(first=True))
     return Generator(model, automaton, **(defaults | options))  # type: ignore[arg-type]
 
 

@@ -22,7 +22,7 @@ from engine.request import Row, make_row
 from engine.sample import POCKET
 from engine.verdict import RowFailure, Verdict, to_line
 from kernels import cpp
-from kernels.extract_scores import Reason, parse_scores
+from kernels.score_grammar import Reason, ScoreRules, parse_scores
 from tests.rows import needs_cpp
 from train.world import cases
 
@@ -310,7 +310,7 @@ def test_hostile_responses_do_not_vote(judge: Judge) -> None:
     verdict = judge(f"copy a b {hostile}", [hostile, honest], k=4, max_new_tokens=SHORT)
     for sample in verdict.samples:
         made = sample.text.encode()
-        reason, scores = parse_scores(made, 2, b"Scores:", 1, 10, sample.finish != "length")
+        reason, scores = parse_scores(made, 2, ScoreRules(first=True), sample.finish != "length")
         shown = None if sample.scores is None else tuple(sample.scores[i] for i in sample.order)
         assert (scores or None) == shown
         assert (reason == Reason.VALID) == (sample.scores is not None)

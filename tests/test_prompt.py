@@ -422,11 +422,13 @@ def test_a_segment_is_a_kind_and_its_tokens() -> None:
 @pytest.mark.parametrize(
     "declared,settings_read",
     [
-        (None, JudgeSettings(1, 10, 5.5, "Scores:")),
+        (None, JudgeSettings(1, 10, 5.5, "Scores:", anchor_nonce=None)),
         ({}, JudgeSettings(1, 10, 5.5, "Scores:")),
         ({"score_min": 0, "score_max": 1, "threshold": 0.5}, JudgeSettings(0, 1, 0.5, "Scores:")),
         ({"threshold": 7, "anchor": None}, JudgeSettings(1, 10, 7, None)),
         ({"anchor": "Verdict ->"}, JudgeSettings(1, 10, 5.5, "Verdict ->")),
+        ({"stop": "box", "score_max": 4}, JudgeSettings(1, 4, 2.5, "Scores:", stop="box")),
+        ({"format": "rating"}, JudgeSettings(1, 10, 5.5, "Scores:", format="rating")),
     ],
 )
 def test_judge_settings_are_read(
@@ -450,11 +452,15 @@ def test_judge_settings_are_read(
         ('{"threshold": null}', "threshold = None has the wrong type"),
         ('{"anchor": 3}', "anchor = 3 has the wrong type"),
         ('{"score_min": 10}', "score_min 10 >= score_max 10"),
-        ('{"score_max": 5}', "threshold 5.5 is not from 1 to below 5"),
+        ('{"score_max": 5, "threshold": 5.5}', "threshold 5.5 is not from 1 to below 5"),
+        ('{"stop": "end"}', "stop = 'end' is not box or eos"),
+        ('{"format": "xml"}', "format = 'xml' is not boxed, pairwise, answer-tags, json, rating"),
+        ('{"format": "json", "stop": "box"}', "format = 'json' has no box"),
+        ('{"anchor": null, "anchor_nonce": true}', "a nonce needs an anchor"),
         ('{"threshold": NaN}', "threshold nan is not"),
         ('{"threshold": 0.5}', "threshold 0.5 is not"),
-        ('{"anchor": ""}', "anchor '' must be one non-empty line"),
-        ('{"anchor": "a\\nb"}', "must be one non-empty line"),
+        ('{"anchor": ""}', "anchor must hold a letter and none of"),
+        ('{"anchor": "a\\nb"}', "anchor must hold a letter and none of"),
     ],
 )
 def test_a_bad_judge_json_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from engine.request import parse_row
-from kernels.extract_scores import Reason, parse_scores
+from kernels.score_grammar import Reason, ScoreRules, parse_scores
 from train import world
 from train.world import CRITERIA, Case, Split, cases, judge, list_criteria, make_case
 
@@ -187,7 +187,7 @@ def test_the_teacher_is_right_in_every_check() -> None:
             points = [1] + [weight for name, weight in listed if met[name]]
             assert parts.group(7) == "+".join(map(str, points))
             assert int(parts.group(8)) == sum(points) == scores[number - 1]
-        verdict = parse_scores(text.encode(), len(responses), b"Scores:", 1, 10, True)
+        verdict = parse_scores(text.encode(), len(responses), ScoreRules(first=True), True)
         assert verdict == (Reason.VALID, tuple(scores))
 
 

@@ -66,7 +66,9 @@ TEMPLATE_TEXTS = (
     "\nHint: ",
     "The best response is: Response 1",
 )
-JUDGE_SETTINGS = {"score_min": 1, "score_max": 10, "threshold": 5.5, "anchor": "Scores:"}
+JUDGE_SETTINGS = {
+    "score_min": 1, "score_max": 10, "threshold": 5.5, "anchor": "Scores:", "stop": "box",
+}  # fmt: skip
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",

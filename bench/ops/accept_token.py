@@ -15,6 +15,7 @@ from bench.shapes import SHAPES, Shape
 from bench.timing import DEVICE, ON_GPU, Fill
 from kernels.accept_token import LiveSamples, Records, accept_token
 from kernels.extract_scores import ScoreAutomaton
+from kernels.score_grammar import ScoreRules
 
 MAX_TOKENS = 1024 if ON_GPU else 256  # of a step's samples, so that none is finished while timed
 _MAX_SCORES = 8
@@ -26,7 +27,7 @@ def make_automaton(vocab_size: int) -> ScoreAutomaton:
     draw = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz \n\\{},0123456789"
     texts = ["".join(draw.choices(letters, k=draw.randint(1, 6))) for _ in range(vocab_size)]
-    return ScoreAutomaton([text.encode() for text in texts], [0], "Scores:", 1, 10, DEVICE)
+    return ScoreAutomaton([text.encode() for text in texts], [0], ScoreRules(first=True), DEVICE)
 
 
 def _int64(*shape: int) -> Tensor:

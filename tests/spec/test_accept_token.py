@@ -8,29 +8,33 @@ import pytest
 import torch
 
 from kernels.accept_token import LiveSamples, Records, accept_token, accept_token_ref
-from kernels.extract_scores import Reason, ScoreAutomaton, extract_scores_ref, scores_of
+from kernels.extract_scores import ScoreAutomaton, extract_scores_ref, scores_of
+from kernels.score_grammar import Reason, ScoreRules
 from tests.implementations import Implementation
 from tests.live_samples import END_IDS, PIECES, SPECIAL_IDS, assert_same, draw_tokens, make_live
-from tests.oracles.score_texts import ANCHOR, BYTES, outcomes
+from tests.oracles.score_texts import BYTES, FIRST, LAST, outcomes
 
 BLOCK = 32  # rows of a Triton program
 FUNCTIONS = {"torch": {}, "cpp": {"accept_token"}, "triton": {"_accept_token_kernel"}}
 
 
-def automaton(on: Implementation, anchor: str | None = ANCHOR) -> ScoreAutomaton:
-    return ScoreAutomaton(PIECES, SPECIAL_IDS, anchor, 1, 10, on.device)
+ANY = ScoreRules(anchor=None)
+
+
+def automaton(on: Implementation, rules: ScoreRules = FIRST) -> ScoreAutomaton:
+    return ScoreAutomaton(PIECES, SPECIAL_IDS, rules, on.device)
 
 
 @pytest.mark.parametrize(
-    ("batch", "num_ends", "stop_at_box", "moves", "anchor"),
+    ("batch", "num_ends", "stop_at_box", "moves", "rules"),
     [
-        (0, 3, True, True, ANCHOR),
-        (1, 3, True, True, ANCHOR),
-        (9, 2, True, True, None),
-        (31, 0, True, True, ANCHOR),
-        (32, 1, False, True, ANCHOR),
-        (33, 1, False, False, None),
-        (70, 3, True, True, ANCHOR),
+        (0, 3, True, True, FIRST),
+        (1, 3, True, True, FIRST),
+        (9, 2, True, True, ANY),
+        (31, 0, True, True, FIRST),
+        (32, 1, False, True, LAST),
+        (33, 1, False, False, ANY),
+        (70, 3, True, True, FIRST),
     ],
 )
 def test_equals_its_reference(
@@ -39,11 +43,11 @@ def test_equals_its_reference(
     num_ends: int,
     stop_at_box: bool,
     moves: bool,
-    anchor: str | None,
+    rules: ScoreRules,
 ) -> None:
     """Every tensor after every step, until all are finished and beyond."""
     rng = random.Random(batch)
-    scores = automaton(on, anchor)
+    scores = automaton(on, rules)
     live, records = make_live(batch, 9, scores, finished=batch > 1)
     ends = END_IDS[:num_ends].to(on.device)
     first = torch.arange(batch + 5, device=on.device)
@@ -56,23 +60,25 @@ def test_equals_its_reference(
             read = step[0].masked_fill(live.finished | torch.isin(step[0], ends), len(PIECES))
             walks = scores._table[live.scores.control, read] < 0
             walked |= {bool(block.any()) for block in walks.split(BLOCK)}
-            rules = scores, ends, stop_at_box
-            accept_token(live, records, *step, *rules, cursor if moves else None)
-            accept_token_ref(theirs, their_records, *step, *rules, their_cursor if moves else None)
+            arguments = scores, ends, stop_at_box
+            accept_token(live, records, *step, *arguments, cursor if moves else None)
+            accept_token_ref(
+                theirs, their_records, *step, *arguments, their_cursor if moves else None
+            )
             assert_same(live, records, theirs, their_records)
             assert all(a.equal(b) for a, b in zip(cursor, their_cursor, strict=True))
     assert counts == dict.fromkeys(FUNCTIONS[on.name] if batch else (), 11)
     assert live.finished.all() and walked == ({True, False} if batch else {False})
 
 
-@pytest.mark.parametrize(("stop_at_box", "anchor"), [(True, ANCHOR), (False, None)])
+@pytest.mark.parametrize(("stop_at_box", "rules"), [(True, FIRST), (False, ANY), (False, LAST)])
 def test_what_a_sample_leaves_is_what_was_drawn_for_it(
-    on: Implementation, stop_at_box: bool, anchor: str | None
+    on: Implementation, stop_at_box: bool, rules: ScoreRules
 ) -> None:
     """Replayed from lists: each sample ends by its first end token, decided box or limit, its
     scores are those of the parser on its tokens without the end, and nothing else was written."""
     rng = random.Random(0)
-    scores_automaton = automaton(on, anchor)
+    scores_automaton = automaton(on, rules)
     live, records = make_live(40, 8, scores_automaton)
     place = torch.zeros(45, dtype=torch.int64, device=on.device)
     cursor = place, place + 7, place + 70
@@ -91,8 +97,8 @@ def test_what_a_sample_leaves_is_what_was_drawn_for_it(
         for token in drawn[:limit]:
             kept.append(token)
             read = [t for t in kept if t not in ends]
-            rules = n, None if anchor is None else anchor.encode(), 1, 10, token in ends
-            reason, expected = extract_scores_ref(PIECES, SPECIAL_IDS, read, *rules)
+            arguments = n, rules, token in ends
+            reason, expected = extract_scores_ref(PIECES, SPECIAL_IDS, read, *arguments)
             decided = reason not in (Reason.MISSING, Reason.TRUNCATED)
             if token in ends or (stop_at_box and decided):
                 cause = "end" if token in ends else "box"
@@ -114,9 +120,9 @@ def test_what_a_sample_leaves_is_what_was_drawn_for_it(
     assert all(len(m[40:].unique()) == 1 for m in cursor)
 
 
-@pytest.mark.parametrize("anchor", [ANCHOR, None])
+@pytest.mark.parametrize("rules", [FIRST, LAST, ANY])
 def test_samples_may_be_reordered_retired_and_replaced(
-    on: Implementation, anchor: str | None
+    on: Implementation, rules: ScoreRules
 ) -> None:
     """In one batch, which changes after every token, each leaves what its own text says, also in a
     slot that another has left."""
@@ -127,7 +133,7 @@ def test_samples_may_be_reordered_retired_and_replaced(
         rb"Scores: \boxed{ 10 , 9 } \boxed{5,5",
         rb"Scores: \boxed{9999999999999999999, 1}",
     ]
-    scores = ScoreAutomaton(BYTES, (), anchor, 1, 10, on.device)
+    scores = ScoreAutomaton(BYTES, (), rules, on.device)
     records = Records.empty(3, 40, on.device)
     no_ends = torch.empty(0, dtype=torch.int64, device=on.device)
     generator, seen, text_of = torch.Generator().manual_seed(1), set(), dict[int, bytes]()
@@ -148,8 +154,7 @@ def test_samples_may_be_reordered_retired_and_replaced(
         for row in live.finished.nonzero()[:, 0].tolist():
             slot, text = int(live.slot[row]), text_of[int(live.slot[row])]
             assert bytes(records.tokens[slot, : len(text)].tolist()) == text
-            rules = 2, None if anchor is None else anchor.encode(), 1, 10, True
-            assert found[row] == extract_scores_ref(BYTES, (), text, *rules)
+            assert found[row] == extract_scores_ref(BYTES, (), text, 2, rules, True)
             seen.add(found[row])
             if texts:
                 going = start(slot).concat(going)

@@ -11,6 +11,7 @@ from engine.generate import Generator, Group
 from kernels.extract_scores import ScoreAutomaton
 from kernels.forest_attention import AttentionOptions
 from kernels.sample_token import SamplingOptions
+from kernels.score_grammar import ScoreRules
 from models.transformer import Transformer
 from tests.forests import make_config
 from tests.implementations import ON_GPU, Implementation
@@ -51,7 +52,7 @@ def groups_of(count: int, first: int = 0) -> list[Group]:
 
 def drawn(on: Implementation, model: Transformer, groups: list[Group], max_batch: int) -> Bits:
     """All samples, by group and index."""
-    automaton = ScoreAutomaton([b"x"] * VOCAB, [], "Scores:", 1, 10, on.device)
+    automaton = ScoreAutomaton([b"x"] * VOCAB, [], ScoreRules(first=True), on.device)
     generator = Generator(
         model,
         automaton,

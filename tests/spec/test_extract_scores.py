@@ -6,22 +6,31 @@ from typing import cast
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import accept_token, extract_scores
-from kernels.extract_scores import Reason, ScoreAutomaton, extract_scores_ref, parse_scores
+from kernels.extract_scores import ScoreAutomaton, extract_scores_ref
 from kernels.launch import INTERPRETED
+from kernels.score_grammar import Outcome, Reason, ScoreRules, parse_scores
 from kernels.target import TARGETS
 from tests.implementations import Implementation
 from tests.live_samples import PIECES, SPECIAL_IDS
 from tests.oracles.score_texts import (
-    ANCHOR,
     BYTES,
     CASES,
+    FIRST,
+    FIRST_CASES,
     FRAGMENTS,
     ITEMS,
+    LAST,
+    NONCE,
+    NONCE_CASES,
+    READABLE,
     SPECIAL,
-    Outcome,
+    UNREAD,
+    WITH_NONCE,
     Pieces,
     outcomes,
     read,
@@ -29,6 +38,13 @@ from tests.oracles.score_texts import (
     singly,
 )
 
+ANY = ScoreRules(anchor=None)
+ALL_CASES = [
+    *((LAST, case) for case in CASES),
+    *((LAST, (text, 2, Reason.VALID, (8, 3))) for text in READABLE),
+    *((FIRST, case) for case in FIRST_CASES),
+    *((WITH_NONCE, case) for case in NONCE_CASES),
+]
 MISSING, THREE = (Reason.MISSING, ()), (Reason.VALID, (3,))
 # Called once for each token of the longest text.
 FUNCTIONS = {"torch": {}, "cpp": {"accept_token"}, "triton": {"_accept_token_kernel"}}
@@ -47,12 +63,12 @@ def check(
     texts: list[Pieces],
     n: int | list[int],
     expected: list[Outcome],
-    anchor: str | None = ANCHOR,
+    rules: ScoreRules = LAST,
     finished: bool = True,
-    bounds: tuple[int, int] = (1, 10),
+    opening: bytes = b"",
 ) -> None:
     with on.counted() as counts:
-        found = run(texts, n, anchor, finished, bounds, on.device)
+        found = run(texts, n, rules, finished, on.device, opening)
     assert counts == dict.fromkeys(FUNCTIONS[on.name], max(map(len, texts)))
     assert found == expected
 
@@ -66,36 +82,47 @@ def cut(text: bytes, rng: random.Random) -> Pieces:
 # -- the language ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "n", "reason", "scores"), CASES)
+@pytest.mark.parametrize(("rules", "case"), ALL_CASES)
 def test_reference_reads_the_written_cases(
-    text: bytes, n: int, reason: Reason, scores: tuple[int, ...]
+    rules: ScoreRules, case: tuple[bytes, int, Reason, tuple[int, ...]]
 ) -> None:
-    assert parse_scores(text, n, ANCHOR.encode(), 1, 10, True) == (reason, scores)
+    text, n, reason, scores = case
+    nonce = NONCE if rules.nonce else None
+    assert parse_scores(text, n, rules, True, nonce) == (reason, scores)
     reason = Reason.TRUNCATED if reason == Reason.MISSING else reason
-    assert parse_scores(text, n, ANCHOR.encode(), 1, 10, False) == (reason, scores)
+    assert parse_scores(text, n, rules, False, nonce) == (reason, scores)
+
+
+@pytest.mark.parametrize("text", UNREAD)
+def test_lines_that_could_mean_something_else_are_not_read(text: bytes) -> None:
+    assert parse_scores(text, 2, LAST, True)[0] != Reason.VALID
 
 
 def test_written_cases_reach_every_reason() -> None:
-    reached = {reason for _, _, reason, _ in CASES} | {Reason.TRUNCATED, Reason.UNDECIDED}
+    reached = {case[2] for _, case in ALL_CASES} | {Reason.TRUNCATED, Reason.UNDECIDED}
     assert reached == set(Reason)
     assert [reason.label for reason in Reason] == [
         *("undecided", "valid", "missing", "count", "range", "not an integer", "truncated")
     ]
 
 
-def test_written_cases_under_every_tokenization(on: Implementation) -> None:
+@pytest.mark.parametrize("rules", [LAST, FIRST, WITH_NONCE], ids=["last", "first", "nonce"])
+def test_written_cases_under_every_tokenization(on: Implementation, rules: ScoreRules) -> None:
     """Runs of 5,000 digits are 60 where a symbol is a step, or takes milliseconds."""
     rng = random.Random(0)
-    texts = [text for text, _, _, _ in CASES]
+    cases = [case for theirs, case in ALL_CASES if theirs is rules]
+    if INTERPRETED:
+        cases = [case for case in cases if len(case[0]) < 60]
+    texts = [text for text, _, _, _ in cases]
     short = [text.replace(b"9" * 4940, b"").replace(b"0" * 4940, b"") for text in texts]
     tokenizations: list[Pieces] = [
         *map(singly, short),
         *(cast(Pieces, [text]) for text in (short if INTERPRETED else texts)),
         *(cut(text, rng) for text in short),
     ]
-    numbers = [n for _, n, _, _ in CASES]
-    expected = [(reason, scores) for _, _, reason, scores in CASES]
-    check(on, tokenizations, numbers * 3, expected * 3)
+    numbers = [n for _, n, _, _ in cases]
+    expected = [(reason, scores) for _, _, reason, scores in cases]
+    check(on, tokenizations, numbers * 3, expected * 3, rules)
 
 
 def test_without_an_anchor_the_last_complete_box_decides(on: Implementation) -> None:
@@ -112,33 +139,47 @@ def test_without_an_anchor_the_last_complete_box_decides(on: Implementation) -> 
     texts: list[Pieces] = [[text] for text, _, _ in cases]
     texts += [singly(text) for text, _, _ in cases]
     expected = [(reason, scores) for _, reason, scores in cases]
-    check(on, texts, 1, expected * 2, anchor=None, finished=False)
+    check(on, texts, 1, expected * 2, ANY, finished=False)
 
 
 def test_a_special_token_resets_but_not_a_decided_row(on: Implementation) -> None:
     box, line = rb"\boxed{3}", rb"Scores: \boxed{3}"
 
-    def check_texts(texts: dict[bytes, Outcome], anchor: str | None) -> None:
+    def check_texts(texts: dict[bytes, Outcome], rules: ScoreRules) -> None:
         """Of pieces with a | for each special token."""
         pieces = (re.split(rb"(\|)", text) for text in texts)
         rows: list[Pieces] = [[None if x == b"|" else x for x in row] for row in pieces]
-        check(on, rows, 1, [*texts.values()], anchor)
+        check(on, rows, 1, [*texts.values()], rules)
 
     anchored = {
         b"Scores:|" + box: MISSING,
-        b"Scores: \\boxed{1, |3}": MISSING,
+        b"Scores: \\boxed{1|3}": MISSING,
         b"Scores: \\bo|xed{3}": MISSING,
         b"no line |" + line: THREE,
         b"Sco|res: \\boxed{3}": MISSING,
-        line + b"|Scores: \\boxed{4}": THREE,
-        b"Scores: \\boxed{1, |" + line: THREE,
+        b"Scores: \\boxed{|" + line: THREE,
+        b"<think>|" + line: THREE,
     }
-    check_texts(anchored, ANCHOR)
-    check_texts({box + b"|": MISSING, box + b"|x": MISSING, box + b"|" + box: THREE}, None)
+    check_texts(anchored | {line + b"|Scores: \\boxed{4}": THREE}, FIRST)
+    check_texts(anchored | {line + b"|": MISSING, b"Scores: \\boxed{4}|" + line: THREE}, LAST)
+    check_texts({box + b"|": MISSING, box + b"|x": MISSING, box + b"|" + box: THREE}, ANY)
 
 
-def automaton_of_bytes(on: Implementation, anchor: str | None = ANCHOR) -> ScoreAutomaton:
-    return ScoreAutomaton([*BYTES, b"<s>"], {SPECIAL}, anchor, 1, 10, on.device)
+def test_an_opening_is_read_before_the_tokens(on: Implementation) -> None:
+    """What a prompt ends with: thinking that it opens, or the beginning of a judgement."""
+    draft, line = b"Scores: \\boxed{1}\n", b"Scores: \\boxed{3}"
+    for opening, text, expected in (
+        (b"<think>\n", draft, MISSING),
+        (b"<think>\n", draft + b"</think>\n" + line, THREE),
+        (b"<think>\n</think>\n", line, THREE),
+        (b"Scores: \\boxed{", b"3}", THREE),
+        (b"Scores: \\boxed{1} or \\boxed{", b"3}", THREE),
+    ):
+        check(on, [[text], singly(text)], 1, [expected] * 2, opening=opening)
+
+
+def automaton_of_bytes(on: Implementation, rules: ScoreRules) -> ScoreAutomaton:
+    return ScoreAutomaton([*BYTES, b"<s>"], {SPECIAL}, rules, on.device)
 
 
 def test_decided_the_moment_the_box_closes_and_never_after(on: Implementation) -> None:
@@ -146,13 +187,15 @@ def test_decided_the_moment_the_box_closes_and_never_after(on: Implementation) -
     text = box + more
     rows = [text[:length] for length in range(len(text) + 1)]
     n = torch.tensor([2] * len(text) + [3])  # the last one has room for three scores
-    state = read(automaton_of_bytes(on), rows, n)
+    state = read(automaton_of_bytes(on, FIRST), rows, n)
     assert state.decided.tolist() == [len(row) >= len(box) for row in rows]
     decided = outcomes(state, True)[len(box) :]
     assert decided == [(Reason.VALID, (4, 5))] * len(more) + [(Reason.COUNT, ())]
-    twice = [*rb"\boxed{4}\boxed{5}"]
-    state = read(automaton_of_bytes(on, None), [twice[:9], twice], torch.tensor([1, 1]))
-    assert not state.decided.any() and outcomes(state, True)[1] == (Reason.VALID, (5,))
+    twice = [*rb"Scores: \boxed{4}\boxed{5}"]
+    for rules in (LAST, ANY):
+        state = read(automaton_of_bytes(on, rules), [twice[:17], twice], torch.tensor([1, 1]))
+        assert not state.decided.any()
+        assert outcomes(state, True) == [(Reason.VALID, (4,)), (Reason.VALID, (5,))]
 
 
 def test_long_integers_saturate_on_both_sides(on: Implementation) -> None:
@@ -165,7 +208,7 @@ def test_long_integers_saturate_on_both_sides(on: Implementation) -> None:
     ]
     outside = (Reason.RANGE, ())
     expected = [outside, (Reason.VALID, (5,)), outside, (Reason.VALID, (-5,))]
-    check(on, texts, 1, expected, bounds=(-9, 9))
+    check(on, texts, 1, expected, ScoreRules(-9, 9))
 
 
 def test_more_items_than_there_is_room_for(on: Implementation) -> None:
@@ -183,21 +226,21 @@ def test_more_items_than_there_is_room_for(on: Implementation) -> None:
 
 @pytest.mark.implementations("cpp")
 def test_a_megabyte_without_end(on: Implementation) -> None:
-    plain, digits, blanks = b"x" * 1000, b"1" * 100, b" \n" * 500
+    plain, digits, blanks = b"x" * 1000, b"1" * 100, b" \t" * 500
     texts: list[Pieces] = [
         [plain] * 1000,
         [b"Scores: ", *[plain] * 1000],
         [b"Scores: \\boxed{x", *[plain] * 1000],
         [b"Scores: \\boxed{", *[digits] * 50],
         [b"Scores: \\boxed{", *[b"7, " * 20] * 20],
-        [*[b"\nScores" * 140] * 1000],
+        [*[b"\nScores " * 140] * 1000],
         [b"Scores: \\boxed{", *[blanks] * 1000, b"6}"],
     ]
     expected: list[Outcome] = [(Reason.TRUNCATED, ())] * 6 + [(Reason.VALID, (6,))]
     check(on, texts, 1, expected, finished=False)
 
 
-def hostile(rng: random.Random, anchor: str | None, n: int) -> Pieces:
+def hostile(rng: random.Random, rules: ScoreRules, n: int) -> Pieces:
     """Fragments; most texts also hold an anchored line with a box of about n plausible items."""
 
     def fragments(most: int) -> Pieces:
@@ -209,9 +252,13 @@ def hostile(rng: random.Random, anchor: str | None, n: int) -> Pieces:
         plausible = ITEMS[:6] if n > 3 or rng.randrange(2) else ITEMS
         items = rng.choices(plausible, k=rng.choice([n, n, n, n + 1]))
         content = [piece for item in items for piece in (b",", item)][1:]
-        pieces += [b"\n", (anchor or "").encode(), b" ", b"\\boxed{", *content, b"}"]
+        anchor = "" if rules.anchor is None else rules.anchor_line(NONCE_TEXT[rules.nonce])
+        pieces += [b"\n", anchor.encode(), b" ", b"\\boxed{", *content, b"}"]
         pieces += fragments(4)
     return pieces
+
+
+NONCE_TEXT = {True: str(NONCE), False: None}
 
 
 def segments(pieces: Pieces) -> list[bytes]:
@@ -222,48 +269,48 @@ def segments(pieces: Pieces) -> list[bytes]:
     return texts
 
 
-def parsed(
-    pieces: Pieces, n: int, anchor: str | None, bounds: tuple[int, int], finished: bool
-) -> Outcome:
-    """The reference; it parses between special tokens: with an anchor the first text that decides
-    counts, else the last one."""
-    rules = n, None if anchor is None else anchor.encode(), *bounds, finished
-    verdicts = [parse_scores(text, *rules) for text in segments(pieces)]
+def parsed(pieces: Pieces, n: int, rules: ScoreRules, finished: bool) -> Outcome:
+    """The reference; it parses between special tokens: the first text that decides counts where
+    the first box does, else the last one."""
+    nonce = NONCE if rules.nonce else None
+    verdicts = [parse_scores(text, n, rules, finished, nonce) for text in segments(pieces)]
     absent = Reason.MISSING if finished else Reason.TRUNCATED
-    deciding = [v for v in verdicts if v[0] != absent] if anchor is not None else []
+    deciding = [v for v in verdicts if v[0] != absent] if rules.first else []
     expected = deciding[0] if deciding else verdicts[-1]
     special = {i for i, piece in enumerate(pieces) if piece is None}
     vocabulary = [b"" if piece is None else piece for piece in pieces]
-    assert extract_scores_ref(vocabulary, special, range(len(pieces)), *rules) == expected
+    arguments = n, rules, finished, nonce
+    assert extract_scores_ref(vocabulary, special, range(len(pieces)), *arguments) == expected
     return expected
 
 
 RULES = [
-    (ANCHOR, (1, 10), False),
-    (None, (-5, 10), True),
-    ("", (1, 10), False),
-    ("A\\boxed{", (-5, 10), False),
-    (ANCHOR, (-5, 7), True),
-    (None, (1, 10), False),
-    ("SS:", (1, 10), False),
+    (LAST, False),
+    (ScoreRules(-5, 10, None), True),
+    (ScoreRules(nonce=True), False),
+    (ScoreRules(first=True), True),
+    (ScoreRules(-5, 7), True),
+    (ScoreRules(anchor=None, first=True), False),
+    (ScoreRules(anchor="SS:"), False),
+    (ScoreRules(anchor="Final bob verdicts"), True),
+    (ScoreRules(anchor="\u8bc4\u5206\uff1a"), True),
+    (ScoreRules(1, 100, "### [Rating 1]:", first=True, nonce=True), True),
 ]
 
 
-@pytest.mark.parametrize(
-    ("anchor", "bounds", "finished"), RULES[:4] if INTERPRETED else RULES, ids=str
-)
+@pytest.mark.parametrize(("rules", "finished"), RULES[:4] if INTERPRETED else RULES, ids=str)
 def test_hostile_texts_under_every_tokenization(
-    on: Implementation, anchor: str | None, bounds: tuple[int, int], finished: bool
+    on: Implementation, rules: ScoreRules, finished: bool
 ) -> None:
     """With special tokens, and with more items than a row expects."""
-    rng = random.Random(len(anchor or "none") + finished)
+    rng = random.Random(len(rules.anchor or "none") + finished)
     tokenizations: list[tuple[Pieces, ...]] = []
     numbers: list[int] = []
     expected: list[Outcome] = []
     while len(numbers) < (30 if INTERPRETED else 100):
         n = rng.choice([0, 1, 2, 3, 7])
-        text = hostile(rng, anchor, n)
-        if sum(len(piece or b"x") for piece in text) > (34 if INTERPRETED else 200):
+        text = hostile(rng, rules, n)
+        if sum(len(piece or b"x") for piece in text) > (40 if INTERPRETED else 200):
             continue
         single: Pieces = []
         pieces: Pieces = []
@@ -272,10 +319,23 @@ def test_hostile_texts_under_every_tokenization(
             pieces += [None, *cut(segment, rng)]
         tokenizations.append((single[1:], pieces[1:], text))
         numbers.append(n)
-        expected.append(parsed(text, n, anchor, bounds, finished))
+        expected.append(parsed(text, n, rules, finished))
     texts = [row for each in zip(*tokenizations, strict=True) for row in each]
     assert len({reason for reason, _ in expected}) > 3
-    check(on, texts, numbers * 3, expected * 3, anchor, finished, bounds)
+    check(on, texts, numbers * 3, expected * 3, rules, finished)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # `on` has no state
+@pytest.mark.implementations("torch", "cpp")
+@given(data=st.data())
+def test_no_text_crashes_a_reader(on: Implementation, data: st.DataObject) -> None:
+    """Any bytes, and any words of the language in any order, in eight rows."""
+    rules, finished = data.draw(st.sampled_from(RULES))
+    words = st.lists(st.sampled_from(FRAGMENTS), max_size=12).map(b"".join)
+    texts = [data.draw(st.one_of(words, st.binary(max_size=30))) for _ in range(8)]
+    nonce = NONCE if rules.nonce else None
+    expected = [parse_scores(text, 2, rules, finished, nonce) for text in texts]
+    assert run([singly(text) for text in texts], 2, rules, finished, on.device) == expected
 
 
 # -- the automaton ---------------------------------------------------------------------------------
@@ -288,9 +348,10 @@ def test_ordinary_text_is_one_look_up_per_token(on: Implementation) -> None:
     generator = torch.Generator().manual_seed(0)
     plain = torch.tensor(words)[torch.randint(len(words), (4, 30), generator=generator)]
     boxed = torch.tensor([box] * 4)
-    right, wrong = (ScoreAutomaton(PIECES, SPECIAL_IDS, ANCHOR, 1, 10, on.device) for _ in "ab")
+    right, wrong = (ScoreAutomaton(PIECES, SPECIAL_IDS, FIRST, on.device) for _ in "ab")
     wrong._symbols.fill_(ord("x"))
-    wrong._transitions[:, 1:] = 1
+    wrong._transitions = torch.ones_like(wrong._transitions)
+    wrong._transitions[:, 0] = right._transitions[:, 0]
 
     def control(automaton: ScoreAutomaton, tokens: Tensor) -> Tensor:
         return read(automaton, tokens.tolist(), torch.ones(4, dtype=torch.int64)).control
@@ -300,19 +361,33 @@ def test_ordinary_text_is_one_look_up_per_token(on: Implementation) -> None:
     assert not control(right, boxed).equal(control(wrong, boxed))
 
 
+def test_tokens_that_lead_to_the_same_states_share_a_column() -> None:
+    words = [b"one", b"two", b" three", b"four.", *PIECES]
+    automaton = ScoreAutomaton(words, {len(words) - 1}, LAST)
+    columns = automaton._column.tolist()
+    assert columns[0] == columns[1] and columns[0] != columns[words.index(b"\n")]
+    assert automaton._table.shape[1] <= len(set(columns)) + sum(map(len, words))
+
+
 def test_bad_arguments() -> None:
-    for special, anchor, bounds, message in (
-        (set(), "a\nb", (1, 10), "newline"),
-        (set(), "a" * 257, (1, 10), "at most 256 bytes"),
-        (set(), ANCHOR, (5, 4), "got 5 and 4"),
-        (set(), ANCHOR, (1, 10**17), "got 1 and 100000000000000000"),
-        ({256}, ANCHOR, (1, 10), r"below 256, got \[256\]"),
+    for arguments, message in (
+        ({"anchor": "Scores\nhere"}, "newlines"),
+        ({"anchor": "\\boxed{"}, "newlines"),
+        ({"anchor": "## :"}, "a letter"),
+        ({"anchor": "a" * 257}, "at most 256 bytes"),
+        ({"score_min": 5, "score_max": 4}, "got 5 and 4"),
+        ({"score_max": 10**17}, "got 1 and 100000000000000000"),
+        ({"anchor": None, "nonce": True}, "needs an anchor"),
     ):
         with pytest.raises(ValueError, match=message):
-            ScoreAutomaton(BYTES, special, anchor, *bounds)
-    automaton = ScoreAutomaton(BYTES, set(), ANCHOR, 1, 10)
+            ScoreRules(**arguments)
+    with pytest.raises(ValueError, match=r"below 256, got \[256\]"):
+        ScoreAutomaton(BYTES, {256}, LAST)
+    automaton = ScoreAutomaton(BYTES, set(), LAST)
     with pytest.raises(ValueError, match=r"in \[0, 2\]"):
         automaton.start(torch.tensor([3]), 2)
+    with pytest.raises(ValueError, match="nonces are given where"):
+        automaton.start(torch.tensor([1]), 2, [5])
 
 
 # -- Triton alone ----------------------------------------------------------------------------------

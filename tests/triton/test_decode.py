@@ -21,6 +21,7 @@ from kernels.forest_attention import AttentionOptions, triton_forward
 from kernels.forest_attention import plan as forest_plan
 from kernels.forest_attention import schedule as forest_schedule
 from kernels.sample_token import SamplingOptions
+from kernels.score_grammar import ScoreRules
 from models.transformer import Transformer
 from tests.forests import make_config
 from tests.implementations import Implementation
@@ -61,7 +62,7 @@ def make_generator(model: Transformer, **options: object) -> Generator:
         "options": SamplingOptions(1.0), "max_new_tokens": 7, "max_batch": 4, "max_scores": 2,
         "ignore_eos": True,
     }  # fmt: skip
-    automaton = ScoreAutomaton([b"x"] * 40, [], "Scores:", 1, 10, DEVICE)
+    automaton = ScoreAutomaton([b"x"] * 40, [], ScoreRules(first=True), DEVICE)
     return Generator(model, automaton, **(defaults | options))  # type: ignore[arg-type]
 
 
