@@ -193,6 +193,7 @@ class Judge:
         weight = self.model.head_weight
         everything = asdict(options) | {
             **{f"judge_{name}": value for name, value in asdict(self.settings).items()},
+            "stop": options.stop or self.settings.stop,
             "judge_template": self.prompts.judge_template,
             "dtype": str(weight.dtype),
             "device": weight.device.type,

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 
 from engine import sample as command_line
 from engine.judge import Judge
-from engine.key import line_key
 from engine.options import JudgeOptions
 from engine.orders import draw_orders
 from engine.prompt import PromptBuilder
 from engine.request import Row, make_row
 from engine.sample import POCKET
+from engine.settings import JudgeSettings
 from engine.verdict import RowFailure, Verdict, to_line
-from kernels import cpp
 from kernels.score_grammar import Reason, ScoreRules, parse_scores
 from tests.rows import needs_cpp
 from train.world import cases
@@ -396,20 +395,27 @@ def test_the_key_changes_with_whatever_changes_the_output(judge: Judge) -> None:
                                         k=4, max_new_tokens=1024).key  # fmt: skip
 
 
-def test_an_option_that_is_off_is_not_in_the_key(judge: Judge) -> None:
-    """Lines written before there was adaptive k have the keys of lines without it."""
+def test_every_option_and_setting_is_in_the_key(judge: Judge) -> None:
     row = make_row("p", ["a", "b"])
-    plain = Judge(judge.model, judge.tokenizer, judge_template="t", fingerprint="f")
-    written: dict[str, str | int | float | bool | None] = {
-        "k": 8, "temperature": 0.5, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "max_new_tokens": 1024,
-        "orders": "rotate", "max_orders": None, "seed": 0, "deterministic": False, "stop": "box",
-        "score_min": 1, "score_max": 10, "threshold": 5.5, "anchor": "Scores:",
-        "judge_template": "t", "dtype": "torch.float32", "device": "cpu",
-        "implementation": cpp.implementation(),
-    }  # fmt: skip
-    assert plain.key(row) == line_key(row, written, "f")
-    keys = {plain.key(row, until_decided=sure) for sure in (None, 0.9, 0.99)}
-    assert len(keys) == 3
+
+    def key(settings: JudgeSettings | None = None, **options: Any) -> str:
+        changed = Judge(judge.model, judge.tokenizer, judge_template="t", settings=settings)
+        return changed.key(row, **options)
+
+    different = [
+        key(),
+        *(key(until_decided=sure) for sure in (0.9, 0.99)),
+        *(key(**{name: True}) for name in ("deterministic", "force_scores")),
+        key(stop="box"),
+        key(JudgeSettings(stop="box"), stop="eos"),
+        key(JudgeSettings(anchor="Score:")),
+        key(JudgeSettings(anchor_nonce=True)),
+        key(JudgeSettings(format="json")),
+        key(JudgeSettings(score_max=9, threshold=5.5)),
+        key(JudgeSettings(threshold=5)),
+    ]
+    assert len(set(different)) == len(different)
+    assert key(stop="eos") == key() and key(JudgeSettings(stop="box")) != key(stop="box")
 
 
 # Adaptive k

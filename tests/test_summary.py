@@ -1,6 +1,7 @@
 """engine/summary.py: what a run amounts to, from outcomes or from the lines of an earlier run."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -33,7 +34,8 @@ OUTCOMES: list[Verdict | RowFailure] = [
     verdict([sample((0, 1), None, "missing", "so\n**Scores:** 7, 8\n"),
              sample((1, 0), None, "missing", "I give it \\boxed{3}.\n**Scores:** 7, 8")], False),
     verdict([sample((0, 1), (3, 1)), sample((1, 0), None, "truncated", "<think>hm")], None, True),
-    verdict([sample((0, 1), (3, 1)), sample((1, 0), None, "truncated", "<think>a</think>")]),
+    verdict([replace(sample((0, 1), (3, 1)), forced=True),
+             sample((1, 0), None, "truncated", "<think>a</think>")]),
     RowFailure("x", 6, "k", "too long"),
 ]  # fmt: skip
 
@@ -45,7 +47,7 @@ def test_counts() -> None:
     facts = tally.facts()
     expected = {
         "rows": 6, "errors": 1, "undecided": 1, "samples": 10, "valid": 6, "valid_share": 0.6,
-        "invalid": {"missing": 2, "truncated": 2}, "cut_while_thinking": 1,
+        "forced": 1, "invalid": {"missing": 2, "truncated": 2}, "cut_while_thinking": 1,
         "unread_line": "**Scores:** 7, 8", "labelled": 3, "correct": 1, "accuracy": 1 / 3,
         "accuracy_of_decided": 0.5, "ties": 1, "ties_agreed": 1, "agreement": 0.5,
         "first_wins": 4 / 5, "first_wins_expected": 0.5,

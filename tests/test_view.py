@@ -167,7 +167,7 @@ def test_failures() -> None:
 SUMMARY = {
     "rows": 5, "errors": 1, "interrupted": False, "seconds": 2.0, "accuracy": 0.75,
     "accuracy_95": (0.3, 0.95), "ties": 3, "ties_agreed": 2, "valid_share": 0.9,
-    "undecided": 1, "invalid": {"missing": 3, "count": 1}, "cut_while_thinking": 0,
+    "forced": 2, "undecided": 1, "invalid": {"missing": 3, "count": 1}, "cut_while_thinking": 0,
     "unread_line": "Score: 7\x1b", "first_wins": 0.6, "first_wins_95": (0.5, 0.7),
     "first_wins_expected": 0.5,
     "tokens_computed": 1000, "tokens_naive": 4200, "tokens_per_second": 500.0,
@@ -178,13 +178,21 @@ def test_summary() -> None:
     text = " ".join(render_summary(SUMMARY, 80).splitlines())
     assert "5 rows in 2.0 s; 1 not judged; 75% agree with the label" in text
     assert "interval 30% to 95%); 2 of 3 ties agree; 1 without a verdict; 90.0% of" in text
-    assert "samples valid; the others: 3 missing, 1 count; their commonest line of" in text
-    assert r"scores: Score: 7\x1b; the response shown first wins 60% of judgements" in text
+    assert "samples valid; 2 of them had their scores forced; the others: 3" in text
+    assert r"missing, 1 count; their commonest line of scores: Score: 7\x1b; the" in text
+    assert "the response shown first wins 60% of judgements" in text
     assert "(95 % interval 50% to 70%; 50% expected)." in text
     assert "1,000 tokens computed at 500 tokens/s" in text
     assert "would compute 4,200 (4.2 times as many)." in text
     empty = SUMMARY | {"accuracy": None, "accuracy_95": None, "valid_share": None, "rows": 0}
-    empty |= {"ties": 0, "undecided": 0, "invalid": {}, "unread_line": None, "first_wins": None}
+    empty |= {
+        "ties": 0,
+        "forced": 0,
+        "undecided": 0,
+        "invalid": {},
+        "unread_line": None,
+        "first_wins": None,
+    }
     empty |= {"tokens_computed": 0, "tokens_naive": 0, "interrupted": True}
     assert render_summary(empty, 80).startswith("0 rows in 2.0 s; interrupted; 1 not judged.\n0 ")
 
