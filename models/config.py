@@ -6,22 +6,30 @@ and `rope_parameters`; `torch_dtype` and `dtype`. Sequence classifiers of one la
 `ScalarModel` loads, have a spelling of their own. Whatever the decoder does not implement raises a
 ValueError that names the file and the value: nothing is ignored that would change the logits.
 
-It does not read `auto_map` code, quantised checkpoints, experts, or rope types other than default
-and llama3.
+It does not read `auto_map` code, quantised checkpoints, experts, or rope types other than those of
+`models/rope.py`.
 """
 
 import json
-import math
 import os
+import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kernels.forest_attention import AttentionOptions
+from models.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    Rope,
+    RopeScaling,
+    YarnScaling,
+    yarn_attention_factor,
+)
 
 ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
@@ -34,50 +42,16 @@ SCALAR_ARCHITECTURES = {
     for name, family in ARCHITECTURES.items()
 }
 MAX_LAYERS = 1024
+MAX_CONTEXT = 2**31 - 1
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
-    "float64": torch.float64,
 }
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama-3 stretching of the long wavelengths, in the words of config.json."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding: base `theta` and, for Llama-3.x, a scaling."""
-
-    theta: float
-    scaling: RopeScaling | None
-
-    def inv_freq(self, dim: int) -> Tensor:
-        """Angles per position in radians, (dim / 2,) float32 on the CPU.
-
-        The arithmetic, order and precision are those of transformers, so that logits agree.
-        """
-        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
-        # In float64, rounded once: float32 powers differ between processors.
-        powers = torch.tensor([self.theta**e for e in exponents.tolist()], dtype=torch.float32)
-        inv_freq = 1.0 / powers
-        if self.scaling is None:
-            return inv_freq
-        factor = self.scaling.factor
-        low, high = self.scaling.low_freq_factor, self.scaling.high_freq_factor
-        old = self.scaling.original_max_position_embeddings
-        wavelength = 2 * math.pi / inv_freq
-        smooth = (old / wavelength - low) / (high - low)
-        between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
-        scaled = torch.where(wavelength > old / low, inv_freq / factor, between)
-        return torch.where(wavelength < old / high, inv_freq, scaled)
+_SCALINGS: dict[str, type[RopeScaling]] = {
+    kind.rope_type: kind for kind in (LinearScaling, DynamicScaling, Llama3Scaling, YarnScaling)
+}
+_MAX_TEXT = 1 << 20  # bytes of a template; real ones have at most some 30,000
 
 
 @dataclass(frozen=True)
@@ -90,9 +64,11 @@ class ModelConfig:
     sandwich_norms: norms also after attention and after the MLP. embedding_scale: factor on
     embeddings, rounded to the model's dtype, None for none. final_softcap: of the logits. tied: the
     decoder stores no head of its own; the embedding is the head, where there is one.
-    eos_token_ids: of config.json and generation_config.json together. dtype: of the stored weights,
-    None where config.json does not say. pad_token_id: of a scalar model, behind whose sequences it
-    may stand (`ScalarModel`); None elsewhere.
+    max_position_embeddings: the context in tokens; with YaRN `factor` times the original one, where
+    config.json states less, as those do to which only YaRN was added. eos_token_ids: of config.json
+    and generation_config.json together. dtype: of the stored weights, float32 where they are
+    float64, None where config.json does not say. pad_token_id: of a scalar model, behind whose
+    sequences it may stand (`ScalarModel`); None elsewhere.
     """
 
     architecture: str
@@ -126,6 +102,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     return parse_json(path, path.read_bytes())
+
+
+def read_text(path: Path, what: str) -> str:
+    """The UTF-8 text of a file, of at most 1 MiB; `what` it should be, for the ValueError, which
+    names the file, where it is none."""
+    if not path.is_file():
+        raise ValueError(f"{path}: {what} must be a file")
+    with path.open("rb") as file:
+        content = file.read(_MAX_TEXT + 1)
+    if len(content) > _MAX_TEXT:
+        raise ValueError(f"{path}: {what} must have at most {_MAX_TEXT} bytes")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {what} must be UTF-8: {error}") from None
 
 
 def parse_json(path: Path, text: bytes) -> dict[str, Any]:
@@ -210,6 +201,7 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
     naming the file and the value for the other of the two, and for anything missing, malformed or
     unsupported.
     """
+    _require_directory(directory)
     path = Path(directory) / "config.json"
     reader = _Reader(path, read_json(path))
     architecture = _architecture(reader, scalar)
@@ -240,7 +232,14 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
         raise reader.error(f"head_dim must be even for rope, got {head_dim}")
 
     vocab_size = reader.integer("vocab_size")
+    context = reader.integer("max_position_embeddings")
+    rope = _rope(reader, context)
+    if isinstance(rope.scaling, YarnScaling):
+        old = rope.scaling.original_max_position_embeddings
+        context = max(context, int(rope.scaling.factor * old))
+    # YaRN's factor on cosines and sines of queries and of keys is its square on the scores.
     scale = (reader.integer("query_pre_attn_scalar") if gemma else head_dim) ** -0.5
+    scale *= rope.attention_factor**2
     softcap = reader.cap("attn_logit_softcapping") if gemma else None
     windows = _windows(reader, architecture, num_layers)
     return ModelConfig(
@@ -253,9 +252,9 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         v_head_dim=head_dim,
-        max_position_embeddings=reader.integer("max_position_embeddings"),
+        max_position_embeddings=context,
         rms_norm_eps=reader.number("rms_norm_eps"),
-        rope=_rope(reader),
+        rope=rope,
         attention=tuple(AttentionOptions(scale, softcap, window) for window in windows),
         attention_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
@@ -269,6 +268,18 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
         dtype=_dtype(reader),
         pad_token_id=_pad(reader, vocab_size) if scalar else None,
     )
+
+
+def _require_directory(directory: str | os.PathLike[str]) -> None:
+    name = os.fspath(directory)
+    if Path(name).is_dir():
+        return
+    if Path(name).exists():
+        raise ValueError(f"{name}: a model is a directory, not a file")
+    hint = ""
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name, re.ASCII):
+        hint = f"; if it is a name of the Hugging Face hub: hf download {name} --local-dir DIR"
+    raise ValueError(f"{name}: no such directory, and a model is a local directory{hint}")
 
 
 def _architecture(reader: _Reader, scalar: bool) -> str:
@@ -353,54 +364,108 @@ def _windows(reader: _Reader, architecture: str, num_layers: int) -> list[int | 
     return [window if slide else None for slide in slides]
 
 
-def _rope(reader: _Reader) -> Rope:
+def _rope(reader: _Reader, context: int) -> Rope:
+    """The rope of a config whose max_position_embeddings is `context`."""
+    inner = _Reader(reader.path, _rope_parameters(reader))
+    kind = inner.values.get("rope_type", inner.values.get("type", "default"))
+    if inner.values.get("type", kind) != kind:
+        raise reader.error(f"rope type is both {kind!r} and {inner.values['type']!r}")
+    for source in (inner, reader):
+        if source.number("partial_rotary_factor", default=1.0) != 1.0:
+            raise reader.error("partial_rotary_factor other than 1 is not supported")
+    theta = inner.number("rope_theta", default=10000.0)
+    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+    if kind != "default":
+        scaling = _SCALINGS.get(kind) if isinstance(kind, str) else None
+        if scaling is None:
+            supported = ", ".join(["default", *_SCALINGS])
+            raise reader.error(f"rope type {_shown(kind)} is not supported (only {supported})")
+        known |= {field.name for field in fields(scaling)}
+    if kind == "yarn":
+        known |= {"mscale", "mscale_all_dim"}
+    for key in inner.values:
+        if key not in known:
+            raise reader.error(f"{key!r} has no meaning for rope type {kind!r}")
+    if kind in ("linear", "dynamic") and inner.number("factor") == 1:
+        kind = "default"
+    match kind:
+        case "linear":
+            return Rope(theta, LinearScaling(inner.number("factor")))
+        case "dynamic":
+            return Rope(theta, DynamicScaling(inner.number("factor")))
+        case "llama3":
+            return Rope(theta, _llama3(inner))
+        case "yarn":
+            if theta <= 1:
+                raise reader.error(f"rope_theta must exceed 1 for yarn, got {theta}")
+            return Rope(theta, _yarn(inner, context))
+    return Rope(theta, None)
+
+
+def _rope_parameters(reader: _Reader) -> dict[str, Any]:
+    """What rope_scaling, rope_parameters and keys beside them say together; null says nothing."""
     parameters: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = reader.values.get(key)
         if value is not None and not isinstance(value, dict):
-            raise reader.error(f"{key} must be an object, got {value!r}")
+            raise reader.error(f"{key} must be an object, got {_shown(value)}")
         for name, entry in (value or {}).items():
             if parameters.setdefault(name, entry) != entry:
-                raise reader.error(f"rope_scaling and rope_parameters disagree on {name}")
+                raise reader.error(f"rope_scaling and rope_parameters disagree on {name!r}")
     parameters = _same_for_all_layers(reader, parameters)
-    theta = reader.values.get("rope_theta")
-    if theta is not None and parameters.setdefault("rope_theta", theta) != theta:
-        raise reader.error(f"rope_theta {theta!r} contradicts {parameters['rope_theta']!r}")
+    parameters = {name: value for name, value in parameters.items() if value is not None}
+    outer = ["rope_theta"]
+    if parameters.get("rope_type", parameters.get("type")) in ("llama3", "yarn"):
+        outer.append("original_max_position_embeddings")
+    for name in outer:
+        value = reader.values.get(name)
+        if value is not None and parameters.setdefault(name, value) != value:
+            raise reader.error(f"{name} {_shown(value)} contradicts {_shown(parameters[name])}")
+    return parameters
 
-    inner = _Reader(reader.path, parameters)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if parameters.get("type", kind) != kind:
-        raise reader.error(f"rope type is both {kind!r} and {parameters['type']!r}")
-    if inner.number("partial_rotary_factor", default=1.0) != 1.0 or (
-        reader.number("partial_rotary_factor", default=1.0) != 1.0
-    ):
-        raise reader.error("partial_rotary_factor other than 1 is not supported")
-    base = inner.number("rope_theta", default=10000.0)
-    if kind == "linear" and inner.number("factor") == 1:
-        kind = "default"
-        del parameters["factor"]
-    if kind not in ("default", "llama3"):
-        raise reader.error(f"rope type {kind!r} is not supported (only default, llama3)")
-    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
-    if kind == "llama3":
-        known |= {f.name for f in fields(RopeScaling)}
-    for key in parameters:
-        if key not in known:
-            raise reader.error(f"{key} has no meaning for rope type {kind!r}")
-    if kind == "default":
-        return Rope(base, None)
-    scaling = RopeScaling(
+
+def _llama3(inner: _Reader) -> Llama3Scaling:
+    scaling = Llama3Scaling(
         factor=inner.number("factor"),
         low_freq_factor=inner.number("low_freq_factor"),
         high_freq_factor=inner.number("high_freq_factor"),
         original_max_position_embeddings=inner.integer("original_max_position_embeddings"),
     )
     if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise reader.error(
+        raise inner.error(
             f"high_freq_factor {scaling.high_freq_factor} must exceed low_freq_factor "
             f"{scaling.low_freq_factor}"
         )
-    return Rope(base, scaling)
+    return scaling
+
+
+def _yarn(inner: _Reader, context: int) -> YarnScaling:
+    """With the defaults of transformers: the original context is `context`, and where the factor
+    is null, it is how much longer `context` is."""
+    old = inner.integer("original_max_position_embeddings", default=context)
+    factor = inner.number("factor", default=context / old)
+    if factor * old > MAX_CONTEXT:
+        raise inner.error(
+            f"factor {factor} times original_max_position_embeddings {old} exceeds {MAX_CONTEXT}"
+        )
+    mscales = [
+        inner.number(key) if inner.has(key) else None for key in ("mscale", "mscale_all_dim")
+    ]
+    scaling = YarnScaling(
+        factor=factor,
+        original_max_position_embeddings=old,
+        attention_factor=inner.number(
+            "attention_factor", default=yarn_attention_factor(factor, *mscales)
+        ),
+        beta_fast=inner.number("beta_fast", default=32.0),
+        beta_slow=inner.number("beta_slow", default=1.0),
+        truncate=inner.flag("truncate", default=True),
+    )
+    if scaling.beta_fast < scaling.beta_slow:
+        raise inner.error(
+            f"beta_fast {scaling.beta_fast} must not be less than beta_slow {scaling.beta_slow}"
+        )
+    return scaling
 
 
 def _same_for_all_layers(reader: _Reader, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -450,6 +515,8 @@ def _dtype(reader: _Reader) -> torch.dtype | None:
     name = names[0].removeprefix("torch.") if isinstance(names[0], str) else None
     if name == "auto":
         return None
+    if name == "float64":  # nothing is sampled in it
+        return torch.float32
     if name not in DTYPES:
         raise reader.error(f"dtype {_shown(names[0])} is not supported (only {', '.join(DTYPES)})")
     return DTYPES[name]
@@ -461,7 +528,7 @@ def hf_config(config: ModelConfig, scalar: bool = False) -> dict[str, Any]:
     windows = [layer.window for layer in config.attention]
     rope: dict[str, Any] = {"rope_theta": config.rope.theta, "rope_type": "default"}
     if config.rope.scaling is not None:
-        rope |= {"rope_type": "llama3", **vars(config.rope.scaling)}
+        rope |= {"rope_type": config.rope.scaling.rope_type, **vars(config.rope.scaling)}
     known = SCALAR_ARCHITECTURES if scalar else ARCHITECTURES
     name = next(k for k, v in known.items() if v == config.architecture)
     values: dict[str, Any] = {
@@ -495,7 +562,7 @@ def hf_config(config: ModelConfig, scalar: bool = False) -> dict[str, Any]:
         first = config.attention[0]
         values |= {
             "hidden_activation": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": round(first.scale**-2),
+            "query_pre_attn_scalar": round((first.scale / config.rope.attention_factor**2) ** -2),
             "attn_logit_softcapping": first.softcap,
             "final_logit_softcapping": config.final_softcap,
         }

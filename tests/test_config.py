@@ -1,13 +1,19 @@
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from transformers import AutoConfig, Gemma2Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from models.config import Rope, RopeScaling, hf_config, parse_json, read_config
+from models.config import ModelConfig, hf_config, parse_json, read_config, read_text
+from models.rope import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
 from tests import tiny
 
 QWEN3: dict[str, Any] = {
@@ -44,6 +50,7 @@ GEMMA2 = {
     "sliding_window": 32,
 }
 QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 SCALING = {key: value for key, value in tiny.LLAMA3_ROPE.items() if key != "rope_theta"}
 
 
@@ -112,7 +119,7 @@ def test_soft_caps_may_be_null(tmp_path: Path) -> None:
 )
 def test_every_spelling_of_llama3_rope(tmp_path: Path, spelling: dict[str, Any]) -> None:
     config = read_config(write(tmp_path, LLAMA | spelling))
-    assert config.rope == Rope(500000.0, RopeScaling(8.0, 1.0, 4.0, 64))
+    assert config.rope == Rope(500000.0, Llama3Scaling(8.0, 1.0, 4.0, 64))
 
 
 def test_rope_theta_defaults_to_ten_thousand(tmp_path: Path) -> None:
@@ -120,17 +127,134 @@ def test_rope_theta_defaults_to_ten_thousand(tmp_path: Path) -> None:
     assert read_config(write(tmp_path, values)).rope == Rope(10000.0, None)
 
 
+SCALINGS: list[dict[str, Any]] = [
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "dynamic", "factor": 2.5},
+    SCALING,
+    SCALING | {"original_max_position_embeddings": 8192},
+    YARN,
+    YARN | {"original_max_position_embeddings": 32768},
+    YARN | {"factor": 0.5},
+    YARN | {"factor": 1.0},
+    YARN | {"attention_factor": 0.8},
+    YARN | {"mscale": 1.0},
+    YARN | {"factor": 40, "mscale": 1.0, "mscale_all_dim": 0.707},
+    YARN | {"beta_fast": 16, "beta_slow": 2, "original_max_position_embeddings": 4096},
+    YARN | {"truncate": False, "original_max_position_embeddings": 4096},
+    YARN | {"beta_fast": 2, "beta_slow": 2.0, "truncate": False},
+]
+
+
 @pytest.mark.parametrize("dim", [16, 128])
-@pytest.mark.parametrize("old", [64, 8192])
-def test_inverse_frequencies_are_those_of_transformers(dim: int, old: int) -> None:
-    parameters = tiny.LLAMA3_ROPE | {"original_max_position_embeddings": old}
-    oracle = LlamaConfig(head_dim=dim, rope_parameters=parameters)
-    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](oracle, torch.device("cpu"))
-    rope = Rope(500000.0, RopeScaling(8.0, 1.0, 4.0, old))
-    assert torch.equal(rope.inv_freq(dim), expected)
-    plain = Rope(500000.0, None).inv_freq(dim)
-    assert torch.equal(plain, 1.0 / 500000.0 ** (torch.arange(0, dim, 2).float() / dim))
-    assert not torch.equal(plain, expected)
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+def test_rope_is_that_of_transformers(tmp_path: Path, dim: int, scaling: dict[str, Any]) -> None:
+    parameters = {"rope_theta": 500000.0} | scaling
+    oracle = LlamaConfig(head_dim=dim, rope_parameters=dict(parameters))
+    if scaling["rope_type"] == "default":
+        exponents = torch.arange(0, dim, 2).float() / dim
+        expected, factor = 1.0 / 500000.0**exponents, 1.0
+    else:
+        expected, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](oracle, torch.device("cpu"))
+    values = LLAMA | {"rope_theta": None, "head_dim": dim, "rope_parameters": parameters}
+    config = read_config(write(tmp_path, values))
+    assert torch.equal(config.rope.inv_freq(dim), expected)
+    assert config.rope.attention_factor == factor
+    assert config.attention[0].scale == pytest.approx(dim**-0.5 * factor**2)
+    if scaling["rope_type"] not in ("default", "dynamic") and scaling["factor"] != 1:
+        assert not torch.equal(expected, Rope(500000.0, None).inv_freq(dim))
+    written = hf_config(config)
+    assert read_config(write(tmp_path, written)) == config
+    again = LlamaConfig(**written)
+    if scaling["rope_type"] != "default":
+        found, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](again, torch.device("cpu"))
+        assert torch.equal(found, expected) and factor == config.rope.attention_factor
+
+
+def test_yarn_that_was_added_to_a_config(tmp_path: Path) -> None:
+    """Model cards tell users to add this and leave max_position_embeddings as it was."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    config = read_config(write(tmp_path, QWEN3 | {"rope_scaling": yarn}))
+    assert config.max_position_embeddings == 2048
+    scaling = config.rope.scaling
+    assert isinstance(scaling, YarnScaling) and scaling.truncate
+    assert (scaling.factor, scaling.beta_fast, scaling.beta_slow) == (4.0, 32.0, 1.0)
+    short: list[dict[str, Any]] = [
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": None}},
+        {
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+            "original_max_position_embeddings": 512,
+        },
+        {"rope_parameters": {"full_attention": yarn, "sliding_attention": yarn}},
+        {
+            "rope_parameters": {"rope_type": "yarn", "factor": None},
+            "original_max_position_embeddings": 512,
+            "max_position_embeddings": 2048,
+        },
+    ]
+    for change in short:
+        assert read_config(write(tmp_path, QWEN3 | change)) == config, change
+    longer = QWEN3 | {"rope_scaling": yarn, "max_position_embeddings": 4096}
+    assert read_config(write(tmp_path, longer)).max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"rope_type": "linear", "factor": 2}, LinearScaling(2.0)),
+        ({"rope_type": "linear", "factor": 1.0}, None),
+        ({"rope_type": "dynamic", "factor": 2.0}, DynamicScaling(2.0)),
+        ({"rope_type": "dynamic", "factor": 1}, None),
+    ],
+)
+def test_scalings_that_leave_the_context_alone(
+    tmp_path: Path, given: dict[str, Any], expected: object
+) -> None:
+    config = read_config(write(tmp_path, QWEN3 | {"rope_scaling": given}))
+    assert config.rope.scaling == expected and config.max_position_embeddings == 512
+
+
+KNOWN = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {*SCALING},
+    "yarn": {*YARN, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+             "truncate"},
+}  # fmt: skip
+NAMES = sorted(set().union(*KNOWN.values()) | {"mrope_section", "long_factor", "Factor", ""})
+
+
+@given(
+    scaling=st.sampled_from(SCALINGS),
+    key=st.one_of(st.sampled_from(NAMES), st.text(max_size=8)),
+    value=st.one_of(st.integers(2, 5), st.just([16, 24]), st.just("x"), st.booleans()),
+    place=st.sampled_from(["rope_scaling", "rope_parameters"]),
+    nested=st.booleans(),
+)
+def test_no_rope_parameter_is_ignored(
+    scaling: dict[str, Any], key: str, value: object, place: str, nested: bool
+) -> None:
+    """Wherever it stands, a key counts, or is refused."""
+
+    def read(parameters: dict[str, Any]) -> ModelConfig:
+        if nested:
+            parameters = {"full_attention": parameters, "sliding_attention": parameters}
+        with TemporaryDirectory() as directory:
+            return read_config(write(Path(directory), QWEN3 | {place: parameters}))
+
+    assume(key not in ("rope_theta", "type", "partial_rotary_factor"))
+    assume(key not in scaling)
+    plain = read(scaling)
+    if key not in KNOWN[scaling["rope_type"]]:
+        with pytest.raises(ValueError, match="has no meaning"):
+            read(scaling | {key: value})
+    elif isinstance(value, int):
+        with suppress(ValueError):  # of the wrong type, as true for a number
+            changed = read(scaling | {key: value})
+            # Neither of the two mscales counts without the other; true is the default of truncate.
+            assert changed != plain or key.startswith("mscale") or value is True
 
 
 @pytest.mark.parametrize(
@@ -247,9 +371,14 @@ def test_gemma_defaults_of_transformers_read_back(tmp_path: Path) -> None:
         ({"torch_dtype": ["float32"]}, r"dtype \['float32'\]"),
         ({"torch_dtype": "torch.int8"}, "'torch.int8'"),
         ({"torch_dtype": "torch.float16", "dtype": "bfloat16"}, "contradicts"),
-        ({"rope_scaling": {"rope_type": "default", "factor": 8.0}}, "factor has no meaning"),
-        ({"rope_scaling": {"type": "default", "mrope_section": [16]}}, "mrope_section has no mean"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 8.0}}, "'factor' has no meaning"),
+        (
+            {"rope_scaling": {"type": "default", "mrope_section": [16]}},
+            "'mrope_section' has no",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor must be a positive number, got None"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "truncate": True}}, "'truncate'"),
         (
             {
                 "rope_parameters": {
@@ -280,8 +409,16 @@ def test_gemma_defaults_of_transformers_read_back(tmp_path: Path) -> None:
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"rope_theta": float("inf")}, "rope_theta"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "'longrope' is not supp"),
+        ({"rope_scaling": {"rope_type": ["yarn"], "factor": 4.0}}, r"\['yarn'\] is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "factor must be"),
+        ({"rope_scaling": YARN | {"beta_fast": 0.5}}, "beta_fast 0.5 must not be less than"),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "truncate must be true or false, got 1"),
+        ({"rope_scaling": YARN | {"factor": 1e300}}, "factor 1e\\+300 times"),
+        ({"rope_scaling": YARN | {"low_freq_factor": 1.0}}, "'low_freq_factor' has no meaning"),
+        ({"rope_scaling": YARN, "original_max_position_embeddings": 99}, "99 contradicts 64"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta must exceed 1"),
+        ({"rope_scaling": {"rope_type": "default", "\x1b[2J": 1}}, r"'\\x1b\[2J' has no meaning"),
         ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "both"),
         ({"rope_scaling": "llama3"}, "must be an object"),
         ({"rope_scaling": {k: v for k, v in SCALING.items() if k != "factor"}}, "factor"),
@@ -289,7 +426,7 @@ def test_gemma_defaults_of_transformers_read_back(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_theta": 1.0, "rope_type": "default"}}, "contradicts"),
         (
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": SCALING},
-            "disagree on rope_type",
+            "disagree on 'rope_type'",
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"layer_types": ["full_attention"]}, "layer_types must name 4 layers"),
@@ -393,3 +530,38 @@ def test_json_that_is_refused(text: bytes, message: str) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json: no such file"):
         read_config(tmp_path)
+
+
+def test_names_of_the_hub_are_no_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    with pytest.raises(ValueError, match="no such directory, and a model is a local") as caught:
+        read_config(name)
+    assert f"hf download {name} --local-dir DIR" in str(caught.value)
+    for path in (tmp_path / "none", Path("./some/where/else")):
+        with pytest.raises(ValueError, match="no such directory") as caught:
+            read_config(path)
+        assert "hf download" not in str(caught.value)
+    (tmp_path / "file").write_text("{}")
+    with pytest.raises(ValueError, match="file: a model is a directory, not a file"):
+        read_config(tmp_path / "file")
+
+
+def test_text_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text("é", encoding="utf-8")
+    assert read_text(path, "the template") == "é"
+    path.write_bytes(b"a" * (1 << 20))
+    assert len(read_text(path, "the template")) == 1 << 20
+    for content, message in ((b"a" * (1 << 20) + b"a", "at most 1048576"), (b"\xff", "UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"template.jinja: the template must .*{message}"):
+            read_text(path, "the template")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("fifo", "zero", "dangling", "."):
+        with pytest.raises(ValueError, match="the template must be a file"):
+            read_text(tmp_path / name, "the template")

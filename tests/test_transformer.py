@@ -101,6 +101,36 @@ def test_variants_equal_transformers(
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "dynamic", "factor": 4.0},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_scaled_rope_equals_transformers(
+    tmp_path: Path, family: str, scaling: dict[str, Any]
+) -> None:
+    """Past the original length; `dynamic` up to the end of the context, where ours ends."""
+    parameters = {"rope_theta": 10000.0} | scaling
+    oracle = tiny.write_checkpoint(
+        tmp_path, family, rope_parameters=parameters, max_position_embeddings=TOKENS
+    )
+    ours = load_weights(tmp_path, read_config(tmp_path))
+    logits, expected = ours.logits(token_ids()), oracle_logits(oracle, token_ids())
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    more = token_ids(TOKENS + 1)
+    if scaling["rope_type"] == "yarn":
+        expected = oracle_logits(oracle, more)
+        torch.testing.assert_close(ours.logits(more), expected, atol=1e-5, rtol=0)
+    else:
+        with pytest.raises(ValueError, match=f"{TOKENS + 1} tokens exceed max_position_embeddin"):
+            ours.logits(more)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_bfloat16_is_no_worse_than_transformers(tmp_path: Path, family: str) -> None:
     oracle = tiny.write_checkpoint(tmp_path, family, dtype=torch.bfloat16)
     config = read_config(tmp_path)
