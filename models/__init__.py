@@ -36,8 +36,9 @@ def load(
 ) -> tuple[Transformer, Tokenizer]:
     """Load a model directory: config.json, safetensors, tokenizer.json.
 
-    dtype: "auto" for the stored one, a torch.dtype, or its name ("bfloat16"). device: "auto" is the
-    GPU if there is one, else the CPU.
+    dtype: "auto" for the stored one (float32 for float64), a torch.dtype, or the name of one of
+    `DTYPES` ("bfloat16"). torch.float64 is for gradients and references: nothing samples in it.
+    device: "auto" is the GPU if there is one, else the CPU.
     Raises ValueError naming the file and the reason for whatever is malformed or unsupported.
     """
     config, tokenizer, chosen, place = _open(directory, dtype, device, scalar=False)
@@ -73,10 +74,6 @@ def _open(
         raise ValueError(f"device {device!r} asks for a GPU, and torch finds none")
     config = read_config(directory, scalar)
     tokenizer = Tokenizer(directory)
-    if tokenizer.size > config.vocab_size:
-        raise ValueError(
-            f"{os.fspath(directory)}: vocab_size {config.vocab_size} of config.json is smaller "
-            f"than the tokenizer, whose largest id is {tokenizer.size - 1}"
-        )
+    tokenizer.require_within(config.vocab_size)
     chosen = (None if dtype == "auto" else DTYPES[dtype]) if isinstance(dtype, str) else dtype
     return config, tokenizer, chosen, device

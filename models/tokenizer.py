@@ -4,13 +4,15 @@ Two encoders come from one `tokenizer.json`. The template encoder recognises add
 encoder is rebuilt without any. Where an added token also stands in the model's vocabulary, the text
 encoder renames the entry to a random string, which keeps all ids in place, and drops the merges
 that lead to it. So `<|im_end|>` in untrusted text becomes ordinary pieces. The one exception are
-the whitespace runs that Gemma lists as added: they control nothing, and text keeps their pieces.
+the whitespace runs that Gemma lists as added: they control nothing, and text is cut at them too.
 Neither encoder adds, pads or truncates anything.
 
-Byte-level BPE and Unigram models, and SentencePiece-style ones with byte fallback, are understood:
-these encode every text. A normalizer, where tokenizer.json has one, still applies (Qwen's is NFC);
-without one, byte-level text comes back from its ids unchanged. Other models are refused, as are
-tokenizers that put a space of their own before the text.
+Byte-level BPE and Unigram models, and SentencePiece-style ones with byte fallback, are understood.
+These encode every text, or nearly so: some byte-level vocabularies lack the bytes of rare
+characters, and text that needs one is an error, unless they have an unknown token that is no
+control token. A normalizer, where tokenizer.json has one, still applies (Qwen's is NFC); without
+one, byte-level text comes back from its ids unchanged. Other models are refused, as are tokenizers
+that put a space of their own before the text.
 
 It does not render chat templates.
 """
@@ -19,12 +21,13 @@ import json
 import os
 import secrets
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from models.config import read_json
+from models.config import read_json, read_text
 
 _ROLES = (
     "bos_token",
@@ -86,12 +89,14 @@ class Tokenizer:
         bare: dict[str, Any] = {"post_processor": None, "truncation": None, "padding": None}
         data = read_json(path) | bare
         template = _build(path, data)
-        byte_level = _is_byte_level(path, data)
+        model = _model(path, data, template)
+        byte_level = _is_byte_level(path, template)
         vocab = template.get_vocab(with_added_tokens=False)
-        _require_total(path, data["model"], vocab, byte_level)
         self.control_ids, self.special_ids = _added_ids(
             path, data, template, vocab, self.special_tokens
         )
+        text_vocab = {token: i for token, i in vocab.items() if i not in self.control_ids}
+        self._absent = _absent_bytes(path, model, text_vocab, byte_level)
         contents = {index: content for content, index in template.get_vocab().items()}
         self.size = max(contents) + 1
         if self.size > _MAX_ID or len(contents) != len(template.get_vocab()):
@@ -102,25 +107,59 @@ class Tokenizer:
                 control = index in self.control_ids
                 self.token_bytes[index] = _content_bytes(content, byte_level, control)
         self._template = template
-        model = _without_control(data["model"], self.control_ids)
-        self._text = _build(path, data | {"added_tokens": [], "model": model})
+        whitespace = [
+            token
+            for token in data.get("added_tokens") or []
+            if text_vocab.get(token["content"]) == token["id"]
+        ]
+        model = _without_control(model, self.control_ids)
+        self._text = _build(path, data | {"added_tokens": whitespace, "model": model})
 
     def encode_template(self, text: str) -> list[int]:
-        """Ids of trusted text: added tokens are recognised; no BOS or EOS is added."""
-        _require_unicode(text)
-        ids: list[int] = self._template.encode(text, add_special_tokens=False).ids
-        return ids
+        """Ids of trusted text: added tokens are recognised; no BOS or EOS is added.
+
+        Raises ValueError as `encode_text` does.
+        """
+        return self._encode(self._template, text)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of untrusted text: no control id can appear, whatever the text.
 
-        Raises ValueError for lone surrogates, which have no UTF-8 form.
+        Raises ValueError for lone surrogates, which have no UTF-8 form, for a character with a byte
+        that the vocabulary lacks, and for text on which the tokenizers library gives up.
         """
-        _require_unicode(text)
-        ids: list[int] = self._text.encode(text, add_special_tokens=False).ids
+        ids = self._encode(self._text, text)
         if not self.control_ids.isdisjoint(ids):
             raise ValueError(f"text yields control ids {sorted(self.control_ids & set(ids))}")
         return ids
+
+    def _encode(self, tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+        _require_unicode(text)
+        with _library("the tokenizer fails on this text"):
+            if self._absent:
+                normalizer = tokenizer.normalizer
+                self._require_tokens(text if normalizer is None else normalizer.normalize_str(text))
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _require_tokens(self, text: str) -> None:
+        if self._absent.isdisjoint(text.encode("utf-8")):
+            return
+        letter = next(x for x in text if not self._absent.isdisjoint(x.encode("utf-8")))
+        byte = next(x for x in letter.encode("utf-8") if x in self._absent)
+        raise ValueError(
+            f"text holds {letter!r}, and the tokenizer has no token for its byte 0x{byte:02X}"
+        )
+
+    def require_within(self, vocab_size: int) -> None:
+        """ValueError that names a token whose id is `vocab_size` or more, where there is one."""
+        for index in range(vocab_size, self.size):
+            token = self._template.id_to_token(index)
+            if token is not None:
+                raise ValueError(
+                    f"vocab_size {vocab_size} of config.json is smaller than the tokenizer, which "
+                    f"has id {index} of token {token!r}"
+                )
 
     def end_id(self, eos_token_ids: Collection[int]) -> int:
         """The token that ends a turn of a model with these end tokens: the tokenizer's own where it
@@ -146,11 +185,32 @@ class Tokenizer:
         return b"".join([self.token_bytes[i] for i in ids]).decode("utf-8", errors="replace")
 
 
-def _build(path: Path, data: dict[str, Any]) -> tokenizers.Tokenizer:
+@contextmanager
+def _library(where: object) -> Iterator[None]:
+    """Turn what the tokenizers library raises into ValueError: bare Exceptions, and panics of its
+    Rust code, whose class cannot be imported and is no Exception."""
     try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _build(path: Path, data: dict[str, Any]) -> tokenizers.Tokenizer:
+    with _library(path):
         return tokenizers.Tokenizer.from_str(json.dumps(data))
-    except Exception as error:  # the library raises nothing more specific
-        raise ValueError(f"{path}: {error}") from None
+
+
+def _model(path: Path, data: dict[str, Any], built: tokenizers.Tokenizer) -> dict[str, Any]:
+    """The model with its type, which old files leave to the library to find."""
+    model, kind = data["model"], type(built.model).__name__
+    if kind not in ("BPE", "Unigram") or not isinstance(model, dict):
+        raise ValueError(f"{path}: model type {kind!r} is not supported")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"{path}: model.{key} {model[key]!r} is not supported")
+    return model | {"type": kind}
 
 
 def _require_unicode(text: str) -> None:
@@ -175,32 +235,38 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 def _chat_template(config_path: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja before tokenizer_config.json, as transformers reads them."""
     jinja = config_path.with_name("chat_template.jinja")
-    if jinja.exists():
-        return jinja.read_text(encoding="utf-8")
+    if os.path.lexists(jinja):
+        return read_text(jinja, "the chat template")
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
+        for entry in template:
+            if not isinstance(entry, dict) or not {"name", "template"} <= entry.keys():
+                raise ValueError(f"{config_path}: chat_template: {entry!r} has no name or template")
+        template = next((e["template"] for e in template if e["name"] == "default"), None)
     if template is not None and not isinstance(template, str):
         raise ValueError(f"{config_path}: chat_template must be text, got {template!r}")
     return template
 
 
-def _steps(value: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer or decoder, with sequences unrolled."""
-    if value is None:
-        return
-    if value["type"] != "Sequence":
-        yield value
-        return
-    for key in ("normalizers", "pretokenizers", "decoders"):
-        for step in value.get(key, []):
-            yield from _steps(step)
+def _steps(step: Any) -> list[dict[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or decoder of the library, with sequences unrolled.
+
+    From the object, not from the file, where the library understands more spellings than one.
+    """
+
+    def unrolled(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if value["type"] != "Sequence":
+            yield value
+        for key in ("normalizers", "pretokenizers", "decoders"):
+            for inner in value.get(key, []):
+                yield from unrolled(inner)
+
+    return [] if step is None else list(unrolled(json.loads(step.__getstate__())))
 
 
-def _is_byte_level(path: Path, data: dict[str, Any]) -> bool:
+def _is_byte_level(path: Path, built: tokenizers.Tokenizer) -> bool:
     """Whether tokens are spelt in the byte alphabet (else SentencePiece's); others raise."""
-    before = [*_steps(data.get("normalizer")), *_steps(data.get("pre_tokenizer"))]
+    before = [*_steps(built.normalizer), *_steps(built.pre_tokenizer)]
     for step in before:
         if (
             step["type"] == "Prepend"
@@ -208,7 +274,7 @@ def _is_byte_level(path: Path, data: dict[str, Any]) -> bool:
             or step.get("prepend_scheme", "never") != "never"
         ):
             raise ValueError(f"{path}: {step['type']} puts a space before text: not supported")
-    after = list(_steps(data.get("decoder")))
+    after = _steps(built.decoder)
     spelt = any(step["type"] == "ByteLevel" for step in before)
     if spelt and [step["type"] for step in after] == ["ByteLevel"]:
         return True
@@ -219,27 +285,33 @@ def _is_byte_level(path: Path, data: dict[str, Any]) -> bool:
     )
     if not spelt and visible:
         return False
-    raise ValueError(f"{path}: decoder {data.get('decoder')} is not supported")
+    raise ValueError(f"{path}: decoder {built.decoder} is not supported")
 
 
-def _require_total(
+def _absent_bytes(
     path: Path, model: dict[str, Any], vocab: dict[str, int], byte_level: bool
-) -> None:
-    """Raise if some text has no encoding: a byte without a token would be lost or unknown."""
-    if model["type"] not in ("BPE", "Unigram"):
-        raise ValueError(f"{path}: model type {model['type']!r} is not supported")
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            raise ValueError(f"{path}: model.{key} {model[key]!r} is not supported")
+) -> frozenset[int]:
+    """Bytes of UTF-8 for which byte-level text has no token, not even an unknown one.
+
+    `vocab` is without control tokens. Raises where SentencePiece's text could lose a character.
+    """
     if byte_level:
-        needed = {letter for letter, byte in BYTE_OF_LETTER.items() if byte in UTF8_BYTES}
-    elif model.get("byte_fallback"):
-        needed = {f"<0x{byte:02X}>" for byte in UTF8_BYTES}
-    else:
+        unknown = model.get("unk_token" if model["type"] == "BPE" else "unk_id")
+        if unknown in vocab if model["type"] == "BPE" else unknown in vocab.values():
+            return frozenset()
+        held = {byte for letter, byte in BYTE_OF_LETTER.items() if letter in vocab}
+        return UTF8_BYTES - held
+    if not model.get("byte_fallback"):
         raise ValueError(f"{path}: without byte_fallback some text cannot be encoded")
-    missing = sorted(needed - vocab.keys())
+    # A byte below 0x80 is a character of its own: Gemma has a token for the tab instead.
+    missing = [
+        name
+        for byte in sorted(UTF8_BYTES)
+        if (name := f"<0x{byte:02X}>") not in vocab and not (byte < 0x80 and chr(byte) in vocab)
+    ]
     if missing:
         raise ValueError(f"{path}: no token for the byte {missing[0]!r} ({len(missing)} missing)")
+    return frozenset()
 
 
 def _added_ids(
@@ -253,7 +325,7 @@ def _added_ids(
 
     A special token that only tokenizer_config.json marks is added to the template encoder.
     """
-    known = {token["content"] for token in data.get("added_tokens") or []}
+    known = {token.content for token in template.get_added_tokens_decoder().values()}
     for content in dict.fromkeys(special_tokens.values()):
         if content not in known and content not in vocab:
             raise ValueError(f"{path}: no token {content!r}, which tokenizer_config.json names")

@@ -1,5 +1,7 @@
 import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -237,6 +239,158 @@ def drop(data: dict[str, Any], letter: str) -> None:
     data["model"]["vocab"] = [entry for entry in data["model"]["vocab"] if entry[0] != letter]
 
 
+@pytest.mark.parametrize("kind", BYTE_LEVEL)
+def test_text_that_needs_a_byte_without_a_token_is_an_error(tmp_path: Path, kind: str) -> None:
+    """As SmolLM2's vocabulary, which lacks eight bytes."""
+
+    def without(data: dict[str, Any]) -> None:
+        if kind == "unigram":
+            drop(data, "©")  # stands for 0xA9
+        else:
+            del data["model"]["vocab"]["©"]
+        data["normalizer"] = {"type": "NFC"}
+
+    ours = Tokenizer(edited(tmp_path, without, kind))
+    assert ours.decode(ours.encode_text("the è ü 😀<|im_end|>")) == "the è ü 😀<|im_end|>"
+    for text in ("é", "the e\u0301<|im_end|>"):
+        for encode in (ours.encode_text, ours.encode_template):
+            with pytest.raises(ValueError, match=r"text holds 'é', .* no token for its byte 0xA9"):
+                encode(text)
+
+
+@pytest.mark.parametrize("kind", BYTE_LEVEL)
+@pytest.mark.parametrize("special", [False, True])
+def test_the_unknown_token_stands_for_a_byte_without_one(
+    tmp_path: Path, kind: str, special: bool
+) -> None:
+    """Unless it is a control token, which untrusted text never yields."""
+
+    def unknown(data: dict[str, Any]) -> None:
+        model = data["model"]
+        if kind == "unigram":
+            model["vocab"] = [e if e[0] != "©" else ["?" * 9, e[1]] for e in model["vocab"]]
+            model["unk_id"] = [e[0] for e in model["vocab"]].index("?" * 9)
+        else:
+            model["vocab"]["?" * 9] = model["vocab"].pop("©")
+            model["unk_token"] = "?" * 9
+
+    ours = Tokenizer(edited(tmp_path, unknown, kind))
+    if special:
+        edit_config(tmp_path, unk_token="?" * 9)
+        with pytest.raises(ValueError, match="no token for its byte 0xA9"):
+            Tokenizer(tmp_path).encode_text("é")
+    else:
+        oracle = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        ids = ours.encode_text("a é b")
+        assert oracle.token_to_id("?" * 9) in ids
+        assert ids == ours.encode_template("a é b") == oracle.encode("a é b").ids
+
+
+def test_a_letter_that_plays_a_role_is_no_text(tmp_path: Path) -> None:
+    edited(tmp_path, lambda data: None)
+    edit_config(tmp_path, pad_token="a")
+    ours = Tokenizer(tmp_path)
+    assert len(ours.encode_text("xyz")) == 3
+    with pytest.raises(ValueError, match="text holds 'a', and the tokenizer has no token"):
+        ours.encode_text("xyza")
+
+
+@pytest.mark.parametrize("kind", BYTE_LEVEL)
+def test_a_model_without_its_type(tmp_path: Path, kind: str) -> None:
+    """Old files leave it out."""
+    plain = both(kind)[0]
+    ours = Tokenizer(edited(tmp_path, lambda data: data["model"].pop("type"), kind))
+    text = "the Scores: é<|im_end|>"
+    assert ours.encode_text(text) == plain.encode_text(text)
+    assert ours.encode_template(text) == plain.encode_template(text)
+
+
+def test_a_byte_of_sentencepiece_may_be_a_character(tmp_path: Path) -> None:
+    """Gemma's vocabulary has the tab in place of <0x09>."""
+
+    def tab(data: dict[str, Any]) -> None:
+        vocab = data["model"]["vocab"]
+        vocab["\t"] = vocab.pop("<0x09>")
+
+    ours = Tokenizer(edited(tmp_path, tab, "sentencepiece"))
+    assert ours.decode(ours.encode_text("\ta\t")) == "\ta\t"
+
+
+def test_whitespace_runs_cut_text_as_they_cut_templates(tmp_path: Path) -> None:
+    """A run that is added is taken from the raw text, before merges find a longer one."""
+
+    def runs(data: dict[str, Any]) -> None:
+        model = data["model"]
+        for run in ("▁▁", "▁▁▁▁"):
+            model["vocab"][run] = max(model["vocab"].values()) + 1
+            model["merges"].append([run[: len(run) // 2], run[len(run) // 2 :]])
+        data["added_tokens"].append(
+            dict(data["added_tokens"][-1], id=model["vocab"]["▁▁"], content="▁▁")
+        )
+
+    ours = Tokenizer(edited(tmp_path, runs, "sentencepiece"))
+    assert len(ours.encode_text("    ")) == 1
+    for text in ("    ", " ▁▁ ", "▁▁▁▁", "a ▁▁▁<|im"):
+        assert ours.encode_text(text) == ours.encode_template(text)
+    assert len(ours.encode_text(" ▁▁ ")) == 3
+
+
+@pytest.mark.parametrize("step", ["normalizer", "pre_tokenizer"])
+def test_a_panic_of_the_library_is_an_error_of_the_text(tmp_path: Path, step: str) -> None:
+    def hopeless(data: dict[str, Any]) -> None:
+        pattern = {"Regex": "(a+)+$"}
+        if step == "normalizer":
+            data["normalizer"] = {"type": "Replace", "pattern": pattern, "content": "a"}
+        else:
+            split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+            steps = [split, data["pre_tokenizer"]]
+            data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+
+    ours = Tokenizer(edited(tmp_path, hopeless))
+    for encode in (ours.encode_text, ours.encode_template):
+        with pytest.raises(ValueError, match=r"the tokenizer fails on this text: .*retry-limit"):
+            encode("a" * 50 + "b")
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-2, 300), st.sampled_from(["", "a", "▁", "é"])),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=2),
+        st.dictionaries(st.sampled_from(["type", "id", "content", "vocab"]), inner, max_size=2),
+    ),
+    max_leaves=4,
+)
+
+
+@given(data=st.data(), kind=st.sampled_from(KINDS))
+def test_mutated_files_are_read_or_refused(data: st.DataObject, kind: str) -> None:
+    """One value of tokenizer.json or of tokenizer_config.json is another one, or gone."""
+    with TemporaryDirectory() as directory:
+        tiny.write_tokenizer(Path(directory), kind)
+        name = data.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))
+        path = Path(directory) / name
+        root = node = json.loads(path.read_text())
+        while True:
+            key: Any = data.draw(
+                st.sampled_from(sorted(node)) if isinstance(node, dict)
+                else st.integers(0, len(node) - 1)
+            )  # fmt: skip
+            if not isinstance(node[key], dict | list) or not node[key] or data.draw(st.booleans()):
+                break
+            node = node[key]
+        if data.draw(st.booleans()):
+            del node[key]
+        else:
+            node[key] = data.draw(JSON)
+        path.write_text(json.dumps(root))
+        with suppress(ValueError):
+            ours = Tokenizer(directory)
+            ours.encode_template("<|im_start|>the a\n\né<|im_end|>")
+            ids = ours.encode_text("<|im_start|>the a\n\né<|im_end|>")
+            assert ours.control_ids.isdisjoint(ids)
+            ours.decode(ids)
+
+
 def test_bytes_that_utf8_never_holds_need_no_token(tmp_path: Path) -> None:
     ours = Tokenizer(edited(tmp_path, lambda data: drop(data, "ÿ")))  # stands for 0xFF
     assert b"\xff" not in ours.token_bytes
@@ -261,7 +415,7 @@ def test_bytes_that_utf8_never_holds_need_no_token(tmp_path: Path) -> None:
             ),
             "Metaspace puts a space",
         ),
-        ("unigram", lambda d: drop(d, "é"), "no token for the byte 'é'"),
+        ("unigram", lambda d: d.update(normalizer=["a"]), "Prepend puts a space"),
         ("sentencepiece", lambda d: d["model"].update(byte_fallback=False), "byte_fallback"),
         ("sentencepiece", lambda d: d["model"]["vocab"].pop("<0xC3>"), "no token for the byte"),
         ("bpe", lambda d: d["model"].update(dropout=0.1), "dropout 0.1"),
@@ -294,6 +448,11 @@ def test_refusals_name_the_file(
     [
         ({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}, "auto_map"),
         ({"chat_template": 3}, "chat_template must be text, got 3"),
+        ({"chat_template": [None]}, "chat_template: None has no name or template"),
+        ({"chat_template": [[]]}, r"chat_template: \[\] has no name or template"),
+        ({"chat_template": ["a"]}, "chat_template: 'a' has no name or template"),
+        ({"chat_template": [{"name": "default"}]}, "has no name or template"),
+        ({"chat_template": [{"name": "default", "template": 3}]}, "must be text, got 3"),
         ({"bos_token": "<nowhere>"}, "no token '<nowhere>'"),
     ],
 )
@@ -301,6 +460,18 @@ def test_refused_configs(tmp_path: Path, values: dict[str, Any], message: str) -
     tiny.write_tokenizer(tmp_path)
     edit_config(tmp_path, **values)
     with pytest.raises(ValueError, match=message):
+        Tokenizer(tmp_path)
+
+
+def test_a_chat_template_that_is_no_text(tmp_path: Path) -> None:
+    tiny.write_tokenizer(tmp_path)
+    path = tmp_path / "chat_template.jinja"
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="jinja: the chat template must be UTF-8"):
+        Tokenizer(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="jinja: the chat template must be a file"):
         Tokenizer(tmp_path)
 
 
