@@ -35,7 +35,7 @@ from kernels.extract_scores import ScoreAutomaton
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
 from kernels.score_grammar import Reason
 from kernels.segment_attention import Backend
-from models.config import ModelConfig
+from models.config import DTYPES, ModelConfig
 from models.transformer import Transformer
 
 SYNC_STEPS = 8  # decode steps between two polls of the finished flags
@@ -194,8 +194,8 @@ class Generator:
         nothing. prefill_backend: whose attention a prefill runs, None for `forest_attention`.
         cache_bytes bounds keys and values (default: what memory allows, `engine/memory.py`); a
         batch that does not fit is made smaller. form: a sample without valid scores is made to
-        write them (`engine/forced.py`). Raises ValueError for limits below 1, a cache that
-        cannot hold one sample, or a backend that cannot prefill for this model."""
+        write them (`engine/forced.py`). Raises ValueError for limits below 1, a cache that cannot
+        hold one sample, a backend that cannot prefill for this model, or a model in float64."""
         for name, value in (("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
             if value < 1:
                 raise ValueError(f"{name} = {value} is less than 1")
@@ -209,6 +209,8 @@ class Generator:
         self.form = form
         self._options = options
         weight = model.head_weight
+        if weight.dtype not in DTYPES.values():
+            raise ValueError(f"{weight.dtype} cannot be sampled in: load the model in float32")
         self.device = weight.device
         self.deterministic = deterministic
         per_cell = cell_bytes(self.config, weight.dtype)

@@ -45,7 +45,7 @@ def model_fingerprint(directory: str | Path) -> str:
     files = [root / name for name in MODEL_FILES]
     digest = hashlib.sha256()
     for path in (*files, *sorted(root.glob("*.safetensors"))):
-        if path.exists():
+        if path.is_file():  # a pipe would wait for ever; loading refuses it
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
             digest.update(f"{path.name}\0{content}\n".encode())

@@ -14,7 +14,7 @@ It does not read pickles, quantised or integer tensors.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeGuard, TypeVar
@@ -73,7 +73,7 @@ def load_weights(
     """Build the decoder of `config` and fill it from the safetensors of a directory.
 
     dtype: of the parameters; None takes config.dtype or, where that is None, the stored dtype of
-    the embedding. The config of the model names the dtype it was given.
+    the embedding, float32 for float64. The config of the model names the dtype it was given.
     Raises ValueError naming the file and the tensor for every fault in the module docstring.
     """
     with torch.device("meta"):
@@ -104,7 +104,7 @@ def _load(model: Model, root: Path, dtype: torch.dtype | None, device: str | tor
         slots[_HEAD] = slots[_EMBEDDING]
     _check_names(root, stored, slots)
 
-    dtype = dtype or config.dtype or stored[_EMBEDDING].dtype
+    dtype = dtype or config.dtype or _loaded_as(stored[_EMBEDDING].dtype)
     if dtype not in _STORED_DTYPES.values():
         raise ValueError(f"dtype {dtype} is not supported")
     decoder.config = replace(config, dtype=dtype)
@@ -130,6 +130,11 @@ def _load(model: Model, root: Path, dtype: torch.dtype | None, device: str | tor
         except SafetensorError as error:
             raise ValueError(f"{path}: {error}") from None
     return model
+
+
+def _loaded_as(stored: torch.dtype) -> torch.dtype:
+    """Nothing is sampled in float64."""
+    return torch.float32 if stored == torch.float64 else stored
 
 
 def save_pretrained(model: Transformer | ScalarModel, directory: str | os.PathLike[str]) -> None:
@@ -193,6 +198,11 @@ def _slots(model: Transformer | ScalarModel) -> Iterator[tuple[str, _Slot]]:
 def _check_names(root: Path, stored: dict[str, _Stored], slots: dict[str, _Slot]) -> None:
     """Raise unless names and shapes in the files are exactly those of the decoder."""
     missing = sorted(slots.keys() - stored.keys())
+    if missing == [_HEAD]:
+        raise ValueError(
+            f"{root}: missing tensor {_HEAD}, which tie_word_embeddings of config.json does not "
+            "replace by the embedding"
+        )
     if missing:
         raise ValueError(f"{root}: missing tensor {missing[0]} ({len(missing)} missing in all)")
     for name, tensor in stored.items():
@@ -225,6 +235,7 @@ def _indexed_tensors(index: Path) -> dict[str, _Stored]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map must be an object that names tensors")
+    _require_printable(index, weight_map)
     stored: dict[str, _Stored] = {}
     for shard in sorted(set(map(str, weight_map.values()))):
         for name, tensor in _header(_shard_path(index, shard)).items():
@@ -238,7 +249,7 @@ def _indexed_tensors(index: Path) -> dict[str, _Stored]:
             stored[name] = tensor
     missing = sorted(weight_map.keys() - stored.keys())
     if missing:
-        raise ValueError(f"{index}: {missing[0]} is missing from {weight_map[missing[0]]}")
+        raise ValueError(f"{index}: {missing[0]} is missing from {weight_map[missing[0]]!r}")
     return stored
 
 
@@ -271,6 +282,7 @@ def _header(path: Path) -> dict[str, _Stored]:
             raise ValueError(f"{path}: truncated: {size} bytes hold no header of {length}")
         header = parse_json(path, file.read(length))
     header.pop("__metadata__", None)
+    _require_printable(path, header)
     stored, end = {}, 0
     for name, entry in header.items():
         if not isinstance(entry, dict):
@@ -287,6 +299,13 @@ def _header(path: Path) -> dict[str, _Stored]:
             f"{path}: truncated or overlong: {size - 8 - length} bytes of data, {end} described"
         )
     return stored
+
+
+def _require_printable(path: Path, names: Iterable[str]) -> None:
+    """Messages show the names of tensors, which come from a file: none may steer a terminal."""
+    for name in names:
+        if not name.isprintable():
+            raise ValueError(f"{path}: {name!r} is no name of a tensor")
 
 
 def _is_sizes(value: object) -> TypeGuard[list[int]]:

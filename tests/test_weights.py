@@ -245,7 +245,8 @@ def test_single_file_and_index_that_ignores_it(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda t: t.pop(UP), f"missing tensor {UP}"),
-        (lambda t: t.pop("lm_head.weight"), "missing tensor lm_head.weight"),
+        (lambda t: t.pop("lm_head.weight"), "missing tensor lm_head.weight, which tie_word_embed"),
+        (lambda t: t.update({"\x1b]0;x\a": torch.ones(1)}), r"'\\x1b\]0;x\\x07' is no name"),
         (lambda t: t.update({"score.weight": torch.ones(1, 64)}), "extra tensor score.weight"),
         (
             lambda t: t.update({"model.layers.3.mlp.up_proj.weight": t[UP].clone()}),
@@ -355,13 +356,30 @@ def test_load_gives_model_and_tokenizer(tmp_path: Path) -> None:
     assert torch.equal(
         models.load(tmp_path, torch.float32, "cpu")[0].logits(ids), exact.logits(ids)
     )
-    with pytest.raises(ValueError, match="'float8'"):
-        models.load(tmp_path, dtype="float8")
+    for name in ("float8", "float64"):
+        with pytest.raises(ValueError, match=f"dtype must be auto or one of .*float32, got '{name}'"):
+            models.load(tmp_path, dtype=name)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_weights_in_float64_are_loaded_as_float32(tmp_path: Path, named: bool) -> None:
+    oracle = tiny.write_model(tmp_path, dtype=torch.float64)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    assert values["dtype"] == "float64"
+    if not named:
+        path.write_text(json.dumps(values | {"dtype": None}))
+    model, _ = models.load(tmp_path, device="cpu")
+    assert model.embed_tokens.weight.dtype == model.config.dtype == torch.float32
+    expected = oracle(torch.tensor([[1, 2, 3]])).logits[0].float()
+    torch.testing.assert_close(model.logits([1, 2, 3]), expected, atol=1e-5, rtol=0)
+    exact, _ = models.load(tmp_path, torch.float64, "cpu")
+    assert exact.logits([1, 2, 3]).dtype == torch.float64, "for references and gradients"
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer(tmp_path: Path) -> None:
     tiny.write_model(tmp_path / "small", vocab_size=272)
-    with pytest.raises(ValueError, match=r"vocab_size 272 .* largest id is 272"):
+    with pytest.raises(ValueError, match=r"vocab_size 272 .* id 272 of token '10'"):
         models.load(tmp_path / "small")
     tiny.write_model(tmp_path / "large", vocab_size=273)
     models.load(tmp_path / "large", device="cpu")
