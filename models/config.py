@@ -272,6 +272,8 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
 
 def _require_directory(directory: str | os.PathLike[str]) -> None:
     name = os.fspath(directory)
+    if any("\ud800" <= letter <= "\udfff" for letter in name):  # bytes that are not UTF-8
+        raise ValueError(f"{name!r}: the name of a model directory must be UTF-8")
     if Path(name).is_dir():
         return
     if Path(name).exists():
@@ -321,6 +323,10 @@ def _refuse_unsupported(reader: _Reader, architecture: str) -> None:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else None
             kind = f" ({method})" if method else ""
             raise reader.error(f"{key}: quantised checkpoints{kind} are not supported")
+    if reader.values.get("per_layer_config"):
+        raise reader.error("per_layer_config: layers that differ in shape are not supported")
+    if not reader.flag("is_causal", default=True):
+        raise reader.error("is_causal must be true")
     flags = ["mlp_bias", "use_bidirectional_attention"]
     if architecture != "qwen2":  # its bias is on q, k and v only, whatever the key says
         flags.append("attention_bias")

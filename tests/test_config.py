@@ -397,6 +397,8 @@ def test_gemma_defaults_of_transformers_read_back(tmp_path: Path) -> None:
         ({"architectures": "Qwen3ForCausalLM"}, "not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"is_causal": False}, "is_causal must be true"),
+        ({"per_layer_config": {"1": {"head_dim": 8}}}, "per_layer_config"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ({"num_key_value_heads": 4}, "num_key_value_heads 4 does not divide"),
         ({"num_key_value_heads": 0}, "num_key_value_heads"),
@@ -547,6 +549,12 @@ def test_names_of_the_hub_are_no_directories(
     (tmp_path / "file").write_text("{}")
     with pytest.raises(ValueError, match="file: a model is a directory, not a file"):
         read_config(tmp_path / "file")
+
+
+def test_a_directory_whose_name_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "mod\udcff").mkdir()
+    with pytest.raises(ValueError, match=r"mod\\udcff': the name of a model directory must be UTF"):
+        read_config(tmp_path / "mod\udcff")
 
 
 def test_text_that_is_no_text(tmp_path: Path) -> None:
