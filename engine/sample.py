@@ -6,12 +6,14 @@ and a summary of one JSON line goes to standard error. Input is read as the judg
 Exit status: 0 when every row was judged; 1 when a line could not be judged or written; 2 for wrong
 options, an unreadable model, or an output that is refused; 3 when rows were judged and none of them
 got a verdict; 130, 143 and 129 after SIGINT, SIGTERM and SIGHUP. The first such signal ends the
-input: rows in flight are finished and written. The second one kills.
+input: rows in flight are finished and written, those that take longer than --drain-seconds are
+dropped. The second one kills.
 """
 
 import dataclasses
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,11 +25,11 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-import tyro
 from tqdm import tqdm
 
+from engine import command
 from engine.options import JudgeOptions
 from engine.output import Output, resume
 from engine.reading import MAX_ROW_BYTES, Columns, Pipe, open_rows, read_rows
@@ -40,6 +42,17 @@ POCKET = Path(__file__).parent.parent / "models" / "pocket"
 BUNDLED_ROWS = Path(__file__).with_name("rows.jsonl")
 _MOST_ROW_BYTES = 1 << 30
 DRAIN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_ALARM_SECONDS = 0.1  # from one look at the end of a drain to the next
+GROUPS = {
+    "model": ("model", "meta_model", "template", "dtype", "device"),
+    "rows": ("data", "columns", "max_row_bytes"),
+    "output": ("out", "resume", "drain_seconds"),
+    "judging": ("k", "k_meta", "until_decided", "orders", "max_orders", "seed"),
+    "sampling": ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "stop"),
+    "speed": ("max_batch", "attention", "deterministic"),
+}
+EXAMPLE = "--model DIR --data rows.jsonl --out verdicts.jsonl --k 32"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,69 +83,100 @@ class Options(JudgeOptions):
     """Longest input line, in bytes; a longer one is an error line."""
     resume: bool = False
     """Continue --out where an earlier run of the same rows and options was cut off."""
+    drain_seconds: float = 60.0
+    """How long a signal lets the rows under way go on; those not finished by then are dropped."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m engine.sample") -> int:
     """Run the command line and return its exit status."""
+    return command.run(lambda: _judge(arguments, prog))
+
+
+def _judge(arguments: Sequence[str] | None, prog: str) -> int:
+    options = command.parse(Options, GROUPS, prog=prog, example=EXAMPLE, arguments=arguments)
     with ExitStack() as stack:
+        drain = stack.enter_context(closing(_Drain(options.drain_seconds)))
         try:
-            options = tyro.cli(
-                Options,
-                prog="python -m engine.sample",
-                args=arguments,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
-            run = _Run(options, stack)
-        except (OSError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        try:
-            run.judge_rows()
-        except OSError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+            run = _Run(options, drain, stack)
+        except _Interrupted:
+            assert drain.signal is not None
+            return 128 + drain.signal
+        command.begin_work()
+        run.judge_rows()
         return run.status
 
 
 class _Interrupted(KeyboardInterrupt):
-    """A signal came while waiting for input."""
+    """A signal came while loading or waiting for input, or a drain has taken too long."""
 
 
 class _Drain:
     """Ends the input at the first signal; the second one does what it does by default.
 
-    The signal may find the run blocked in reading a pipe, where a flag alone would not be seen
-    until the next row: there, and only there, the handler raises.
+    The signal may find the run loading a model or blocked in reading a pipe, where a flag alone
+    would be seen late: there the handler raises. While rows are judged it sets an alarm, which
+    raises once `seconds` have passed; while a line is written nothing raises.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        if not (seconds >= 0 and math.isfinite(seconds)):
+            raise ValueError(f"--drain-seconds {seconds} is not a number of at least 0")
+        self.seconds = seconds
         self.signal: int | None = None  # that has come
-        self._reading = False
+        self._may_end = True  # nothing is lost if the run ends here
+        self._judging = False
+        self._deadline = math.inf
         self._previous = {number: signal.signal(number, self._handle) for number in DRAIN_SIGNALS}
+        self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         for each in DRAIN_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
+        if self._may_end and not self._judging:
+            raise _Interrupted
         with suppress(OSError):
             os.write(2, b"\nfinishing the rows under way; a second signal stops at once\n")
-        if self._reading:
+        self._deadline = time.monotonic() + self.seconds
+        signal.setitimer(signal.ITIMER_REAL, _ALARM_SECONDS, _ALARM_SECONDS)
+        if self._may_end:
             raise _Interrupted
 
-    def next(self, source: Iterator[Row | BadRow]) -> Row | BadRow | None:
+    def _look(self, number: int, frame: FrameType | None) -> None:
+        if self._judging and time.monotonic() >= self._deadline:
+            raise _Interrupted
+
+    def loaded(self) -> None:
+        """From here on rows are judged, and a signal lets those under way finish."""
+        self._may_end = False
+
+    def read(self, source: Iterator[Row | BadRow]) -> Row | BadRow | None:
         """The source's next entry; None where there is none, or a signal came."""
         if self.signal is not None:
             return None
         try:
-            self._reading = True
-            return next(source, None)
+            try:
+                self._may_end = True
+                return next(source, None)
+            finally:
+                self._may_end = False
         except _Interrupted:
             return None
-        finally:
-            self._reading = False
+
+    def judge(self, outcomes: Iterator[T]) -> T | None:
+        """The next outcome; None where there is none, or a drain has taken too long."""
+        try:
+            try:
+                self._judging = True
+                return next(outcomes, None)
+            finally:
+                self._judging = False
+        except _Interrupted:
+            return None
 
     def close(self) -> None:
         """Put the previous handlers back."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -140,9 +184,10 @@ class _Drain:
 class _Run:
     """One run: the open ends, the judge, and what has been counted."""
 
-    def __init__(self, options: Options, stack: ExitStack) -> None:
+    def __init__(self, options: Options, drain: _Drain, stack: ExitStack) -> None:
         """Open the output first, the model after it; raises ValueError or OSError for the user."""
         self.options = options
+        self.drain = drain
         self.tally = Tally()
         self.naive_tokens = 0
         self.output: Output | None = None
@@ -151,6 +196,8 @@ class _Run:
             stack.enter_context(closing(self.output))
         elif options.resume:
             raise ValueError("--resume needs --out FILE")
+        if options.out in (None, "-"):
+            command.check_stream(1)
         if not 1 <= options.max_row_bytes <= _MOST_ROW_BYTES:
             raise ValueError(
                 f"--max-row-bytes {options.max_row_bytes} is not from 1 to {_MOST_ROW_BYTES}"
@@ -159,6 +206,7 @@ class _Run:
         stream: BinaryIO | Pipe
         self.is_ready: Callable[[], bool] = lambda: True
         if path == "-":
+            command.check_stream(0)
             stream = Pipe(0, options.max_row_bytes)
             self.is_ready = stream.ready
         else:
@@ -182,11 +230,11 @@ class _Run:
         if self.output is not None and options.resume:
             done = resume(self.output, self.entries, self._key, self.tally.add)
         self.taken: deque[Row | BadRow] = deque()  # by the judge, and not yet back
-        self.drain = stack.enter_context(closing(_Drain()))
         self.outcomes = self.judge.rows(self._entries(), **self.sampling)
         self.bar = stack.enter_context(
             tqdm(total=_count_lines(path), initial=done, unit="row", disable=None)
         )
+        drain.loaded()
         self.width = min(shutil.get_terminal_size().columns, 100)
         self.color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
@@ -195,8 +243,10 @@ class _Run:
         if self.output is None and isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         start = time.perf_counter()
-        for outcome in self.outcomes:
+        while (outcome := self.drain.judge(self.outcomes)) is not None:
             self._emit(self.taken.popleft(), outcome)
+        if self.taken:  # the drain took too long
+            print(f"rows under way that were dropped: {len(self.taken)}", file=sys.stderr)
         self.bar.close()
         summary = self._summary(time.perf_counter() - start)
         if self.output is None:
@@ -228,7 +278,7 @@ class _Run:
             if self.taken and self.drain.signal is None and not self.is_ready():
                 yield None
                 continue
-            entry = self.drain.next(self.entries)
+            entry = self.drain.read(self.entries)
             if entry is None:
                 return
             self.taken.append(entry)
@@ -277,7 +327,4 @@ def _count_lines(path: str) -> int | None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    sys.exit(main())

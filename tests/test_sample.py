@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,8 @@ def test_two_writers() -> None:
         (["--data", "data", "--out", "no/out"], "no/out"),
         (["--data", "data", "--model", "nowhere"], "nowhere is no model directory"),
         (["--data", "data", "--resume"], "--resume needs --out"),
+        (["--data", "data", "--k", "0"], "k = 0 is not an integer of at least 1"),
+        (["--data", "data", "--drain-seconds", "-1"], "--drain-seconds -1.0"),
         (["--data", "data", "--out", "-", "--resume"], "--resume needs a file"),
         (["--data", "data", "--max-row-bytes", "0"], "--max-row-bytes 0"),
         (["--data", "data", "--max-row-bytes", str(2**63)], "is not from 1 to 1073741824"),
@@ -310,7 +313,7 @@ def test_what_the_user_got_wrong(
 
 @pytest.mark.parametrize(
     "options",
-    [["--orders", "shuffled"], ["--k", "many"], ["--k", "0"], ["--lable", "1"]],
+    [["--orders", "shuffled"], ["--k", "many"], ["--lable", "1"]],
 )
 def test_options_that_do_not_parse(options: list[str]) -> None:
     with pytest.raises(SystemExit) as error:
@@ -353,6 +356,40 @@ def test_a_signal_drains_a_run_that_waits_for_input() -> None:
     assert num_lines() == 4
 
 
+def test_a_drain_that_takes_too_long_drops_what_is_under_way() -> None:
+    _, whole = judge(GOOD)
+    Path("out").unlink()
+    process = start("--data", "data", "--out", "out", "--drain-seconds", "0.3", delay_s=2.0)
+    wait_for(lambda: num_lines() >= 1)
+    process.terminate()
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 128 + signal.SIGTERM
+    _, dropped, summary = err.decode().strip().splitlines()
+    assert dropped == "rows under way that were dropped: 3"
+    assert json.loads(summary)["interrupted"] is True
+    assert whole.startswith(Path("out").read_bytes())
+    assert num_lines() == 1  # three more, had the drain waited
+    assert judge(GOOD, "--resume") == (0, whole)
+
+
+def test_a_signal_that_a_library_swallows_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **options: Any) -> Judge:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return Judge()
+
+    monkeypatch.setattr(Judge, "load", load)
+    assert judge(GOOD) == (143, b"")
+
+
+def test_a_signal_while_loading(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Judge, "load", lambda *_, **options: os.kill(os.getpid(), signal.SIGHUP))
+    assert judge(GOOD) == (129, b"")
+    assert capfd.readouterr().err == ""
+
+
 def test_a_second_signal_kills() -> None:
     Path("data").write_bytes(b"".join(GOOD))
     process = start("--data", "data", "--out", "out", delay_s=1.0)
@@ -378,6 +415,51 @@ def test_kill_and_resume_is_byte_identical() -> None:
         assert process.returncode == -signal.SIGKILL
     assert whole.startswith(Path("out").read_bytes())
     assert judge(LONG, "--resume") == (1, whole)
+
+
+# Standard streams
+
+
+@pytest.mark.parametrize(
+    ("closed", "options", "status", "words"),
+    [
+        (0, ["--data", "data", "--out", "out"], 0, b""),
+        (1, ["--data", "data", "--out", "out"], 0, b""),
+        (2, ["--data", "data", "--out", "out"], 0, b""),
+        (0, ["--data", "-", "--out", "out"], 2, b"error: standard input is closed\n"),
+        (1, ["--data", "data", "--out", "-"], 2, b"error: standard output is closed\n"),
+        (1, ["--data", "data"], 2, b"error: standard output is closed\n"),
+    ],
+)
+def test_closed_streams(closed: int, options: list[str], status: int, words: bytes) -> None:
+    """What is opened afterwards does not take their place."""
+    _, whole = judge(GOOD)
+    os.remove("out")
+    process = start(*options, preexec_fn=lambda: os.close(closed))
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == status and (status == 0 or err == words)
+    if status == 0:
+        assert Path("out").read_bytes() == whole
+    assert (err == b"") == (closed == 2)
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "-"]], ids=["for a person", "lines"])
+def test_a_reader_that_has_gone(out: list[str]) -> None:
+    Path("data").write_bytes(b"".join(GOOD))
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start("--data", "data", *out, stdout=writer)
+    os.close(writer)
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, err) == (128 + signal.SIGPIPE, b"")
+
+
+def test_a_person_with_a_full_disk() -> None:
+    Path("data").write_bytes(GOOD[0])
+    with Path("/dev/full").open("wb") as full:
+        process = start("--data", "data", stdout=full)
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, err) == (1, b"error: [Errno 28] No space left on device\n")
 
 
 # Full disks
