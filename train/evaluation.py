@@ -21,10 +21,10 @@ class VoteArgs:
 
     eval_every: int = 0  # steps between votes on dev rows; 0: never
     eval_data: Path | None = None  # a JSONL file of labelled rows; the synthetic world's, left out
-    eval_rows: int = 200
-    eval_k: int = 8
-    eval_temperature: float = 1.0
-    max_new_tokens: int = 512  # of a judgement
+    eval_rows: int = 200  # rows of an evaluation
+    eval_k: int = 8  # judgements of each, which vote
+    eval_temperature: float = 1.0  # of those judgements
+    max_new_tokens: int = 512  # longest judgement, in tokens
     deterministic: bool = True  # what is sampled has the same bits in every run on a GPU too
 
     def is_due(self, step: int) -> bool:

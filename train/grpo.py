@@ -17,6 +17,7 @@ the trainer has it before the first update.
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -56,6 +57,10 @@ from train.rollout import (
 )
 from train.run import Clock, Run, RunArgs, check_args, command_line
 
+EXAMPLE = """\
+--model DIR --out runs/grpo --data rows.jsonl \\
+    --eval-data dev.jsonl --eval-every 50 --steps 200"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args(RunArgs, VoteArgs):
@@ -68,17 +73,17 @@ class Args(RunArgs, VoteArgs):
     steps: int = 12
     rows: int = 16  # prompts per step
     group: int = 4  # judgements per prompt
-    loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = "grpo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    beta: float = 0.08  # weight of the KL term
-    kl: Literal["k1", "k2", "k3"] = "k3"
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = "grpo"  # which policy loss
+    clip_low: float = 0.2  # the ratio is clipped this far below 1
+    clip_high: float = 0.2  # the ratio is clipped this far above 1
+    beta: float = 0.08  # weight of the KL term; 0: none, and no reference
+    kl: Literal["k1", "k2", "k3"] = "k3"  # which estimate of the KL divergence
     scaling: Scaling = "group"  # what advantages are divided by: the deviation of rewards
     epochs: int = 1  # times that a step's judgements are learnt from
     minibatches: int = 1  # updates in each of them
     micro_rows: int = 8  # prompts whose gradients are computed together
-    temperature: float = 1.0
-    orders: Literal["rotate", "random", "fixed"] = "rotate"
+    temperature: float = 1.0  # of the judgements
+    orders: Literal["rotate", "random", "fixed"] = "rotate"  # in which responses are shown
     lr: float = 2e-5
     warmup: int = 2
     weight_decay: float = 0.0
@@ -321,10 +326,10 @@ def train(args: Args) -> None:
         run.finish(left_out=trainer.left_out.total())
 
 
-def main() -> None:
-    """The command line."""
-    command_line(Args, train)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.grpo") -> int:
+    """Run the command line and return its exit status."""
+    return command_line(Args, train, prog=prog, example=EXAMPLE, arguments=arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

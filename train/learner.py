@@ -26,16 +26,16 @@ M = TypeVar("M", Transformer, ScalarModel)
 class LearnerArgs:
     """How a model learns: the settings that all training loops share."""
 
-    steps: int = 1000
-    lr: float = 1e-4
-    warmup: int = 100
-    weight_decay: float = 0.1
-    clip: float = 1.0  # of the gradient's norm
+    steps: int = 1000  # of training in all, those of an interrupted run included
+    lr: float = 1e-4  # highest learning rate, from which it falls along half a cosine
+    warmup: int = 100  # steps in which the learning rate rises to it
+    weight_decay: float = 0.1  # decoupled from the gradient
+    clip: float = 1.0  # largest norm of the gradient
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights; optimizer state is float32
     lora_rank: int = 0  # of adapters on the linear layers, the base frozen; 0: all weights learn
-    lora_alpha: float = 16.0
+    lora_alpha: float = 16.0  # adapters are scaled by this over their rank
     recompute: bool = False  # activations, layer by layer in the backward: less memory, more time
-    seed: int = 0
+    seed: int = 0  # of all draws
 
 
 class Learner(Generic[M]):

@@ -20,6 +20,7 @@ gains from; the pooled one can be high by telling hard rows from easy ones.
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +58,10 @@ from train.rollout import (
 )
 from train.run import Clock, Run, RunArgs, check_args, command_line
 
+EXAMPLE = """\
+--model DIR --out runs/meta_rm \\
+    --judgements runs/rft/judgements.jsonl --loss pairwise"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args(RunArgs):
@@ -73,13 +78,13 @@ class Args(RunArgs):
     judged_rows: int = 16  # per step, from that file
     micro_rows: int = 8  # rows whose gradients are computed together
     temperature: float = 1.0  # of the judgements
-    max_new_tokens: int = 512
+    max_new_tokens: int = 512  # longest judgement, in tokens
     deterministic: bool = True  # what is sampled has the same bits in every run on a GPU too
-    loss: Literal["pointwise", "pairwise"] = "pointwise"
+    loss: Literal["pointwise", "pairwise"] = "pointwise"  # each by itself, or right above wrong
     warmup: int = 10
     eval_every: int = 0  # steps between evaluations; 0: only after the last
-    eval_rows: int = 100
-    eval_samples: int = 8
+    eval_rows: int = 100  # rows of an evaluation
+    eval_samples: int = 8  # judgements of each
     log_every: int = 1
     save_every: int = 50
 
@@ -339,10 +344,10 @@ def train(args: Args) -> None:
         run.finish(**last, left_out=trainer.left_out.total())
 
 
-def main() -> None:
-    """The command line."""
-    command_line(Args, train)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.meta_rm") -> int:
+    """Run the command line and return its exit status."""
+    return command_line(Args, train, prog=prog, example=EXAMPLE, arguments=arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

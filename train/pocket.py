@@ -12,16 +12,18 @@ metrics. Running it again continues where it stopped. Not done here: RL, the mod
 
 import json
 import random
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from engine import command
 from models import load
 from models.config import read_config
 from models.tokenizer import BYTE_OF_LETTER, UTF8_BYTES
@@ -170,18 +172,27 @@ def write_untrained(directory: Path, seed: int = 0) -> None:
     load(directory)
 
 
+EXAMPLE = "--out runs/pocket --steps 3000"
+
+
 @dataclass(frozen=True)
 class Args:
     """Train the pocket model from nothing; run again to continue."""
 
-    out: Path = Path("runs/pocket")
-    steps: int = 3000
-    seed: int = 0
+    out: Path = Path("runs/pocket")  # directory of the untrained model and the trained one
+    steps: int = 3000  # of training
+    seed: int = 0  # of the first weights and of all draws
 
 
-def main() -> None:
-    """The command line."""
-    args = tyro.cli(Args, description=Args.__doc__)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.pocket") -> int:
+    """Run the command line and return its exit status."""
+    return command.run(lambda: _train(arguments, prog))
+
+
+def _train(arguments: Sequence[str] | None, prog: str) -> None:
+    args = command.parse(
+        Args, {"run": ("out", "steps", "seed")}, prog=prog, example=EXAMPLE, arguments=arguments
+    )
     untrained = args.out / "untrained"
     write_untrained(untrained, args.seed)  # the same bytes every time
     sft.train(
@@ -199,4 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

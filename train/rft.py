@@ -42,6 +42,7 @@ from typing import Any, Literal
 import msgspec
 from tqdm import tqdm
 
+from engine import command
 from engine.judge import Judge
 from engine.labels import gold_index, has_best, is_right
 from engine.output import Output
@@ -77,6 +78,9 @@ ROW_FATES: tuple[RowFate, ...] = (
 )  # fmt: skip
 
 
+EXAMPLE = "--model DIR --out runs/rft --data rows.jsonl --steps 250"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Args(RunArgs, VoteArgs):
     """Rejective fine-tuning of a judge on its own judgements of labelled rows."""
@@ -88,8 +92,8 @@ class Args(RunArgs, VoteArgs):
     samples: int = 3  # judgements per row, without the hinted one
     hinted: bool = True  # one more judgement with the best response as a hint
     keep_hint: bool = False  # learn from hinted judgements with the hint in their prompt
-    temperature: float = 1.0
-    orders: Literal["rotate", "random", "fixed"] = "rotate"
+    temperature: float = 1.0  # of the judgements
+    orders: Literal["rotate", "random", "fixed"] = "rotate"  # in which responses are shown
     chunk_rows: int = 32  # rows judged together; what a killed run may have to judge again
     sample_only: bool = False  # no training
     steps: int = 50
@@ -438,6 +442,7 @@ def sample(args: Args) -> Counts:
         )
         while chunk := list(islice(source, args.chunk_rows)):
             judge = judge or Judge.load(args.model, dtype=args.dtype)
+            command.begin_work()
             own = list(judged(judge, parallel.share(chunk), args))
             for each, lines in parallel.gather(own):
                 counts.add(each)
@@ -482,10 +487,10 @@ def train(args: Args) -> None:
     sft.train(args.fine_tuning)
 
 
-def main() -> None:
-    """The command line."""
-    command_line(Args, train)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.rft") -> int:
+    """Run the command line and return its exit status."""
+    return command_line(Args, train, prog=prog, example=EXAMPLE, arguments=arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,15 +20,15 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TextIO, TypeVar
 
 import torch
-import tyro
 from tqdm import tqdm
 
+from engine import command
 from engine.key import model_fingerprint
 from models.weights import save_pretrained
 from train import checkpoint, parallel
@@ -36,6 +36,24 @@ from train.learner import Learner, LearnerArgs, M
 
 # What does not decide how a run ends: where its files are, how often it writes, how it saves room.
 _PLACES = frozenset({"model", "out", "log_every", "save_every", "keep", "recompute"})
+# The options of all training commands as their help shows them.
+GROUPS = {
+    "model": ("model", "judge", "dtype", "lora_rank", "lora_alpha"),
+    "rows": ("data", "skip_easy", "judgements", "rows", "judged_rows", "split"),
+    "output": ("out", "log_every", "save_every", "keep"),
+    "sampling": (
+        "group", "samples", "hinted", "keep_hint", "sample_only", "chunk_rows", "temperature",
+        "max_new_tokens", "orders", "deterministic", "seed",
+    ),
+    "loss": ("loss", "clip_low", "clip_high", "beta", "kl", "scaling"),
+    "learning": (
+        "steps", "lr", "warmup", "weight_decay", "clip", "step_rows", "epochs", "minibatches",
+        "micro_rows", "recompute", "autocast",
+    ),
+    "evaluation": (
+        "eval_every", "eval_data", "eval_rows", "eval_k", "eval_samples", "eval_temperature",
+    ),
+}  # fmt: skip
 # What a model directory holds besides weights.
 _MODEL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -48,11 +66,11 @@ _MODEL_FILES = (
 class RunArgs(LearnerArgs):
     """The settings of a run."""
 
-    model: Path
-    out: Path
-    log_every: int = 20
-    save_every: int = 500
-    keep: int = 2  # checkpoints, the newest
+    model: Path  # directory in Hugging Face layout, which training begins with
+    out: Path  # directory of the finished model, the metrics and the checkpoints
+    log_every: int = 20  # steps between lines of metrics
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints that are kept, the newest
 
 
 A = TypeVar("A", bound=RunArgs)
@@ -105,6 +123,7 @@ class Run(Generic[M]):
     def steps(self) -> Iterator[int]:
         """The 0-based steps that are left, with a progress bar."""
         total = self._args.steps
+        command.begin_work()
         with tqdm(
             initial=self.first, total=total, unit="step", disable=not parallel.is_first()
         ) as self._bar:
@@ -177,11 +196,25 @@ class Run(Generic[M]):
         parallel.barrier()
 
 
-def command_line(settings: type[A], train: Callable[[A], None]) -> None:
-    """Train with the settings of the command line, as one of torchrun's ranks if it is one."""
-    args = tyro.cli(settings, description=settings.__doc__)
-    with parallel.ranks():
-        train(args)
+def command_line(
+    settings: type[A],
+    train: Callable[[A], None],
+    *,
+    prog: str,
+    example: str,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Train with the settings of the command line, as one of torchrun's ranks if it is one. Returns
+    the exit status; what it is, and prog and example, are told in engine/command.py."""
+
+    def run() -> None:
+        args = command.parse(
+            settings, GROUPS, prog=prog, example=example, arguments=arguments, flags_in_pairs=True
+        )
+        with parallel.ranks():
+            train(args)
+
+    return command.run(run)
 
 
 class Clock:

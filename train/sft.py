@@ -8,6 +8,7 @@ is the mean cross-entropy over the tokens of the judgements. The finished model 
 a Hugging Face directory; what else is there, and how a run continues, is told in `train/run.py`.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from train.learner import Learner
 from train.packing import PackedBatch, hidden_states, pack
 from train.rollout import judge_of
 from train.run import Clock, Run, RunArgs, check_args, command_line
+
+EXAMPLE = "--model DIR --out runs/sft --data trajectories.jsonl --steps 500"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +111,10 @@ def _batches(args: Args, judge: Judge) -> Batches:
     return world_batches(judge.prompts, end_id, args.rows, args.seed)
 
 
-def main() -> None:
-    """The command line."""
-    command_line(Args, train)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.sft") -> int:
+    """Run the command line and return its exit status."""
+    return command_line(Args, train, prog=prog, example=EXAMPLE, arguments=arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,14 +23,15 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from tqdm import tqdm
+
+from engine import command
 
 Split = Literal["train", "dev", "final"]
 
@@ -327,27 +328,38 @@ def cases(seed: int | str, split: Split) -> Iterator[Case]:
             yield case
 
 
+EXAMPLE = "--rows 1000 --split dev --seed 1 --out rows.jsonl"
+
+
 @dataclass
 class Args:
     """Write rows of the synthetic judging world as JSON lines."""
 
-    rows: int = 1000
-    seed: int = 0
-    split: Split = "final"
+    rows: int = 1000  # how many
+    seed: int = 0  # of all draws
+    split: Split = "final"  # which rows: those to train on, to tune by or to measure with
     out: Path | None = None  # standard output when left out
 
 
-def main() -> None:
-    """The command line."""
-    args = tyro.cli(Args, description=Args.__doc__)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.world") -> int:
+    """Run the command line and return its exit status."""
+    return command.run(lambda: _write(arguments, prog))
+
+
+def _write(arguments: Sequence[str] | None, prog: str) -> None:
+    groups = {"rows": ("rows", "split", "seed", "out")}
+    args = command.parse(Args, groups, prog=prog, example=EXAMPLE, arguments=arguments)
     if args.rows < 1:
         raise ValueError(f"rows = {args.rows} is less than 1")
     stream = cases(args.seed, args.split)
+    if args.out is None:
+        command.check_stream(1)
     with args.out.open("wb") if args.out else nullcontext(sys.stdout.buffer) as sink:
+        command.begin_work()
         for index in tqdm(range(args.rows), disable=None, unit="row"):
             row = {"id": f"{args.split}-{args.seed}-{index}", **next(stream).row()}
             sink.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
