@@ -1,0 +1,79 @@
+"""The package as pip installs it: whole, and at work in any folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("package")
+FOLDERS = ("kernels", "models", "engine", "train")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the package is installed into, without what it depends on."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in FOLDERS:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
+    subprocess.run([*pip, *options, str(source)], check=True, capture_output=True)
+    return target
+
+
+def test_all_files_are_there_and_no_others(installed: Path) -> None:
+    def files(root: Path) -> set[str]:
+        return {
+            str(path.relative_to(root))
+            for name in FOLDERS
+            for path in (root / name).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+
+    assert files(installed) == files(ROOT)
+    assert all((installed / name / "py.typed").is_file() for name in FOLDERS)
+    folders = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert folders == {*FOLDERS, "bin"}
+
+
+def test_the_script_runs_in_any_folder(installed: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+
+    def quorum(*arguments: str) -> str:
+        done = subprocess.run(
+            [installed / "bin" / "quorum", *arguments],
+            cwd=tmp_path, env=environment, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        return done.stdout
+
+    assert "Best: [" in quorum("sample", "--k", "2")
+    assert '"responses"' in quorum("world", "--rows", "1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_transformers_beside_another_package_called_kernels(tmp_path: Path) -> None:
+    """Hugging Face's, which transformers would import names from: kernels-0.dist-info tells it that
+    in this folder it cannot."""
+    (tmp_path / "kernels-0.18.5.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.5\n"
+    (tmp_path / "kernels-0.18.5.dist-info" / "METADATA").write_text(metadata)
+    program = (
+        "import sys, kernels\n"
+        "from transformers import Qwen3ForCausalLM\n"
+        "from transformers.utils.import_utils import is_kernels_available\n"
+        "sys.path.remove('')\n"
+        "is_kernels_available.cache_clear()\n"
+        "print(kernels.__file__, is_kernels_available())\n"  # that it would have taken the other
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == f"{ROOT / 'kernels' / '__init__.py'} True\n", done.stderr
