@@ -1,8 +1,8 @@
 """The durable output file: one writer, one write per line, and resuming where a run was cut off.
 
 A run may be killed at any byte. What it leaves is whole lines and at most one torn line at the end.
-Resuming checks every whole line against the input, cuts the torn one, and appends; nothing in the
-file changes before the check is through. What a line holds is not decided here.
+Resuming checks every whole line, by its hash and against the input, cuts the torn one, and appends;
+nothing in the file changes before the check is through. What a line holds is not decided here.
 """
 
 import errno
@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from engine.request import BadRow, Row
-from engine.verdict import RowFailure, to_line
+from engine.verdict import RowFailure, is_as_written, to_line
 
 
 class OutputError(ValueError):
@@ -138,7 +138,7 @@ def resume(
     key: Callable[[Row | BadRow], str],
     seen: Callable[[LineFacts], None],
 ) -> int:
-    """Check every whole line of the file against the input, then cut off a torn one.
+    """Check every whole line of the file by itself and against the input, then cut off a torn one.
 
     Takes one entry from `entries` for each line, so that what is left of them is what is left to
     do, and hands each line's facts to `seen`. `key` gives an entry's key under the present options
@@ -152,6 +152,10 @@ def resume(
             facts = read_line(line)
         except ValueError as error:
             raise OutputError(f"{place} is {error}") from None
+        if not is_as_written(line):
+            raise OutputError(
+                f"{place} is not as it was written: its check is missing or of other content"
+            )
         entry = next(entries, None)
         if entry is None:
             raise OutputError(f"{place} has no row in the input: the data changed")

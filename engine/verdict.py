@@ -2,15 +2,19 @@
 
 n responses, k samples. A line is a pure function of the verdict: compact JSON in UTF-8, floats as
 Python's repr writes them, no times and nothing else that varies from run to run. Where there was no
-vote, `best`, `scores` and `mean_scores` are null: an absent vote is never a score of 0.
+vote, `best`, `scores` and `mean_scores` are null: an absent vote is never a score of 0. The last
+field, `check`, is a hash of all before it, by which resuming sees that a line is as it was written.
 
 Not done here: counting votes (kernels/vote.py) and writing files (engine/output.py).
 """
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
+
+_CHECK_STARTS = -len(b',"check":"0123456789abcdef"}\n')
 
 
 @dataclass
@@ -119,7 +123,19 @@ def to_line(outcome: Verdict | RowFailure) -> bytes:
         for name in ("k_used", "label", "correct", "agrees", "row_meta"):
             if (value := getattr(outcome, name)) is not None:
                 fields[name] = value
-    return (_dumps(fields) + "\n").encode("utf-8")
+    return checked(_dumps(fields).encode("utf-8"))
+
+
+def checked(record: bytes) -> bytes:
+    """The line of a JSON object with fields, which gets one more: `check`, the first 16 hexadecimal
+    digits of the SHA-256 of the object as it is given."""
+    digest = hashlib.sha256(record).hexdigest()[:16]
+    return record[:-1] + b',"check":"%s"}\n' % digest.encode("ascii")
+
+
+def is_as_written(line: bytes) -> bool:
+    """Whether the `check` of a line is that of the rest."""
+    return line == checked(line[:_CHECK_STARTS] + b"}")
 
 
 def _sample_fields(sample: Sample) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 from engine.output import LineFacts, Output, OutputError, SampleFacts, read_line, resume
 from engine.reading import read_rows
 from engine.request import BadRow, Row
-from engine.verdict import RowFailure, to_line
+from engine.verdict import RowFailure, checked, to_line
 
 DATA = b"".join(b'{"prompt": "%d", "responses": ["a"]}\n' % i for i in range(4)) + b"bad\n"
 
@@ -30,7 +30,7 @@ def key(entry: Row | BadRow) -> str:
 def line_of(entry: Row | BadRow) -> bytes:
     if isinstance(entry, BadRow):
         return to_line(RowFailure(entry.id, entry.line, key(entry), entry.error))
-    return b'{"id":"%s","key":"%s","k":2,"valid":1}\n' % (entry.id.encode(), key(entry).encode())
+    return checked(b'{"id":"%s","key":"%s","k":2}' % (entry.id.encode(), key(entry).encode()))
 
 
 LINES = [line_of(entry) for entry in entries()]
@@ -166,16 +166,38 @@ def test_writing_goes_on_behind_the_cut(tmp_path: Path) -> None:
     assert path.read_bytes() == LINES[0] + LINES[1]
 
 
+def rewritten(line: bytes, old: bytes, new: bytes) -> bytes:
+    """The line with another content, and the check of that."""
+    record, _, _ = line.rpartition(b',"check"')
+    return checked((record + b"}").replace(old, new))
+
+
 def change_key(lines: list[bytes]) -> None:
-    lines[1] = lines[1].replace(b"key of", b"key or")
+    lines[1] = rewritten(lines[1], b"key of", b"key or")
 
 
 def change_id(lines: list[bytes]) -> None:
-    lines[1] = lines[1].replace(b'{"id":"', b'{"id":"0')
+    lines[1] = rewritten(lines[1], b'{"id":"', b'{"id":"0')
 
 
 def change_to_a_failure(lines: list[bytes]) -> None:
-    lines[1] = lines[1].replace(b"}", b',"line":9,"error":"too long"}')
+    lines[1] = rewritten(lines[1], b"}", b',"line":9,"error":"too long"}')
+
+
+def change_a_figure(lines: list[bytes]) -> None:
+    lines[1] = lines[1].replace(b'"k":2', b'"k":3')
+
+
+def change_the_end_of_the_line(lines: list[bytes]) -> None:
+    lines[1] = lines[1].replace(b"\n", b"\r\n")
+
+
+def drop_fields(lines: list[bytes]) -> None:
+    lines[1] = lines[1].replace(b',"k":2', b"")
+
+
+def drop_the_check(lines: list[bytes]) -> None:
+    lines[1] = lines[1].rpartition(b',"check"')[0] + b"}\n"
 
 
 def change_to_nonsense(lines: list[bytes]) -> None:
@@ -192,8 +214,11 @@ def drop(lines: list[bytes]) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [change_key, change_id, change_to_a_failure, change_to_nonsense, change_to_nesting, drop],
-)
+    [
+        change_key, change_id, change_to_a_failure, change_to_nonsense, change_to_nesting, drop,
+        change_a_figure, change_the_end_of_the_line, drop_fields, drop_the_check,
+    ],
+)  # fmt: skip
 def test_a_line_that_this_input_would_not_give(
     tmp_path: Path, change: Callable[[list[bytes]], None]
 ) -> None:
@@ -201,8 +226,12 @@ def test_a_line_that_this_input_would_not_give(
     change(lines)
     path = tmp_path / "out"
     path.write_bytes(b"".join(lines) + b"torn")
-    with pytest.raises(OutputError, match="out line 2 "):
+    with pytest.raises(OutputError, match="out line 2 ") as error:
         resumed(path)
+    is_altered = change.__name__ in (
+        "change_a_figure", "change_the_end_of_the_line", "drop_fields", "drop_the_check",
+    )  # fmt: skip
+    assert ("not as it was written" in str(error.value)) == is_altered
     assert path.read_bytes() == b"".join(lines) + b"torn"
 
 

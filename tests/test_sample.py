@@ -111,7 +111,7 @@ def test_bad_lines_stand_in_their_places() -> None:
         assert words in error
     assert all(len(each["key"]) == 64 for each in fields)
     assert fields[5]["row_meta"] == {"m": [1]}
-    assert [list(each) for each in fields[:2]] == [["line", "key", "error"]] * 2
+    assert [list(each) for each in fields[:2]] == [["line", "key", "error", "check"]] * 2
 
 
 @pytest.mark.parametrize("lines", [[], [b"bad\n"], [b"bad\n"] * 5, [b"\n", b" \r\n"]])

@@ -1,5 +1,6 @@
 """engine/verdict.py: the line of a verdict, byte for byte; agreement with labels; keys of lines."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.key import MODEL_FILES, line_key, model_fingerprint
 from engine.request import BadRow, make_row
-from engine.verdict import RowFailure, Sample, Verdict, to_line
+from engine.verdict import RowFailure, Sample, Verdict, is_as_written, to_line
 
 VALID = Sample(
     order=(1, 0),
@@ -42,6 +43,15 @@ VERDICT = Verdict(
 )
 
 
+def unchecked(outcome: Verdict | RowFailure) -> bytes:
+    """The line of an outcome without its `check`, which fits the rest."""
+    line = to_line(outcome)
+    assert is_as_written(line)
+    record, _, check = line.rpartition(b',"check":"')
+    assert check.decode() == hashlib.sha256(record + b"}").hexdigest()[:16] + '"}\n'
+    return record + b"}\n"
+
+
 def test_the_line_of_a_verdict() -> None:
     expected = (
         '{"id":"r1","key":"k1","best":1,"scores":[2,7],"mean_scores":[2.0,0.30000000000000004],'
@@ -52,18 +62,18 @@ def test_the_line_of_a_verdict() -> None:
         '"meta":null,"tokens":3,"finish":"eos"}],'
         '"usage":{"prompt_tokens":40,"tree_tokens":30,"decode_tokens":6}}\n'
     )
-    assert to_line(VERDICT) == expected.encode("utf-8")
+    assert unchecked(VERDICT) == expected.encode("utf-8")
 
 
 def test_optional_fields_of_a_verdict() -> None:
     verdict = replace(VERDICT, label=(0.5, 1.0), correct=False, row_meta={"b": None, "a": [1]})
     fields = json.loads(to_line(verdict))
-    assert list(fields)[-3:] == ["label", "correct", "row_meta"]
+    assert list(fields)[-4:] == ["label", "correct", "row_meta", "check"]
     assert (fields["label"], fields["correct"]) == ([0.5, 1.0], False)
     assert list(fields["row_meta"]) == ["b", "a"]
     assert json.loads(to_line(replace(VERDICT, row_meta=0)))["row_meta"] == 0
     early = json.loads(to_line(replace(VERDICT, k=32, k_used=2, label=1)))
-    assert list(early)[-3:] == ["usage", "k_used", "label"]
+    assert list(early)[-4:] == ["usage", "k_used", "label", "check"]
     assert (early["k"], early["k_used"], len(early["samples"])) == (32, 2, 2)
 
 
@@ -83,10 +93,19 @@ def test_meta_scores() -> None:
 
 def test_the_line_of_a_failure() -> None:
     failure = RowFailure(id=None, line=3, key="k", error="not JSON: é")
-    assert to_line(failure) == '{"line":3,"key":"k","error":"not JSON: é"}\n'.encode()
+    assert unchecked(failure) == '{"line":3,"key":"k","error":"not JSON: é"}\n'.encode()
     failure = RowFailure(id="x", line=3, key="k", error="e")
-    assert to_line(failure) == b'{"id":"x","line":3,"key":"k","error":"e"}\n'
-    assert to_line(replace(failure, line=None, key=None)) == b'{"id":"x","error":"e"}\n'
+    assert unchecked(failure) == b'{"id":"x","line":3,"key":"k","error":"e"}\n'
+    assert unchecked(replace(failure, line=None, key=None)) == b'{"id":"x","error":"e"}\n'
+
+
+@given(st.data())
+def test_a_line_that_is_not_as_it_was_written(data: st.DataObject) -> None:
+    line = to_line(VERDICT)
+    start = data.draw(st.integers(0, len(line) - 1))
+    end = data.draw(st.integers(start, len(line)))
+    changed = line[:start] + data.draw(st.binary(max_size=3)) + line[end:]
+    assert is_as_written(changed) == (changed == line)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(allow_nan=False, width=64))
