@@ -41,6 +41,7 @@ from engine.view import render_error, render_summary, render_verdict
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
 BUNDLED_ROWS = Path(__file__).with_name("rows.jsonl")
 _MOST_ROW_BYTES = 1 << 30
+_MOST_TAKEN = 1 << 14  # entries whose lines are not written yet: bad ones behind a row need no room
 DRAIN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ALARM_SECONDS = 0.1  # from one look at the end of a drain to the next
 GROUPS = {
@@ -275,7 +276,8 @@ class _Run:
     def _entries(self) -> Iterator[Row | BadRow | None]:
         """What there is to judge; None while rows are under way and no other has come."""
         while True:
-            if self.taken and self.drain.signal is None and not self.is_ready():
+            waits = len(self.taken) >= _MOST_TAKEN or (self.taken and not self.is_ready())
+            if waits and self.drain.signal is None:
                 yield None
                 continue
             entry = self.drain.read(self.entries)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ import pytest
 
 from engine import sample
 from engine.output import Output
+from engine.reading import read_rows
+from engine.request import BadRow, Row
 from engine.sample import main
+from engine.verdict import RowFailure, Verdict
 from tests.fake_judge import IN_FLIGHT, Judge, as_module
 
 FAKE = Path(__file__).with_name("fake_judge.py")
@@ -201,6 +204,38 @@ def test_an_endless_input_is_read_only_as_far_as_needed(
     assert feed.given == 200 and num_lines() == 199  # the signal came while line 200 was read
     assert max(feed.behind) <= IN_FLIGHT
     assert [signal.getsignal(number) for number in sample.DRAIN_SIGNALS] == handlers
+
+
+class Greedy(Judge):
+    """Takes all that there is before it judges, as the real one does with lines that are no row."""
+
+    def _rows(
+        self, rows: Iterable[Row | BadRow | None], options: dict[str, Any]
+    ) -> Iterator[Verdict | RowFailure]:
+        taken: list[Row | BadRow] = []
+        for row in rows:
+            if row is not None:
+                taken.append(row)
+                continue
+            yield from (self._judge(each, options) for each in taken)
+            taken.clear()
+        yield from (self._judge(each, options) for each in taken)
+
+
+def test_bad_lines_past_a_row_do_not_heap_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["engine.judge"], "Judge", Greedy)
+    monkeypatch.setattr(sample, "_MOST_TAKEN", 20)
+    waiting: list[int] = []
+
+    def counted(*given: Any) -> Iterator[Row | BadRow]:
+        for number, entry in enumerate(read_rows(*given)):
+            waiting.append(number - num_lines())
+            yield entry
+
+    monkeypatch.setattr(sample, "read_rows", counted)
+    status, out = judge([GOOD[0], *[b"bad\n"] * 99])
+    assert (status, out.count(b"\n")) == (1, 100)
+    assert max(waiting) == 19
 
 
 def test_a_verdict_comes_as_soon_as_it_is_there() -> None:
