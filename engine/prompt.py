@@ -2,10 +2,10 @@
 
 This is the only place that knows templates. Two are involved: the judge template (what the judge is
 asked; variables: messages, responses, reference, principles, hint, score_min, score_max) and the
-model's own chat template around its output, which becomes one user message. Both are rendered by
-minijinja with a fuel limit, once per *shape* of row (roles, number of responses, which optional
-fields are there), with a random sentinel in place of every untrusted field. The rendered text is
-then split on the sentinels:
+model's own chat template around its output, which becomes one user message. Both are rendered as
+transformers does (`engine/templates.py`), once per *shape* of row (roles, number of responses,
+which optional fields are there), with a random sentinel in place of every untrusted field. The
+rendered text is then split on the sentinels:
 
 - template text is tokenized with control tokens;
 - an untrusted field is tokenized by a tokenizer that has no control token, whatever it says.
@@ -20,8 +20,7 @@ the first response), one per *response* (the response and the template text up t
 depend on nothing but its own text, and equal segments have equal tokens. A segment without tokens
 is left out.
 
-Not done here: truncation (a prompt that is too long is the caller's error line), BOS beyond what
-the chat template writes, tool calls, images, the `generation` blocks of some chat templates.
+Not done here: truncation (a prompt that is too long is the caller's error line), tools, images.
 """
 
 import re
@@ -31,15 +30,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
-
-import minijinja
+from typing import Any, Literal, NamedTuple
 
 from engine.request import Row
 from engine.settings import JudgeSettings
+from engine.templates import Template
 from models.tokenizer import Tokenizer
 
-TEMPLATE_FUEL = 200_000
 DEFAULT_TEMPLATE = Path(__file__).with_name("judge_template.jinja")
 
 
@@ -91,16 +88,10 @@ class PromptBuilder:
         self.tokenizer = tokenizer
         self.settings = settings
         self.judge_template = judge_template
-        # As transformers renders chat templates, down to the newline at the end of a file.
-        self._environment = minijinja.Environment(
-            fuel=TEMPLATE_FUEL, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False
-        )
-        self._environment.add_global("raise_exception", _raise_exception)
-        for name, text in (("judge", judge_template), ("chat", tokenizer.chat_template)):
-            try:
-                self._environment.add_template(name, text)
-            except minijinja.TemplateError as error:
-                raise ValueError(f"{name} template: {error.message}") from error
+        self._judge = Template("judge", judge_template)
+        self._chat = Template("chat", tokenizer.chat_template)
+        self._judge.check()
+        self._chat.check()
         self._layout = lru_cache(maxsize=1024)(self._make_layout)
 
     def segments(
@@ -178,26 +169,28 @@ class PromptBuilder:
     def _pieces(self, shape: _Shape, nonce: str) -> list["str | _Field"]:
         """Both templates rendered and cut at the sentinels: template text and fields, in turn."""
         marks = {field: f"Q{nonce}{field.name}{field.number}Z" for field in _fields(shape)}
-        judge_text = self._render(
-            "judge",
-            messages=[
-                {"role": role, "content": marks[_Field("message", i)]}
-                for i, role in enumerate(shape.roles)
-            ],
-            responses=[marks[_Field("response", j)] for j in range(shape.num_responses)],
-            reference=marks.get(_Field("reference", 0)),
-            principles=marks.get(_Field("principles", 0)),
-            hint=marks.get(_Field("hint", 0)),
-            score_min=self.settings.score_min,
-            score_max=self.settings.score_max,
+        judge_text = self._judge.render(
+            {
+                "messages": [
+                    {"role": role, "content": marks[_Field("message", i)]}
+                    for i, role in enumerate(shape.roles)
+                ],
+                "responses": [marks[_Field("response", j)] for j in range(shape.num_responses)],
+                "reference": marks.get(_Field("reference", 0)),
+                "principles": marks.get(_Field("principles", 0)),
+                "hint": marks.get(_Field("hint", 0)),
+                "score_min": self.settings.score_min,
+                "score_max": self.settings.score_max,
+            }
         )
-        text = self._render(
-            "chat",
-            messages=[{"role": "user", "content": judge_text}],
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            **self.tokenizer.special_tokens,
+        text = self._chat.render(
+            {
+                **self.tokenizer.special_tokens,
+                "messages": [{"role": "user", "content": judge_text}],
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": True,
+            }
         )
         fields = {mark: field for field, mark in marks.items()}
         parts = re.split(f"(Q{nonce}[a-z]+[0-9]+Z)", text)
@@ -219,12 +212,6 @@ class PromptBuilder:
                 layout[-1][1].append(tuple(self.tokenizer.encode_template(piece)))
         return tuple((kind, tuple(parts)) for kind, parts in layout if parts)
 
-    def _render(self, name: str, **variables: object) -> str:
-        try:
-            return self._environment.render_template(name, **variables)
-        except minijinja.TemplateError as error:
-            raise ValueError(f"{name} template: {error.message}") from error
-
 
 def _fields(shape: _Shape) -> list[_Field]:
     """Every field of a row of this shape."""
@@ -236,7 +223,3 @@ def _fields(shape: _Shape) -> list[_Field]:
         ("hint", shape.hint),
     )
     return fields + [_Field(name, 0) for name, there in optional if there]
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise ValueError(f"a template refuses to render: {message}")

@@ -577,7 +577,7 @@ def test_a_gpu_run_needs_few_packages() -> None:
     assert len(names) > 20
     code = f"""
 import importlib, sys
-for name in ("tyro", "msgspec", "minijinja", "matplotlib", "tqdm", "transformers"):
+for name in ("tyro", "msgspec", "matplotlib", "tqdm", "transformers"):
     sys.modules[name] = None  # importing it fails
 for name in {["bench.gpu", "bench.stage", "bench.ops.bench_ops", "bench.ops.conftest", *names]}:
     importlib.import_module(name)

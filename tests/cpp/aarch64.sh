@@ -16,7 +16,7 @@ platforms=$(printf -- '--platform manylinux_%s_aarch64 ' 2_28 2_27 2_17)
 python3 -m pip download --dest wheels --no-deps --only-binary=:all: $platforms \
     --platform manylinux2014_aarch64 --python-version 311 --implementation cp \
     --abi cp311 --abi abi3 --abi none \
-    torch==2.10.0 triton numpy safetensors tokenizers msgspec minijinja tyro typeguard \
+    torch==2.10.0 triton numpy safetensors tokenizers msgspec tyro typeguard \
     docstring_parser tqdm typing_extensions sympy mpmath networkx jinja2 filelock fsspec MarkupSafe
 for wheel in wheels/*.whl; do python3 -m zipfile -e "$wheel" site; done
 cat > python <<END
