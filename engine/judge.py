@@ -37,9 +37,10 @@ from engine.memory import cache_budget
 from engine.meta import CACHE_SHARE, MetaModel, MetaScorer
 from engine.options import JudgeOptions
 from engine.orders import draw_orders, in_row_order
-from engine.prompt import PromptBuilder, read_judge_template
+from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
 from engine.request import MAX_RESPONSES, BadRow, Message, Row, make_row
 from engine.settings import JudgeSettings, read_judge_settings
+from engine.templates import DATE, Template
 from engine.verdict import RowFailure, Sample, Verdict
 from kernels import cpp
 from kernels.extract_scores import ScoreAutomaton
@@ -47,7 +48,7 @@ from kernels.sample_token import SamplingOptions, stream_key, uniforms
 from kernels.score_grammar import Reason, ScoreRules
 from kernels.segment_attention import Backend
 from kernels.vote import vote
-from models import load
+from models import load, read_config
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
@@ -64,19 +65,26 @@ class Judge:
         tokenizer: Tokenizer,
         *,
         judge_template: str,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: str = DATE,
         settings: JudgeSettings | None = None,
         fingerprint: str = "",
         max_batch: int | None = None,
         cache_bytes: int | None = None,
         meta: MetaModel | None = None,
     ) -> None:
-        """`fingerprint` identifies the model in keys. max_batch: most samples decoded together
+        """Templates, their variables and date are as for `PromptBuilder`. `fingerprint` identifies
+        the model in keys. max_batch: most samples decoded together
         (default 256). cache_bytes bounds keys and values; by default free memory does. meta:
         chooses which samples vote; ValueError where it takes scores to be in another range."""
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings or JudgeSettings()
-        self.prompts = PromptBuilder(tokenizer, judge_template, self.settings)
+        self.prompts = PromptBuilder(
+            tokenizer, judge_template, self.settings, chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs, date=date,
+        )  # fmt: skip
         self.fingerprint = fingerprint
         self.max_batch = DEFAULT_BATCH if max_batch is None else max_batch
         if self.max_batch < 1:
@@ -98,6 +106,9 @@ class Judge:
         directory: str | Path,
         *,
         template: str | Path | None = None,
+        chat_template: str | Path | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: str = DATE,
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
         max_batch: int | None = None,
@@ -108,19 +119,28 @@ class Judge:
         """Load a model directory in Hugging Face layout.
 
         template: a judge template file in place of the directory's own judge_template.jinja or the
-        default. dtype "auto" is the stored one; device "auto" is a GPU where there is one;
-        max_batch and cache_bytes as for the constructor. meta: the directory of a meta reward
-        model, a sequence classifier of one label, with a template of its own. settings: fields of
-        `JudgeSettings` in place of what the directory's judge.json says. Raises ValueError
-        naming the file for anything that cannot be read or is not supported.
+        default. chat_template: a file in place of the directory's own chat template;
+        chat_template_kwargs: variables for it, such as {"enable_thinking": False}; date
+        (YYYY-MM-DD): what templates take for today. dtype "auto" is the stored one; device "auto"
+        is a GPU where there is one; max_batch and cache_bytes as for the constructor. meta: the
+        directory of a meta reward model, a sequence classifier of one label, with a template of its
+        own. settings: fields of `JudgeSettings` in place of what the directory's judge.json says.
+        Raises ValueError naming the file for anything that cannot be read or is not supported.
         """
         directory = Path(directory)
+        read_config(directory)  # whatever is wrong there is said first, then of the templates
+        own = read_judge_template(directory, template)
+        chat = read_chat_template(directory, chat_template)
+        for each in (Template("judge", own, date), Template("chat", chat, date)):
+            each.check()
         model, tokenizer = load(directory, dtype=dtype, device=device)
-        own = Path(template).read_text(encoding="utf-8") if template else None
         return cls(
             model.eval(),
             tokenizer,
-            judge_template=read_judge_template(directory) if own is None else own,
+            judge_template=own,
+            chat_template=chat,
+            chat_template_kwargs=chat_template_kwargs,
+            date=date,
             settings=read_judge_settings(directory, settings),
             fingerprint=model_fingerprint(directory),
             max_batch=max_batch,
@@ -195,6 +215,9 @@ class Judge:
             **{f"judge_{name}": value for name, value in asdict(self.settings).items()},
             "stop": options.stop or self.settings.stop,
             "judge_template": self.prompts.judge_template,
+            "chat_template": self.prompts.chat_template,
+            "chat_template_kwargs": json.dumps(self.prompts.chat_template_kwargs, sort_keys=True),
+            "date": self.prompts.date,
             "dtype": str(weight.dtype),
             "device": weight.device.type,
         }

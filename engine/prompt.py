@@ -26,7 +26,7 @@ Not done here: truncation (a prompt that is too long is the caller's error line)
 import re
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -34,16 +34,30 @@ from typing import Any, Literal, NamedTuple
 
 from engine.request import Row
 from engine.settings import JudgeSettings
-from engine.templates import Template
-from models.tokenizer import Tokenizer
+from engine.templates import DATE, Template, check_variables
+from models.tokenizer import Tokenizer, chat_template_of
 
 DEFAULT_TEMPLATE = Path(__file__).with_name("judge_template.jinja")
 
 
-def read_judge_template(directory: str | Path) -> str:
-    """The text of a model directory's own judge_template.jinja, or of the default."""
+def read_judge_template(directory: str | Path, file: str | Path | None = None) -> str:
+    """The text of a file with a judge template, or else of a model directory's own
+    judge_template.jinja, or of the default."""
+    if file is not None:
+        return Path(file).read_text(encoding="utf-8")
     own = Path(directory) / "judge_template.jinja"
     return (own if own.exists() else DEFAULT_TEMPLATE).read_text(encoding="utf-8")
+
+
+def read_chat_template(directory: str | Path, file: str | Path | None = None) -> str:
+    """The text of a file with a chat template, or else of a model directory's own; ValueError
+    where there is none."""
+    if file is not None:
+        return Path(file).read_text(encoding="utf-8")
+    own = chat_template_of(directory)
+    if own is None:
+        raise ValueError(f"{directory} has no chat template: give one with --chat-template FILE")
+    return own
 
 
 SegmentKind = Literal["head", "conversation", "response", "tail"]
@@ -81,18 +95,41 @@ _Layout = tuple[tuple[SegmentKind, tuple[tuple[int, ...] | _Field, ...]], ...]
 class PromptBuilder:
     """Turns rows into segments for one model's tokenizer, chat template and judge template."""
 
-    def __init__(self, tokenizer: Tokenizer, judge_template: str, settings: JudgeSettings) -> None:
-        """Compile both templates; raises ValueError when one does not parse or is missing."""
-        if tokenizer.chat_template is None:
-            raise ValueError("the model directory has no chat template")
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        judge_template: str,
+        settings: JudgeSettings,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: str = DATE,
+    ) -> None:
+        """Parse both templates. chat_template: in place of the tokenizer's own;
+        chat_template_kwargs: further variables for it, plain JSON values; date (YYYY-MM-DD): what
+        templates take for today. Raises ValueError for a template that does not parse or is
+        missing, for variables that are not plain or have a name of the judge's own, for a date in
+        another form."""
+        if chat_template is None:
+            chat_template = tokenizer.chat_template
+        if chat_template is None:
+            raise ValueError("the tokenizer has no chat template, and none is given")
         self.tokenizer = tokenizer
         self.settings = settings
         self.judge_template = judge_template
-        self._judge = Template("judge", judge_template)
-        self._chat = Template("chat", tokenizer.chat_template)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.date = date
+        check_variables(self.chat_template_kwargs)
+        self._judge = Template("judge", judge_template, date)
+        self._chat = Template("chat", chat_template, date)
         self._judge.check()
         self._chat.check()
         self._layout = lru_cache(maxsize=1024)(self._make_layout)
+
+    @property
+    def chat_template(self) -> str:
+        """The source of the chat template that is rendered."""
+        return self._chat.source
 
     def segments(
         self,
@@ -186,6 +223,7 @@ class PromptBuilder:
         text = self._chat.render(
             {
                 **self.tokenizer.special_tokens,
+                **self.chat_template_kwargs,
                 "messages": [{"role": "user", "content": judge_text}],
                 "tools": None,
                 "documents": None,

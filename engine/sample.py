@@ -35,6 +35,7 @@ from engine.output import Output, resume
 from engine.reading import MAX_ROW_BYTES, Columns, Pipe, open_rows, read_rows
 from engine.request import BadRow, Row
 from engine.summary import Tally
+from engine.templates import DATE, parse_variables
 from engine.verdict import RowFailure, Verdict, to_line
 from engine.view import render_error, render_summary, render_verdict
 
@@ -74,6 +75,12 @@ class Options(JudgeOptions):
     """Where verdicts go, one JSON line each; - is standard output, none prints for a person."""
     template: Path | None = None
     """Judge template in place of the model's own."""
+    chat_template: Path | None = None
+    """Chat template in place of the model's own."""
+    chat_template_kwargs: str | None = None
+    """Variables for the chat template, a JSON object such as {"enable_thinking": false}."""
+    date: str = DATE
+    """What templates take for today, as YYYY-MM-DD."""
     dtype: str = "auto"
     """Of weights and cache: auto, float32, bfloat16 or float16."""
     device: str = "auto"
@@ -214,11 +221,16 @@ class _Run:
             stream = stack.enter_context(open_rows(Path(path)))
         columns = None if options.columns is None else Columns.parse(options.columns)
         self.entries = read_rows(stream, options.max_row_bytes, columns)
+        given = options.chat_template_kwargs
+        variables = None if given is None else parse_variables(given)
         from engine.judge import Judge  # loads torch: not for --help, nor for a refused output
 
         self.judge = Judge.load(
             options.model,
             template=options.template,
+            chat_template=options.chat_template,
+            chat_template_kwargs=variables,
+            date=options.date,
             dtype=options.dtype,
             device=options.device,
             max_batch=options.max_batch,

@@ -22,9 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.labels import quote
+
 SECONDS = 8
 DATE = "2024-07-26"
 _CHILD = Path(__file__).with_name("template_process.py")
+# What a chat template is given of the judge; no variable of the user's may take their place.
+_OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 class TemplateError(ValueError):
@@ -79,6 +83,39 @@ class Template:
             raise TemplateError(f"{self.name} template: {reply['error']}{line}")
         text: str = reply["text"]
         return text
+
+
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """Raise ValueError unless these are variables for a chat template that a user may set: plain
+    JSON values, by names other than those of what the judge itself shows."""
+    for name in _OWN_VARIABLES:
+        if name in variables:
+            raise ValueError(f"chat template variables: {name!r} is the judge's own")
+    try:
+        plain = json.loads(json.dumps(variables, allow_nan=False)) == variables
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"chat template variables {quote(variables)}: {error}") from None
+    if not plain:
+        raise ValueError(f"chat template variables {quote(variables)} are not plain JSON values")
+
+
+def parse_variables(text: str) -> dict[str, Any]:
+    """Variables for a chat template, from a JSON object; ValueError as for `check_variables`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            raise ValueError(f"chat template variables: a key of {quote(text)} is repeated")
+        return fields
+
+    try:
+        given = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"chat template variables {quote(text)} are not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"chat template variables are a JSON object, not {quote(given)}")
+    check_variables(given)
+    return given
 
 
 class _Child:

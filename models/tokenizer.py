@@ -232,6 +232,12 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+def chat_template_of(directory: str | os.PathLike[str]) -> str | None:
+    """The Jinja source of a model directory's chat template, or None; ValueError as `Tokenizer`."""
+    config_path = Path(directory) / "tokenizer_config.json"
+    return _chat_template(config_path, read_json(config_path) if config_path.exists() else {})
+
+
 def _chat_template(config_path: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja before tokenizer_config.json, as transformers reads them."""
     jinja = config_path.with_name("chat_template.jinja")

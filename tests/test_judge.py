@@ -22,6 +22,7 @@ from engine.sample import POCKET
 from engine.settings import JudgeSettings
 from engine.verdict import RowFailure, Verdict, to_line
 from kernels.score_grammar import Reason, ScoreRules, parse_scores
+from tests.judges import rebuilt
 from tests.rows import needs_cpp
 from train.world import cases
 
@@ -389,7 +390,14 @@ def test_the_key_changes_with_whatever_changes_the_output(judge: Judge) -> None:
     changed = Judge(judge.model, judge.tokenizer, judge_template=judge.prompts.judge_template + " ",
                     fingerprint=judge.fingerprint)  # fmt: skip
     keys |= {changed.key(row, k=4, seed=0)}
-    assert len(keys) == 5
+    for change in (
+        {"chat_template": f"{judge.tokenizer.chat_template} "},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"chat_template_kwargs": {"enable_thinking": True}},
+        {"date": "2025-01-01"},
+    ):
+        keys.add(rebuilt(judge, **change).key(row, k=4, seed=0))
+    assert len(keys) == 9
     assert judge.key(row, k=4, seed=0) in keys
     assert judge.key(row, k=4) == judge(row.messages, row.responses, id=row.id, label=row.label,
                                         k=4, max_new_tokens=1024).key  # fmt: skip

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer
 
-from engine.prompt import DEFAULT_TEMPLATE, PromptBuilder, Segment
+from engine.prompt import DEFAULT_TEMPLATE, PromptBuilder, Segment, read_chat_template
 from engine.request import Row, make_row
 from engine.settings import JudgeSettings, read_judge_settings
 from models.tokenizer import Tokenizer
@@ -362,6 +362,37 @@ def test_templates_that_do_not_parse_or_are_missing_are_refused(tmp_path: Path) 
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="no chat template"):
         PromptBuilder(Tokenizer(tmp_path), DEFAULT, JudgeSettings())
+    with pytest.raises(ValueError, match=f"{tmp_path} has no chat template: .* --chat-template"):
+        read_chat_template(tmp_path)
+
+
+def test_a_chat_template_and_its_variables_are_options(tmp_path: Path) -> None:
+    builder = make_builder(tmp_path)
+    (tmp_path / "other.jinja").write_text(
+        "{{ messages[0].content }}{{ strftime_now('%Y-%m-%d') }}{{ thinking }}{{ eos_token }}"
+    )
+    other = PromptBuilder(
+        builder.tokenizer,
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ responses[0] }} {{ thinking }}",
+        JudgeSettings(),
+        chat_template=read_chat_template(tmp_path, tmp_path / "other.jinja"),
+        chat_template_kwargs={"thinking": [True, None]},
+        date="2031-12-24",
+    )
+    with pytest.raises(ValueError, match="judge template: 'thinking' is undefined"):
+        other.render(make_row("a", ["b"]), [0])
+    other = PromptBuilder(
+        builder.tokenizer,
+        SHOW,
+        JudgeSettings(),
+        chat_template=other.chat_template,
+        chat_template_kwargs={"thinking": [True, None]},
+        date="2031-12-24",
+    )
+    text = written(tmp_path, other.render(make_row("a", ["b"]), [0]))
+    assert text == "a b 2031-12-24[True, None]<|im_end|>"
+    with pytest.raises(ValueError, match="'tools' is the judge's own"):
+        PromptBuilder(builder.tokenizer, SHOW, JudgeSettings(), chat_template_kwargs={"tools": []})
 
 
 def test_a_conversation_of_many_turns_is_rendered() -> None:

@@ -164,10 +164,13 @@ def test_a_run_in_vain_says_so(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_options_reach_the_judge() -> None:
     Path("template.jinja").touch()
-    judge(GOOD[:1], "--template", "template.jinja", "--dtype", "float32", "--max-batch", "7")
+    judge(GOOD[:1], "--template", "template.jinja", "--dtype", "float32", "--max-batch", "7",
+          "--chat-template", "chat.jinja", "--chat-template-kwargs", '{"enable_thinking": false}',
+          "--date", "2025-01-31")  # fmt: skip
     assert Judge.loaded == {
         "directory": Path("."), "template": Path("template.jinja"), "dtype": "float32",
-        "device": "auto", "max_batch": 7, "meta": None,
+        "device": "auto", "max_batch": 7, "meta": None, "chat_template": Path("chat.jinja"),
+        "chat_template_kwargs": {"enable_thinking": False}, "date": "2025-01-31",
     }  # fmt: skip
 
 
@@ -332,6 +335,7 @@ def test_two_writers() -> None:
         (["--data", "data", "--k", "0"], "k = 0 is not an integer of at least 1"),
         (["--data", "data", "--drain-seconds", "-1"], "--drain-seconds -1.0"),
         (["--data", "data", "--out", "-", "--resume"], "--resume needs a file"),
+        (["--data", "data", "--chat-template-kwargs", "{thinking: no}"], "are not JSON"),
         (["--data", "data", "--max-row-bytes", "0"], "--max-row-bytes 0"),
         (["--data", "data", "--max-row-bytes", str(2**63)], "is not from 1 to 1073741824"),
     ],

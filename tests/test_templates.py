@@ -8,7 +8,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from engine import templates
-from engine.templates import Template, TemplateError
+from engine.templates import Template, TemplateError, check_variables, parse_variables
 
 MESSAGES = [
     {"role": "system", "content": "Be <brief> & 'plain'."},
@@ -68,6 +68,25 @@ def test_the_date_is_an_option_not_today() -> None:
 def test_another_form_of_date_is_refused(date: str) -> None:
     with pytest.raises(ValueError, match="is not a day as YYYY-MM-DD"):
         Template("chat", "", date)
+
+
+def test_variables_are_a_plain_object_without_the_judges_own_names() -> None:
+    given = '{"enable_thinking": false, "x": [1.5, null, {"é": "<"}]}'
+    assert parse_variables(given) == {"enable_thinking": False, "x": [1.5, None, {"é": "<"}]}
+    for text, message in (
+        ("{", "are not JSON"),
+        ("[1]", r"are a JSON object, not \[1\]"),
+        ('{"a": 1, "a": 2}', "is repeated"),
+        ('{"a": {"b": 1, "b": 2}}', "is repeated"),
+        ('{"a": NaN}', "not JSON compliant"),
+        ('{"messages": []}', "'messages' is the judge's own"),
+        ('{"add_generation_prompt": false}', "'add_generation_prompt' is the judge's own"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_variables(text)
+    for variables in ({1: 2}, {"a": (1,)}, {"a": {1}}, {"a": object()}):
+        with pytest.raises(ValueError, match="chat template variables"):
+            check_variables(variables)  # type: ignore[arg-type]
 
 
 def test_a_judge_template_has_no_unknown_names_and_a_chat_template_may() -> None:
