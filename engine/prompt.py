@@ -1,26 +1,20 @@
 """A row and an order -> the token segments of a judge's prompt.
 
 This is the only place that knows templates. Two are involved: the judge template (what the judge is
-asked; variables: messages, responses, reference, principles, hint, score_min, score_max) and the
-model's own chat template around its output, which becomes one user message. Both are rendered as
-transformers does (`engine/templates.py`), once per *shape* of row (roles, number of responses,
-which optional fields are there), with a random sentinel in place of every untrusted field. The
-rendered text is then split on the sentinels:
+asked) and the model's own chat template around its turns. Both are rendered as transformers does
+(`engine/templates.py`), once per *shape* of row (roles, number of responses, which optional fields
+are there), with a sentinel in place of every field. The text is then split on the sentinels:
+template text is tokenized with control tokens, a field by a tokenizer that has none. Blanks of the
+template right before a field are tokenized with it, as any other pipeline does.
 
-- template text is tokenized with control tokens;
-- an untrusted field is tokenized by a tokenizer that has no control token, whatever it says.
-
-So a template knows that a field is there, never what it says. It must show every field it is given
-once, whole, and messages and responses in their order; any other template is refused. A filter that
-leaves a sentinel as it is (`trim`, `escape`) does nothing.
+So a template knows that a field is there, never what it says: sentinels of other text have to leave
+the same text around them (`trim` alone does nothing). It must show every field once, whole, and
+messages and responses in their order; a message may be shown again past the last response.
 
 The pieces form segments: *head* (template text before anything of the row), *conversation* (up to
 the first response), one per *response* (the response and the template text up to the next), *tail*
-(what follows the last response). A segment is tokenized by itself, piece by piece, so its tokens
-depend on nothing but its own text, and equal segments have equal tokens. A segment without tokens
-is left out.
-
-Not done here: truncation (a prompt that is too long is the caller's error line), tools, images.
+(what follows the last response). A segment's tokens depend on nothing but its own text; one without
+tokens is left out. Not done here: truncation, tools, images.
 """
 
 import re
@@ -34,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 from engine.request import Row
 from engine.settings import JudgeSettings
-from engine.templates import DATE, Template, check_variables
+from engine.templates import DATE, LongText, Template, check_variables
 from models.tokenizer import Tokenizer, chat_template_of
 
 DEFAULT_TEMPLATE = Path(__file__).with_name("judge_template.jinja")
@@ -61,7 +55,7 @@ def read_chat_template(directory: str | Path, file: str | Path | None = None) ->
 
 
 SegmentKind = Literal["head", "conversation", "response", "tail"]
-FieldName = Literal["message", "response", "reference", "principles", "hint"]
+FieldName = Literal["message", "response", "reference", "principles", "hint", "code"]
 
 
 class Segment(NamedTuple):
@@ -72,10 +66,22 @@ class Segment(NamedTuple):
 
 
 class _Field(NamedTuple):
-    """An untrusted field: what it is, and which one (a position for responses)."""
+    """What a row fills in: what it is, and which one (a position for responses)."""
 
     name: FieldName
-    number: int
+    number: int = 0
+
+    def __str__(self) -> str:
+        if self.name in ("message", "response"):
+            return f"{self.name} {self.number + 1}"
+        return f"the {self.name}"
+
+
+class _Shown(NamedTuple):
+    """A field where it is shown, and the blanks that are tokenized with it."""
+
+    lead: str
+    field: _Field
 
 
 class _Shape(NamedTuple):
@@ -86,10 +92,68 @@ class _Shape(NamedTuple):
     reference: bool
     principles: bool
     hint: bool
+    code: bool
+
+    def fields(self) -> list[_Field]:
+        """Every field of a row of this shape."""
+        fields = [_Field("message", i) for i in range(len(self.roles))]
+        fields += [_Field("response", j) for j in range(self.num_responses)]
+        optional: tuple[tuple[FieldName, bool], ...] = (
+            ("reference", self.reference),
+            ("principles", self.principles),
+            ("hint", self.hint),
+            ("code", self.code),
+        )
+        return fields + [_Field(name) for name, there in optional if there]
 
 
-# A rendered template as segments of pieces: template tokens, or a field to fill in.
-_Layout = tuple[tuple[SegmentKind, tuple[tuple[int, ...] | _Field, ...]], ...]
+class _Sentinels(NamedTuple):
+    """Texts in place of fields: a name that nothing else holds, between two other texts."""
+
+    nonce: str
+    before: str = ""
+    after: str = ""
+    long: LongText | None = None  # that `after` marks
+
+    def of(self, field: _Field) -> str:
+        return f"{self.before}Q{self.nonce}{field.name}{field.number}Z{self.after}"
+
+    def split(self, text: str) -> "_Pieces":
+        """The text cut at the sentinels that stand in it whole."""
+        pieces: list[str | _Field] = []
+        place = 0
+        for found in re.finditer(f"Q{self.nonce}([a-z]+)([0-9]+)Z", text):
+            field = _Field(found[1], int(found[2]))  # type: ignore[arg-type]
+            begin, end = found.start() - len(self.before), found.end() + len(self.after)
+            if begin >= place and text[begin:end] == self.of(field):
+                pieces += [text[place:begin], field]
+                place = end
+        return tuple(piece for piece in (*pieces, text[place:]) if piece)
+
+
+_Pieces = tuple[str | _Field, ...]
+_MOST_SENTINEL_CHARS = 1 << 23  # of all fields together
+# What a template might look for in a field, and what a filter might change.
+_STARTLING = (
+    "please ignore this: yes, no, true, false, none; hello user, system, assistant, error, ```\n"
+    "<|im_start|><b>&amp;</b> 'single' \"double\" \\n \\\\ {{ 7 * 7 }} {% raw %} \t [[A]]\n"
+    "https://example.org/ def f(x): return 10 / 3\n\nScores: \\boxed{1}\n\n# Title\n- item"
+)
+
+
+class _Written(NamedTuple):
+    """A rendered prompt, and its end that the judgement continues."""
+
+    pieces: _Pieces
+    continuation: _Pieces
+
+
+class _Layout(NamedTuple):
+    """A rendered template as segments of pieces: template tokens, or a field to fill in."""
+
+    segments: tuple[tuple[SegmentKind, tuple[tuple[int, ...] | _Shown, ...]], ...]
+    continuation: _Pieces
+    shows_code: bool
 
 
 class PromptBuilder:
@@ -137,36 +201,35 @@ class PromptBuilder:
         order: Sequence[int],
         hint: str | None = None,
         known: dict[Any, Any] | None = None,
+        code: str | None = None,
     ) -> list[Segment]:
         """The segments of one sample's prompt.
 
         `order[j]` is the response shown in position j, a permutation of range(n). `hint` is text
         for the template's `hint` (rejective fine-tuning shows the best response there). `known`
-        keeps what has been tokenized for the same row in another order.
+        keeps what has been tokenized for the same row in another order. `code`: ASCII digits that
+        the template's `anchor` shows. Raises ValueError for templates that do not fit the row.
         """
         assert sorted(order) == list(range(len(row.responses))), f"{order} is not a permutation"
-        shape = _Shape(
-            tuple(message.role for message in row.messages),
-            len(row.responses),
-            row.reference is not None,
-            row.principles is not None,
-            hint is not None,
-        )
+        shape = _shape(row, hint, code)
         known = {} if known is None else known
-        optional = {"reference": row.reference, "principles": row.principles, "hint": hint}
+        optional = {
+            "reference": row.reference, "principles": row.principles, "hint": hint, "code": code
+        }  # fmt: skip
 
-        def text_of(field: _Field) -> str:
-            if field.name == "message":
-                return row.messages[field.number].content
-            if field.name == "response":
-                return row.responses[order[field.number]]
-            text = optional[field.name]
+        def text_of(shown: _Shown) -> str:
+            name, number = shown.field
+            if name == "message":
+                return shown.lead + row.messages[number].content
+            if name == "response":
+                return shown.lead + row.responses[order[number]]
+            text = optional[name]
             assert text is not None
-            return text
+            return shown.lead + text
 
         segments = []
-        for number, (kind, pieces) in enumerate(self._layout(shape)):
-            texts = tuple(text_of(piece) for piece in pieces if isinstance(piece, _Field))
+        for number, (kind, pieces) in enumerate(self._layout(shape).segments):
+            texts = tuple(text_of(piece) for piece in pieces if isinstance(piece, _Shown))
             segment = known.get((shape, number, texts))
             if segment is None:
                 for text in texts:
@@ -174,7 +237,7 @@ class PromptBuilder:
                         known[text] = self.tokenizer.encode_text(text)
                 left = iter(texts)
                 tokens = [
-                    known[next(left)] if isinstance(piece, _Field) else piece for piece in pieces
+                    known[next(left)] if isinstance(piece, _Shown) else piece for piece in pieces
                 ]
                 segment = Segment(kind, tuple(chain.from_iterable(tokens)))
                 known[shape, number, texts] = segment
@@ -182,82 +245,158 @@ class PromptBuilder:
                 segments.append(segment)
         return segments
 
-    def render(self, row: Row, order: Sequence[int], hint: str | None = None) -> list[int]:
+    def render(
+        self, row: Row, order: Sequence[int], hint: str | None = None, code: str | None = None
+    ) -> list[int]:
         """The whole prompt of one sample as one list of token ids."""
-        return [t for segment in self.segments(row, order, hint) for t in segment.token_ids]
+        segments = self.segments(row, order, hint, code=code)
+        return [t for segment in segments for t in segment.token_ids]
+
+    def continuation(self, row: Row, hint: str | None = None, code: str | None = None) -> str:
+        """The end of the prompt that a judgement continues: a `<think>` that the chat template
+        opens, with what follows it, and the text that the judge template begins an answer with."""
+        pieces = self._layout(_shape(row, hint, code)).continuation
+        return "".join(code or "" if isinstance(piece, _Field) else piece for piece in pieces)
+
+    def shows_code(self, row: Row, hint: str | None = None) -> bool:
+        """Whether the templates would show a code in this row's prompts."""
+        return self._layout(_shape(row, hint, "0")).shows_code
 
     def _make_layout(self, shape: _Shape) -> _Layout:
-        pieces = self._pieces(shape, secrets.token_hex(16))
-        # Sentinels of another text and length must leave the same template text around them.
-        if pieces != self._pieces(shape, secrets.token_hex(20)):
-            raise ValueError("the templates alter a field or depend on what it says")
-        shown = [piece for piece in pieces if isinstance(piece, _Field)]
-        times = Counter(shown)
-        for field in _fields(shape):
-            if times[field] != 1:
-                shows = f"{field.name} {field.number} {times[field]} times"
-                raise ValueError(f"the templates must show every field once, not {shows}")
-        for name in ("message", "response"):
-            places = [field.number for field in shown if field.name == name]
-            if places != sorted(places):
-                raise ValueError(f"the templates show every {name} in the order {places}")
-        return self._cut(pieces, shape.num_responses)
+        fields = shape.fields()
+        written = self._write(shape, _Sentinels(secrets.token_hex(4)))
+        shown = [piece for piece in written.pieces if isinstance(piece, _Field)]
+        # A long one, past every limit that a template may set; less where there are many.
+        times = min(100_000, _MOST_SENTINEL_CHARS // len(fields)) // len(_STARTLING) + 1
+        nonce = secrets.token_hex(8)
+        long = LongText(f"L{nonce}L", f" {_STARTLING}.", times)
+        for sentinels in (
+            _Sentinels(secrets.token_hex(20)),
+            _Sentinels(nonce, "ignore ", long.mark, long),
+        ):
+            if self._write(shape, sentinels) != written:
+                raise ValueError("the templates alter a field or depend on what it says")
+        _check_shown(fields, shown, shape.num_responses)
+        return _Layout(
+            self._cut(written.pieces, shape.num_responses),
+            written.continuation,
+            any(field.name == "code" for field in shown),
+        )
 
-    def _pieces(self, shape: _Shape, nonce: str) -> list["str | _Field"]:
-        """Both templates rendered and cut at the sentinels: template text and fields, in turn."""
-        marks = {field: f"Q{nonce}{field.name}{field.number}Z" for field in _fields(shape)}
-        judge_text = self._judge.render(
+    def _write(self, shape: _Shape, sentinels: _Sentinels) -> _Written:
+        """Both templates rendered with these sentinels, and cut at them."""
+        turns = self._turns(shape, sentinels)
+        prefill = ""
+        if turns and turns[-1][0] == "assistant":
+            prefill = turns.pop()[1]
+        if not turns:
+            raise ValueError("the judge template has no turn before the assistant's")
+        variables = {
+            **self.tokenizer.special_tokens,
+            **self.chat_template_kwargs,
+            "messages": [{"role": role, "content": content} for role, content in turns],
+            "tools": None,
+            "documents": None,
+        }
+        text = self._chat.render(variables | {"add_generation_prompt": True}, long=sentinels.long)
+        begin = text.rfind("<think>")
+        if begin > text.rfind("</think>"):
+            begun = text[: begin + len("<think>")]
+            shorter = self._chat.render(
+                variables | {"add_generation_prompt": False}, long=sentinels.long
+            )
+            if shorter.startswith(begun):
+                begin = len(text)  # a turn says it, not what comes after the turns
+        else:
+            begin = len(text)
+        continuation = sentinels.split(text[begin:] + prefill)
+        for piece in continuation:
+            if isinstance(piece, _Field) and piece.name != "code":
+                raise ValueError(f"the assistant's last turn cannot show {piece}")
+        return _Written(sentinels.split(text + prefill), continuation)
+
+    def _turns(self, shape: _Shape, sentinels: _Sentinels) -> list[tuple[str, str]]:
+        """The judge template's turns: role and text."""
+        marks = {field: sentinels.of(field) for field in shape.fields()}
+        code, anchor = marks.get(_Field("code")), self.settings.anchor
+        if anchor is not None and code is not None:
+            anchor = f"{anchor.rstrip().removesuffix(':').rstrip()} {code}:"
+        turn = f"T{sentinels.nonce}T"
+        text = self._judge.render(
             {
                 "messages": [
                     {"role": role, "content": marks[_Field("message", i)]}
                     for i, role in enumerate(shape.roles)
                 ],
                 "responses": [marks[_Field("response", j)] for j in range(shape.num_responses)],
-                "reference": marks.get(_Field("reference", 0)),
-                "principles": marks.get(_Field("principles", 0)),
-                "hint": marks.get(_Field("hint", 0)),
+                "reference": marks.get(_Field("reference")),
+                "principles": marks.get(_Field("principles")),
+                "hint": marks.get(_Field("hint")),
+                "code": code,
+                "anchor": anchor,
                 "score_min": self.settings.score_min,
                 "score_max": self.settings.score_max,
-            }
+            },
+            turn_mark=turn,
+            long=sentinels.long,
         )
-        text = self._chat.render(
-            {
-                **self.tokenizer.special_tokens,
-                **self.chat_template_kwargs,
-                "messages": [{"role": "user", "content": judge_text}],
-                "tools": None,
-                "documents": None,
-                "add_generation_prompt": True,
-            }
-        )
-        fields = {mark: field for field, mark in marks.items()}
-        parts = re.split(f"(Q{nonce}[a-z]+[0-9]+Z)", text)
-        return [fields.get(part, part) for part in parts if part]
+        first, *others = re.split(f"{turn}(\\w+?){turn}", text)
+        turns = list(zip(others[::2], others[1::2], strict=True))
+        return [("user", first), *turns] if first.strip() else turns
 
-    def _cut(self, pieces: list["str | _Field"], num_responses: int) -> _Layout:
-        layout: list[tuple[SegmentKind, list[tuple[int, ...] | _Field]]] = [("head", [])]
-        for piece in pieces:
-            kind = layout[-1][0]
-            if isinstance(piece, _Field):
-                if piece.name == "response":
-                    layout.append(("response", []))
-                elif kind == "head":
-                    layout.append(("conversation", []))
-                layout[-1][1].append(piece)
-                if piece.name == "response" and piece.number == num_responses - 1:
-                    layout.append(("tail", []))
-            else:
-                layout[-1][1].append(tuple(self.tokenizer.encode_template(piece)))
+    def _cut(
+        self, pieces: _Pieces, num_responses: int
+    ) -> tuple[tuple[SegmentKind, tuple[tuple[int, ...] | _Shown, ...]], ...]:
+        layout: list[tuple[SegmentKind, list[tuple[int, ...] | _Shown]]] = [("head", [])]
+        lead = ""
+        for piece, following in zip(pieces, (*pieces[1:], ""), strict=True):
+            if isinstance(piece, str):
+                text = piece
+                if isinstance(following, _Field) and self.settings.join_blanks:
+                    text = piece.rstrip(" ")
+                lead = piece[len(text) :]
+                layout[-1][1].append(tuple(self.tokenizer.encode_template(text)))
+                continue
+            if piece.name == "response":
+                layout.append(("response", []))
+            elif layout[-1][0] == "head":
+                layout.append(("conversation", []))
+            layout[-1][1].append(_Shown(lead, piece))
+            lead = ""
+            if piece.name == "response" and piece.number == num_responses - 1:
+                layout.append(("tail", []))
         return tuple((kind, tuple(parts)) for kind, parts in layout if parts)
 
 
-def _fields(shape: _Shape) -> list[_Field]:
-    """Every field of a row of this shape."""
-    fields = [_Field("message", i) for i in range(len(shape.roles))]
-    fields += [_Field("response", j) for j in range(shape.num_responses)]
-    optional: tuple[tuple[FieldName, bool], ...] = (
-        ("reference", shape.reference),
-        ("principles", shape.principles),
-        ("hint", shape.hint),
+def _shape(row: Row, hint: str | None, code: str | None) -> _Shape:
+    return _Shape(
+        tuple(message.role for message in row.messages),
+        len(row.responses),
+        row.reference is not None,
+        row.principles is not None,
+        hint is not None,
+        code is not None,
     )
-    return fields + [_Field(name, 0) for name, there in optional if there]
+
+
+def _check_shown(fields: Sequence[_Field], shown: Sequence[_Field], num_responses: int) -> None:
+    """Raise ValueError unless every field is shown as often, and where, it has to be."""
+    times = Counter(shown)
+    last = _Field("response", num_responses - 1)
+    for field in fields:
+        if field.name == "code" or times[field] == 1:
+            continue
+        if not times[field]:
+            raise ValueError(f"the templates must show every field once: {field} is not shown")
+        again = field.name == "message" and times[last] == 1 and times[field] == 2
+        if not (
+            again and field in shown[shown.index(last) :] and field in shown[: shown.index(last)]
+        ):
+            raise ValueError(
+                f"the templates must show every field once: {field} is shown {times[field]} times"
+            )
+    for name in ("message", "response"):
+        places = list(dict.fromkeys(field.number for field in shown if field.name == name))
+        if places != sorted(places):
+            numbers = ", ".join(str(place + 1) for place in places)
+            raise ValueError(f"the templates show every {name} in the order {numbers}")

@@ -18,6 +18,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "anchor_nonce": (bool, type(None)),
     "stop": (str,),
     "format": (str,),
+    "join_blanks": (bool,),
 }
 
 
@@ -31,6 +32,8 @@ class JudgeSettings:
     no response holds (None: where the template shows the anchor). stop: "box" for a judge that
     writes its scores once and nothing after them: the first box decides and ends a sample; "eos"
     for any other. format: how scores are written, a box or a name of `engine/formats.py`.
+    join_blanks: blanks of a template right before a text of the row are tokenized with that text,
+    as most models are trained; False: by themselves.
     Raises ValueError for wrong types, an empty range of scores, a threshold that no score or every
     score passes, an anchor that cannot begin a line, and a stop or nonce that a format has not.
     """
@@ -42,6 +45,7 @@ class JudgeSettings:
     anchor_nonce: bool | None = False
     stop: Literal["box", "eos"] = "eos"
     format: str = "boxed"
+    join_blanks: bool = True
 
     def __post_init__(self) -> None:
         for name, types in _TYPES.items():

@@ -119,6 +119,17 @@ def _turn(mark: str) -> Callable[[str], str]:
     return turn
 
 
+def _replaced(value: Any, old: str, new: str) -> Any:
+    """The value with one text replaced by another in all its strings."""
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, list):
+        return [_replaced(each, old, new) for each in value]
+    if isinstance(value, dict):
+        return {name: _replaced(each, old, new) for name, each in value.items()}
+    return value
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The reply to a request: `text`, or `error` with the `line` where one is known."""
     try:
@@ -126,9 +137,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         variables = request["variables"]
         if variables is None:
             return {"text": ""}
+        if request["long"] is not None:
+            mark, long = request["long"]["mark"], request["long"]["text"] * request["long"]["times"]
+            variables = _replaced(variables, mark, long)
         if request["turn_mark"] is not None:
             variables["turn"] = _turn(request["turn_mark"])
         text = template.render(variables)
+        if request["long"] is not None:
+            text = text.replace(long, mark)
         if len(text) > MAX_CHARS:
             return {"error": f"it renders {len(text)} characters, the most is {MAX_CHARS}"}
         return {"text": text}

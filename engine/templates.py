@@ -6,8 +6,9 @@ gigabyte. There is one child per process; it starts with the first template, ser
 is replaced when a template has ended it.
 
 A request is a line of JSON: the template's source, its variables (null: only parse it), the date
-that `strftime_now` formats, whether an unknown name is an error, and the mark around the roles that
-`turn` writes. A reply is a line too: the text, or an error and its line.
+that `strftime_now` formats, whether an unknown name is an error, the mark around the roles that
+`turn` writes, and a long text that stays in the child: in variables and in the reply its mark
+stands for it. A reply is a line too: the text, or an error and its line.
 """
 
 import atexit
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,15 @@ _OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
 
 class TemplateError(ValueError):
     """A template that does not parse or render, named in the message with the line."""
+
+
+@dataclass(frozen=True)
+class LongText:
+    """`text` repeated `times`, where variables and what is rendered of them say `mark`."""
+
+    mark: str
+    text: str
+    times: int
 
 
 @dataclass(frozen=True)
@@ -58,23 +68,34 @@ class Template:
 
     def check(self) -> None:
         """Raise TemplateError if it does not parse."""
-        self._ask(None, None)
+        self._ask(None)
 
-    def render(self, variables: Mapping[str, Any], turn_mark: str | None = None) -> str:
+    def render(
+        self,
+        variables: Mapping[str, Any],
+        turn_mark: str | None = None,
+        long: LongText | None = None,
+    ) -> str:
         """The text for these variables, plain JSON values.
 
         With turn_mark, `turn(role)` is there and writes the role between two such marks. Raises
         TemplateError where it fails, or takes too long or too much memory.
         """
-        return self._ask(variables, turn_mark)
+        return self._ask(variables, turn_mark, long)
 
-    def _ask(self, variables: Mapping[str, Any] | None, turn_mark: str | None) -> str:
+    def _ask(
+        self,
+        variables: Mapping[str, Any] | None,
+        turn_mark: str | None = None,
+        long: LongText | None = None,
+    ) -> str:
         request = {
             "source": self.source,
             "date": self.date,
             "strict": self.name == "judge",
             "variables": variables,
             "turn_mark": turn_mark,
+            "long": None if long is None else asdict(long),
             "seconds": SECONDS,
         }
         reply = _CHILD_PROCESS.ask(request)

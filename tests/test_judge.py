@@ -419,6 +419,7 @@ def test_every_option_and_setting_is_in_the_key(judge: Judge) -> None:
         key(JudgeSettings(anchor="Score:")),
         key(JudgeSettings(anchor_nonce=True)),
         key(JudgeSettings(format="json")),
+        key(JudgeSettings(join_blanks=False)),
         key(JudgeSettings(score_max=9, threshold=5.5)),
         key(JudgeSettings(threshold=5)),
     ]

@@ -95,7 +95,8 @@ def test_the_untrained_directory_is_an_ordinary_one() -> None:
     assert config.architecture == "qwen3" and config.max_position_embeddings >= 8192
     assert config.vocab_size == tokenizer.size  # no slot without a token
     assert config.eos_token_ids == frozenset(tokenizer.encode_template("<|end|>"))
-    assert read_judge_settings(directory) == JudgeSettings(1, 10, 5.5, "Scores:", stop="box")
+    expected = JudgeSettings(1, 10, 5.5, "Scores:", stop="box", join_blanks=False)
+    assert read_judge_settings(directory) == expected
     assert (directory / "judge_template.jinja").read_text() == JUDGE_TEMPLATE
     assert (directory / "model.safetensors").stat().st_size < 8_000_000
     model, _ = load(directory)

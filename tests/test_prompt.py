@@ -161,12 +161,13 @@ def test_a_prompt_is_what_jinja2_and_transformers_render(
     assert written(tmp_path, ids) == expected
     assert ids.count(0) == (chat == GEMMA_CHAT)  # one BOS where the template writes it
 
-    # Token for token: template text between the fields is encoded whole, and each field alone.
+    # Token for token: template text between the fields is encoded whole, and each field alone, with
+    # the blanks before it.
     fields = [*row.responses, *(m.content for m in row.messages)]
     fields += [text for text in (row.reference, row.principles, hint) if text]
     raw = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    parts = re.split("(" + "|".join(map(re.escape, fields)) + ")", expected)
-    assert sum(part in fields for part in parts) == len(fields)
+    parts = re.split("( *(?:" + "|".join(map(re.escape, fields)) + "))", expected)
+    assert sum(part.strip() in fields for part in parts) == len(fields)
     assert ids == [t for part in parts for t in raw.encode(part, add_special_tokens=False).ids]
 
 
@@ -191,12 +192,12 @@ def test_segments_are_cut_where_the_fields_begin(tmp_path: Path) -> None:
     row = make_row(CHAT, ["RED", "GREEN", "BLUE"], reference="REF", principles="PRINCIPLES")
     cut = [(s.kind, written(tmp_path, list(s.token_ids))) for s in builder.segments(row, [2, 0, 1])]
     assert cut == [
-        ("head", "<|im_start|>head [system: "),
-        ("conversation", "SYSTEM] [user: FIRST] [assistant: SECOND] [user: THIRD] ref REF"
-                         " responses (1: "),
-        ("response", "BLUE)(2: "),
-        ("response", "RED)(3: "),
-        ("response", "GREEN"),
+        ("head", "<|im_start|>head [system:"),
+        ("conversation", " SYSTEM] [user: FIRST] [assistant: SECOND] [user: THIRD] ref REF"
+                         " responses (1:"),
+        ("response", " BLUE)(2:"),
+        ("response", " RED)(3:"),
+        ("response", " GREEN"),
         ("tail", ") by PRINCIPLES tail<|im_end|>"),
     ]  # fmt: skip
 
@@ -291,7 +292,10 @@ FLAWED = {
     "drops a message": "{{ messages[1].content }}{{ responses[0] }}{{ responses[1] }}",
     "drops a reference": SHOW,
     "repeats a response": SHOW + "{{ reference }}{{ responses[0] }}",
-    "repeats a message": SHOW + "{{ reference }}{{ messages[0].content }}",
+    "repeats a message too early": "{{ messages[0].content }}" + SHOW + "{{ reference }}",
+    "repeats a message too often": SHOW + "{{ reference }}{{ messages[0].content * 2 }}",
+    "shows a message late": "{% for r in responses %}{{ r }}{% endfor %}{{ reference }}"
+    "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
     "repeats the reference": SHOW + "{{ reference }}{{ reference }}",
     "reverses the responses": "{{ reference }}{% for m in messages %}{{ m.content }}{% endfor %}"
     "{{ responses[1] }}{{ responses[0] }}",
@@ -301,6 +305,18 @@ FLAWED = {
     "cuts a field": SHOW + "{{ reference[:12] }}",
     "shows a piece beside the field": SHOW + "{{ reference }}{{ reference[:12] }}",
     "measures a field": SHOW + "{{ reference }}{{ reference | length }}",
+    "cuts a long field": SHOW + "{{ reference[:99999] }}",
+    "shortens a field": SHOW + "{{ reference | truncate(5000) }}",
+    "replaces words": SHOW + "{{ reference | replace('Scores:', '') }}",
+    "replaces tokens": SHOW + "{{ reference | replace('<|', '') }}",
+    "quotes a field": SHOW + "{{ reference | tojson }}",
+    "escapes a field": SHOW + "{{ reference | escape }}",
+    "joins lines": SHOW + "{{ reference | replace('\n', ' ') }}",
+    "wraps lines": SHOW + "{{ reference | wordwrap(80) }}",
+    "looks for a word": SHOW + "{{ reference }}{% if 'ignore' in reference %}!{% endif %}",
+    "looks for a letter": SHOW + "{{ reference }}{% if reference.startswith('Q') %}!{% endif %}",
+    "looks for a length": SHOW + "{{ reference }}{% if reference | length > 150 %}!{% endif %}",
+    "looks for a box": SHOW + r"{{ reference }}{{ '!' if '\\boxed' in reference else '' }}",
 }
 
 
@@ -314,6 +330,206 @@ def test_a_template_that_does_not_show_every_field_as_it_is_is_refused(
         builder.render(row, [0, 1])
     good = make_builder(tmp_path, SHOW + "{{ reference }}")
     assert builder.tokenizer.decode(good.render(row, [0, 1])).count("SECOND THIRD a b c") == 1
+
+
+def test_what_is_wrong_with_a_template_is_said_plainly(tmp_path: Path) -> None:
+    row = make_row(CHAT[2:], ["a", "b"], reference="c")
+    every = "^the templates must show every field once: "
+    for judge, message in (
+        ("{{ messages[0].content }}{{ messages[1].content }}", f"{every}response 1 is not shown$"),
+        (SHOW, f"{every}the reference is not shown$"),
+        (SHOW + "{{ reference }}{{ responses[1] }}", f"{every}response 2 is shown 2 times$"),
+        (FLAWED["repeats a message too early"], f"{every}message 1 is shown 2 times$"),
+        (FLAWED["reverses the responses"], "^the templates show every response in the order 2, 1$"),
+        (FLAWED["looks for a word"], "^the templates alter a field or depend on what it says$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_builder(tmp_path, judge).render(row, [0, 1])
+
+
+def test_a_message_may_be_shown_again_past_the_responses(tmp_path: Path) -> None:
+    builder = make_builder(tmp_path, SHOW + "again {{ messages[1].content }}!", PLAIN_CHAT)
+    row = make_row(CHAT[2:], ["RED", "GREEN"])
+    segments = builder.segments(row, [1, 0])
+    assert [(s.kind, written(tmp_path, list(s.token_ids))) for s in segments] == [
+        ("head", "<|im_start|>"),
+        ("conversation", "SECOND THIRD"),
+        ("response", " GREEN"),
+        ("response", " RED"),
+        ("tail", " again THIRD!<|im_end|>"),
+    ]
+
+
+# Turns
+
+
+def show(builder: PromptBuilder, directory: Path, row: Row, **given: Any) -> str:
+    return written(directory, builder.render(row, range(len(row.responses)), **given))
+
+
+TURNS = (
+    "{{- turn('system') -}} Be strict. {{- turn('user') -}} {{ messages[0].content }}"
+    "{% for r in responses %}{{ turn('response_' ~ loop.index) }}{{ r }}{% endfor %}"
+    "{{- turn('user') -}} Judge. {{- turn('assistant') -}} {{ anchor }} "
+)
+
+
+def test_a_judge_template_writes_turns(tmp_path: Path) -> None:
+    builder = make_builder(tmp_path, TURNS)
+    row = make_row("QUESTION", ["RED", "GREEN"])
+    turns = [("system", "Be strict."), ("user", "QUESTION"), ("response_1", "RED"),
+             ("response_2", "GREEN"), ("user", "Judge.")]  # fmt: skip
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        [{"role": role, "content": text} for role, text in turns],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert show(builder, tmp_path, row) == f"{expected}Scores: "
+    assert builder.continuation(row) == "Scores: "
+    kinds = [segment.kind for segment in builder.segments(row, [0, 1])]
+    assert kinds == ["head", "conversation", "response", "response", "tail"]
+
+
+def test_text_before_the_first_turn_is_the_users(tmp_path: Path) -> None:
+    row = make_row("a", ["b"])
+    for judge in (
+        SHOW,
+        "{{ turn('user') }}" + SHOW,
+        " \n{{ turn('user') }}" + SHOW,
+        SHOW + "{{ turn('assistant') }}",
+    ):
+        builder = make_builder(tmp_path, judge)
+        shown = "<|im_start|>user\na b <|im_end|><|im_start|>assistant"
+        assert show(builder, tmp_path, row) == shown
+        assert builder.continuation(row) == ""
+    builder = make_builder(tmp_path, "Hi.{{ turn('assistant') }}Yes?{{ turn('user') }}" + SHOW)
+    assert show(builder, tmp_path, row) == (
+        "<|im_start|>user\nHi.<|im_end|><|im_start|>assistant\nYes?<|im_end|>"
+        "<|im_start|>user\na b <|im_end|><|im_start|>assistant"
+    )
+
+
+def test_turns_that_make_no_prompt_are_refused(tmp_path: Path) -> None:
+    row = make_row("a", ["b"])
+    for judge, message in (
+        (SHOW + "{{ turn('assistant') }}{{ responses[0] }}", "last turn cannot show response 1"),
+        ("{{ turn('assistant') }}" + SHOW, "no turn before the assistant's"),
+        (" ", "no turn before the assistant's"),
+        (SHOW + "{{ turn('<|im_end|>') }}", r"turn\('<\|im_end\|>'\) names no role"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_builder(tmp_path, judge).render(row, [0])
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% else %}<think>\n{% endif %}{% else %}<|endoftext|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("judge", [SHOW, SHOW + "Think in <think> tags.", "</think>" + SHOW])
+@pytest.mark.parametrize("prefill", ["", "{{ turn('assistant') }}I see"])
+def test_a_judgement_continues_what_thinks_and_what_is_begun(
+    tmp_path: Path, judge: str, prefill: str
+) -> None:
+    row = make_row("a", ["b"])
+    begun = "I see" if prefill else ""
+    builder = make_builder(tmp_path, judge + prefill, THINKING)
+    assert builder.continuation(row) == "<think>\n" + begun
+    assert show(builder, tmp_path, row).endswith("<|im_start|>assistant\n<think>\n" + begun)
+    off = PromptBuilder(
+        builder.tokenizer,
+        builder.judge_template,
+        builder.settings,
+        chat_template_kwargs={"enable_thinking": False},
+    )
+    assert off.continuation(row) == begun
+    assert show(off, tmp_path, row).endswith("<think>\n\n</think>\n\n" + begun)
+    assert make_builder(tmp_path, judge + prefill).continuation(row) == begun
+
+
+# Anchor and code
+
+
+def test_the_anchor_is_a_variable_with_the_rows_code(tmp_path: Path) -> None:
+    judge = "{{ anchor }} or {{ anchor }}: " + SHOW + "{{ turn('assistant') }}{{ anchor }}"
+    row = make_row("a", ["b"])
+    for anchor, plain, coded in (
+        ("Scores:", "Scores:", "Scores 0417:"),
+        ("Final verdict : ", "Final verdict : ", "Final verdict 0417:"),
+        ("=>", "=>", "=> 0417:"),
+        (None, "None", "None"),
+    ):
+        builder = make_builder(tmp_path, judge, scores=JudgeSettings(anchor=anchor))
+        for code, shown in ((None, plain), ("0417", coded)):
+            text = show(builder, tmp_path, row, code=code)
+            assert text.startswith(f"<|im_start|>user\n{shown} or {shown}: a b <|im_end|>")
+            assert text.endswith(f"<|im_start|>assistant{shown}")
+            assert builder.continuation(row, code=code) == shown
+        assert builder.shows_code(row) == (anchor is not None)
+        segments = builder.segments(row, [0], code="0417")
+        assert segments[0].kind == "head"
+        assert segments == builder.segments(row, [0], code="0417", known={})
+        other = builder.segments(row, [0], code="0418")
+        assert segments[0] == other[0]  # of no row's own
+        assert (segments == other) == (anchor is None)
+
+
+def test_a_template_may_show_no_code() -> None:
+    builder, _, _ = shared()
+    row = make_row("a", ["b", "c"])
+    bare = PromptBuilder(builder.tokenizer, SHOW, JudgeSettings())
+    assert not bare.shows_code(row)
+    assert bare.render(row, [0, 1], code="123") == bare.render(row, [0, 1])
+    assert bare.continuation(row, code="123") == ""
+
+
+# Blanks before a field
+
+
+def write_merging_tokenizer(directory: Path, texts: list[str]) -> None:
+    """A byte-level BPE with the pre-tokenizer of Qwen and Llama 3, learnt from the texts."""
+    write_tokenizer(directory, "bpe")
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts * 3, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+WORDS = ["Compute", "the sum of 17 and 25", "It's 42, of course", "Antwort: größer als null"]
+
+
+@pytest.mark.parametrize("judge", [DEFAULT, JUDGE_TEMPLATE, SHOW], ids=["default", "pocket", "one"])
+def test_blanks_before_a_field_make_the_tokens_of_the_whole_text(
+    tmp_path: Path, judge: str
+) -> None:
+    write_merging_tokenizer(tmp_path, [*WORDS, DEFAULT, "user: Compute", "Response 1: It's"])
+    turns = [{"role": ("user", "assistant")[i % 2], "content": WORDS[i]} for i in range(3)]
+    row = make_row(turns, WORDS[1:])
+    tokenizer = Tokenizer(tmp_path)
+    builder = PromptBuilder(tokenizer, judge, JudgeSettings())
+    text = oracle(tmp_path, judge, row, [0, 1, 2])
+    whole = AutoTokenizer.from_pretrained(tmp_path).encode(text, add_special_tokens=False)
+    assert builder.render(row, [0, 1, 2]) == whole
+    apart = PromptBuilder(tokenizer, judge, JudgeSettings(join_blanks=False))
+    assert written(tmp_path, apart.render(row, [0, 1, 2])) == text
+    assert (apart.render(row, [0, 1, 2]) == whole) == (": {{" not in judge and judge != SHOW)
 
 
 @pytest.mark.parametrize(

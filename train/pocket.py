@@ -70,6 +70,7 @@ TEMPLATE_TEXTS = (
 )
 JUDGE_SETTINGS = {
     "score_min": 1, "score_max": 10, "threshold": 5.5, "anchor": "Scores:", "stop": "box",
+    "join_blanks": False,
 }  # fmt: skip
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
