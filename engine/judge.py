@@ -179,10 +179,20 @@ class Judge:
     ) -> list[int]:
         """The token ids of one sample's prompt; `order` defaults to the given one."""
         row = make_row(prompt, responses, reference=reference, principles=principles)
-        shown = list(range(len(row.responses))) if order is None else list(order)
-        if sorted(shown) != list(range(len(row.responses))):
-            raise ValueError(f"order {shown} is not a permutation of the responses")
-        return self.prompts.render(row, shown, hint)
+        return self.prompts.render(row, _shown(row, order), hint)
+
+    def show(
+        self,
+        prompt: str | Sequence[Message | dict[str, str]],
+        responses: Sequence[str],
+        order: Sequence[int] | None = None,
+        reference: str | None = None,
+        principles: str | None = None,
+        hint: str | None = None,
+    ) -> str:
+        """`render` as text, with control tokens written out."""
+        row = make_row(prompt, responses, reference=reference, principles=principles)
+        return self.prompts.show(row, _shown(row, order), hint)
 
     def key(self, entry: Row | BadRow, *, hint: Hint | None = None, **options: Any) -> str:
         """The key of an entry's line under the options of `rows`: a hash of all that decides it."""
@@ -516,6 +526,14 @@ class _Flight:
 
     def failure(self, error: str) -> RowFailure:
         return RowFailure(self.entry.id, self.entry.line, self.key, error)
+
+
+def _shown(row: Row, order: Sequence[int] | None) -> list[int]:
+    """The order in which a row's responses are shown; ValueError if it is no permutation."""
+    shown = list(range(len(row.responses))) if order is None else list(order)
+    if sorted(shown) != list(range(len(row.responses))):
+        raise ValueError(f"order {shown} is not a permutation of the responses")
+    return shown
 
 
 def _range(settings: JudgeSettings) -> tuple[int, int]:

@@ -252,6 +252,12 @@ class PromptBuilder:
         segments = self.segments(row, order, hint, code=code)
         return [t for segment in segments for t in segment.token_ids]
 
+    def show(
+        self, row: Row, order: Sequence[int], hint: str | None = None, code: str | None = None
+    ) -> str:
+        """The prompt of one sample as text, with its control tokens written out."""
+        return self.tokenizer.show(self.render(row, order, hint, code))
+
     def continuation(self, row: Row, hint: str | None = None, code: str | None = None) -> str:
         """The end of the prompt that a judgement continues: a `<think>` that the chat template
         opens, with what follows it, and the text that the judge template begins an answer with."""

@@ -25,7 +25,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -37,7 +37,7 @@ from engine.request import BadRow, Row
 from engine.summary import Tally
 from engine.templates import DATE, parse_variables
 from engine.verdict import RowFailure, Verdict, to_line
-from engine.view import render_error, render_summary, render_verdict
+from engine.view import escape, render_error, render_summary, render_verdict
 
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
 BUNDLED_ROWS = Path(__file__).with_name("rows.jsonl")
@@ -89,6 +89,8 @@ class Options(JudgeOptions):
     """Most samples decoded together."""
     max_row_bytes: int = MAX_ROW_BYTES
     """Longest input line, in bytes; a longer one is an error line."""
+    show_prompt: bool = False
+    """Print the first row's prompt, as its first sample sees it, and judge nothing."""
     resume: bool = False
     """Continue --out where an earlier run of the same rows and options was cut off."""
     drain_seconds: float = 60.0
@@ -105,6 +107,9 @@ def _judge(arguments: Sequence[str] | None, prog: str) -> int:
     with ExitStack() as stack:
         drain = stack.enter_context(closing(_Drain(options.drain_seconds)))
         try:
+            if options.show_prompt:
+                print(_first_prompt(options, stack))
+                return 0
             run = _Run(options, drain, stack)
         except _Interrupted:
             assert drain.signal is not None
@@ -206,23 +211,8 @@ class _Run:
             raise ValueError("--resume needs --out FILE")
         if options.out in (None, "-"):
             command.check_stream(1)
-        if not 1 <= options.max_row_bytes <= _MOST_ROW_BYTES:
-            raise ValueError(
-                f"--max-row-bytes {options.max_row_bytes} is not from 1 to {_MOST_ROW_BYTES}"
-            )
-        path = str(BUNDLED_ROWS) if options.data is None else options.data
-        stream: BinaryIO | Pipe
-        self.is_ready: Callable[[], bool] = lambda: True
-        if path == "-":
-            command.check_stream(0)
-            stream = Pipe(0, options.max_row_bytes)
-            self.is_ready = stream.ready
-        else:
-            stream = stack.enter_context(open_rows(Path(path)))
-        columns = None if options.columns is None else Columns.parse(options.columns)
-        self.entries = read_rows(stream, options.max_row_bytes, columns)
-        given = options.chat_template_kwargs
-        variables = None if given is None else parse_variables(given)
+        self.entries, self.is_ready = _open(options, stack)
+        variables = _variables(options)
         from engine.judge import Judge  # loads torch: not for --help, nor for a refused output
 
         self.judge = Judge.load(
@@ -245,7 +235,12 @@ class _Run:
         self.taken: deque[Row | BadRow] = deque()  # by the judge, and not yet back
         self.outcomes = self.judge.rows(self._entries(), **self.sampling)
         self.bar = stack.enter_context(
-            tqdm(total=_count_lines(path), initial=done, unit="row", disable=None)
+            tqdm(
+                total=_count_lines(str(BUNDLED_ROWS) if options.data is None else options.data),
+                initial=done,
+                unit="row",
+                disable=None,
+            )
         )
         drain.loaded()
         self.width = min(shutil.get_terminal_size().columns, 100)
@@ -327,6 +322,53 @@ class _Run:
             "tokens_per_second": round(useful / seconds, 1),
             "usage": usage,
         }
+
+
+def _open(options: Options, stack: ExitStack) -> tuple[Iterator[Row | BadRow], Callable[[], bool]]:
+    """The rows of --data, and whether one can be read without waiting."""
+    if not 1 <= options.max_row_bytes <= _MOST_ROW_BYTES:
+        raise ValueError(
+            f"--max-row-bytes {options.max_row_bytes} is not from 1 to {_MOST_ROW_BYTES}"
+        )
+    columns = None if options.columns is None else Columns.parse(options.columns)
+    if options.data == "-":
+        command.check_stream(0)
+        pipe = Pipe(0, options.max_row_bytes)
+        return read_rows(pipe, options.max_row_bytes, columns), pipe.ready
+    stream = stack.enter_context(
+        open_rows(Path(BUNDLED_ROWS if options.data is None else options.data))
+    )
+    return read_rows(stream, options.max_row_bytes, columns), lambda: True
+
+
+def _variables(options: Options) -> dict[str, Any] | None:
+    given = options.chat_template_kwargs
+    return None if given is None else parse_variables(given)
+
+
+def _first_prompt(options: Options, stack: ExitStack) -> str:
+    """What the first sample of the first row would see, without loading weights."""
+    from engine.orders import draw_orders  # these load torch
+    from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
+    from engine.settings import read_judge_settings
+    from models.tokenizer import Tokenizer
+
+    entries, _ = _open(options, stack)
+    row = next(entries, None)
+    if row is None:
+        raise ValueError("there is no row to show")
+    if isinstance(row, BadRow):
+        raise ValueError(f"line {row.line}: {row.error}")
+    prompts = PromptBuilder(
+        Tokenizer(options.model),
+        read_judge_template(options.model, options.template),
+        read_judge_settings(options.model),
+        chat_template=read_chat_template(options.model, options.chat_template),
+        chat_template_kwargs=_variables(options),
+        date=options.date,
+    )
+    text = prompts.show(row, draw_orders(row, options)[0])
+    return escape(text) if sys.stdout.isatty() else text
 
 
 def _count_lines(path: str) -> int | None:

@@ -184,6 +184,13 @@ class Tokenizer:
             )
         return b"".join([self.token_bytes[i] for i in ids]).decode("utf-8", errors="replace")
 
+    def show(self, ids: Iterable[int]) -> str:
+        """Text of ids with special tokens written out; bytes that are not UTF-8 become U+FFFD."""
+        added = self._template.get_added_tokens_decoder()
+        special = {i: added[i].content.encode() for i in self.special_ids}
+        written = [special.get(i, self.token_bytes[i]) for i in ids]
+        return b"".join(written).decode("utf-8", errors="replace")
+
 
 @contextmanager
 def _library(where: object) -> Iterator[None]:

@@ -378,6 +378,31 @@ def test_options_out_of_range_are_refused(judge: Judge) -> None:
             judge.rows([row], **options)
 
 
+def test_a_prompt_can_be_seen_before_weights_are_loaded(
+    judge: Judge, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its control tokens, and nothing else added to what is rendered."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "judge_template.jinja",
+                 "judge.json"):  # fmt: skip
+        (tmp_path / name).write_bytes((POCKET / name).read_bytes())
+    row = make_row("What is <|end|>?", ["4", "5 \u2028"], id="first")
+    data = tmp_path / "rows.jsonl"
+    fields = {"id": "first", "prompt": row.messages[0].content, "responses": row.responses}
+    data.write_text(json.dumps(fields) + "\n{}\n")
+    arguments = ["--model", str(tmp_path), "--data", str(data), "--show-prompt"]
+    assert command_line.main([*arguments, "--seed", "3"]) == 0
+    shown = capsys.readouterr().out
+    order = draw_orders(row, JudgeOptions(seed=3))[0]
+    assert shown == judge.show("What is <|end|>?", row.responses, order) + "\n"
+    assert shown.startswith("<|user|>Judge each response. Scores go from 1 to 10.\nuser: What is")
+    assert shown.endswith("<|end|><|judge|>\n") and shown.count("<|end|>") == 2
+    data.write_text("{}\n")
+    assert command_line.main(arguments) == 2
+    assert "error: line 1: " in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"order \[0\] is not a permutation"):
+        judge.show("p", ["a", "b"], [0])
+
+
 def test_the_key_changes_with_whatever_changes_the_output(judge: Judge) -> None:
     row = world_rows(1)[0]
     other = make_row(row.messages, [*row.responses[:-1], "other"], id=row.id)
