@@ -176,10 +176,12 @@ class Judge:
         reference: str | None = None,
         principles: str | None = None,
         hint: str | None = None,
+        seed: int = 0,
     ) -> list[int]:
-        """The token ids of one sample's prompt; `order` defaults to the given one."""
+        """The token ids of one sample's prompt; `order` defaults to the given one. The seed decides
+        the nonce, where the judge's rows have one."""
         row = make_row(prompt, responses, reference=reference, principles=principles)
-        return self.prompts.render(row, _shown(row, order), hint)
+        return self.prompts.render(row, _shown(row, order), hint, self.prompts.nonce(row, seed))
 
     def show(
         self,
@@ -189,10 +191,11 @@ class Judge:
         reference: str | None = None,
         principles: str | None = None,
         hint: str | None = None,
+        seed: int = 0,
     ) -> str:
         """`render` as text, with control tokens written out."""
         row = make_row(prompt, responses, reference=reference, principles=principles)
-        return self.prompts.show(row, _shown(row, order), hint)
+        return self.prompts.show(row, _shown(row, order), hint, self.prompts.nonce(row, seed))
 
     def key(self, entry: Row | BadRow, *, hint: Hint | None = None, **options: Any) -> str:
         """The key of an entry's line under the options of `rows`: a hash of all that decides it."""
@@ -276,7 +279,7 @@ class Judge:
         cache_bytes, scorer = self.cache_bytes, None
         if self.meta is not None:
             scorer, cache_bytes = self._scorer(self.meta, chosen, backend)
-        rules = self.settings.rules(chosen.stop or self.settings.stop, False)
+        rules = self.settings.rules(chosen.stop or self.settings.stop, self.prompts.uses_nonce)
         generator = Generator(
             self.model,
             self._automaton(rules),
@@ -391,14 +394,20 @@ class Judge:
         if isinstance(row, BadRow):
             flight.outcome = flight.failure(row.error)
             return Group([], (0, 0), 1, flight)
+        nonce, opening = None, b""
         try:
-            prompts = self._prompts(row, flight)
+            nonce = self.prompts.nonce(row, options.seed)
+            prompts = self._prompts(row, flight, nonce)
+            opening = self.prompts.continuation(row, flight.hints[0], nonce).encode()
         except ValueError as error:
             flight.outcome = flight.failure(str(error))
         key = stream_key(options.seed, row.id, "token")
-        return Group(prompts, key, len(row.responses), flight, self._rounds(flight, options))
+        rounds = self._rounds(flight, options)
+        return Group(prompts, key, len(row.responses), flight, rounds, opening, nonce)
 
-    def _prompts(self, row: Row, flight: "_Flight") -> list[list[tuple[int, ...]]]:
+    def _prompts(
+        self, row: Row, flight: "_Flight", nonce: str | None
+    ) -> list[list[tuple[int, ...]]]:
         """Each sample's prompt as segments; samples that see the same thing share one list."""
         shown = list(zip(flight.orders, flight.hints, strict=True))
         prompts: dict[tuple[tuple[int, ...], str | None], list[tuple[int, ...]]] = {}
@@ -406,7 +415,7 @@ class Judge:
         context = self.model.config.max_position_embeddings
         for order, hint in shown:
             if (order, hint) not in prompts:
-                segments = self.prompts.segments(row, order, hint, known)
+                segments = self.prompts.segments(row, order, hint, known, nonce)
                 tokens = sum(len(segment.token_ids) for segment in segments)
                 if not tokens:
                     raise ValueError("the templates make an empty prompt of this row")

@@ -1,5 +1,6 @@
-"""In which order each sample of a row sees the responses."""
+"""What a row draws beside tokens: the orders in which samples see its responses, its nonce."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,21 @@ def draw_orders(row: Row, options: JudgeOptions) -> list[tuple[int, ...]]:
     places = torch.arange(n).expand(k, n)
     draws = uniforms(key.expand(k, 2), torch.arange(k), places)
     return [tuple(order) for order in draws.argsort(dim=1, stable=True).tolist()]
+
+
+def draw_nonce(row: Row, seed: int) -> str:
+    """Six digits that stand in no text of the row, so that no response can have written them.
+
+    They follow from the row and the seed. Raises ValueError for a row that holds a hundred of them.
+    """
+    texts = [*(message.content for message in row.messages), *row.responses]
+    texts += [text for text in (row.reference, row.principles) if text is not None]
+    for attempt in range(100):
+        digest = hashlib.sha256(f"nonce {seed} {attempt} {row.digest}".encode()).digest()
+        nonce = str(100_000 + int.from_bytes(digest[:8]) % 900_000)
+        if not any(nonce in text for text in texts):
+            return nonce
+    raise ValueError("the row holds every nonce that was drawn for it")
 
 
 def in_row_order(scores: Sequence[int] | None, order: Sequence[int]) -> tuple[int, ...] | None:

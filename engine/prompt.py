@@ -21,11 +21,12 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from engine.orders import draw_nonce
 from engine.request import Row
 from engine.settings import JudgeSettings
 from engine.templates import DATE, LongText, Template, check_variables
@@ -264,9 +265,23 @@ class PromptBuilder:
         pieces = self._layout(_shape(row, hint, code)).continuation
         return "".join(code or "" if isinstance(piece, _Field) else piece for piece in pieces)
 
-    def shows_code(self, row: Row, hint: str | None = None) -> bool:
-        """Whether the templates would show a code in this row's prompts."""
-        return self._layout(_shape(row, hint, "0")).shows_code
+    @cached_property
+    def uses_nonce(self) -> bool:
+        """Whether rows have a nonce (see `JudgeSettings`). Raises ValueError where the settings say
+        so and the template does not show the anchor of a plain row."""
+        settings = self.settings
+        wanted = settings.anchor_nonce
+        if wanted is False or settings.anchor is None or settings.format != "boxed":
+            return False
+        plain = _Shape(("user",), 2, reference=False, principles=False, hint=False, code=True)
+        shows = self._layout(plain).shows_code
+        if wanted and not shows:
+            raise ValueError("anchor_nonce: the judge template does not show the anchor")
+        return shows
+
+    def nonce(self, row: Row, seed: int) -> str | None:
+        """The row's nonce, where rows have one; see `draw_nonce`."""
+        return draw_nonce(row, seed) if self.uses_nonce else None
 
     def _make_layout(self, shape: _Shape) -> _Layout:
         fields = shape.fields()

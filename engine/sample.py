@@ -25,7 +25,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
 
@@ -46,11 +46,22 @@ _MOST_TAKEN = 1 << 14  # entries whose lines are not written yet: bad ones behin
 DRAIN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ALARM_SECONDS = 0.1  # from one look at the end of a drain to the next
 GROUPS = {
-    "model": ("model", "meta_model", "template", "dtype", "device"),
+    "model": ("model", "meta_model", "dtype", "device"),
     "rows": ("data", "columns", "max_row_bytes"),
-    "output": ("out", "resume", "drain_seconds"),
+    "prompts": ("template", "chat_template", "chat_template_kwargs", "date"),
+    "scores": (
+        "anchor",
+        "anchor_nonce",
+        "score_min",
+        "score_max",
+        "threshold",
+        "format",
+        "stop",
+        "force_scores",
+    ),
+    "output": ("out", "resume", "drain_seconds", "show_prompt"),
     "judging": ("k", "k_meta", "until_decided", "orders", "max_orders", "seed"),
-    "sampling": ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "stop"),
+    "sampling": ("temperature", "top_p", "top_k", "min_p", "max_new_tokens"),
     "speed": ("max_batch", "attention", "deterministic"),
 }
 EXAMPLE = "--model DIR --data rows.jsonl --out verdicts.jsonl --k 32"
@@ -81,6 +92,21 @@ class Options(JudgeOptions):
     """Variables for the chat template, a JSON object such as {"enable_thinking": false}."""
     date: str = DATE
     """What templates take for today, as YYYY-MM-DD."""
+    anchor: str | None = None
+    """What begins the line of scores, in place of what judge.json says; "" for none: then the last
+    box of the text decides."""
+    anchor_nonce: Literal["on", "off"] | None = None
+    """Ask for a random number in that line, which no response can hold, and read no line without;
+    by default on for models without a judge.json whose template shows the anchor."""
+    score_min: int | None = None
+    """Lowest score, in place of what judge.json says."""
+    score_max: int | None = None
+    """Highest score, in place of what judge.json says."""
+    threshold: float | None = None
+    """What a single response's mean score must pass to be right."""
+    format: Literal["boxed", "pairwise", "answer-tags", "json", "rating"] | None = None
+    """How the judge writes its scores: in a box, or as RM-R1 and Skywork-Critic (pairwise),
+    JudgeLRM (answer-tags), RewardAnything (json) or Prometheus (rating) do."""
     dtype: str = "auto"
     """Of weights and cache: auto, float32, bfloat16 or float16."""
     device: str = "auto"
@@ -225,6 +251,7 @@ class _Run:
             device=options.device,
             max_batch=options.max_batch,
             meta=options.meta_model,
+            settings=_settings(options),
         )
         self.sampling: dict[str, Any] = {
             field.name: getattr(options, field.name) for field in dataclasses.fields(JudgeOptions)
@@ -346,6 +373,18 @@ def _variables(options: Options) -> dict[str, Any] | None:
     return None if given is None else parse_variables(given)
 
 
+def _settings(options: Options) -> dict[str, Any]:
+    """What the command line says in place of judge.json."""
+    given = {name: getattr(options, name) for name in ("score_min", "score_max", "threshold")}
+    given |= {"anchor": options.anchor, "format": options.format}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if options.anchor == "":
+        changes["anchor"] = None
+    if options.anchor_nonce is not None:
+        changes["anchor_nonce"] = options.anchor_nonce == "on"
+    return changes
+
+
 def _first_prompt(options: Options, stack: ExitStack) -> str:
     """What the first sample of the first row would see, without loading weights."""
     from engine.orders import draw_orders  # these load torch
@@ -362,12 +401,12 @@ def _first_prompt(options: Options, stack: ExitStack) -> str:
     prompts = PromptBuilder(
         Tokenizer(options.model),
         read_judge_template(options.model, options.template),
-        read_judge_settings(options.model),
+        read_judge_settings(options.model, _settings(options)),
         chat_template=read_chat_template(options.model, options.chat_template),
         chat_template_kwargs=_variables(options),
         date=options.date,
     )
-    text = prompts.show(row, draw_orders(row, options)[0])
+    text = prompts.show(row, draw_orders(row, options)[0], code=prompts.nonce(row, options.seed))
     return escape(text) if sys.stdout.isatty() else text
 
 

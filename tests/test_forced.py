@@ -2,6 +2,7 @@
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.rows import needs_cpp
 from tests.test_judge import drawn, run, world_rows
 from tests.tiny import write_tokenizer
 
-FORCED = {"force_scores": True, "temperature": 1.0, "max_new_tokens": 6}
+FORCED: dict[str, Any] = {"force_scores": True, "temperature": 1.0, "max_new_tokens": 6}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_a_small_cache_changes_nothing(judge: Judge) -> None:
         max_batch=4,
         cache_bytes=1_500_000,
     )
-    narrow = [*small.rows(rows, k=4, **FORCED)]  # type: ignore[arg-type]
+    narrow = [*small.rows(rows, k=4, **FORCED)]
     assert [v.scores for v in narrow if isinstance(v, Verdict)] == [v.scores for v in wide]
 
 

@@ -438,7 +438,8 @@ def test_every_option_and_setting_is_in_the_key(judge: Judge) -> None:
     different = [
         key(),
         *(key(until_decided=sure) for sure in (0.9, 0.99)),
-        *(key(**{name: True}) for name in ("deterministic", "force_scores")),
+        key(deterministic=True),
+        key(force_scores=True),
         key(stop="box"),
         key(JudgeSettings(stop="box"), stop="eos"),
         key(JudgeSettings(anchor="Score:")),

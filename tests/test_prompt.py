@@ -459,16 +459,18 @@ def test_the_anchor_is_a_variable_with_the_rows_code(tmp_path: Path) -> None:
     for anchor, plain, coded in (
         ("Scores:", "Scores:", "Scores 0417:"),
         ("Final verdict : ", "Final verdict : ", "Final verdict 0417:"),
-        ("=>", "=>", "=> 0417:"),
+        ("Verdict =>", "Verdict =>", "Verdict => 0417:"),
         (None, "None", "None"),
     ):
-        builder = make_builder(tmp_path, judge, scores=JudgeSettings(anchor=anchor))
+        builder = make_builder(
+            tmp_path, judge, scores=JudgeSettings(anchor=anchor, anchor_nonce=None)
+        )
         for code, shown in ((None, plain), ("0417", coded)):
             text = show(builder, tmp_path, row, code=code)
             assert text.startswith(f"<|im_start|>user\n{shown} or {shown}: a b <|im_end|>")
             assert text.endswith(f"<|im_start|>assistant{shown}")
             assert builder.continuation(row, code=code) == shown
-        assert builder.shows_code(row) == (anchor is not None)
+        assert builder.uses_nonce == (anchor is not None)
         segments = builder.segments(row, [0], code="0417")
         assert segments[0].kind == "head"
         assert segments == builder.segments(row, [0], code="0417", known={})
@@ -480,8 +482,10 @@ def test_the_anchor_is_a_variable_with_the_rows_code(tmp_path: Path) -> None:
 def test_a_template_may_show_no_code() -> None:
     builder, _, _ = shared()
     row = make_row("a", ["b", "c"])
-    bare = PromptBuilder(builder.tokenizer, SHOW, JudgeSettings())
-    assert not bare.shows_code(row)
+    bare = PromptBuilder(builder.tokenizer, SHOW, JudgeSettings(anchor_nonce=None))
+    assert not bare.uses_nonce
+    with pytest.raises(ValueError, match="the judge template does not show the anchor"):
+        _ = PromptBuilder(builder.tokenizer, SHOW, JudgeSettings(anchor_nonce=True)).uses_nonce
     assert bare.render(row, [0, 1], code="123") == bare.render(row, [0, 1])
     assert bare.continuation(row, code="123") == ""
 
