@@ -289,12 +289,12 @@ class ScoreAutomaton:
         openings: Sequence[bytes] = (),
     ) -> ScoreState:
         """The state of rows that expect n (B,) int64 scores, 0 <= n <= max_n. nonces: of each row,
-        where rules have one. openings: of each row, the text of its prompt that it goes on with.
+        where rules have one (0 where not given). openings: of each row, the text of its prompt that it goes on with.
         With n on CPU and no opening nothing waits for the device."""
         if n.dim() != 1 or n.dtype != torch.int64 or ((n < 0) | (n > max_n)).any():
             raise ValueError(f"n must be (B,) int64 in [0, {max_n}], got {n}")
-        if (nonces is not None) != self.rules.nonce:
-            raise ValueError("nonces are given where rules have a nonce, and only there")
+        if nonces is not None and not self.rules.nonce:
+            raise ValueError("nonces are for rules that have one")
         device = self._table.device
         zero = torch.zeros(len(n), dtype=torch.int64, device=device)
         state = ScoreState(

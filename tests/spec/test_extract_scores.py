@@ -386,7 +386,7 @@ def test_bad_arguments() -> None:
     automaton = ScoreAutomaton(BYTES, set(), LAST)
     with pytest.raises(ValueError, match=r"in \[0, 2\]"):
         automaton.start(torch.tensor([3]), 2)
-    with pytest.raises(ValueError, match="nonces are given where"):
+    with pytest.raises(ValueError, match="nonces are for rules"):
         automaton.start(torch.tensor([1]), 2, [5])
 
 
