@@ -289,8 +289,8 @@ class ScoreAutomaton:
         openings: Sequence[bytes] = (),
     ) -> ScoreState:
         """The state of rows that expect n (B,) int64 scores, 0 <= n <= max_n. nonces: of each row,
-        where rules have one (0 where not given). openings: of each row, the text of its prompt that it goes on with.
-        With n on CPU and no opening nothing waits for the device."""
+        where rules have one (0 where not given). openings: of each row, the text of its prompt that
+        it goes on with. With n on CPU and no opening nothing waits for the device."""
         if n.dim() != 1 or n.dtype != torch.int64 or ((n < 0) | (n > max_n)).any():
             raise ValueError(f"n must be (B,) int64 in [0, {max_n}], got {n}")
         if nonces is not None and not self.rules.nonce:

@@ -1,4 +1,4 @@
-"""The nonce in the anchor line: a response cannot have written it, and no line without it counts."""
+"""The nonce in the anchor line: no response can have written it, no line without it counts."""
 
 from itertools import product
 
@@ -64,8 +64,9 @@ def judge() -> Judge:
 def test_what_a_judgement_writes_without_it_is_not_read(judge: Judge) -> None:
     row = world_rows(1)[0]
     options = {"k": 6, "temperature": 1.0, "max_new_tokens": 120, "seed": 3}
+    without_prefill = TEMPLATE.replace('{{ turn("assistant") }}', "")
     bare = Judge(
-        judge.model, judge.tokenizer, judge_template=TEMPLATE.replace('{{ turn("assistant") }}', ""),
+        judge.model, judge.tokenizer, judge_template=without_prefill,
         settings=JudgeSettings(anchor_nonce=True),
     )  # fmt: skip
     assert judge.prompts.uses_nonce and bare.prompts.uses_nonce
