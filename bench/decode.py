@@ -126,7 +126,8 @@ class Ours:
 
     def round(self, seed: int) -> Round:
         """Sample once, with prompts of this seed."""
-        group = Group(self.load.prompts(self.vocab_size, seed), (seed, 0), 4)
+        prompts = self.load.prompts(self.vocab_size, seed)
+        group = Group(prompts, (seed, 0), [4] * len(prompts))
         before = asdict(self.usage)
         started = time.perf_counter()
         (result,) = self.generator.run([group])

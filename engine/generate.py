@@ -46,7 +46,7 @@ INTERLEAVED_TOKENS = 2048  # of one between two blocks of decode steps, on a GPU
 @dataclass
 class Group:
     """One row's samples. `prompts[j]` is sample j's prompt as non-empty segments; `key` the row's
-    token stream; `num_scores` the scores a judgement must hold; `tag` is the caller's.
+    token stream; `num_scores[j]` the scores that sample j must hold; `tag` is the caller's.
 
     `next_round`, where there is one, is given all samples so far, in order, when every one of them
     is done (at first none), and says how many to draw next: 0 ends the group. It must depend on
@@ -56,7 +56,7 @@ class Group:
 
     prompts: Sequence[Sequence[TokenIds]]
     key: tuple[int, int]
-    num_scores: int
+    num_scores: Sequence[int]
     tag: Any = None
     next_round: Callable[[Sequence["Generation"]], int] | None = None
     opening: bytes = b""
@@ -344,7 +344,7 @@ class Generator:
 
     def _context(self, group: Group) -> int:
         """The most tokens of a prompt and what follows it, but for what may be forced."""
-        kept = 0 if self.form is None else self.form.most_tokens(group.num_scores)
+        kept = 0 if self.form is None else self.form.most_tokens(max(group.num_scores))
         return self.config.max_position_embeddings - kept
 
     def _let_go(self, pending: _Pending) -> None:
@@ -409,7 +409,7 @@ class Generator:
             limit=self._tensor([leaf.limit for leaf in joining]),
             slot=self._tensor([leaf.slot for leaf in joining]),
             scores=self.automaton.start(
-                torch.tensor([group.num_scores for group in groups]),
+                torch.tensor([leaf.pending.group.num_scores[leaf.sample] for leaf in joining]),
                 self.max_scores,
                 nonces if self.automaton.rules.nonce else None,
                 [group.opening for group in groups],
@@ -517,7 +517,8 @@ class Generator:
             tokens = tokens[:-1]
         opening = self.form.opening(tokens, group.opening, group.nonce)
         generation = replace(generation, token_ids=list(tokens), forced=True)
-        forced = _Forced(generation, ForcedScores(self.form, group.num_scores), leaf.end, None)
+        scores = ForcedScores(self.form, group.num_scores[leaf.sample])
+        forced = _Forced(generation, scores, leaf.end, None)
         leaf.pending.forced[leaf.sample] = forced
         self._write(forced, opening, 0.0, 0.0)
         forced.end = self.forest.below(leaf.end, tuple(forced.generation.token_ids))
@@ -574,7 +575,7 @@ class Generator:
 
     def _generation(self, leaf: _Leaf, sampled: Sampled) -> Generation:
         stopped = self.stop == "box" and sampled.decided and not sampled.ended
-        scores = sampled.scores[: leaf.pending.group.num_scores]
+        scores = sampled.scores[: leaf.pending.group.num_scores[leaf.sample]]
         return Generation(
             sampled.token_ids,
             sampled.logprobs,

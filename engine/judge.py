@@ -35,10 +35,10 @@ from engine.key import line_key, model_fingerprint
 from engine.labels import agrees, is_correct
 from engine.memory import cache_budget
 from engine.meta import CACHE_SHARE, MetaModel, MetaScorer
-from engine.options import JudgeOptions
-from engine.orders import draw_orders, in_row_order
+from engine.options import MAX_GROUP, JudgeOptions
+from engine.orders import draw_orders, groups_of, in_row_order, seen_by
 from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
-from engine.request import MAX_RESPONSES, BadRow, Message, Row, make_row
+from engine.request import BadRow, Message, Row, make_row
 from engine.settings import JudgeSettings, read_judge_settings
 from engine.templates import DATE, Template
 from engine.verdict import RowFailure, Sample, Verdict
@@ -286,7 +286,7 @@ class Judge:
             options=sampling,
             max_new_tokens=chosen.max_new_tokens,
             max_batch=self.max_batch,
-            max_scores=MAX_RESPONSES,
+            max_scores=MAX_GROUP,
             stop=chosen.stop or self.settings.stop,
             form=self._form(rules) if chosen.force_scores else None,
             deterministic=chosen.deterministic,
@@ -383,19 +383,25 @@ class Judge:
 
     def _flight(self, entry: Row | BadRow, options: JudgeOptions, hint: Hint | None) -> "_Flight":
         if isinstance(entry, BadRow):
-            return _Flight(entry, self._key(entry, options), [], [])
+            return _Flight(entry, self._key(entry, options), [], [], [])
         orders = draw_orders(entry, options)
         hints = [None if hint is None else hint(entry, order) for order in orders]
-        return _Flight(entry, self._key(entry, options, hints), orders, hints)
+        shown = [group for order in orders for group in groups_of(order, options.group_size)]
+        return _Flight(entry, self._key(entry, options, hints), orders, hints, shown)
 
     def _group(self, flight: "_Flight", options: JudgeOptions) -> Group:
         """What is to be sampled of an entry: nothing of one that has failed."""
         row, prompts = flight.entry, []
         if isinstance(row, BadRow):
             flight.outcome = flight.failure(row.error)
-            return Group([], (0, 0), 1, flight)
+            return Group([], (0, 0), [], flight)
         nonce, opening = None, b""
         try:
+            if flight.num_groups > 1 and self.meta is not None:
+                raise ValueError(
+                    f"{len(row.responses)} responses; a meta model scores judgements of at most "
+                    f"{options.group_size}"
+                )
             nonce = self.prompts.nonce(row, options.seed)
             prompts = self._prompts(row, flight, nonce)
             opening = self.prompts.continuation(row, flight.hints[0], nonce).encode()
@@ -403,19 +409,21 @@ class Judge:
             flight.outcome = flight.failure(str(error))
         key = stream_key(options.seed, row.id, "token")
         rounds = self._rounds(flight, options)
-        return Group(prompts, key, len(row.responses), flight, rounds, opening, nonce)
+        return Group(prompts, key, [*map(len, flight.shown)], flight, rounds, opening, nonce)
 
     def _prompts(
         self, row: Row, flight: "_Flight", nonce: str | None
     ) -> list[list[tuple[int, ...]]]:
-        """Each sample's prompt as segments; samples that see the same thing share one list."""
-        shown = list(zip(flight.orders, flight.hints, strict=True))
+        """The prompt of each judgement as segments; those that see the same thing share one."""
+        hints = [hint for hint in flight.hints for _ in range(flight.num_groups)]
+        shown = list(zip(flight.shown, hints, strict=True))
         prompts: dict[tuple[tuple[int, ...], str | None], list[tuple[int, ...]]] = {}
         known: dict[Any, Any] = {}
         context = self.model.config.max_position_embeddings
         for order, hint in shown:
             if (order, hint) not in prompts:
-                segments = self.prompts.segments(row, order, hint, known, nonce)
+                seen = seen_by(row, order)
+                segments = self.prompts.segments(*seen, hint, known, nonce)
                 tokens = sum(len(segment.token_ids) for segment in segments)
                 if not tokens:
                     raise ValueError("the templates make an empty prompt of this row")
@@ -434,9 +442,9 @@ class Judge:
         cycle = len(set(flight.orders)) if options.orders == "rotate" else 1
 
         def further(drawn: Sequence[Generation]) -> int:
-            pairs = zip(drawn, flight.orders, strict=False)
-            scores = [in_row_order(self._read(g, len(order)).scores, order) for g, order in pairs]
-            return samples_to_draw(scores, options.k, cycle, sure, self.settings)
+            scores = [sample.scores for sample in self._samples(flight, drawn)]
+            count = samples_to_draw(scores, options.k, cycle, sure, self.settings)
+            return count * flight.num_groups
 
         return further
 
@@ -451,12 +459,7 @@ class Judge:
         assert isinstance(row, Row)
         if result.error is not None:
             return flight.failure(result.error)
-        generations = [self._read(g, len(row.responses)) for g in result.generations]
-        orders = flight.orders[: len(generations)]
-        samples = [
-            self._sample(order, generation)
-            for order, generation in zip(orders, generations, strict=True)
-        ]
+        samples = self._samples(flight, result.generations)
         if scorer is not None:
             valid = [sample for sample in samples if sample.scores is not None]
             try:
@@ -473,9 +476,9 @@ class Judge:
         tie_key = torch.tensor([stream_key(options.seed, row.id, "tie")])
         zero = torch.zeros(1, dtype=torch.int64)
         votes = vote(
-            torch.tensor([[g.scores or blank for g in generations]]),
-            torch.tensor([orders]),
-            torch.tensor([[g.scores is not None for g in generations]]),
+            torch.tensor([[s.scores or blank for s in samples]]),
+            torch.tensor([[range(n)] * len(samples)]),
+            torch.tensor([[s.scores is not None for s in samples]]),
             torch.tensor([n]),
             uniforms(tie_key, zero, zero),
             meta,
@@ -496,7 +499,7 @@ class Judge:
             votes=voted,
             samples=samples,
             prompt_tokens=sum(
-                sum(map(len, prompt)) for prompt in result.group.prompts[: len(samples)]
+                sum(map(len, prompt)) for prompt in result.group.prompts[: len(result.generations)]
             ),
             tree_tokens=result.tree_tokens,
             decode_tokens=sum(sample.tokens for sample in samples),
@@ -507,31 +510,54 @@ class Judge:
             row_meta=row.meta,
         )
 
-    def _sample(self, order: tuple[int, ...], generation: Generation) -> Sample:
+    def _samples(self, flight: "_Flight", generations: Sequence[Generation]) -> list[Sample]:
+        """The samples of a row, each of as many judgements as the row has groups."""
+        read = [
+            self._read(generation, len(order))
+            for order, generation in zip(flight.shown, generations, strict=False)
+        ]
+        count = flight.num_groups
+        judgements = [read[i : i + count] for i in range(0, len(read), count)]
+        return [
+            self._sample(order, each)
+            for order, each in zip(flight.orders, judgements, strict=False)
+        ]
+
+    def _sample(self, order: tuple[int, ...], judgements: Sequence[Generation]) -> Sample:
+        """A sample of one judgement, or of one for each group of its responses."""
+        reasons = [each.reason for each in judgements if each.reason != Reason.VALID]
+        scores = None if reasons else [score for each in judgements for score in each.scores or ()]
+        finishes = {each.finish for each in judgements}
         return Sample(
             order=order,
-            text=self._text(generation),
-            scores=in_row_order(generation.scores, order),
-            invalid=None if generation.reason == Reason.VALID else generation.reason.label,
+            text="\n\n".join(self._text(each) for each in judgements),
+            scores=in_row_order(scores, order),
+            invalid=reasons[0].label if reasons else None,
             meta=None,
-            tokens=len(generation.token_ids),
-            finish=generation.finish,
-            forced=generation.forced,
-            token_ids=generation.token_ids,
-            logprobs=generation.logprobs,
-            sampling_logprobs=generation.sampling_logprobs,
+            tokens=sum(len(each.token_ids) for each in judgements),
+            finish="length" if "length" in finishes else judgements[-1].finish,
+            forced=any(each.forced for each in judgements),
+            token_ids=[token for each in judgements for token in each.token_ids],
+            logprobs=[value for each in judgements for value in each.logprobs],
+            sampling_logprobs=[value for each in judgements for value in each.sampling_logprobs],
         )
 
 
 @dataclass
 class _Flight:
-    """An entry between its arrival and its place in the output; orders and hints of its samples."""
+    """An entry between its arrival and its place in the output: orders and hints of its samples,
+    and the responses that each judgement is shown, num_groups of them for a sample."""
 
     entry: Row | BadRow
     key: str
     orders: list[tuple[int, ...]]
     hints: list[str | None]
+    shown: list[tuple[int, ...]]
     outcome: Verdict | RowFailure | None = None
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.shown) // len(self.orders)
 
     def failure(self, error: str) -> RowFailure:
         return RowFailure(self.entry.id, self.entry.line, self.key, error)

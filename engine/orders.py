@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 
 import torch
 
@@ -25,6 +27,22 @@ def draw_orders(row: Row, options: JudgeOptions) -> list[tuple[int, ...]]:
     places = torch.arange(n).expand(k, n)
     draws = uniforms(key.expand(k, 2), torch.arange(k), places)
     return [tuple(order) for order in draws.argsort(dim=1, stable=True).tolist()]
+
+
+def groups_of(order: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
+    """The order cut into as few groups of at most `size` as can be, the longer ones first."""
+    count = -(-len(order) // size)
+    short, longer = divmod(len(order), count)
+    sizes = [short + 1] * longer + [short] * (count - longer)
+    stops = list(accumulate(sizes))
+    return [order[stop - length : stop] for stop, length in zip(stops, sizes, strict=True)]
+
+
+def seen_by(row: Row, group: tuple[int, ...]) -> tuple[Row, tuple[int, ...]]:
+    """The row as a judgement of this group of responses sees it, and the order of its responses."""
+    if len(group) == len(row.responses):
+        return row, group
+    return replace(row, responses=tuple(row.responses[i] for i in group)), tuple(range(len(group)))
 
 
 def draw_nonce(row: Row, seed: int) -> str:

@@ -28,7 +28,7 @@ import msgspec
 
 from engine.labels import Label, quote, read_label
 
-MAX_RESPONSES = 20
+MAX_RESPONSES = 256
 MAX_DEPTH = 64  # levels of nesting; real rows have 3, and `meta` a few more
 MAX_ERROR_CHARS = 300
 TEXT_PARTS = ("text", "input_text", "output_text")

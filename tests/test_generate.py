@@ -30,6 +30,8 @@ YARN = {
     }
 }
 
+TWO = [2] * 64  # scores of each sample
+
 
 def make_generator(model: Transformer, **options: object) -> Generator:
     defaults: dict[str, object] = {
@@ -59,7 +61,7 @@ def make_groups(count: int, seed: int = 0, longest: int = 40, k: int = 3) -> lis
             [head, conversation, first, second, tail],
             [head, conversation, second, first, tail],
         ]
-        groups.append(Group([orders[j % 2] for j in range(k)], (i, 7), 2, tag=i))
+        groups.append(Group([orders[j % 2] for j in range(k)], (i, 7), TWO, tag=i))
     return groups
 
 
@@ -185,10 +187,10 @@ def test_suffixes_longer_than_a_split(tiny: Transformer, tmp_path: Path) -> None
 def test_a_sample_ends_at_the_models_context(tiny: Transformer) -> None:
     context = tiny.config.max_position_embeddings
     prompt: Prompt = [tuple([7] * (context - 5))]
-    (result,) = run(make_generator(tiny), [Group([prompt], (1, 2), 2, tag=0)])
+    (result,) = run(make_generator(tiny), [Group([prompt], (1, 2), TWO, tag=0)])
     assert len(result.generations[0].token_ids) == 5
     assert result.generations[0].finish == "length"
-    (refused,) = run(make_generator(tiny), [Group([[tuple([7] * context)]], (1, 2), 2, tag=0)])
+    (refused,) = run(make_generator(tiny), [Group([[tuple([7] * context)]], (1, 2), TWO, tag=0)])
     assert refused.error == f"the prompt has {context} tokens, the model's context is {context}"
 
 
@@ -196,7 +198,7 @@ def test_a_prompt_may_end_within_another(tiny: Transformer) -> None:
     """Also when the shorter one joins later, over keys that are in the cache already."""
     head, middle, tail = tuple(range(10, 30)), tuple(range(40, 50)), (60, 61)
     prompts: list[Prompt] = [[head, middle, tail], [head, middle], [head]]
-    group = Group(prompts, (3, 4), 2, tag=0)
+    group = Group(prompts, (3, 4), TWO, tag=0)
     alone = []
     for prompt in prompts:
         logits = tiny.logits(flat(prompt))[-1]
@@ -221,10 +223,10 @@ def test_a_prompt_is_computed_once_however_few_the_slots(tiny: Transformer, max_
 def test_a_head_that_was_allocated_but_never_computed_is_not_used(tiny: Transformer) -> None:
     """A row fails, or waits, after its head found room: the next row with that head computes it."""
     head, tail = tuple(range(10, 30)), (40, 41)
-    first = Group([[head, tuple([9] * 900), tail]], (1, 1), 2, tag=0)
-    second = Group([[head, (7, 8, 9), tail]], (2, 2), 2, tag=1)
-    other = Group([[tuple(range(50, 80)), tuple([5] * 200), tail]], (3, 3), 2, tag=2)
-    third = Group([[head, tuple([6] * 260), tail]], (4, 4), 2, tag=3)
+    first = Group([[head, tuple([9] * 900), tail]], (1, 1), TWO, tag=0)
+    second = Group([[head, (7, 8, 9), tail]], (2, 2), TWO, tag=1)
+    other = Group([[tuple(range(50, 80)), tuple([5] * 200), tail]], (3, 3), TWO, tag=2)
+    third = Group([[head, tuple([6] * 260), tail]], (4, 4), TWO, tag=3)
     groups = [first, second, other, third]
     alone = [drawn(run(make_generator(tiny), [group])[0]) for group in groups]
     small = make_generator(tiny, cache_bytes=3 * 2 * 48 * 4 * 600, max_batch=4)
@@ -238,7 +240,7 @@ def test_a_head_that_was_allocated_but_never_computed_is_not_used(tiny: Transfor
 
 def test_a_group_without_samples_is_done_at_once(tiny: Transformer) -> None:
     groups = make_groups(2)
-    groups.insert(1, Group([], (0, 0), 2, tag=0.5))
+    groups.insert(1, Group([], (0, 0), TWO, tag=0.5))
     results = run(make_generator(tiny), groups)
     assert [len(r.generations) for r in results] == [3, 0, 3]
 
@@ -254,8 +256,8 @@ def test_a_small_cache_makes_a_smaller_batch(tiny: Transformer) -> None:
 
 def test_a_prompt_that_no_cache_holds_is_an_error_and_the_rest_goes_on(tiny: Transformer) -> None:
     groups = make_groups(3, longest=20, k=2)
-    huge = Group([[tuple([9] * 900)]], (5, 5), 2, tag=1)
-    groups = [groups[0], huge, Group(groups[2].prompts, groups[2].key, 2, tag=2)]
+    huge = Group([[tuple([9] * 900)]], (5, 5), TWO, tag=1)
+    groups = [groups[0], huge, Group(groups[2].prompts, groups[2].key, TWO, tag=2)]
     results = run(make_generator(tiny, cache_bytes=3 * 2 * 48 * 4 * 600), groups)
     assert [bool(result.error) for result in results] == [False, True, False]
     assert results[1].error is not None and "900 tokens of cache" in results[1].error
@@ -308,7 +310,7 @@ def test_rounds_draw_the_first_samples_of_all(tiny: Transformer, max_batch: int)
 def test_only_the_prompts_that_were_drawn_count(tiny: Transformer) -> None:
     prompts: list[Prompt] = [[(9,), (10, 11)], [(9,), (12,)], [(9,), (13, 14, 15)]]
     generator = make_generator(tiny)
-    (result,) = run(generator, [in_rounds(Group(prompts, (1, 1), 2, tag=0), [2])])
+    (result,) = run(generator, [in_rounds(Group(prompts, (1, 1), TWO, tag=0), [2])])
     assert result.tree_tokens == generator.usage.prefill_tokens == 4
 
 
@@ -331,7 +333,7 @@ def test_held_prompts_that_fill_the_cache_are_let_go(
     groups = []
     for i in range(4):
         tails = [tuple(range(5 + i + j, 45 + i + 11 * j)) for j in range(3)]
-        groups.append(Group([[(9, 8), tails[j % 3]] for j in range(6)], (i, 3), 2, tag=i))
+        groups.append(Group([[(9, 8), tails[j % 3]] for j in range(6)], (i, 3), TWO, tag=i))
     sizes = [[3, 3], [4, 1], [1, 1, 1, 1], [2, 1, 3]]
     full = [drawn(result) for result in run(make_generator(tiny, max_new_tokens=6), groups)]
     generator = make_generator(
@@ -362,7 +364,7 @@ def test_rows_are_pulled_only_as_there_is_room(tiny: Transformer) -> None:
 
 def test_greedy_repeats_and_ignores_the_key(tiny: Transformer) -> None:
     groups = make_groups(2, k=2)
-    same = [Group(g.prompts, (99, 98), 2, tag=g.tag) for g in groups]
+    same = [Group(g.prompts, (99, 98), TWO, tag=g.tag) for g in groups]
     first = run(make_generator(tiny, options=SamplingOptions(0.0)), groups)
     second = run(make_generator(tiny, options=SamplingOptions(0.0)), same)
     assert [drawn(r) for r in first] == [drawn(r) for r in second]

@@ -84,7 +84,7 @@ def test_odd_but_legal_responses(responses: list[str]) -> None:
     [
         ({"responses": None}, "responses"),
         ({"responses": []}, "0 responses"),
-        ({"responses": ["a"] * 21}, "21 responses"),
+        ({"responses": ["a"] * 257}, "257 responses; a row has 1 to 256"),
         ({"responses": ["a", None]}, r"null.*responses\[1\]"),
         ({"responses": ["a", 7]}, r"int.*responses\[1\]"),
         ({"responses": "ab"}, "responses"),

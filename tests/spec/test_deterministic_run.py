@@ -33,6 +33,8 @@ TOKENS = 300 if LONG else 3  # suffixes of more than one split
 K = 40 if LONG else 9  # two groups of them: more rows than the 16 that few are padded to
 Bits = dict[tuple[int, int], tuple[list[int], list[float], list[float]]]
 
+TWO = [2] * 64  # scores of each sample
+
 
 def groups_of(count: int, first: int = 0) -> list[Group]:
     """Groups of `count` samples under one head, with one of two last segments: three splits each,
@@ -46,7 +48,7 @@ def groups_of(count: int, first: int = 0) -> list[Group]:
     groups = []
     for i in range(2):
         row, *last = segment(7 + 20 * i), segment(3), segment(5)
-        groups.append(Group([[head, row, last[j % 2]] for j in range(count)], (i, 7), 2, tag=i))
+        groups.append(Group([[head, row, last[j % 2]] for j in range(count)], (i, 7), TWO, tag=i))
     return groups[first:]
 
 

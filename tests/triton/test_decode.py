@@ -32,6 +32,8 @@ DEVICE = Implementation("triton").device
 Step = Callable[[], None]
 ENDS = (3, 9, 14, 21, 28, 33)
 
+TWO = [2] * 64  # scores of each sample
+
 
 def make_model(windows: tuple[int | None, ...] = (None, 20)) -> Transformer:
     config = replace(
@@ -52,7 +54,9 @@ def make_groups(count: int, k: int, longest: int = 12) -> list[Group]:
 
     head = segment()
     return [
-        Group([[head, conversation, tail] for tail in [segment() for _ in range(k)]], (i, 7), 2, i)
+        Group(
+            [[head, conversation, tail] for tail in [segment() for _ in range(k)]], (i, 7), TWO, i
+        )
         for i, conversation in enumerate([segment() for _ in range(count)])
     ]
 
