@@ -135,6 +135,8 @@ SCALINGS: list[dict[str, Any]] = [
     SCALING | {"original_max_position_embeddings": 8192},
     YARN,
     YARN | {"original_max_position_embeddings": 32768},
+    YARN | {"original_max_position_embeddings": 2**24},
+    YARN | {"original_max_position_embeddings": 8192, "rope_theta": 10.0, "beta_fast": 1e3},
     YARN | {"factor": 0.5},
     YARN | {"factor": 1.0},
     YARN | {"attention_factor": 0.8},
@@ -242,8 +244,9 @@ def test_no_rope_parameter_is_ignored(
         if nested:
             parameters = {"full_attention": parameters, "sliding_attention": parameters}
         with TemporaryDirectory() as directory:
-            return read_config(write(Path(directory), QWEN3 | {place: parameters}))
+            return read_config(write(Path(directory), bare | {place: parameters}))
 
+    bare = QWEN3 | {"rope_theta": None}
     assume(key not in ("rope_theta", "type", "partial_rotary_factor"))
     assume(key not in scaling)
     plain = read(scaling)
