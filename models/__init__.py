@@ -74,6 +74,11 @@ def _open(
         raise ValueError(f"device {device!r} asks for a GPU, and torch finds none")
     config = read_config(directory, scalar)
     tokenizer = Tokenizer(directory)
-    tokenizer.require_within(config.vocab_size)
+    if tokenizer.size > config.vocab_size:
+        last = tokenizer.size - 1
+        raise ValueError(
+            f"{os.fspath(directory)}: vocab_size {config.vocab_size} of config.json is smaller "
+            f"than the tokenizer, which has id {last} of token {tokenizer.token(last)!r}"
+        )
     chosen = (None if dtype == "auto" else DTYPES[dtype]) if isinstance(dtype, str) else dtype
     return config, tokenizer, chosen, device

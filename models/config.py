@@ -51,7 +51,7 @@ DTYPES = {
 _SCALINGS: dict[str, type[RopeScaling]] = {
     kind.rope_type: kind for kind in (LinearScaling, DynamicScaling, Llama3Scaling, YarnScaling)
 }
-_MAX_TEXT = 1 << 20  # bytes of a template; real ones have at most some 30,000
+_MAX_TEXT = 1 << 20  # characters of a template; real ones have at most some 30,000
 
 
 @dataclass(frozen=True)
@@ -105,18 +105,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The UTF-8 text of a file, of at most 1 MiB; `what` it should be, for the ValueError, which
-    names the file, where it is none."""
+    """The text of a UTF-8 file, of at most 2^20 characters; `what` it holds is for the ValueError,
+    which names the file: for a pipe, a device, a directory, or text that is longer or not UTF-8."""
     if not path.is_file():
         raise ValueError(f"{path}: {what} must be a file")
-    with path.open("rb") as file:
-        content = file.read(_MAX_TEXT + 1)
-    if len(content) > _MAX_TEXT:
-        raise ValueError(f"{path}: {what} must have at most {_MAX_TEXT} bytes")
     try:
-        return content.decode("utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_TEXT + 1)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: {what} must be UTF-8: {error}") from None
+    if len(text) > _MAX_TEXT:
+        raise ValueError(f"{path}: {what} must have at most {_MAX_TEXT} characters")
+    return text
 
 
 def parse_json(path: Path, text: bytes) -> dict[str, Any]:
@@ -446,10 +446,10 @@ def _llama3(inner: _Reader) -> Llama3Scaling:
 
 
 def _yarn(inner: _Reader, context: int) -> YarnScaling:
-    """With the defaults of transformers: the original context is `context`, and where the factor
-    is null, it is how much longer `context` is."""
+    """With the defaults of transformers: of the original context it is `context`, of the factor how
+    much longer `context` is than the original one. One of the two must be there."""
     old = inner.integer("original_max_position_embeddings", default=context)
-    factor = inner.number("factor", default=context / old)
+    factor = inner.number("factor", default=context / old if old != context else None)
     if factor * old > MAX_CONTEXT:
         raise inner.error(
             f"factor {factor} times original_max_position_embeddings {old} exceeds {MAX_CONTEXT}"

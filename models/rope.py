@@ -32,7 +32,7 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class DynamicScaling:
-    """None within max_position_embeddings; `factor` is kept for a config.json to be written."""
+    """No change within max_position_embeddings; `factor` is kept for the config.json to write."""
 
     rope_type: ClassVar[str] = "dynamic"
     factor: float

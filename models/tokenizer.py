@@ -151,15 +151,10 @@ class Tokenizer:
             f"text holds {letter!r}, and the tokenizer has no token for its byte 0x{byte:02X}"
         )
 
-    def require_within(self, vocab_size: int) -> None:
-        """ValueError that names a token whose id is `vocab_size` or more, where there is one."""
-        for index in range(vocab_size, self.size):
-            token = self._template.id_to_token(index)
-            if token is not None:
-                raise ValueError(
-                    f"vocab_size {vocab_size} of config.json is smaller than the tokenizer, which "
-                    f"has id {index} of token {token!r}"
-                )
+    def token(self, index: int) -> str | None:
+        """An id's token as tokenizer.json writes it, None for an id without a token."""
+        token: str | None = self._template.id_to_token(index)
+        return token
 
     def end_id(self, eos_token_ids: Collection[int]) -> int:
         """The token that ends a turn of a model with these end tokens: the tokenizer's own where it

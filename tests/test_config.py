@@ -418,6 +418,7 @@ def test_gemma_defaults_of_transformers_read_back(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": ["yarn"], "factor": 4.0}}, r"\['yarn'\] is not supported"),
         ({"rope_scaling": {"rope_type": "dynamic"}}, "factor must be"),
         ({"rope_scaling": YARN | {"beta_fast": 0.5}}, "beta_fast 0.5 must not be less than"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor must be a positive number, got None"),
         ({"rope_scaling": YARN | {"truncate": 1}}, "truncate must be true or false, got 1"),
         ({"rope_scaling": YARN | {"factor": 1e300}}, "factor 1e\\+300 times"),
         ({"rope_scaling": YARN | {"low_freq_factor": 1.0}}, "'low_freq_factor' has no meaning"),
@@ -564,6 +565,8 @@ def test_text_that_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "template.jinja"
     path.write_text("é", encoding="utf-8")
     assert read_text(path, "the template") == "é"
+    path.write_bytes(b"a\r\n")
+    assert read_text(path, "the template") == "a\n", "as transformers reads it"
     path.write_bytes(b"a" * (1 << 20))
     assert len(read_text(path, "the template")) == 1 << 20
     for content, message in ((b"a" * (1 << 20) + b"a", "at most 1048576"), (b"\xff", "UTF-8")):

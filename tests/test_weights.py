@@ -357,9 +357,7 @@ def test_load_gives_model_and_tokenizer(tmp_path: Path) -> None:
         models.load(tmp_path, torch.float32, "cpu")[0].logits(ids), exact.logits(ids)
     )
     for name in ("float8", "float64"):
-        with pytest.raises(
-            ValueError, match=f"dtype must be auto or one of .*float32, got '{name}'"
-        ):
+        with pytest.raises(ValueError, match=f"dtype must be auto or one .*float32, got '{name}'"):
             models.load(tmp_path, dtype=name)
 
 
