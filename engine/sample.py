@@ -21,7 +21,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -153,8 +153,9 @@ class _Drain:
     """Ends the input at the first signal; the second one does what it does by default.
 
     The signal may find the run loading a model or blocked in reading a pipe, where a flag alone
-    would be seen late: there the handler raises. While rows are judged it sets an alarm, which
-    raises once `seconds` have passed; while a line is written nothing raises.
+    would be seen late: there the handler raises. Once rows are judged it sets an alarm, which
+    raises when `seconds` have passed. While a line is written nothing raises, nor while libraries
+    are imported: some go on with half of what they are.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -162,7 +163,8 @@ class _Drain:
             raise ValueError(f"--drain-seconds {seconds} is not a number of at least 0")
         self.seconds = seconds
         self.signal: int | None = None  # that has come
-        self._may_end = True  # nothing is lost if the run ends here
+        self._has_loaded = False
+        self._may_end = False  # nothing is lost if the run ends here
         self._judging = False
         self._deadline = math.inf
         self._previous = {number: signal.signal(number, self._handle) for number in DRAIN_SIGNALS}
@@ -172,12 +174,11 @@ class _Drain:
         self.signal = number
         for each in DRAIN_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        if self._may_end and not self._judging:
-            raise _Interrupted
-        with suppress(OSError):
-            os.write(2, b"\nfinishing the rows under way; a second signal stops at once\n")
-        self._deadline = time.monotonic() + self.seconds
-        signal.setitimer(signal.ITIMER_REAL, _ALARM_SECONDS, _ALARM_SECONDS)
+        if self._has_loaded:
+            with suppress(OSError):
+                os.write(2, b"\nfinishing the rows under way; a second signal stops at once\n")
+            self._deadline = time.monotonic() + self.seconds
+            signal.setitimer(signal.ITIMER_REAL, _ALARM_SECONDS, _ALARM_SECONDS)
         if self._may_end:
             raise _Interrupted
 
@@ -185,9 +186,15 @@ class _Drain:
         if self._judging and time.monotonic() >= self._deadline:
             raise _Interrupted
 
-    def loaded(self) -> None:
-        """From here on rows are judged, and a signal lets those under way finish."""
-        self._may_end = False
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Inside, a signal ends the run, one that has come before it too; from its end on rows are
+        judged, and those under way finish."""
+        self._may_end = True
+        if self.signal is not None:
+            raise _Interrupted
+        yield
+        self._may_end, self._has_loaded = False, True
 
     def read(self, source: Iterator[Row | BadRow]) -> Row | BadRow | None:
         """The source's next entry; None where there is none, or a signal came."""
@@ -241,24 +248,25 @@ class _Run:
         variables = _variables(options)
         from engine.judge import Judge  # loads torch: not for --help, nor for a refused output
 
-        self.judge = Judge.load(
-            options.model,
-            template=options.template,
-            chat_template=options.chat_template,
-            chat_template_kwargs=variables,
-            date=options.date,
-            dtype=options.dtype,
-            device=options.device,
-            max_batch=options.max_batch,
-            meta=options.meta_model,
-            settings=_settings(options),
-        )
         self.sampling: dict[str, Any] = {
             field.name: getattr(options, field.name) for field in dataclasses.fields(JudgeOptions)
         }
-        done = 0
-        if self.output is not None and options.resume:
-            done = resume(self.output, self.entries, self._key, self.tally.add)
+        with drain.loading():
+            self.judge = Judge.load(
+                options.model,
+                template=options.template,
+                chat_template=options.chat_template,
+                chat_template_kwargs=variables,
+                date=options.date,
+                dtype=options.dtype,
+                device=options.device,
+                max_batch=options.max_batch,
+                meta=options.meta_model,
+                settings=_settings(options),
+            )
+            done = 0
+            if self.output is not None and options.resume:
+                done = resume(self.output, self.entries, self._key, self.tally.add)
         self.taken: deque[Row | BadRow] = deque()  # by the judge, and not yet back
         self.outcomes = self.judge.rows(self._entries(), **self.sampling)
         self.bar = stack.enter_context(
@@ -269,7 +277,6 @@ class _Run:
                 disable=None,
             )
         )
-        drain.loaded()
         self.width = min(shutil.get_terminal_size().columns, 100)
         self.color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -419,6 +420,25 @@ def test_a_signal_that_a_library_swallows_while_loading(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Judge, "load", load)
     assert judge(GOOD) == (143, b"")
+
+
+def test_a_signal_while_libraries_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The import is not disturbed, and nothing is loaded after it."""
+
+    class Library(ModuleType):
+        has_come = False
+
+        @property
+        def Judge(self) -> type[Judge]:
+            os.kill(os.getpid(), signal.SIGINT)
+            self.has_come = True
+            return Judge
+
+    library = Library("engine.judge")
+    monkeypatch.setitem(sys.modules, "engine.judge", library)
+    Judge.loaded = None
+    assert judge(GOOD) == (130, b"")
+    assert library.has_come and Judge.loaded is None
 
 
 def test_a_signal_while_loading(
