@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from bench.provenance import print_json
 from bench.voting import chance_correct, interval, read_labelled
+from engine import command
 from engine.decided import samples_to_draw
 from engine.judge import Judge
 from engine.settings import JudgeSettings, read_judge_settings
@@ -175,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.run(main))

@@ -40,6 +40,7 @@ from bench.ops import OPERATIONS
 from bench.provenance import print_json
 from bench.shapes import SHAPES, Shape
 from bench.timing import empty
+from engine import command
 from kernels.forest_attention.plan import ForestPlan
 from kernels.launch import intercept
 from kernels.target import TARGETS, Target
@@ -294,4 +295,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

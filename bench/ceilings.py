@@ -5,6 +5,7 @@ matrix product is on random data, since zeros draw less power and run faster.
 """
 
 import statistics
+import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -12,6 +13,7 @@ import torch
 
 from bench.provenance import print_json
 from bench.timing import DEVICE, ON_GPU, Call, Rotation
+from engine import command
 
 _BYTES = 2 << 30 if ON_GPU else 256 << 20
 _SIZE = 8192 if ON_GPU else 1536
@@ -77,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.run(main))

@@ -10,6 +10,7 @@ verdicts. Ends in one JSON line.
 """
 
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +20,7 @@ from typing import Any
 import tyro
 
 from bench.provenance import print_json
+from engine import command
 from engine.judge import Judge
 from engine.request import make_row
 from engine.verdict import Verdict
@@ -114,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.run(main))

@@ -23,6 +23,7 @@ Seconds are wall-clock. Tokens per second count generated tokens: over the whole
 import argparse
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,6 +38,7 @@ from bench.decode_peers import peer
 from bench.provenance import print_json
 from bench.shapes import SHAPES, Shape
 from bench.timing import DEVICE, ON_GPU
+from engine import command
 from engine.generate import Generator, Group, Usage
 from engine.kv_cache import cell_bytes, round_up
 from kernels.extract_scores import ScoreAutomaton
@@ -307,4 +309,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.run(main))

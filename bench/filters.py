@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from bench.provenance import print_json
 from bench.voting import SUBSETS, chance_correct, interval, read_labelled
+from engine import command
 from engine.judge import Judge
 from engine.labels import is_right
 from engine.verdict import Sample, Verdict
@@ -174,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.run(main))

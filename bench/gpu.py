@@ -38,6 +38,7 @@ from bench.goals import GOALS, compare
 from bench.goals import table as goals_table
 from bench.provenance import ROOT, print_json, provenance, said_by
 from bench.stage import StageLog, read_log
+from engine import command
 
 GRACE = 30.0  # seconds that the test in progress has after the budget
 TESTS = ("tests/spec", "tests/triton")
@@ -334,4 +335,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

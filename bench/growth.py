@@ -12,6 +12,7 @@ round. Ends in one JSON line; --plot draws time and floor against each axis.
 
 import argparse
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from bench.decode_load import Workload
 from bench.provenance import print_json
 from bench.shapes import SHAPES
 from bench.timing import DEVICE
+from engine import command
 from models import load_weights, read_config
 from models.config import DTYPES
 from models.transformer import Transformer
@@ -142,4 +144,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.run(main))

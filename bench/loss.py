@@ -26,6 +26,7 @@ from bench.loss_peers import OPTIONS, Batch, Head, liger, unfused
 from bench.provenance import print_json
 from bench.timing import DEVICE, ON_GPU
 from bench.turns import Run, describe, take_turns
+from engine import command
 from kernels.logprob.linear_policy_loss import linear_policy_loss
 
 PEERS = ("fused", "fused in place", "fused small", "unfused", *(["liger"] if ON_GPU else []))
@@ -114,4 +115,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

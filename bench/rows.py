@@ -23,6 +23,7 @@ counted. Ends in one JSON line.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from bench.decode import Ours
 from bench.decode_load import Workload
 from bench.provenance import print_json
 from bench.voting import read_labelled
+from engine import command
 from engine.decode import Decoder
 from engine.judge import Judge, JudgeOptions
 from engine.orders import draw_orders
@@ -290,4 +292,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=Args.__doc__))
+    sys.exit(command.run(lambda: main(tyro.cli(Args, description=Args.__doc__))))

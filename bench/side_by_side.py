@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from bench.provenance import print_json
+from engine import command
 
 _READY = "ready"
 
@@ -91,4 +92,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.run(main))

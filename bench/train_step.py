@@ -24,6 +24,7 @@ from bench.provenance import print_json
 from bench.shapes import SHAPES
 from bench.timing import DEVICE
 from bench.turns import Run, describe, take_turns
+from engine import command
 from kernels.logprob.linear_policy_loss import linear_policy_loss
 from models.transformer import Transformer
 from train.data import Trajectory
@@ -115,4 +116,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

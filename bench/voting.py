@@ -23,6 +23,7 @@ import tyro
 from tqdm import tqdm
 
 from bench.provenance import print_json
+from engine import command
 from engine.judge import Judge
 from engine.labels import chance_right
 from engine.reading import open_rows, read_rows
@@ -180,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.run(main))
