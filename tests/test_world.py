@@ -270,7 +270,7 @@ def test_the_world_does_not_change() -> None:
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
     monkeypatch.setattr(sys, "argv", ["world", *options])
-    world.main()
+    assert world.main() == 0
 
 
 def test_the_command_line_writes_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -288,8 +288,6 @@ def test_the_command_line_writes_rows(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert [list(row.responses) for row in rows] == [row["responses"] for row in expected]
         assert [row.label for row in rows] == [row["label"] for row in expected]
         assert [row.meta for row in rows] == [row["meta"] for row in expected]
-    with pytest.raises(ValueError, match="rows = 0"):
-        run_main(monkeypatch, "--rows", "0")
 
 
 def test_the_command_line_writes_to_standard_output_in_any_locale(tmp_path: Path) -> None:
