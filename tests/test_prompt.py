@@ -12,13 +12,13 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer
 
 from engine.prompt import DEFAULT_TEMPLATE, PromptBuilder, Segment, read_chat_template
 from engine.request import Row, make_row
 from engine.settings import JudgeSettings, read_judge_settings
 from models.tokenizer import Tokenizer
+from tests.oracles.turns import judge_turns
 from tests.tiny import CONTROL, SPECIAL, write_tokenizer
 from train.pocket import JUDGE_TEMPLATE
 
@@ -113,20 +113,11 @@ def written(directory: Path, ids: list[int]) -> str:
 
 def oracle(directory: Path, judge: str, row: Row, order: list[int], hint: str | None = None) -> str:
     """The prompt as jinja2 and transformers render it from the row's own content."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string(judge).render(
-        messages=[{"role": m.role, "content": m.content} for m in row.messages],
-        responses=[row.responses[i] for i in order],
-        reference=row.reference,
-        principles=row.principles,
-        hint=hint,
-        score_min=1,
-        score_max=10,
-    )
+    turns, prefill = judge_turns(judge, row, order, hint)
     rendered: str = AutoTokenizer.from_pretrained(directory).apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        turns, tokenize=False, add_generation_prompt=True
     )
-    return rendered
+    return rendered + prefill
 
 
 CHAT = [
@@ -377,14 +368,10 @@ TURNS = (
 def test_a_judge_template_writes_turns(tmp_path: Path) -> None:
     builder = make_builder(tmp_path, TURNS)
     row = make_row("QUESTION", ["RED", "GREEN"])
-    turns = [("system", "Be strict."), ("user", "QUESTION"), ("response_1", "RED"),
-             ("response_2", "GREEN"), ("user", "Judge.")]  # fmt: skip
-    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
-        [{"role": role, "content": text} for role, text in turns],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    assert show(builder, tmp_path, row) == f"{expected}Scores: "
+    turns, prefill = judge_turns(TURNS, row, [0, 1])
+    roles = [turn["role"] for turn in turns]
+    assert roles == ["system", "user", "response_1", "response_2", "user"] and prefill == "Scores: "
+    assert show(builder, tmp_path, row) == oracle(tmp_path, TURNS, row, [0, 1])
     assert builder.continuation(row) == "Scores: "
     kinds = [segment.kind for segment in builder.segments(row, [0, 1])]
     assert kinds == ["head", "conversation", "response", "response", "tail"]
