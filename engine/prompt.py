@@ -287,17 +287,16 @@ class PromptBuilder:
         fields = shape.fields()
         written = self._write(shape, _Sentinels(secrets.token_hex(4)))
         shown = [piece for piece in written.pieces if isinstance(piece, _Field)]
-        # A long one, past every limit that a template may set; less where there are many.
+        refusal = "the templates alter a field or depend on what it says"
+        if self._write(shape, _Sentinels(secrets.token_hex(20))) != written:
+            raise ValueError(refusal)
+        _check_shown(fields, shown, shape.num_responses)
+        # A long text, past every limit that a template may set; less where there are many fields.
         times = min(100_000, _MOST_SENTINEL_CHARS // len(fields)) // len(_STARTLING) + 1
         nonce = secrets.token_hex(8)
         long = LongText(f"L{nonce}L", f" {_STARTLING}.", times)
-        for sentinels in (
-            _Sentinels(secrets.token_hex(20)),
-            _Sentinels(nonce, "ignore ", long.mark, long),
-        ):
-            if self._write(shape, sentinels) != written:
-                raise ValueError("the templates alter a field or depend on what it says")
-        _check_shown(fields, shown, shape.num_responses)
+        if self._write(shape, _Sentinels(nonce, "ignore ", long.mark, long)) != written:
+            raise ValueError(refusal)
         return _Layout(
             self._cut(written.pieces, shape.num_responses),
             written.continuation,

@@ -21,6 +21,7 @@ python3 -m pip download --dest wheels --no-deps --only-binary=:all: $platforms \
 for wheel in wheels/*.whl; do python3 -m zipfile -e "$wheel" site; done
 cat > python <<END
 #!/bin/sh
-exec qemu-aarch64 -L "$PWD/root" -E PYTHONPATH="$PWD/site" "$PWD/root/usr/bin/python3.11" "\$@"
+# -0: a child process is started by the name of this file
+exec qemu-aarch64 -0 "$PWD/python" -L "$PWD/root" -E PYTHONHOME="$PWD/root/usr" -E PYTHONPATH="$PWD/site" "$PWD/root/usr/bin/python3.11" "\$@"
 END
 chmod +x python
