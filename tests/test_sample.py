@@ -170,6 +170,7 @@ def test_options_reach_the_judge() -> None:
           "--date", "2025-01-31", "--anchor", "", "--anchor-nonce", "off", "--score-max", "5",
           "--threshold", "2.5", "--format", "rating")  # fmt: skip
     settings = {"score_max": 5, "threshold": 2.5, "anchor": None, "anchor_nonce": False}
+    assert Judge.loaded is not None
     assert Judge.loaded.pop("settings") == settings | {"format": "rating"}
     assert Judge.loaded == {
         "directory": Path("."), "template": Path("template.jinja"), "dtype": "float32",
