@@ -35,8 +35,8 @@ from engine.key import line_key, model_fingerprint
 from engine.labels import agrees, is_correct
 from engine.memory import cache_budget
 from engine.meta import CACHE_SHARE, MetaModel, MetaScorer
-from engine.options import MAX_GROUP, JudgeOptions
-from engine.orders import draw_orders, groups_of, in_row_order, seen_by
+from engine.options import MAX_SHOWN, JudgeOptions
+from engine.orders import draw_orders, in_row_order, parts_of, seen_by
 from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
 from engine.request import BadRow, Message, Row, make_row
 from engine.settings import JudgeSettings, read_judge_settings
@@ -286,7 +286,7 @@ class Judge:
             options=sampling,
             max_new_tokens=chosen.max_new_tokens,
             max_batch=self.max_batch,
-            max_scores=MAX_GROUP,
+            max_scores=MAX_SHOWN,
             stop=chosen.stop or self.settings.stop,
             form=self._form(rules) if chosen.force_scores else None,
             deterministic=chosen.deterministic,
@@ -386,7 +386,7 @@ class Judge:
             return _Flight(entry, self._key(entry, options), [], [], [])
         orders = draw_orders(entry, options)
         hints = [None if hint is None else hint(entry, order) for order in orders]
-        shown = [group for order in orders for group in groups_of(order, options.group_size)]
+        shown = [part for order in orders for part in parts_of(order, options.max_shown)]
         return _Flight(entry, self._key(entry, options, hints), orders, hints, shown)
 
     def _group(self, flight: "_Flight", options: JudgeOptions) -> Group:
@@ -397,10 +397,10 @@ class Judge:
             return Group([], (0, 0), [], flight)
         nonce, opening = None, b""
         try:
-            if flight.num_groups > 1 and self.meta is not None:
+            if flight.num_parts > 1 and self.meta is not None:
                 raise ValueError(
                     f"{len(row.responses)} responses; a meta model scores judgements of at most "
-                    f"{options.group_size}"
+                    f"{options.max_shown}"
                 )
             nonce = self.prompts.nonce(row, options.seed)
             prompts = self._prompts(row, flight, nonce)
@@ -415,7 +415,7 @@ class Judge:
         self, row: Row, flight: "_Flight", nonce: str | None
     ) -> list[list[tuple[int, ...]]]:
         """The prompt of each judgement as segments; those that see the same thing share one."""
-        hints = [hint for hint in flight.hints for _ in range(flight.num_groups)]
+        hints = [hint for hint in flight.hints for _ in range(flight.num_parts)]
         shown = list(zip(flight.shown, hints, strict=True))
         prompts: dict[tuple[tuple[int, ...], str | None], list[tuple[int, ...]]] = {}
         known: dict[Any, Any] = {}
@@ -444,7 +444,7 @@ class Judge:
         def further(drawn: Sequence[Generation]) -> int:
             scores = [sample.scores for sample in self._samples(flight, drawn)]
             count = samples_to_draw(scores, options.k, cycle, sure, self.settings)
-            return count * flight.num_groups
+            return count * flight.num_parts
 
         return further
 
@@ -511,12 +511,12 @@ class Judge:
         )
 
     def _samples(self, flight: "_Flight", generations: Sequence[Generation]) -> list[Sample]:
-        """The samples of a row, each of as many judgements as the row has groups."""
+        """The samples of a row, each of as many judgements as the row has parts."""
         read = [
             self._read(generation, len(order))
             for order, generation in zip(flight.shown, generations, strict=False)
         ]
-        count = flight.num_groups
+        count = flight.num_parts
         judgements = [read[i : i + count] for i in range(0, len(read), count)]
         return [
             self._sample(order, each)
@@ -524,7 +524,7 @@ class Judge:
         ]
 
     def _sample(self, order: tuple[int, ...], judgements: Sequence[Generation]) -> Sample:
-        """A sample of one judgement, or of one for each group of its responses."""
+        """A sample of one judgement, or of one for each part of the responses."""
         reasons = [each.reason for each in judgements if each.reason != Reason.VALID]
         scores = None if reasons else [score for each in judgements for score in each.scores or ()]
         finishes = {each.finish for each in judgements}
@@ -546,7 +546,7 @@ class Judge:
 @dataclass
 class _Flight:
     """An entry between its arrival and its place in the output: orders and hints of its samples,
-    and the responses that each judgement is shown, num_groups of them for a sample."""
+    and the responses that each judgement is shown, num_parts of them for a sample."""
 
     entry: Row | BadRow
     key: str
@@ -556,7 +556,7 @@ class _Flight:
     outcome: Verdict | RowFailure | None = None
 
     @property
-    def num_groups(self) -> int:
+    def num_parts(self) -> int:
         return len(self.shown) // len(self.orders)
 
     def failure(self, error: str) -> RowFailure:

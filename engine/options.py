@@ -7,7 +7,7 @@ the command line can print its help without it.
 from dataclasses import dataclass
 from typing import Literal
 
-MAX_GROUP = 20  # responses that one judgement is shown
+MAX_SHOWN = 20  # responses that one judgement is shown
 MAX_K = 1 << 14  # every sample of a row has a prompt before any is drawn
 
 
@@ -34,9 +34,9 @@ class JudgeOptions:
     """In which orders samples see the responses: rotations, free shuffles, or the given one."""
     max_orders: int | None = None
     """Most rotations of a row; none is min(n, k)."""
-    group_size: int = MAX_GROUP
-    """Most responses that a judgement is shown; those of a row with more are judged in groups of a
-    like size, and scores from all of them are compared. 1 rates every response by itself."""
+    max_shown: int = MAX_SHOWN
+    """Most responses that a judgement is shown; a row of more is judged in parts of a like size,
+    and scores from all of them are compared. 1 rates every response by itself."""
     seed: int = 0
     """Seed of all draws."""
     deterministic: bool = False
@@ -54,7 +54,7 @@ class JudgeOptions:
     """Draw samples in rounds, until the vote of all k is known with this probability."""
 
     def __post_init__(self) -> None:
-        for name in ("k", "max_new_tokens", "max_orders", "k_meta", "group_size"):
+        for name in ("k", "max_new_tokens", "max_orders", "k_meta", "max_shown"):
             value = getattr(self, name)
             if name in ("max_orders", "k_meta") and value is None:
                 continue
@@ -62,8 +62,8 @@ class JudgeOptions:
                 raise ValueError(f"{name} = {value!r} is not an integer of at least 1")
         if self.k > MAX_K:
             raise ValueError(f"k = {self.k} is more than {MAX_K}")
-        if self.group_size > MAX_GROUP:
-            raise ValueError(f"group_size = {self.group_size} is more than {MAX_GROUP}")
+        if self.max_shown > MAX_SHOWN:
+            raise ValueError(f"max_shown = {self.max_shown} is more than {MAX_SHOWN}")
         if self.k_meta is not None and self.k_meta > self.k:
             raise ValueError(f"k_meta = {self.k_meta} is more than k = {self.k}")
         if self.orders not in ("rotate", "random", "fixed"):

@@ -29,8 +29,8 @@ def draw_orders(row: Row, options: JudgeOptions) -> list[tuple[int, ...]]:
     return [tuple(order) for order in draws.argsort(dim=1, stable=True).tolist()]
 
 
-def groups_of(order: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
-    """The order cut into as few groups of at most `size` as can be, the longer ones first."""
+def parts_of(order: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
+    """The order cut into as few parts of at most `size` as can be, the longer ones first."""
     count = -(-len(order) // size)
     short, longer = divmod(len(order), count)
     sizes = [short + 1] * longer + [short] * (count - longer)
@@ -38,11 +38,11 @@ def groups_of(order: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
     return [order[stop - length : stop] for stop, length in zip(stops, sizes, strict=True)]
 
 
-def seen_by(row: Row, group: tuple[int, ...]) -> tuple[Row, tuple[int, ...]]:
-    """The row as a judgement of this group of responses sees it, and the order of its responses."""
-    if len(group) == len(row.responses):
-        return row, group
-    return replace(row, responses=tuple(row.responses[i] for i in group)), tuple(range(len(group)))
+def seen_by(row: Row, part: tuple[int, ...]) -> tuple[Row, tuple[int, ...]]:
+    """The row as a judgement of these responses sees it, and their order in it."""
+    if len(part) == len(row.responses):
+        return row, part
+    return replace(row, responses=tuple(row.responses[i] for i in part)), tuple(range(len(part)))
 
 
 def draw_nonce(row: Row, seed: int) -> str:

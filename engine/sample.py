@@ -60,7 +60,7 @@ GROUPS = {
         "force_scores",
     ),
     "output": ("out", "resume", "drain_seconds", "show_prompt"),
-    "judging": ("k", "k_meta", "until_decided", "orders", "max_orders", "group_size", "seed"),
+    "judging": ("k", "k_meta", "until_decided", "orders", "max_orders", "max_shown", "seed"),
     "sampling": ("temperature", "top_p", "top_k", "min_p", "max_new_tokens"),
     "speed": ("max_batch", "attention", "deterministic"),
 }
@@ -394,7 +394,7 @@ def _settings(options: Options) -> dict[str, Any]:
 
 def _first_prompt(options: Options, stack: ExitStack) -> str:
     """What the first sample of the first row would see, without loading weights."""
-    from engine.orders import draw_orders, groups_of, seen_by  # these load torch
+    from engine.orders import draw_orders, parts_of, seen_by  # these load torch
     from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
     from engine.settings import read_judge_settings
     from models.tokenizer import Tokenizer
@@ -413,8 +413,8 @@ def _first_prompt(options: Options, stack: ExitStack) -> str:
         chat_template_kwargs=_variables(options),
         date=options.date,
     )
-    group = groups_of(draw_orders(row, options)[0], options.group_size)[0]
-    text = prompts.show(*seen_by(row, group), code=prompts.nonce(row, options.seed))
+    part = parts_of(draw_orders(row, options)[0], options.max_shown)[0]
+    text = prompts.show(*seen_by(row, part), code=prompts.nonce(row, options.seed))
     return escape(text) if sys.stdout.isatty() else text
 
 

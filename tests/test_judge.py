@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from engine import sample as command_line
 from engine.judge import Judge
 from engine.options import JudgeOptions
-from engine.orders import draw_orders, groups_of
+from engine.orders import draw_orders, parts_of
 from engine.prompt import PromptBuilder
 from engine.request import Row, make_row
 from engine.sample import POCKET
@@ -541,44 +541,44 @@ def test_a_device_that_is_not_there_is_refused(
 
 
 @given(st.integers(1, 256), st.integers(1, 20))
-def test_groups_are_few_and_of_a_like_size(n: int, size: int) -> None:
+def test_parts_are_few_and_of_a_like_size(n: int, size: int) -> None:
     order = tuple(range(n))[::-1]
-    groups = groups_of(order, size)
-    assert tuple(i for group in groups for i in group) == order
-    lengths = [len(group) for group in groups]
-    assert len(groups) == -(-n // size) and max(lengths) <= size
+    parts = parts_of(order, size)
+    assert tuple(i for part in parts for i in part) == order
+    lengths = [len(part) for part in parts]
+    assert len(parts) == -(-n // size) and max(lengths) <= size
     assert max(lengths) - min(lengths) <= 1 and lengths == sorted(lengths, reverse=True)
 
 
 @pytest.mark.parametrize("size", [1, 3, 20])
-def test_a_row_of_many_responses_is_judged_in_groups(judge: Judge, size: int) -> None:
-    """Each judgement is the one that a row of its group's responses has at that number."""
+def test_a_row_of_many_responses_is_judged_in_parts(judge: Judge, size: int) -> None:
+    """Each judgement is the one that a row of its part's responses has at that number."""
     row = make_row("What is best?", [f"Hello {i}. Bye." for i in range(7 if size < 20 else 41)])
     options: dict[str, Any] = {"k": 2, "temperature": 1.0, "force_scores": True, "seed": 2}
-    verdict = run(judge, [row], group_size=size, **options)[0]
+    verdict = run(judge, [row], max_shown=size, **options)[0]
     assert verdict.valid == 2 and verdict.scores is not None
     assert len(verdict.scores) == len(row.responses)
     number = 0
     for sample in verdict.samples:
         texts, tokens, scores = list[str](), list[int](), dict[int, int]()
-        for group in groups_of(sample.order, size):
-            part = make_row(row.messages, [row.responses[i] for i in group], id=row.id)
-            alone = run(judge, [part], **(options | {"k": number + 1, "orders": "fixed"}))[0]
+        for part in parts_of(sample.order, size):
+            shown = make_row(row.messages, [row.responses[i] for i in part], id=row.id)
+            alone = run(judge, [shown], **(options | {"k": number + 1, "orders": "fixed"}))[0]
             texts.append(alone.samples[number].text)
             tokens += alone.samples[number].token_ids
-            scores |= dict(zip(group, alone.samples[number].scores or (), strict=True))
+            scores |= dict(zip(part, alone.samples[number].scores or (), strict=True))
             number += 1
         assert sample.text == "\n\n".join(texts) and sample.token_ids == tokens
         assert sample.scores == tuple(scores[i] for i in range(len(row.responses)))
         assert sample.tokens == len(tokens) and sample.forced
     votes = [sample.scores for sample in verdict.samples if sample.scores is not None]
     assert verdict.scores == [sum(scores) for scores in zip(*votes, strict=True)]
-    assert run(judge, [row], group_size=size, until_decided=0.9, **options)[0].k_used in (1, 2)
+    assert run(judge, [row], max_shown=size, until_decided=0.9, **options)[0].k_used in (1, 2)
 
 
-def test_one_group_without_scores_leaves_a_sample_without_a_vote(judge: Judge) -> None:
+def test_one_part_without_scores_leaves_a_sample_without_a_vote(judge: Judge) -> None:
     row = make_row("What is best?", [f"Hello {i}. Bye." for i in range(4)])
-    verdict = run(judge, [row], k=8, group_size=2, max_new_tokens=70)[0]
+    verdict = run(judge, [row], k=8, max_shown=2, max_new_tokens=70)[0]
     for sample in verdict.samples:
         boxes = re.findall(r"boxed\{\d+, \d+\}", sample.text)
         assert (sample.scores is None) == (len(boxes) < 2)
