@@ -27,6 +27,7 @@ from kernels import cpp
 from tests import tiny
 from tests.judges import rebuilt
 from tests.rows import needs_cpp
+from train.pocket import JUDGE_TEMPLATE
 from train.world import cases
 
 END = 2  # <|im_end|>
@@ -79,6 +80,7 @@ def trie_size(meta: MetaModel, row: Row, samples: Samples) -> int:
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("meta")
     tiny.write_model(directory, "qwen3", scalar=True)
+    (directory / "judge_template.jinja").write_text(JUDGE_TEMPLATE)  # a short one
     return directory
 
 
@@ -103,6 +105,7 @@ def test_scores_equal_transformers_on_each_sequence_alone(
     """Segments longer than the windows of 9 and 11 tokens, in one piece and in pieces that cut; by
     our own attention, in C++ and in torch, and by pairs of segments."""
     theirs = tiny.write_model(tmp_path, family, scalar=True)
+    (tmp_path / "judge_template.jinja").write_text(JUDGE_TEMPLATE)  # a short one
     meta = MetaModel.load(tmp_path)
     rows = [(row_of(number, n=3), samples_of(number, n=3)) for number in range(2)]
     exact = []
@@ -211,6 +214,7 @@ def test_a_sequence_that_is_a_head_is_read_anew(meta: MetaModel) -> None:
 
 def test_where_the_end_token_is_the_pad_token_it_is_not_read(tmp_path: Path) -> None:
     theirs = tiny.write_model(tmp_path, "llama", scalar=True, pad_token_id=END)
+    (tmp_path / "judge_template.jinja").write_text(JUDGE_TEMPLATE)  # a short one
     meta = MetaModel.load(tmp_path)
     row, samples = row_of(1), [*samples_of(1, k=3), ((0, 1), ""), ((1, 0), "")]
     found = MetaScorer(meta).scores(row, samples)

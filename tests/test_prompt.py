@@ -520,7 +520,7 @@ def test_blanks_before_a_field_make_the_tokens_of_the_whole_text(
     assert builder.render(row, [0, 1, 2]) == whole
     apart = PromptBuilder(tokenizer, judge, JudgeSettings(join_blanks=False))
     assert written(tmp_path, apart.render(row, [0, 1, 2])) == text
-    assert (apart.render(row, [0, 1, 2]) == whole) == (": {{" not in judge and judge != SHOW)
+    assert (apart.render(row, [0, 1, 2]) == whole) == (judge == DEFAULT)
 
 
 @pytest.mark.parametrize(
@@ -610,11 +610,12 @@ def test_a_conversation_of_many_turns_is_rendered() -> None:
 
 
 def test_the_default_template_says_what_it_should() -> None:
+    """Worked examples as real turns, then the row in the same form."""
     builder, directory, _ = shared()
     optional = {
         "reference": "[Reference answer]\nGIVEN\n\n",
         "principles": "[Criteria to use]\nGIVEN\n\n",
-        "hint": "GIVEN\n\nWrite exactly",
+        "hint": "GIVEN\n\nJudge the",
     }
     for count in (1, 3):
         for name in (None, *optional):
@@ -622,25 +623,39 @@ def test_the_default_template_says_what_it_should() -> None:
             row = make_row("QUESTION", [f"ANSWER {i}" for i in range(count)], **fields)
             hint = "GIVEN" if name == "hint" else None
             text = written(directory, builder.render(row, range(count), hint))
-            noun = "1 candidate response" if count == 1 else "3 candidate responses"
-            assert f"Below stand a conversation and {noun} to its last message." in text
-            assert "one integer score from 1 to 10." in text
-            assert "[Conversation]\nuser: QUESTION\n\n" in text
+            *examples, last = text.split("<|im_end|><|im_start|>user\n")
+            assert "one integer score from 1 to 10:" in examples[0]
+            assert len(examples) == 3
+            for example in examples:
+                asked, answer = example.split("<|im_end|><|im_start|>assistant\n")
+                assert asked.endswith(f"with {min(count, 2)} score{'s'[: count - 1]} from 1 to 10.")
+                assert re.fullmatch(
+                    r"Specific Criteria: .*\nAnalysis: .*\nScores: \\boxed\{[0-9, ]+\}", answer
+                )
+                assert answer[answer.rindex("{") :].count(",") == min(count, 2) - 1
+            assert last.startswith("[Conversation]\nuser:\nQUESTION\n\n")
             for i in range(count):
                 begin, end = (f"[{word} of response {i + 1}]" for word in ("Begin", "End"))
-                assert f"{begin}\nANSWER {i}\n{end}\n\n" in text
-            box = f"\nScores: \\boxed{{{', '.join('x' * count)}}}<|im_end|>"
-            assert text.count(box) == 1
-            assert {key: shown in text for key, shown in optional.items()} == {
+                assert f"{begin}\nANSWER {i}\n{end}\n\n" in last
+            noun, scores = ("response", "1 score") if count == 1 else ("3 responses", "3 scores")
+            assert f'\n\nJudge the {noun}: write "Specific Criteria:", then' in last
+            box = f'"Scores: \\boxed{{}}" with {scores} from 1 to 10.'
+            assert last.endswith(f"{box}<|im_end|><|im_start|>assistant")
+            assert {key: shown in last for key, shown in optional.items()} == {
                 key: key == name for key in optional
             }
             assert "None" not in text and "\n\n\n" not in text and " \n" not in text
 
 
 def test_score_bounds_reach_the_template(tmp_path: Path) -> None:
-    builder = make_builder(tmp_path, scores=JudgeSettings(score_min=-3, score_max=99))
-    text = builder.tokenizer.decode(builder.render(make_row("a", ["b"]), [0]))
-    assert "one integer score from -3 to 99." in text
+    settings = JudgeSettings(score_min=-3, score_max=99, anchor="Marks:")
+    builder = make_builder(tmp_path, scores=settings)
+    text = builder.tokenizer.decode(builder.render(make_row("a", ["b", "c"]), [0, 1]))
+    assert "one integer score from -3 to 99:" in text
+    assert re.findall(r"\nMarks: \\boxed\{(.*?)\}", text) == ["88, 8", "88, 8", "-3, 99"]
+    builder = make_builder(tmp_path, scores=JudgeSettings(score_min=0, score_max=1, anchor=None))
+    text = builder.tokenizer.decode(builder.render(make_row("a", ["b", "c"]), [0, 1]))
+    assert re.findall(r"\nScores: \\boxed\{(.*?)\}", text) == ["1, 0", "1, 0", "0, 1"]
 
 
 def test_a_segment_is_a_kind_and_its_tokens() -> None:
