@@ -40,6 +40,7 @@ HOSTILE = (
     "{{ 7 * 7 }} {% raw %} %s {}",
     "\x00\u202e\ufeff\ufffd é 漢字",
 )
+TEMPLATE = "Be strict. " * 90 + JUDGE_TEMPLATE  # prompts of some 1250 tokens
 Samples = list[tuple[tuple[int, ...], str]]
 
 
@@ -80,7 +81,7 @@ def trie_size(meta: MetaModel, row: Row, samples: Samples) -> int:
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("meta")
     tiny.write_model(directory, "qwen3", scalar=True)
-    (directory / "judge_template.jinja").write_text(JUDGE_TEMPLATE)  # a short one
+    (directory / "judge_template.jinja").write_text(TEMPLATE)
     return directory
 
 
@@ -105,7 +106,7 @@ def test_scores_equal_transformers_on_each_sequence_alone(
     """Segments longer than the windows of 9 and 11 tokens, in one piece and in pieces that cut; by
     our own attention, in C++ and in torch, and by pairs of segments."""
     theirs = tiny.write_model(tmp_path, family, scalar=True)
-    (tmp_path / "judge_template.jinja").write_text(JUDGE_TEMPLATE)  # a short one
+    (tmp_path / "judge_template.jinja").write_text(TEMPLATE)
     meta = MetaModel.load(tmp_path)
     rows = [(row_of(number, n=3), samples_of(number, n=3)) for number in range(2)]
     exact = []
@@ -214,7 +215,7 @@ def test_a_sequence_that_is_a_head_is_read_anew(meta: MetaModel) -> None:
 
 def test_where_the_end_token_is_the_pad_token_it_is_not_read(tmp_path: Path) -> None:
     theirs = tiny.write_model(tmp_path, "llama", scalar=True, pad_token_id=END)
-    (tmp_path / "judge_template.jinja").write_text(JUDGE_TEMPLATE)  # a short one
+    (tmp_path / "judge_template.jinja").write_text(TEMPLATE)
     meta = MetaModel.load(tmp_path)
     row, samples = row_of(1), [*samples_of(1, k=3), ((0, 1), ""), ((1, 0), "")]
     found = MetaScorer(meta).scores(row, samples)
