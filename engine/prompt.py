@@ -30,6 +30,7 @@ from engine.orders import draw_nonce
 from engine.request import Row
 from engine.settings import JudgeSettings
 from engine.templates import DATE, LongText, Template, check_variables
+from models.config import read_text
 from models.tokenizer import Tokenizer, chat_template_of
 
 DEFAULT_TEMPLATE = Path(__file__).with_name("judge_template.jinja")
@@ -39,16 +40,16 @@ def read_judge_template(directory: str | Path, file: str | Path | None = None) -
     """The text of a file with a judge template, or else of a model directory's own
     judge_template.jinja, or of the default."""
     if file is not None:
-        return Path(file).read_text(encoding="utf-8")
+        return read_text(Path(file), "a judge template")
     own = Path(directory) / "judge_template.jinja"
-    return (own if own.exists() else DEFAULT_TEMPLATE).read_text(encoding="utf-8")
+    return read_text(own if own.exists() else DEFAULT_TEMPLATE, "a judge template")
 
 
 def read_chat_template(directory: str | Path, file: str | Path | None = None) -> str:
     """The text of a file with a chat template, or else of a model directory's own; ValueError
     where there is none."""
     if file is not None:
-        return Path(file).read_text(encoding="utf-8")
+        return read_text(Path(file), "a chat template")
     own = chat_template_of(directory)
     if own is None:
         raise ValueError(f"{directory} has no chat template: give one with --chat-template FILE")
@@ -56,7 +57,7 @@ def read_chat_template(directory: str | Path, file: str | Path | None = None) ->
 
 
 SegmentKind = Literal["head", "conversation", "response", "tail"]
-FieldName = Literal["message", "response", "reference", "principles", "hint", "code"]
+FieldName = Literal["message", "response", "reference", "principles", "hint", "nonce"]
 
 
 class Segment(NamedTuple):
@@ -93,7 +94,7 @@ class _Shape(NamedTuple):
     reference: bool
     principles: bool
     hint: bool
-    code: bool
+    nonce: bool
 
     def fields(self) -> list[_Field]:
         """Every field of a row of this shape."""
@@ -103,7 +104,7 @@ class _Shape(NamedTuple):
             ("reference", self.reference),
             ("principles", self.principles),
             ("hint", self.hint),
-            ("code", self.code),
+            ("nonce", self.nonce),
         )
         return fields + [_Field(name) for name, there in optional if there]
 
@@ -111,19 +112,19 @@ class _Shape(NamedTuple):
 class _Sentinels(NamedTuple):
     """Texts in place of fields: a name that nothing else holds, between two other texts."""
 
-    nonce: str
+    name: str
     before: str = ""
     after: str = ""
     long: LongText | None = None  # that `after` marks
 
     def of(self, field: _Field) -> str:
-        return f"{self.before}Q{self.nonce}{field.name}{field.number}Z{self.after}"
+        return f"{self.before}Q{self.name}{field.name}{field.number}Z{self.after}"
 
     def split(self, text: str) -> "_Pieces":
         """The text cut at the sentinels that stand in it whole."""
         pieces: list[str | _Field] = []
         place = 0
-        for found in re.finditer(f"Q{self.nonce}([a-z]+)([0-9]+)Z", text):
+        for found in re.finditer(f"Q{self.name}([a-z]+)([0-9]+)Z", text):
             field = _Field(found[1], int(found[2]))  # type: ignore[arg-type]
             begin, end = found.start() - len(self.before), found.end() + len(self.after)
             if begin >= place and text[begin:end] == self.of(field):
@@ -154,7 +155,7 @@ class _Layout(NamedTuple):
 
     segments: tuple[tuple[SegmentKind, tuple[tuple[int, ...] | _Shown, ...]], ...]
     continuation: _Pieces
-    shows_code: bool
+    shows_nonce: bool
 
 
 class PromptBuilder:
@@ -202,20 +203,20 @@ class PromptBuilder:
         order: Sequence[int],
         hint: str | None = None,
         known: dict[Any, Any] | None = None,
-        code: str | None = None,
+        nonce: str | None = None,
     ) -> list[Segment]:
         """The segments of one sample's prompt.
 
         `order[j]` is the response shown in position j, a permutation of range(n). `hint` is text
         for the template's `hint` (rejective fine-tuning shows the best response there). `known`
-        keeps what has been tokenized for the same row in another order. `code`: ASCII digits that
+        keeps what has been tokenized for the same row in another order. `nonce`: ASCII digits that
         the template's `anchor` shows. Raises ValueError for templates that do not fit the row.
         """
         assert sorted(order) == list(range(len(row.responses))), f"{order} is not a permutation"
-        shape = _shape(row, hint, code)
+        shape = _shape(row, hint, nonce)
         known = {} if known is None else known
         optional = {
-            "reference": row.reference, "principles": row.principles, "hint": hint, "code": code
+            "reference": row.reference, "principles": row.principles, "hint": hint, "nonce": nonce
         }  # fmt: skip
 
         def text_of(shown: _Shown) -> str:
@@ -247,23 +248,23 @@ class PromptBuilder:
         return segments
 
     def render(
-        self, row: Row, order: Sequence[int], hint: str | None = None, code: str | None = None
+        self, row: Row, order: Sequence[int], hint: str | None = None, nonce: str | None = None
     ) -> list[int]:
         """The whole prompt of one sample as one list of token ids."""
-        segments = self.segments(row, order, hint, code=code)
+        segments = self.segments(row, order, hint, nonce=nonce)
         return [t for segment in segments for t in segment.token_ids]
 
     def show(
-        self, row: Row, order: Sequence[int], hint: str | None = None, code: str | None = None
+        self, row: Row, order: Sequence[int], hint: str | None = None, nonce: str | None = None
     ) -> str:
         """The prompt of one sample as text, with its control tokens written out."""
-        return self.tokenizer.show(self.render(row, order, hint, code))
+        return self.tokenizer.show(self.render(row, order, hint, nonce))
 
-    def continuation(self, row: Row, hint: str | None = None, code: str | None = None) -> str:
+    def continuation(self, row: Row, hint: str | None = None, nonce: str | None = None) -> str:
         """The end of the prompt that a judgement continues: a `<think>` that the chat template
         opens, with what follows it, and the text that the judge template begins an answer with."""
-        pieces = self._layout(_shape(row, hint, code)).continuation
-        return "".join(code or "" if isinstance(piece, _Field) else piece for piece in pieces)
+        pieces = self._layout(_shape(row, hint, nonce)).continuation
+        return "".join(nonce or "" if isinstance(piece, _Field) else piece for piece in pieces)
 
     @cached_property
     def uses_nonce(self) -> bool:
@@ -273,8 +274,8 @@ class PromptBuilder:
         wanted = settings.anchor_nonce
         if wanted is False or settings.anchor is None or settings.format != "boxed":
             return False
-        plain = _Shape(("user",), 2, reference=False, principles=False, hint=False, code=True)
-        shows = self._layout(plain).shows_code
+        plain = _Shape(("user",), 2, reference=False, principles=False, hint=False, nonce=True)
+        shows = self._layout(plain).shows_nonce
         if wanted and not shows:
             raise ValueError("anchor_nonce: the judge template does not show the anchor")
         return shows
@@ -293,14 +294,14 @@ class PromptBuilder:
         _check_shown(fields, shown, shape.num_responses)
         # A long text, past every limit that a template may set; less where there are many fields.
         times = min(100_000, _MOST_SENTINEL_CHARS // len(fields)) // len(_STARTLING) + 1
-        nonce = secrets.token_hex(8)
-        long = LongText(f"L{nonce}L", f" {_STARTLING}.", times)
-        if self._write(shape, _Sentinels(nonce, "ignore ", long.mark, long)) != written:
+        name = secrets.token_hex(8)
+        long = LongText(f"L{name}L", f" {_STARTLING}.", times)
+        if self._write(shape, _Sentinels(name, "ignore ", long.mark, long)) != written:
             raise ValueError(refusal)
         return _Layout(
             self._cut(written.pieces, shape.num_responses),
             written.continuation,
-            any(field.name == "code" for field in shown),
+            any(field.name == "nonce" for field in shown),
         )
 
     def _write(self, shape: _Shape, sentinels: _Sentinels) -> _Written:
@@ -331,17 +332,17 @@ class PromptBuilder:
             begin = len(text)
         continuation = sentinels.split(text[begin:] + prefill)
         for piece in continuation:
-            if isinstance(piece, _Field) and piece.name != "code":
+            if isinstance(piece, _Field) and piece.name != "nonce":
                 raise ValueError(f"the assistant's last turn cannot show {piece}")
         return _Written(sentinels.split(text + prefill), continuation)
 
     def _turns(self, shape: _Shape, sentinels: _Sentinels) -> list[tuple[str, str]]:
         """The judge template's turns: role and text."""
         marks = {field: sentinels.of(field) for field in shape.fields()}
-        code, anchor = marks.get(_Field("code")), self.settings.anchor
-        if anchor is not None and code is not None:
-            anchor = f"{anchor.rstrip().removesuffix(':').rstrip()} {code}:"
-        turn = f"T{sentinels.nonce}T"
+        nonce, anchor = marks.get(_Field("nonce")), self.settings.anchor
+        if anchor is not None and nonce is not None:
+            anchor = self.settings.rules("eos", True).anchor_line(nonce)
+        turn = f"T{sentinels.name}T"
         text = self._judge.render(
             {
                 "messages": [
@@ -352,7 +353,7 @@ class PromptBuilder:
                 "reference": marks.get(_Field("reference")),
                 "principles": marks.get(_Field("principles")),
                 "hint": marks.get(_Field("hint")),
-                "code": code,
+                "nonce": nonce,
                 "anchor": anchor,
                 "score_min": self.settings.score_min,
                 "score_max": self.settings.score_max,
@@ -388,14 +389,14 @@ class PromptBuilder:
         return tuple((kind, tuple(parts)) for kind, parts in layout if parts)
 
 
-def _shape(row: Row, hint: str | None, code: str | None) -> _Shape:
+def _shape(row: Row, hint: str | None, nonce: str | None) -> _Shape:
     return _Shape(
         tuple(message.role for message in row.messages),
         len(row.responses),
         row.reference is not None,
         row.principles is not None,
         hint is not None,
-        code is not None,
+        nonce is not None,
     )
 
 
@@ -404,7 +405,7 @@ def _check_shown(fields: Sequence[_Field], shown: Sequence[_Field], num_response
     times = Counter(shown)
     last = _Field("response", num_responses - 1)
     for field in fields:
-        if field.name == "code" or times[field] == 1:
+        if field.name == "nonce" or times[field] == 1:
             continue
         if not times[field]:
             raise ValueError(f"the templates must show every field once: {field} is not shown")

@@ -414,7 +414,7 @@ def _first_prompt(options: Options, stack: ExitStack) -> str:
         date=options.date,
     )
     part = parts_of(draw_orders(row, options)[0], options.max_shown)[0]
-    text = prompts.show(*seen_by(row, part), code=prompts.nonce(row, options.seed))
+    text = prompts.show(*seen_by(row, part), nonce=prompts.nonce(row, options.seed))
     return escape(text) if sys.stdout.isatty() else text
 
 

@@ -164,7 +164,7 @@ def test_a_prompt_is_what_jinja2_and_transformers_render(
 
 def test_a_chat_template_file_ends_as_transformers_reads_it(tmp_path: Path) -> None:
     make_builder(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("<|im_start|>{{ messages[0].content }}<think>\n")
+    (tmp_path / "chat_template.jinja").write_text("<|im_start|>{{ messages[-1].content }}<think>\n")
     builder = PromptBuilder(Tokenizer(tmp_path), DEFAULT, JudgeSettings())
     row = make_row("QUESTION", ["RED"])
     text = written(tmp_path, builder.render(row, [0]))
@@ -437,13 +437,13 @@ def test_a_judgement_continues_what_thinks_and_what_is_begun(
     assert make_builder(tmp_path, judge + prefill).continuation(row) == begun
 
 
-# Anchor and code
+# Anchor and nonce
 
 
-def test_the_anchor_is_a_variable_with_the_rows_code(tmp_path: Path) -> None:
+def test_the_anchor_is_a_variable_with_the_rows_nonce(tmp_path: Path) -> None:
     judge = "{{ anchor }} or {{ anchor }}: " + SHOW + "{{ turn('assistant') }}{{ anchor }}"
     row = make_row("a", ["b"])
-    for anchor, plain, coded in (
+    for anchor, plain, with_nonce in (
         ("Scores:", "Scores:", "Scores 0417:"),
         ("Final verdict : ", "Final verdict : ", "Final verdict 0417:"),
         ("Verdict =>", "Verdict =>", "Verdict => 0417:"),
@@ -452,29 +452,29 @@ def test_the_anchor_is_a_variable_with_the_rows_code(tmp_path: Path) -> None:
         builder = make_builder(
             tmp_path, judge, scores=JudgeSettings(anchor=anchor, anchor_nonce=None)
         )
-        for code, shown in ((None, plain), ("0417", coded)):
-            text = show(builder, tmp_path, row, code=code)
+        for nonce, shown in ((None, plain), ("0417", with_nonce)):
+            text = show(builder, tmp_path, row, nonce=nonce)
             assert text.startswith(f"<|im_start|>user\n{shown} or {shown}: a b <|im_end|>")
             assert text.endswith(f"<|im_start|>assistant{shown}")
-            assert builder.continuation(row, code=code) == shown
+            assert builder.continuation(row, nonce=nonce) == shown
         assert builder.uses_nonce == (anchor is not None)
-        segments = builder.segments(row, [0], code="0417")
+        segments = builder.segments(row, [0], nonce="0417")
         assert segments[0].kind == "head"
-        assert segments == builder.segments(row, [0], code="0417", known={})
-        other = builder.segments(row, [0], code="0418")
+        assert segments == builder.segments(row, [0], nonce="0417", known={})
+        other = builder.segments(row, [0], nonce="0418")
         assert segments[0] == other[0]  # of no row's own
         assert (segments == other) == (anchor is None)
 
 
-def test_a_template_may_show_no_code() -> None:
+def test_a_template_may_show_no_nonce() -> None:
     builder, _, _ = shared()
     row = make_row("a", ["b", "c"])
     bare = PromptBuilder(builder.tokenizer, SHOW, JudgeSettings(anchor_nonce=None))
     assert not bare.uses_nonce
     with pytest.raises(ValueError, match="the judge template does not show the anchor"):
         _ = PromptBuilder(builder.tokenizer, SHOW, JudgeSettings(anchor_nonce=True)).uses_nonce
-    assert bare.render(row, [0, 1], code="123") == bare.render(row, [0, 1])
-    assert bare.continuation(row, code="123") == ""
+    assert bare.render(row, [0, 1], nonce="123") == bare.render(row, [0, 1])
+    assert bare.continuation(row, nonce="123") == ""
 
 
 # Blanks before a field
