@@ -47,6 +47,7 @@ from train.data import JudgedRow, Judgement, Trajectory, file_judgements
 from train.learner import Learner
 from train.packing import pack, packed_attention
 from train.rollout import (
+    TRAINING,
     Group,
     Rows,
     dev_rows,
@@ -202,12 +203,13 @@ class Trainer:
 
     def __init__(self, args: Args) -> None:
         model, tokenizer = scalar_of(args.model, args.dtype)
-        template, settings = read_judge_template(args.model), read_judge_settings(args.model)
+        template = read_judge_template(args.model)
+        settings = read_judge_settings(args.model, TRAINING)
         self.args, self.learner = args, Learner(model, args)
         self.meta = MetaModel(
             self.learner.plain, tokenizer, judge_template=template, settings=settings
         )
-        self.judge = Judge.load(args.judge or args.model, dtype=args.dtype)
+        self.judge = Judge.load(args.judge or args.model, dtype=args.dtype, settings=TRAINING)
         self.rows: Rows = world_rows("meta", args.seed, args.rows)
         self.left_out: Counter[str] = Counter()
         if args.data is not None:

@@ -55,7 +55,7 @@ from train import parallel, sft
 from train.checkpoint import sha256
 from train.data import hint_at
 from train.evaluation import VoteArgs
-from train.rollout import seed_of, world_rows
+from train.rollout import TRAINING, seed_of, world_rows
 from train.run import (
     RunArgs,
     check_args,
@@ -441,7 +441,7 @@ def sample(args: Args) -> Counts:
             tqdm(total=_total(args), initial=len(done), unit="row", disable=files is None)
         )
         while chunk := list(islice(source, args.chunk_rows)):
-            judge = judge or Judge.load(args.model, dtype=args.dtype)
+            judge = judge or Judge.load(args.model, dtype=args.dtype, settings=TRAINING)
             command.begin_work()
             own = list(judged(judge, parallel.share(chunk), args))
             for each, lines in parallel.gather(own):

@@ -156,9 +156,13 @@ def advantages(rewards: Tensor, scaling: Scaling) -> Tensor:
     return centred
 
 
+# Judge settings of all that training samples: a model learns the anchor line without a nonce.
+TRAINING = {"anchor_nonce": False}
+
+
 def judge_of(model: Transformer, tokenizer: Tokenizer, directory: Path) -> Judge:
     """The judge that a model under training is, with the templates of where it began."""
-    template, settings = read_judge_template(directory), read_judge_settings(directory)
+    template, settings = read_judge_template(directory), read_judge_settings(directory, TRAINING)
     return Judge(model, tokenizer, judge_template=template, settings=settings)
 
 

