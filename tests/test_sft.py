@@ -134,7 +134,9 @@ def test_the_finished_directory_is_whole(args: sft.Args) -> None:
     assert names >= {"tokenizer.json", "tokenizer_config.json", "generation_config.json",
                      "judge_template.jinja", "config.json", "model.safetensors"}  # fmt: skip
     model, tokenizer = load(args.out)
-    PromptBuilder(tokenizer, JUDGE_TEMPLATE, read_judge_settings(args.out))
+    settings = read_judge_settings(args.out)
+    assert not (args.model / "judge.json").exists() and settings.anchor_nonce is False
+    PromptBuilder(tokenizer, JUDGE_TEMPLATE, settings)
     start, _ = load(args.model)
     assert not torch.equal(model.head_weight, start.head_weight)
     assert model.config.eos_token_ids == start.config.eos_token_ids
