@@ -20,8 +20,6 @@ from typing import Any
 import torch
 
 from engine.decided import samples_to_draw
-from engine.forced import ScoreForm
-from engine.formats import read_verdict
 from engine.generate import (
     PREFILL_TOKENS,
     Generation,
@@ -36,16 +34,15 @@ from engine.labels import agrees, is_correct
 from engine.memory import cache_budget
 from engine.meta import CACHE_SHARE, MetaModel, MetaScorer
 from engine.options import MAX_SHOWN, JudgeOptions
-from engine.orders import draw_orders, in_row_order, parts_of, seen_by
+from engine.orders import draw_orders, parts_of, seen_by
 from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
 from engine.request import BadRow, Message, Row, make_row
+from engine.score_reader import ScoreReader
 from engine.settings import JudgeSettings, read_judge_settings
 from engine.templates import DATE, Template
-from engine.verdict import RowFailure, Sample, Verdict
+from engine.verdict import RowFailure, Verdict
 from kernels import cpp
-from kernels.extract_scores import ScoreAutomaton
 from kernels.sample_token import SamplingOptions, stream_key, uniforms
-from kernels.score_grammar import Reason, ScoreRules
 from kernels.segment_attention import Backend
 from kernels.vote import vote
 from models import load, read_config
@@ -97,8 +94,7 @@ class Judge:
                 f"{_range(self.settings)}: see judge.json of each"
             )
         self.usage = Usage()
-        self._automata: dict[ScoreRules, ScoreAutomaton] = {}
-        self._forms: dict[ScoreRules, ScoreForm] = {}
+        self._reader = ScoreReader(tokenizer, self.settings, model)
 
     @classmethod
     def load(
@@ -282,58 +278,19 @@ class Judge:
         rules = self.settings.rules(chosen.stop or self.settings.stop, self.prompts.uses_nonce)
         generator = Generator(
             self.model,
-            self._automaton(rules),
+            self._reader.automaton(rules),
             options=sampling,
             max_new_tokens=chosen.max_new_tokens,
             max_batch=self.max_batch,
             max_scores=MAX_SHOWN,
             stop=chosen.stop or self.settings.stop,
-            form=self._form(rules) if chosen.force_scores else None,
+            form=self._reader.form(rules) if chosen.force_scores else None,
             deterministic=chosen.deterministic,
             prefill_backend=backend,
             cache_bytes=cache_bytes,
             usage=self.usage,
         )
         return self._run(generator, scorer, entries, chosen, hint)
-
-    def _automaton(self, rules: ScoreRules) -> ScoreAutomaton:
-        if rules not in self._automata:
-            tokenizer, vocab = self.tokenizer, self.model.config.vocab_size
-            token_bytes = [*tokenizer.token_bytes, *[b""] * (vocab - tokenizer.size)]
-            special = set(tokenizer.special_ids)
-            for tag in ("<think>", "</think>"):  # text, also where they are special tokens
-                ids = tokenizer.encode_template(tag)
-                if len(ids) == 1 and ids[0] in special:
-                    special.remove(ids[0])
-                    token_bytes[ids[0]] = tag.encode()
-            self._automata[rules] = ScoreAutomaton(
-                token_bytes, special, rules, self.model.head_weight.device
-            )
-        return self._automata[rules]
-
-    def _form(self, rules: ScoreRules) -> ScoreForm:
-        if rules not in self._forms:
-            self._forms[rules] = ScoreForm(self.tokenizer, rules)
-        return self._forms[rules]
-
-    def _read(self, generation: Generation, n: int) -> Generation:
-        """A sample with its scores: where they stand in no box, they are read here."""
-        settings = self.settings
-        if settings.format == "boxed":
-            return generation
-        reason, scores = read_verdict(
-            settings.format,
-            self._text(generation),
-            n,
-            settings.score_min,
-            settings.score_max,
-            generation.finish == "eos",
-        )
-        return replace(generation, reason=reason, scores=scores or None)
-
-    def _text(self, generation: Generation) -> str:
-        size = self.tokenizer.size  # the model may have more ids, which mean nothing
-        return self.tokenizer.decode([t for t in generation.token_ids if t < size])
 
     def _scorer(
         self, meta: MetaModel, options: JudgeOptions, backend: Backend | None
@@ -442,7 +399,9 @@ class Judge:
         cycle = len(set(flight.orders)) if options.orders == "rotate" else 1
 
         def further(drawn: Sequence[Generation]) -> int:
-            scores = [sample.scores for sample in self._samples(flight, drawn)]
+            scores = [
+                sample.scores for sample in self._reader.samples(flight.orders, flight.shown, drawn)
+            ]
             count = samples_to_draw(scores, options.k, cycle, sure, self.settings)
             return count * flight.num_parts
 
@@ -459,7 +418,7 @@ class Judge:
         assert isinstance(row, Row)
         if result.error is not None:
             return flight.failure(result.error)
-        samples = self._samples(flight, result.generations)
+        samples = self._reader.samples(flight.orders, flight.shown, result.generations)
         if scorer is not None:
             valid = [sample for sample in samples if sample.scores is not None]
             try:
@@ -508,38 +467,6 @@ class Judge:
             correct=is_correct(best, means, row.label, self.settings.threshold),
             agrees=agrees(best, row.label),
             row_meta=row.meta,
-        )
-
-    def _samples(self, flight: "_Flight", generations: Sequence[Generation]) -> list[Sample]:
-        """The samples of a row, each of as many judgements as the row has parts."""
-        read = [
-            self._read(generation, len(order))
-            for order, generation in zip(flight.shown, generations, strict=False)
-        ]
-        count = flight.num_parts
-        judgements = [read[i : i + count] for i in range(0, len(read), count)]
-        return [
-            self._sample(order, each)
-            for order, each in zip(flight.orders, judgements, strict=False)
-        ]
-
-    def _sample(self, order: tuple[int, ...], judgements: Sequence[Generation]) -> Sample:
-        """A sample of one judgement, or of one for each part of the responses."""
-        reasons = [each.reason for each in judgements if each.reason != Reason.VALID]
-        scores = None if reasons else [score for each in judgements for score in each.scores or ()]
-        finishes = {each.finish for each in judgements}
-        return Sample(
-            order=order,
-            text="\n\n".join(self._text(each) for each in judgements),
-            scores=in_row_order(scores, order),
-            invalid=reasons[0].label if reasons else None,
-            meta=None,
-            tokens=sum(len(each.token_ids) for each in judgements),
-            finish="length" if "length" in finishes else judgements[-1].finish,
-            forced=any(each.forced for each in judgements),
-            token_ids=[token for each in judgements for token in each.token_ids],
-            logprobs=[value for each in judgements for value in each.logprobs],
-            sampling_logprobs=[value for each in judgements for value in each.sampling_logprobs],
         )
 
 
