@@ -183,15 +183,10 @@ class Judge:
         self,
         prompt: str | Sequence[Message | dict[str, str]],
         responses: Sequence[str],
-        order: Sequence[int] | None = None,
-        reference: str | None = None,
-        principles: str | None = None,
-        hint: str | None = None,
-        seed: int = 0,
+        **arguments: Any,
     ) -> str:
-        """`render` as text, with control tokens written out."""
-        row = make_row(prompt, responses, reference=reference, principles=principles)
-        return self.prompts.show(row, _shown(row, order), hint, self.prompts.nonce(row, seed))
+        """`render`, with its arguments, as text with control tokens written out."""
+        return self.tokenizer.show(self.render(prompt, responses, **arguments))
 
     def key(self, entry: Row | BadRow, *, hint: Hint | None = None, **options: Any) -> str:
         """The key of an entry's line under the options of `rows`: a hash of all that decides it."""
