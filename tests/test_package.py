@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -58,12 +59,19 @@ def test_the_script_runs_in_any_folder(installed: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_called_kernels_here_has_a_version_that_transformers_leaves_alone() -> None:
+    """As transformers asks for it: of the first folder of the path that knows."""
+    found = metadata.distributions(name="kernels", path=[str(ROOT)])
+    assert [each.version for each in found] == ["0"]
+
+
+@pytest.mark.soak
 def test_transformers_beside_another_package_called_kernels(tmp_path: Path) -> None:
     """Hugging Face's, which transformers would import names from: kernels-0.dist-info tells it that
     in this folder it cannot."""
     (tmp_path / "kernels-0.18.5.dist-info").mkdir()
-    metadata = "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.5\n"
-    (tmp_path / "kernels-0.18.5.dist-info" / "METADATA").write_text(metadata)
+    about = "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.5\n"
+    (tmp_path / "kernels-0.18.5.dist-info" / "METADATA").write_text(about)
     program = (
         "import sys, kernels\n"
         "from transformers import Qwen3ForCausalLM\n"
