@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,12 +296,7 @@ class _Run:
         else:
             print(json.dumps(summary), file=sys.stderr)
         if self.tally.is_in_vain:
-            reasons = ", ".join(f"{count} {name}" for name, count in summary["invalid"].items())
-            print(
-                f"error: no row got a verdict: none of {self.tally.samples} samples has scores "
-                f"that could be read ({reasons})",
-                file=sys.stderr,
-            )
+            print(_in_vain(summary), file=sys.stderr)
 
     @property
     def status(self) -> int:
@@ -390,6 +385,26 @@ def _settings(options: Options) -> dict[str, Any]:
     if options.anchor_nonce is not None:
         changes["anchor_nonce"] = options.anchor_nonce == "on"
     return changes
+
+
+def _in_vain(summary: Mapping[str, Any]) -> str:
+    """What is said of a run without any verdict: why, and what helps."""
+    reasons = ", ".join(f"{count} {name}" for name, count in summary["invalid"].items())
+    if summary["cut_while_thinking"]:
+        reasons += f", {summary['cut_while_thinking']} of these while thinking"
+        advice = (
+            "Try a larger --max-new-tokens, --chat-template-kwargs "
+            """'{"enable_thinking": false}', or --force-scores."""
+        )
+    else:
+        advice = (
+            "--show-prompt shows what the judge is asked; another --template, or --force-scores, "
+            "may help."
+        )
+    return (
+        f"error: no row got a verdict: none of {summary['samples']} samples has scores that could "
+        f"be read ({reasons}). {advice}"
+    )
 
 
 def _first_prompt(options: Options, stack: ExitStack) -> str:

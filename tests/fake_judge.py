@@ -80,7 +80,9 @@ class Judge:
         if "TOO LONG" in row.messages[-1].content:
             return RowFailure(row.id, row.line, key, "the prompt has 9000 tokens, the context 8192")
         if "UNREAD" in row.messages[-1].content:
-            return _without_scores(row, key, options["k"])
+            return _without_scores(row, key, options["k"], "missing", "**Scores:** 7")
+        if "THINKS" in row.messages[-1].content:
+            return _without_scores(row, key, options["k"], "truncated", "<think>Hm")
         draws = hashlib.sha256(key.encode()).digest()
         n, k = len(row.responses), options["k"]
         votes = [tuple(draws[(i + j) % 32] % 10 + 1 for i in range(n)) for j in range(k)]
@@ -103,9 +105,9 @@ class Judge:
         )  # fmt: skip
 
 
-def _without_scores(row: Row, key: str, k: int) -> Verdict:
+def _without_scores(row: Row, key: str, k: int, reason: str, text: str) -> Verdict:
     order = tuple(range(len(row.responses)))
-    lost = Sample(order, "**Scores:** 7", None, "missing", None, 5, "eos", [], [], [])
+    lost = Sample(order, text, None, reason, None, 5, "eos", [], [], [])
     return Verdict(
         id=row.id, key=key, best=None, scores=None, mean_scores=None, tie=False, k=k, valid=0,
         votes=0, samples=[lost] * k, prompt_tokens=10 * k, tree_tokens=10, decode_tokens=5 * k,

@@ -158,9 +158,20 @@ def test_a_run_in_vain_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     assert json.loads(summary)["unread_line"] == "**Scores:** 7"
     assert said == (
         "error: no row got a verdict: none of 12 samples has scores that could be read (12 missing)"
+        ". --show-prompt shows what the judge is asked; another --template, or --force-scores, may "
+        "help."
     )
     os.remove("out")
     assert judge([*rows, *GOOD[5:6]], "--k", "4")[0] == 0
+
+
+def test_a_run_that_only_thinks_says_what_helps(capfd: pytest.CaptureFixture[str]) -> None:
+    assert judge([row(0, prompt="UNREAD"), row(1, prompt="THINKS")], "--k", "4")[0] == 3
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "error: no row got a verdict: none of 8 samples has scores that could be read (4 missing, "
+        "4 truncated, 4 of these while thinking). Try a larger --max-new-tokens, "
+        """--chat-template-kwargs '{"enable_thinking": false}', or --force-scores."""
+    )
 
 
 def test_options_reach_the_judge() -> None:
