@@ -9,6 +9,7 @@ characters, so text in wide scripts may run over.
 import math
 import textwrap
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,8 @@ def escape(text: str) -> str:
 
 
 def render_verdict(row: Row, verdict: Verdict | RowFailure, width: int, color: bool) -> str:
-    """One row's outcome: prompt, responses, one sample, meta scores, score bars, winner and votes.
+    """One row's outcome: prompt, responses, one sample, meta scores, score bars, winner, votes, and
+    which responses the samples prefer.
 
     The sample shown agrees with the verdict where one does, has the highest meta score of those,
     and sees the responses in their own order where one of those does. No line is longer than
@@ -58,12 +60,14 @@ def render_verdict(row: Row, verdict: Verdict | RowFailure, width: int, color: b
     sample = verdict.samples[number]
     shown = " ".join(f"[{index}]" for index in sample.order)
     title = f"Judgement {number + 1} of {len(verdict.samples)}, which saw {shown}"
-    lines += _block(title, sample.text.strip(), SAMPLE_LINES, width, paint)
+    end = "…" if sample.finish == "length" and not sample.forced else ""
+    lines += _block(title, sample.text.strip(), SAMPLE_LINES, width, paint, end)
     if sample.invalid is not None:
         lines.append(paint("red", _cut(f"  No valid scores: {escape(sample.invalid)}", width)))
     lines += _meta_scores(verdict, width, paint)
     lines += _bars(verdict, width, paint)
     lines += _outcome(row, verdict, width, paint)
+    lines += _preferences(verdict, width)
     return "\n".join(lines)
 
 
@@ -138,10 +142,12 @@ def _wrap(text: str, width: int, indent: str = "") -> list[str]:
     return [line for paragraph in text.split("\n") for line in wrapper.wrap(paragraph) or [""]]
 
 
-def _block(title: str, text: str, limit: int, width: int, paint: _Paint) -> list[str]:
-    """A title and an indented text of at most `limit` lines."""
+def _block(
+    title: str, text: str, limit: int, width: int, paint: _Paint, end: str = ""
+) -> list[str]:
+    """A title and an indented text of at most `limit` lines; `end` follows a text shown whole."""
     shown = text[: limit * width]  # more cannot fit; wrapping a megabyte takes seconds
-    lines = _wrap(escape(shown), width, "  ") if shown.strip() else [f"  ({_blank(text)})"]
+    lines = _wrap(escape(shown) + end, width, "  ") if shown.strip() else [f"  ({_blank(text)})"]
     if len(lines) > limit or len(shown) < len(text):
         lines = lines[: limit - 1]
         lines.append(f"  … ({len(text):,} characters in all)")
@@ -223,6 +229,28 @@ def _outcome(row: Row, verdict: Verdict, width: int, paint: _Paint) -> list[str]
         text += ", as labelled" if good else f", but the label says {label}"
     style = "bold" if verdict.label is None else "green" if good else "red"
     return [paint(style, line) for line in _wrap(f"{text}; {votes}.", width)]
+
+
+def _preferences(verdict: Verdict, width: int) -> list[str]:
+    """How many valid samples score each response highest, and by how much the sum decides."""
+    if verdict.scores is None or verdict.best is None or len(verdict.scores) == 1:
+        return []
+    preferred: Counter[int] = Counter()
+    tied = 0
+    for sample in verdict.samples:
+        if sample.scores is not None:
+            top = max(sample.scores)
+            if sample.scores.count(top) == 1:
+                preferred[sample.scores.index(top)] += 1
+            else:
+                tied += 1
+    counts = [f"[{index}] {count}" for index, count in preferred.most_common()]
+    counts += [f"tied {tied}"] if tied else []
+    text = "Samples prefer: " + "  ".join(counts)
+    if not verdict.tie:
+        best, second = sorted(verdict.scores, reverse=True)[:2]
+        text += f"; [{verdict.best}] leads the sum by {best - second} of {best}"
+    return _wrap(f"{text}.", width)
 
 
 def _label_text(label: int | Sequence[float], num_responses: int) -> str:

@@ -63,6 +63,7 @@ def test_a_verdict_for_a_person() -> None:
         "   [0] " + "█" * 14 + "░" * 10 + " 11  mean 3.67",
         "   [1] " + "█" * 24 + " 19  mean 6.33  <- best",
         "Best: [1], as labelled; 3 of 4 samples valid.",
+        "Samples prefer: [1] 2  [0] 1; [1] leads the sum by 8 of 19.",
     ]
 
 
@@ -101,6 +102,30 @@ def test_ties_wrong_labels_and_meta_votes() -> None:
     text = render_verdict(ROW, tied, 80, False)
     assert "<- best (drawn from a tie)" in text
     assert "Best: [0], but the label says [1]; 2 of 2 samples valid, 1 of them voted." in text
+    assert text.endswith("\nSamples prefer: tied 2.")
+
+
+def test_what_samples_prefer_need_not_be_what_the_sum_says() -> None:
+    scores = [*[(3, 4, 5)] * 15, *[(1, 9, 2)] * 6, *[(9, 2, 8)] * 4, *[(7, 7, 1)] * 7, None]
+    row = make_row("p", ["a", "b", "c"])
+    text = render_verdict(row, verdict(*(sample(s, (0, 1, 2)) for s in scores), best=1), 80, False)
+    sums = [sum(s[i] for s in scores if s is not None) for i in range(3)]
+    assert sums == [136, 171, 126]
+    assert text.endswith(
+        "\nSamples prefer: [2] 15  [1] 6  [0] 4  tied 7; [1] leads the sum by 35 of 171."
+    )
+
+
+def test_a_sample_that_was_cut_ends_in_an_ellipsis() -> None:
+    text = "I think that respon"
+    cut = replace(sample(None, (0, 1), text), finish="length", invalid="truncated")
+    lost = render_verdict(ROW, verdict(cut, best=None), 80, False)
+    assert "\n  I think that respon…\n  No valid scores: truncated\n" in lost
+    forced = replace(sample((1, 2), (0, 1), text), finish="length", forced=True)
+    for whole in (sample((1, 2), (0, 1), text), forced):
+        assert "…" not in render_verdict(ROW, verdict(whole, best=1), 80, False)
+    long = replace(cut, text="x" * 9000)
+    assert render_verdict(ROW, verdict(long, best=None), 80, False).count("…") == 1
 
 
 def test_a_row_decided_early() -> None:
