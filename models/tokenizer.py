@@ -86,6 +86,7 @@ class Tokenizer:
         self.special_tokens = _special_tokens(config)
         self.chat_template = _chat_template(config_path, config)
 
+        _require_file(path)
         bare: dict[str, Any] = {"post_processor": None, "truncation": None, "padding": None}
         data = read_json(path) | bare
         template = _build(path, data)
@@ -197,6 +198,16 @@ def _library(where: object) -> Iterator[None]:
         if type(error) is not Exception and type(error).__module__ != "pyo3_runtime":
             raise
         raise ValueError(f"{where}: {error}") from None
+
+
+def _require_file(path: Path) -> None:
+    """Raise where there is only the older form of a tokenizer."""
+    for name in ("tokenizer.model", "vocab.json"):
+        if not path.exists() and path.with_name(name).exists():
+            raise ValueError(
+                f"{path}: no such file, and {name} is not read; transformers makes the one of the "
+                "other: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            )
 
 
 def _build(path: Path, data: dict[str, Any]) -> tokenizers.Tokenizer:

@@ -476,5 +476,10 @@ def test_a_chat_template_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tokenizer\.json: no such file"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: no such file$"):
         Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(ValueError, match=r"tokenizer\.json: no such file, and tokenizer\.model is"):
+        Tokenizer(tmp_path)
+    tiny.write_tokenizer(tmp_path)  # then the older one beside it is of no interest
+    assert Tokenizer(tmp_path).size > 0
