@@ -10,13 +10,17 @@ input: rows in flight are finished and written, those that take longer than --dr
 dropped. The second one kills.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `_Drain`: no traceback of half an import
+
 import dataclasses
 import io
 import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from collections import deque

@@ -456,6 +456,15 @@ def test_a_signal_while_libraries_are_imported(monkeypatch: pytest.MonkeyPatch) 
     assert library.has_come and Judge.loaded is None
 
 
+def test_a_signal_in_the_first_imports() -> None:
+    """It ends the process as it does one that never heard of it: without a traceback."""
+    Path("tqdm.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": f".:{ROOT}"}
+    command = [sys.executable, "-m", "engine.sample", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=TIMEOUT_S)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
 def test_a_signal_while_loading(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
