@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.formats import FORMATS
+from engine.options import MAX_K
 from kernels.score_grammar import ScoreRules
 from models.config import read_json
 
@@ -20,6 +21,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "format": (str,),
     "join_blanks": (bool,),
 }
+_MOST_SCORE = (2**63 - 1) // MAX_K  # so that the sum of all votes fits in int64
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ class JudgeSettings:
     for any other. format: how scores are written, a box or a name of `engine/formats.py`.
     join_blanks: blanks of a template right before a text of the row are tokenized with that text,
     as most models are trained; False: by themselves.
-    Raises ValueError for wrong types, an empty range of scores, a threshold that no score or every
-    score passes, an anchor that cannot begin a line, and a stop or nonce that a format has not.
+    Raises ValueError for wrong types, scores whose sum over all votes could pass 2^63, an empty
+    range of scores, a threshold that no score or every score passes, an anchor that cannot begin a
+    line, and a stop or nonce that a format has not.
     """
 
     score_min: int = 1
@@ -52,6 +55,9 @@ class JudgeSettings:
             value = getattr(self, name)
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise ValueError(f"{name} = {value!r} has the wrong type")
+        for name in ("score_min", "score_max", "threshold"):
+            if abs(getattr(self, name)) > _MOST_SCORE:  # the number may have thousands of digits
+                raise ValueError(f"{name} is not within +-{_MOST_SCORE}")
         low, high = self.score_min, self.score_max
         if low >= high:
             raise ValueError(f"score_min {low} >= score_max {high}")
