@@ -8,9 +8,10 @@ Two forms of a line are read:
   the chosen ones are best. With `--orders rotate` a judge gains nothing by their place.
 
 A message is `{role, content}`; its content is text or a list of parts of text. A conversation ends
-with a message of the user or of a tool. An optional field that is null counts as absent. Other
-columns of a pair go to `meta`; in the first form an unknown key is an error, so that a misspelt one
-is not ignored. Labels are read by `engine/labels.py`, files by `engine/reading.py`.
+with a message of the user or of a tool. An optional field that is null counts as absent, and so
+does an unknown key in the first form. Other columns of a pair go to `meta`; in the first form an
+unknown key is an error, so that a misspelt one is not ignored. Labels are read by
+`engine/labels.py`, files by `engine/reading.py`.
 
 Nothing is repaired: repeated keys (which decoders resolve silently), NaN, infinities, lone
 surrogates and deep nesting are errors. Text may be empty, identical in all responses, and may hold
@@ -172,9 +173,12 @@ def parse_row(
 
 def _build(fields: Mapping[str, Any]) -> Row:
     _check_json(fields, "row", 1)
-    pair = "chosen" in fields or "rejected" in fields
+    sides = [fields[name] for name in ("chosen", "rejected") if name in fields]
+    pair = any(side is not None for side in sides) or (sides != [] and "responses" not in fields)
     form: type[_Request] | type[_Preference] = _Preference if pair else _Request
     extra = {key: value for key, value in fields.items() if key not in form.__struct_fields__}
+    if not pair:  # tables fill what a row has not with nulls
+        extra = {key: value for key, value in extra.items() if value is not None}
     if beside := [key for key in ("label", "responses") if pair and extra.get(key) is not None]:
         raise RowError(f"{beside[0]} beside chosen and rejected, which say which is best")
     if extra and not pair:

@@ -275,6 +275,7 @@ def test_trl_keeps_the_whole_history_and_identical_responses() -> None:
     ("fields", "message"),
     [
         ({"chosen": "a", "rejected": "b"}, "no prompt"),
+        ({"prompt": "u", "chosen": None, "rejected": None}, "chosen"),
         ({"prompt": "u", "chosen": "a"}, "rejected"),
         ({"prompt": "u", "chosen": "a", "rejected": messages(("assistant", "b"))}, "one is text"),
         ({"chosen": [], "rejected": []}, "chosen must end"),
@@ -309,6 +310,19 @@ def test_other_columns_of_a_pair_go_to_meta() -> None:
     row = parse(**TRL["explicit text"], **columns, meta={"source": 1})
     assert row.meta == {**columns, "source": 1}
     assert row.unread == tuple(columns)
+
+
+def test_a_null_says_nothing() -> None:
+    """Tables fill with nulls what a row has not, and what it would have in another form."""
+    nulls: dict[str, Any] = dict.fromkeys(("chosen", "rejected", "images", "label", "meta"))
+    row = parse(**PLAIN, **nulls)
+    assert row == parse(**PLAIN) and row.unread == ()
+    pair = {"prompt": "u", "chosen": "good", "rejected": "bad", "responses": None, "label": None}
+    assert (row := parse(**pair)).responses == ("good", "bad") and row.label == 0
+
+
+def test_a_prompt_that_is_null_is_in_the_conversations() -> None:
+    assert parse(**TRL["implicit"], prompt=None) == parse(**TRL["implicit"])
 
 
 def test_lists_of_chosen_and_rejected_texts() -> None:
