@@ -85,10 +85,13 @@ def render_summary(summary: dict[str, Any], width: int) -> str:
         parts.append("interrupted")
     if summary["errors"]:
         parts.append(f"{summary['errors']} not judged")
-    if summary["accuracy"] is not None:
+    decided = summary["accuracy_of_decided"]
+    if decided is not None:
         low, high = summary["accuracy_95"]
         share = f"{summary['accuracy']:.0%} agree with the label"
         parts.append(f"{share} (95 % interval {low:.0%} to {high:.0%})")
+        if decided != summary["accuracy"]:
+            parts.append(f"{decided:.0%} of those with a verdict do")
     if summary["ties"]:
         parts.append(f"{summary['ties_agreed']} of {summary['ties']} ties agree")
     if summary["undecided"]:

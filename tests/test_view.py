@@ -191,10 +191,10 @@ def test_failures() -> None:
 
 SUMMARY = {
     "rows": 5, "errors": 1, "interrupted": False, "seconds": 2.0, "accuracy": 0.75,
-    "accuracy_95": (0.3, 0.95), "ties": 3, "ties_agreed": 2, "valid_share": 0.9,
-    "forced": 2, "undecided": 1, "invalid": {"missing": 3, "count": 1}, "cut_while_thinking": 0,
-    "unread_line": "Score: 7\x1b", "first_wins": 0.6, "first_wins_95": (0.5, 0.7),
-    "first_wins_expected": 0.5,
+    "accuracy_95": (0.3, 0.95), "accuracy_of_decided": 0.75, "ties": 3, "ties_agreed": 2,
+    "valid_share": 0.9, "forced": 2, "undecided": 1, "invalid": {"missing": 3, "count": 1},
+    "cut_while_thinking": 0, "unread_line": "Score: 7\x1b", "first_wins": 0.6,
+    "first_wins_95": (0.5, 0.7), "first_wins_expected": 0.5,
     "tokens_computed": 1000, "tokens_naive": 4200, "tokens_per_second": 500.0,
 }  # fmt: skip
 
@@ -209,8 +209,13 @@ def test_summary() -> None:
     assert "(95 % interval 50% to 70%; 50% expected)." in text
     assert "1,000 tokens computed at 500 tokens/s" in text
     assert "would compute 4,200 (4.2 times as many)." in text
+    some = render_summary(SUMMARY | {"accuracy_of_decided": 1.0}, 200)
+    assert "95%); 100% of those with a verdict do; 2 of 3 ties" in some
+    none = render_summary(SUMMARY | {"accuracy": 0.0, "accuracy_of_decided": None}, 200)
+    assert "label" not in none and "1 without a verdict" in none
     empty = SUMMARY | {"accuracy": None, "accuracy_95": None, "valid_share": None, "rows": 0}
     empty |= {
+        "accuracy_of_decided": None,
         "ties": 0,
         "forced": 0,
         "undecided": 0,
