@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import engine
 from engine.key import MODEL_FILES, line_key, model_fingerprint
 from engine.request import BadRow, make_row
 from engine.verdict import RowFailure, Sample, Verdict, is_as_written, to_line
@@ -106,6 +107,12 @@ def test_a_line_that_is_not_as_it_was_written(data: st.DataObject) -> None:
     end = data.draw(st.integers(start, len(line)))
     changed = line[:start] + data.draw(st.binary(max_size=3)) + line[end:]
     assert is_as_written(changed) == (changed == line)
+
+
+def test_the_engine_names_what_its_callers_need() -> None:
+    given = (engine.RowFailure, engine.Sample, engine.Verdict, engine.to_line, engine.make_row)
+    assert given == (RowFailure, Sample, Verdict, to_line, make_row)
+    assert all(hasattr(engine, name) for name in engine.__all__)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(allow_nan=False, width=64))
