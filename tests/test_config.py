@@ -504,6 +504,12 @@ def test_refusals_of_gemma(tmp_path: Path, change: dict[str, Any], message: str)
         read_config(write(tmp_path, GEMMA2 | change))
 
 
+def test_gemma_is_activated_as_hidden_activation_says(tmp_path: Path) -> None:
+    """Published configs have the older hidden_act too, which transformers does not read."""
+    both = GEMMA2 | {"hidden_act": "gelu"}
+    assert read_config(write(tmp_path, both)) == read_config(write(tmp_path, GEMMA2))
+
+
 def test_a_missing_soft_cap_is_not_taken_for_null(tmp_path: Path) -> None:
     values = {key: value for key, value in GEMMA2.items() if key != "final_logit_softcapping"}
     with pytest.raises(ValueError, match="final_logit_softcapping is missing"):

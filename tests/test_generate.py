@@ -153,6 +153,21 @@ def test_joining_and_retiring_change_no_bit(tiny: Transformer) -> None:
 
 
 @needs_cpp
+@pytest.mark.parametrize("length", [1, 255, 256, 257])
+def test_segments_as_long_as_a_split_change_no_bit(tiny: Transformer, length: int) -> None:
+    """Greedy samples of a row alone, first, and last under another id, when its head was read."""
+    rng = random.Random(length)
+    head, one, two = (tuple(rng.randrange(5, VOCAB_SIZE) for _ in range(length)) for _ in range(3))
+    prompts: list[Prompt] = [[head, one, two, (6,)], [head, two, one, (6,)]]
+    first, last = (Group(prompts, (i, 7), TWO, tag=i) for i in (0, 9))
+    others = [Group([[head, one, (i,)]], (i, 7), TWO, tag=i) for i in range(1, 9)]
+    options = {"options": SamplingOptions(0.0), "max_batch": 4}
+    (alone,) = run(make_generator(tiny, **options), [first])
+    together = run(make_generator(tiny, **options), [first, *others, last])
+    assert drawn(together[0]) == drawn(together[9]) == drawn(alone)
+
+
+@needs_cpp
 def test_samples_of_unequal_length_retire_one_by_one(tiny: Transformer) -> None:
     """With end tokens on, samples end anywhere, some behind their first split of 256; so leaves of
     all ages meet. What comes before the end is unchanged."""

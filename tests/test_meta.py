@@ -223,6 +223,7 @@ def test_where_the_end_token_is_the_pad_token_it_is_not_read(tmp_path: Path) -> 
         with torch.inference_mode():
             ids = torch.tensor([sequence(meta, row, order, text)])
             assert abs(float(theirs(ids).logits) - score) < 1e-5
+    assert len(set(found)) == len(found)  # the end of the prompt, which ends in END too, is not it
 
 
 # Hostile texts

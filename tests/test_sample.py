@@ -4,6 +4,7 @@ What the real judge says stands in other files; here it only matters that every 
 arrives, once, in its place, whatever happens to the process.
 """
 
+import errno
 import json
 import os
 import random
@@ -553,6 +554,18 @@ def test_a_full_device(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", ".", "--data", "data", "--out", "/dev/full"]) == 1
     err = capfd.readouterr().err
     assert err.startswith("error: ") and "No space left on device: '/dev/full'" in err
+
+
+def test_a_disk_that_fails_in_the_end(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    status, out = judge(GOOD)
+    assert (status, out.count(b"\n")) == (1, 12)
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: [Errno 5] ")
 
 
 def test_a_full_disk_keeps_whole_lines() -> None:

@@ -241,6 +241,19 @@ def test_single_file_and_index_that_ignores_it(tmp_path: Path) -> None:
     refused(tmp_path, "remove one of the two", "model.safetensors")
 
 
+def test_the_index_alone_says_which_files_are_read(tmp_path: Path) -> None:
+    """Downloads have other files beside the shards, and other facts in the index."""
+    tiny.write_checkpoint(tmp_path, "qwen3")
+    expected = load(tmp_path).logits([1, 2, 3])
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        save_file({"layers.0.attention.wq.weight": torch.ones(2)}, tmp_path / name)
+    path = tmp_path / INDEX
+    index = json.loads(path.read_text())
+    index["metadata"] |= {"total_parameters": 7, "format": "pt"}
+    path.write_text(json.dumps(index))
+    assert torch.equal(load(tmp_path).logits([1, 2, 3]), expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
