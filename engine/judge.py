@@ -188,6 +188,11 @@ class Judge:
         """`render`, with its arguments, as text with control tokens written out."""
         return self.tokenizer.show(self.render(prompt, responses, **arguments))
 
+    def opens_thinking(self, row: Row, seed: int = 0) -> bool:
+        """Whether the row's prompt ends in an open `<think>`, as some chat templates write it."""
+        text = self.prompts.continuation(row, code=self.prompts.nonce(row, seed))
+        return text.rfind("<think>") > text.rfind("</think>")
+
     def key(self, entry: Row | BadRow, *, hint: Hint | None = None, **options: Any) -> str:
         """The key of an entry's line under the options of `rows`: a hash of all that decides it."""
         chosen = self._options(options)

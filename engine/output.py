@@ -136,14 +136,14 @@ def resume(
     output: Output,
     entries: Iterator[Row | BadRow],
     key: Callable[[Row | BadRow], str],
-    seen: Callable[[LineFacts], None],
+    seen: Callable[[LineFacts, Row | BadRow], None],
 ) -> int:
     """Check every whole line of the file by itself and against the input, then cut off a torn one.
 
     Takes one entry from `entries` for each line, so that what is left of them is what is left to
-    do, and hands each line's facts to `seen`. `key` gives an entry's key under the present options
-    and model. Returns the number of lines. Raises OutputError naming the first line that this input
-    would not give; the file is then as it was.
+    do, and hands each line's facts and its entry to `seen`. `key` gives an entry's key under the
+    present options and model. Returns the number of lines. Raises OutputError naming the first line
+    that this input would not give; the file is then as it was.
     """
     size = number = 0
     for number, line in enumerate(output.whole_lines(), 1):
@@ -169,7 +169,7 @@ def resume(
                 f"{place} is not what line {entry.line} of the input gives now: the data, the "
                 "options or the model changed"
             )
-        seen(facts)
+        seen(facts, entry)
         size += len(line)
     output.cut(size)
     return number

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from engine import command
 from engine.options import JudgeOptions
-from engine.output import Output, resume
+from engine.output import LineFacts, Output, resume
 from engine.reading import MAX_ROW_BYTES, Columns, Pipe, open_rows, read_rows
 from engine.request import BadRow, Row
 from engine.summary import Tally
@@ -270,7 +270,7 @@ class _Run:
             )
             done = 0
             if self.output is not None and options.resume:
-                done = resume(self.output, self.entries, self._key, self.tally.add)
+                done = resume(self.output, self.entries, self._key, self._count)
         self.taken: deque[Row | BadRow] = deque()  # by the judge, and not yet back
         self.outcomes = self.judge.rows(self._entries(), **self.sampling)
         self.bar = stack.enter_context(
@@ -336,8 +336,16 @@ class _Run:
             self._print(render_error(outcome, self.width, self.color))
         if isinstance(outcome, Verdict):
             self.naive_tokens += outcome.prompt_tokens + outcome.decode_tokens
-        self.tally.add(outcome)
+        self._count(outcome, entry)
         self.bar.update()
+
+    def _count(self, outcome: Verdict | RowFailure | LineFacts, entry: Row | BadRow) -> None:
+        samples = [] if isinstance(outcome, RowFailure) else outcome.samples
+        cut = any(sample.invalid == "truncated" for sample in samples)
+        opens = (
+            cut and isinstance(entry, Row) and self.judge.opens_thinking(entry, self.options.seed)
+        )
+        self.tally.add(outcome, opens)
 
     def _print(self, text: str) -> None:
         tqdm.write(text, file=sys.stdout)

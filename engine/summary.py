@@ -36,8 +36,9 @@ class Tally:
     first_expected: float = 0.0  # as many of a judge that does not look at places
     unread: Counter[str] = field(default_factory=Counter)  # lines that look like scores
 
-    def add(self, outcome: Verdict | RowFailure | LineFacts) -> None:
-        """Count an outcome, or a line that an earlier run wrote."""
+    def add(self, outcome: Verdict | RowFailure | LineFacts, opens_thinking: bool = False) -> None:
+        """Count an outcome, or a line that an earlier run wrote; opens_thinking: its prompt ends in
+        an open `<think>`."""
         self.rows += 1
         old_error = isinstance(outcome, LineFacts) and outcome.error is not None
         if isinstance(outcome, RowFailure) or old_error:
@@ -52,12 +53,13 @@ class Tally:
         self.ties += outcome.agrees is not None
         self.ties_agreed += outcome.agrees is True
         for sample in outcome.samples:
-            self._add_sample(sample)
+            self._add_sample(sample, opens_thinking)
 
-    def _add_sample(self, sample: Sample | SampleFacts) -> None:
+    def _add_sample(self, sample: Sample | SampleFacts, opens_thinking: bool) -> None:
         if sample.scores is None:
             self.invalid[sample.invalid or "missing"] += 1
-            if sample.text.rfind("<think>") > sample.text.rfind("</think>"):
+            text = "<think>" + sample.text if opens_thinking else sample.text
+            if text.rfind("<think>") > text.rfind("</think>"):
                 self.cut_while_thinking += sample.invalid == "truncated"
             for line in _SCORE_LINE.findall(sample.text)[-1:]:
                 shown = line.strip()[:_LINE_CHARS]

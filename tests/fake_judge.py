@@ -53,6 +53,9 @@ class Judge:
     def key(self, row: Row | BadRow, **options: Any) -> str:
         return line_key(row, options, "fake")
 
+    def opens_thinking(self, row: Row, seed: int) -> bool:
+        return row.messages[-1].content == "THINKS"
+
     def rows(
         self, rows: Iterable[Row | BadRow | None], **options: Any
     ) -> Iterator[Verdict | RowFailure]:
@@ -82,7 +85,7 @@ class Judge:
         if "UNREAD" in row.messages[-1].content:
             return _without_scores(row, key, options["k"], "missing", "**Scores:** 7")
         if "THINKS" in row.messages[-1].content:
-            return _without_scores(row, key, options["k"], "truncated", "<think>Hm")
+            return _without_scores(row, key, options["k"], "truncated", "Hm")
         draws = hashlib.sha256(key.encode()).digest()
         n, k = len(row.responses), options["k"]
         votes = [tuple(draws[(i + j) % 32] % 10 + 1 for i in range(n)) for j in range(k)]

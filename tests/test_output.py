@@ -42,7 +42,7 @@ def resumed(path: Path, data: bytes = DATA) -> tuple[int, list[LineFacts], list[
     seen: list[LineFacts] = []
     left = entries(data)
     try:
-        return resume(output, left, key, seen.append), seen, list(left)
+        return resume(output, left, key, lambda facts, _: seen.append(facts)), seen, list(left)
     finally:
         output.close()
 
@@ -160,7 +160,7 @@ def test_writing_goes_on_behind_the_cut(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_bytes(LINES[0] + b"torn")
     output = Output(str(path), resume=True)
-    resume(output, entries(), key, lambda facts: None)
+    resume(output, entries(), key, lambda facts, entry: None)
     output.write(LINES[1])
     output.close()
     assert path.read_bytes() == LINES[0] + LINES[1]

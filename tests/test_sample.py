@@ -167,8 +167,11 @@ def test_a_run_in_vain_says_so(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_run_that_only_thinks_says_what_helps(capfd: pytest.CaptureFixture[str]) -> None:
-    assert judge([row(0, prompt="UNREAD"), row(1, prompt="THINKS")], "--k", "4")[0] == 3
-    assert capfd.readouterr().err.splitlines()[-1] == (
+    rows = [row(0, prompt="UNREAD"), row(1, prompt="THINKS")]
+    assert judge(rows, "--k", "4")[0] == judge(rows, "--k", "4", "--resume")[0] == 3
+    said, again = capfd.readouterr().err.splitlines()[1::2]
+    assert said == again
+    assert said == (
         "error: no row got a verdict: none of 8 samples has scores that could be read (4 missing, "
         "4 truncated, 4 of these while thinking). Try a larger --max-new-tokens, "
         """--chat-template-kwargs '{"enable_thinking": false}', or --force-scores."""

@@ -66,6 +66,15 @@ def test_lines_count_as_their_outcomes_do() -> None:
     assert ours.facts() == read.facts()
 
 
+def test_a_prompt_may_open_thinking() -> None:
+    texts = ("hm", "hm</think>So", "</think><think>", "")
+    lost = verdict([sample((0, 1), None, "truncated", text) for text in texts])
+    for opens, count in ((False, 1), (True, 3)):
+        tally = Tally()
+        tally.add(lost, opens)
+        assert tally.facts()["cut_while_thinking"] == count
+
+
 def test_in_vain() -> None:
     lost = verdict([sample((0, 1), None, "missing")])
     for outcomes, in_vain in (
