@@ -409,9 +409,10 @@ def _in_vain(summary: Mapping[str, Any]) -> str:
             """'{"enable_thinking": false}', or --force-scores."""
         )
     else:
+        longer = "a larger --max-new-tokens, " if "truncated" in summary["invalid"] else ""
         advice = (
-            "--show-prompt shows what the judge is asked; another --template, or --force-scores, "
-            "may help."
+            f"Try {longer}another --template, or --force-scores; --show-prompt shows what the "
+            "judge is asked."
         )
     return (
         f"error: no row got a verdict: none of {summary['samples']} samples has scores that could "

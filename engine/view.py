@@ -229,7 +229,10 @@ def _outcome(row: Row, verdict: Verdict, width: int, paint: _Paint) -> list[str]
     if verdict.label is not None:
         label = _label_text(verdict.label, len(row.responses))
         good = verdict.correct or verdict.agrees
-        text += ", as labelled" if good else f", but the label says {label}"
+        if verdict.best is None:
+            text += f", where the label says {label}"
+        else:
+            text += ", as labelled" if good else f", but the label says {label}"
     style = "bold" if verdict.label is None else "green" if good else "red"
     return [paint(style, line) for line in _wrap(f"{text}; {votes}.", width)]
 

@@ -84,7 +84,7 @@ class Judge:
             return RowFailure(row.id, row.line, key, "the prompt has 9000 tokens, the context 8192")
         if "UNREAD" in row.messages[-1].content:
             return _without_scores(row, key, options["k"], "missing", "**Scores:** 7")
-        if "THINKS" in row.messages[-1].content:
+        if row.messages[-1].content in ("THINKS", "CUT"):
             return _without_scores(row, key, options["k"], "truncated", "Hm")
         draws = hashlib.sha256(key.encode()).digest()
         n, k = len(row.responses), options["k"]

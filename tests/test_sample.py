@@ -159,9 +159,12 @@ def test_a_run_in_vain_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     assert json.loads(summary)["unread_line"] == "**Scores:** 7"
     assert said == (
         "error: no row got a verdict: none of 12 samples has scores that could be read (12 missing)"
-        ". --show-prompt shows what the judge is asked; another --template, or --force-scores, may "
-        "help."
+        ". Try another --template, or --force-scores; --show-prompt shows what the judge is asked."
     )
+    os.remove("out")
+    assert judge([row(0, prompt="CUT")])[0] == 3
+    said = capfd.readouterr().err
+    assert "(8 truncated). Try a larger --max-new-tokens, another --template, or --force" in said
     os.remove("out")
     assert judge([*rows, *GOOD[5:6]], "--k", "4")[0] == 0
 

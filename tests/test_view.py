@@ -91,7 +91,10 @@ def test_no_vote() -> None:
     text = render_verdict(ROW, verdict(sample(None, (0, 1)), best=None), 80, False)
     assert "  (empty)" in text and "No valid scores: missing" in text
     assert "No verdict: no sample voted; 0 of 1 samples valid." in text
-    assert "█" not in text
+    assert "█" not in text and "prefer" not in text
+    labelled = verdict(sample(None, (0, 1)), best=None, label=1, correct=False)
+    text = render_verdict(ROW, labelled, 80, False)
+    assert "No verdict: no sample voted, where the label says [1]; 0 of 1 samples valid." in text
 
 
 def test_ties_wrong_labels_and_meta_votes() -> None:
