@@ -4,7 +4,8 @@ Qwen3, Qwen2 (and 2.5), Llama (3.x) and Gemma-2 become one `ModelConfig`, whose 
 decoder does rather than which family it is. Both spellings are read: `rope_theta` + `rope_scaling`
 and `rope_parameters`; `torch_dtype` and `dtype`. Sequence classifiers of one label, which are what
 `ScalarModel` loads, have a spelling of their own. Whatever the decoder does not implement raises a
-ValueError that names the file and the value: nothing is ignored that would change the logits.
+ValueError that names the file and the value: nothing is ignored that would change the logits. Of
+generation_config.json only the end tokens are read: how to sample is for the caller to say.
 
 It does not read `auto_map` code, quantised checkpoints, experts, or rope types other than those of
 `models/rope.py`.
