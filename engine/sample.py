@@ -337,6 +337,9 @@ class _Run:
         if isinstance(outcome, Verdict):
             self.naive_tokens += outcome.prompt_tokens + outcome.decode_tokens
         self._count(outcome, entry)
+        if self.tally.samples:
+            share = self.tally.valid / self.tally.samples
+            self.bar.set_postfix_str(f"{share:.0%} of samples valid", refresh=False)
         self.bar.update()
 
     def _count(self, outcome: Verdict | RowFailure | LineFacts, entry: Row | BadRow) -> None:

@@ -5,6 +5,7 @@ arrives, once, in its place, whatever happens to the process.
 """
 
 import errno
+import io
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from engine import sample
 from engine.output import Output
@@ -632,6 +634,20 @@ def test_colour_on_a_terminal() -> None:
     process.communicate(timeout=TIMEOUT_S)
     assert b"\x1b[1m" in shown
     assert b"\x1b[2J" not in shown and rb"\x1b[2Jclear" in shown
+
+
+def test_the_progress_bar_says_how_many_samples_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+
+    class Bar(tqdm):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options | {"disable": False, "file": shown, "mininterval": 0})
+
+    monkeypatch.setattr(sample, "tqdm", Bar)
+    judge([GOOD[0], row(1, prompt="UNREAD"), b"bad\n"], "--k", "2")
+    assert (
+        shown.getvalue().rstrip().endswith("50% of samples valid]") and "3row" in shown.getvalue()
+    )
 
 
 @pytest.mark.parametrize(("variable", "painted"), [(None, True), ("", True), ("1", False)])
