@@ -275,6 +275,8 @@ def _shard_path(index: Path, shard: str) -> Path:
 
 def _header(path: Path) -> dict[str, _Stored]:
     """Names, dtypes and shapes in a safetensors file: 8 bytes of length, JSON, data."""
+    if not path.is_file():
+        raise ValueError(f"{path}: weights must be in a file")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -308,6 +308,13 @@ def test_truncated_files(tmp_path: Path, kept: int) -> None:
     refused(tmp_path, "truncated", "model.safetensors")
 
 
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    file = single(tmp_path)
+    file.unlink()
+    os.mkfifo(file)
+    refused(tmp_path, "weights must be in a file", "model.safetensors")
+
+
 def test_files_with_more_than_the_header_describes(tmp_path: Path) -> None:
     file = single(tmp_path)
     file.write_bytes(file.read_bytes() + b"more")
