@@ -81,7 +81,7 @@ class Tokenizer:
         path = Path(directory) / "tokenizer.json"
         config_path = path.with_name("tokenizer_config.json")
         config = read_json(config_path) if config_path.exists() else {}
-        if "auto_map" in config:
+        if config.get("auto_map"):
             raise ValueError(f"{config_path}: auto_map names code to run, which is refused")
         self.special_tokens = _special_tokens(config)
         self.chat_template = _chat_template(config_path, config)

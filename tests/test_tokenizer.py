@@ -463,6 +463,13 @@ def test_refused_configs(tmp_path: Path, values: dict[str, Any], message: str) -
         Tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_an_auto_map_that_names_nothing(tmp_path: Path, nothing: object) -> None:
+    tiny.write_tokenizer(tmp_path)
+    edit_config(tmp_path, auto_map=nothing)
+    Tokenizer(tmp_path)
+
+
 def test_a_chat_template_that_is_no_text(tmp_path: Path) -> None:
     tiny.write_tokenizer(tmp_path)
     path = tmp_path / "chat_template.jinja"
