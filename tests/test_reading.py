@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from engine.labels import is_tie
@@ -118,6 +118,7 @@ def test_lines_around_the_limit(start: bytes, end: bytes) -> None:
 
 @given(st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"\r")), max_size=6))
 def test_no_line_is_lost_or_split(contents: list[bytes]) -> None:
+    assume(not b"".join(contents[:1]).lstrip().startswith(b"["))  # an array has no lines
     entries = read(b"\xef\xbb\xbf" + b"".join(content + b"\n" for content in contents), 6)
     filled = [
         number
