@@ -190,7 +190,7 @@ class Judge:
 
     def opens_thinking(self, row: Row, seed: int = 0) -> bool:
         """Whether the row's prompt ends in an open `<think>`, as some chat templates write it."""
-        text = self.prompts.continuation(row, code=self.prompts.nonce(row, seed))
+        text = self.prompts.continuation(row, nonce=self.prompts.nonce(row, seed))
         return text.rfind("<think>") > text.rfind("</think>")
 
     def key(self, entry: Row | BadRow, *, hint: Hint | None = None, **options: Any) -> str:

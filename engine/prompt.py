@@ -17,6 +17,7 @@ the first response), one per *response* (the response and the template text up t
 tokens is left out. Not done here: truncation, tools, images.
 """
 
+import os
 import re
 import secrets
 from collections import Counter
@@ -42,7 +43,7 @@ def read_judge_template(directory: str | Path, file: str | Path | None = None) -
     if file is not None:
         return read_text(Path(file), "a judge template")
     own = Path(directory) / "judge_template.jinja"
-    return read_text(own if own.exists() else DEFAULT_TEMPLATE, "a judge template")
+    return read_text(own if os.path.lexists(own) else DEFAULT_TEMPLATE, "a judge template")
 
 
 def read_chat_template(directory: str | Path, file: str | Path | None = None) -> str:

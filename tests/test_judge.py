@@ -404,14 +404,14 @@ def test_a_prompt_can_be_seen_before_weights_are_loaded(
     assert command_line.main([*arguments, "--seed", "3"]) == 0
     shown = capsys.readouterr().out
     order = draw_orders(row, JudgeOptions(seed=3))[0]
-    assert shown == judge.show("What is <|end|>?", row.responses, order) + "\n"
+    assert shown == judge.show("What is <|end|>?", row.responses, order=order) + "\n"
     assert shown.startswith("<|user|>Judge each response. Scores go from 1 to 10.\nuser: What is")
     assert shown.endswith("<|end|><|judge|>\n") and shown.count("<|end|>") == 2
     data.write_text("{}\n")
     assert command_line.main(arguments) == 2
     assert "error: line 1: " in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"order \[0\] is not a permutation"):
-        judge.show("p", ["a", "b"], [0])
+        judge.show("p", ["a", "b"], order=[0])
 
 
 def test_the_key_changes_with_whatever_changes_the_output(judge: Judge) -> None:

@@ -721,3 +721,16 @@ def test_a_bad_judge_json_is_refused_by_name(tmp_path: Path, text: str, message:
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         read_judge_settings(tmp_path)
     assert "judge.json" in str(raised.value)
+
+
+def test_a_template_that_is_no_file_is_refused_by_name(tmp_path: Path) -> None:
+    """A device without an end, and a link to nothing, which is no reason to take the default."""
+    for target in ("/dev/zero", "nowhere"):
+        own = tmp_path / "judge_template.jinja"
+        own.symlink_to(target)
+        with pytest.raises(
+            ValueError, match="judge_template.jinja: a judge template must be a file"
+        ):
+            read_judge_template(tmp_path)
+        own.unlink()
+    assert read_judge_template(tmp_path) == DEFAULT
