@@ -53,7 +53,7 @@ ROUNDED = sft.Args(
     dtype="bfloat16",
 )  # fmt: skip
 SAMPLED = rft.Args(out=Path("rft"), rows=5, chunk_rows=3, max_new_tokens=LONGEST, hinted=False)
-KILLED = ("sft", "grpo", "meta_rm", "adapters")
+KILLED = ["sft", "grpo", "meta_rm", pytest.param("adapters", marks=pytest.mark.soak)]
 
 
 def options(args: RunArgs) -> list[str]:

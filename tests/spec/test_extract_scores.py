@@ -298,7 +298,7 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize(("rules", "finished"), RULES[:4] if INTERPRETED else RULES, ids=str)
+@pytest.mark.parametrize(("rules", "finished"), RULES[:3] if INTERPRETED else RULES, ids=str)
 def test_hostile_texts_under_every_tokenization(
     on: Implementation, rules: ScoreRules, finished: bool
 ) -> None:
