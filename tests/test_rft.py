@@ -372,6 +372,7 @@ def kill_and_resume(out: Path, expected: dict[str, bytes], kills: list[int]) -> 
     assert files(out) == expected
 
 
+@pytest.mark.soak
 def test_a_killed_run_resumes_to_the_byte(args: Args, whole: tuple[Args, dict[str, bytes]]) -> None:
     kill_and_resume(args.out, whole[1], [4])
 

@@ -126,6 +126,7 @@ def test_replayed_steps_give_the_same_samples(ahead: int, monkeypatch: pytest.Mo
     assert recorder.replayed > 2 * recorder.captured
 
 
+@pytest.mark.soak
 def test_suffixes_that_come_to_new_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """With splits of 8 tokens: buckets of 1, 2 and 4 splits, and a plan made at each."""
     for module in (forest_plan, forest_schedule, triton_forward, decode, forest):
