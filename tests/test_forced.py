@@ -119,6 +119,16 @@ def test_a_small_cache_changes_nothing(judge: Judge) -> None:
     assert [v.scores for v in narrow if isinstance(v, Verdict)] == [v.scores for v in wide]
 
 
+def test_a_form_costs_its_own_tokens_and_no_prompt_again(judge: Judge) -> None:
+    fresh = Judge(
+        judge.model, judge.tokenizer, judge_template=judge.prompts.judge_template,
+        settings=judge.settings,
+    )  # fmt: skip
+    (verdict,) = fresh.rows(world_rows(1), k=4, **FORCED)
+    assert isinstance(verdict, Verdict) and verdict.tree_tokens > verdict.decode_tokens / 2
+    assert fresh.usage.prefill_tokens <= verdict.tree_tokens + verdict.decode_tokens
+
+
 def test_greedy_scores_are_the_likeliest_that_the_form_allows(judge: Judge) -> None:
     """Against transformers, which runs the whole text for every token that is chosen."""
     theirs = AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32).eval()
