@@ -7,15 +7,14 @@ stands between them are tokenized apart, so the form is a tree of tokens for one
 times. The engine runs the model; see `engine/generate.py`.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from engine.thinking import open_thinking
 from kernels.score_grammar import ScoreRules
 from models.tokenizer import Tokenizer
 
 _MOST_SCORES = 1000  # different ones
-_THINK = re.compile(r"</?think>", re.IGNORECASE)
 
 
 @dataclass
@@ -49,6 +48,7 @@ class ScoreForm:
                 node = node.children.setdefault(token, _Node())
             node.score = score
         self._longest = longest + max(len(self.between), len(self.close))
+        self._longest_opening = len(self.opening([], b"<think>", "0" * 9 if rules.nonce else None))
 
     def opening(
         self, token_ids: Sequence[int], begun: bytes = b"", nonce: str | None = None
@@ -57,15 +57,14 @@ class ScoreForm:
         the text has begun, or its prompt (begun: as `Group.opening`)."""
         size = self._tokenizer.size
         text = self._tokenizer.decode([t for t in token_ids if t < size])
-        tags = _THINK.findall(begun.decode(errors="replace") + text)
-        end = "\n</think>" if tags and not tags[-1].startswith("</") else ""
+        thinks = open_thinking(begun.decode(errors="replace") + text) is not None
+        end = "\n</think>" if thinks else ""
         line = "" if self._rules.anchor is None else f"{self._rules.anchor_line(nonce)} "
         return tuple(self._tokenizer.encode_template(f"{end}\n\n{line}\\boxed{{"))
 
     def most_tokens(self, n: int) -> int:
         """The most tokens that a form of n scores has, opening included."""
-        nonce = "0" * 9 if self._rules.nonce else None
-        return len(self.opening([], b"<think>", nonce)) + n * self._longest
+        return self._longest_opening + n * self._longest
 
 
 class ForcedScores:

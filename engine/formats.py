@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable
 
+from engine.thinking import after_thinking
 from kernels.score_grammar import Outcome, Reason
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -32,10 +33,8 @@ def read_verdict(
 ) -> Outcome:
     """The reason, and the n scores if it is VALID, of a judgement in one of FORMATS. finished: it
     ended by itself, so that an absent verdict is MISSING and not TRUNCATED."""
-    text = re.split("</think>", text, flags=re.IGNORECASE)[-1]
-    text = re.split("<think>", text, maxsplit=1, flags=re.IGNORECASE)[0]
     absent = Reason.MISSING if finished else Reason.TRUNCATED
-    return FORMATS[format](text, n, score_min, score_max) or (absent, ())
+    return FORMATS[format](after_thinking(text), n, score_min, score_max) or (absent, ())
 
 
 def _winner(letter: str, n: int, score_min: int, score_max: int) -> Outcome:

@@ -266,10 +266,7 @@ class Generator:
             yield from self._admit(source, waiting)
             yield from self._prefill(waiting)
             if not self.leaves and not self._joining and not self._filling:
-                if waiting:
-                    continue
-                assert not waiting
-                if not self._ended:
+                if waiting or not self._ended:
                     continue
                 # Polls that are left are of leaves that have been taken out since.
                 yield from self._retire(0, waiting)
@@ -300,7 +297,8 @@ class Generator:
                     continue
                 longest = max(sum(map(len, prompt)) for prompt in group.prompts)
                 if longest >= self._context(group):
-                    yield GroupResult(group, [], 0, too_long(longest, self._context(group)))
+                    context, kept = self.config.max_position_embeddings, self._kept(group)
+                    yield GroupResult(group, [], 0, too_long(longest, context, kept))
                     continue
                 waiting.extend(_Pending(group, self.forest.grow(group.prompts)[0]).next_round())
                 assert waiting, "a group that wants none of its samples"
@@ -344,8 +342,11 @@ class Generator:
 
     def _context(self, group: Group) -> int:
         """The most tokens of a prompt and what follows it, but for what may be forced."""
-        kept = 0 if self.form is None else self.form.most_tokens(max(group.num_scores))
-        return self.config.max_position_embeddings - kept
+        return self.config.max_position_embeddings - self._kept(group)
+
+    def _kept(self, group: Group) -> int:
+        """Tokens of the context that are kept for scores that may be forced."""
+        return 0 if self.form is None else self.form.most_tokens(max(group.num_scores))
 
     def _let_go(self, pending: _Pending) -> None:
         for end in pending.retained:
@@ -512,11 +513,15 @@ class Generator:
         """Let a sample without valid scores go on with the form of its scores."""
         assert self.form is not None
         group = leaf.pending.group
-        tokens = generation.token_ids
-        if generation.finish == "eos":
-            tokens = tokens[:-1]
-        opening = self.form.opening(tokens, group.opening, group.nonce)
-        generation = replace(generation, token_ids=list(tokens), forced=True)
+        kept = len(generation.token_ids) - (generation.finish == "eos")  # without the end token
+        generation = replace(
+            generation,
+            token_ids=generation.token_ids[:kept],
+            logprobs=generation.logprobs[:kept],
+            sampling_logprobs=generation.sampling_logprobs[:kept],
+            forced=True,
+        )
+        opening = self.form.opening(generation.token_ids, group.opening, group.nonce)
         scores = ForcedScores(self.form, group.num_scores[leaf.sample])
         forced = _Forced(generation, scores, leaf.end, None)
         leaf.pending.forced[leaf.sample] = forced
@@ -559,13 +564,9 @@ class Generator:
     ) -> None:
         """Append tokens, of which the first was drawn."""
         written, rest = forced.generation, [0.0] * (len(tokens) - 1)
-        count = len(written.token_ids)
-        forced.generation = replace(
-            written,
-            token_ids=[*written.token_ids, *tokens],
-            logprobs=[*written.logprobs[:count], logprob, *rest],
-            sampling_logprobs=[*written.sampling_logprobs[:count], sampling_logprob, *rest],
-        )
+        written.token_ids += tokens
+        written.logprobs += [logprob, *rest]
+        written.sampling_logprobs += [sampling_logprob, *rest]
 
     def _take_times(self) -> None:
         """Count the seconds of what is over."""
@@ -621,6 +622,7 @@ def _allocate(
         slots, shared = slots // 2, round_up(shared // 2)
 
 
-def too_long(tokens: int, context: int) -> str:
-    """Why a prompt cannot be judged."""
-    return f"the prompt has {tokens} tokens, the model's context is {context}"
+def too_long(tokens: int, context: int, kept: int = 0) -> str:
+    """Why a prompt cannot be judged. kept: tokens of the context that forced scores may need."""
+    less = f", {kept} of them kept for forced scores" if kept else ""
+    return f"the prompt has {tokens} tokens, the model's context is {context}{less}"

@@ -40,6 +40,7 @@ from engine.request import BadRow, Message, Row, make_row
 from engine.score_reader import ScoreReader
 from engine.settings import JudgeSettings, read_judge_settings
 from engine.templates import DATE, Template
+from engine.thinking import open_thinking
 from engine.verdict import RowFailure, Verdict
 from kernels import cpp
 from kernels.sample_token import SamplingOptions, stream_key, uniforms
@@ -191,7 +192,7 @@ class Judge:
     def opens_thinking(self, row: Row, seed: int = 0) -> bool:
         """Whether the row's prompt ends in an open `<think>`, as some chat templates write it."""
         text = self.prompts.continuation(row, nonce=self.prompts.nonce(row, seed))
-        return text.rfind("<think>") > text.rfind("</think>")
+        return open_thinking(text) is not None
 
     def key(self, entry: Row | BadRow, *, hint: Hint | None = None, **options: Any) -> str:
         """The key of an entry's line under the options of `rows`: a hash of all that decides it."""
@@ -399,9 +400,7 @@ class Judge:
         cycle = len(set(flight.orders)) if options.orders == "rotate" else 1
 
         def further(drawn: Sequence[Generation]) -> int:
-            scores = [
-                sample.scores for sample in self._reader.samples(flight.orders, flight.shown, drawn)
-            ]
+            scores = self._reader.scores(flight.orders, flight.shown, drawn)
             count = samples_to_draw(scores, options.k, cycle, sure, self.settings)
             return count * flight.num_parts
 

@@ -31,6 +31,7 @@ from engine.orders import draw_nonce
 from engine.request import Row
 from engine.settings import JudgeSettings
 from engine.templates import DATE, LongText, Template, check_variables
+from engine.thinking import open_thinking
 from models.config import read_text
 from models.tokenizer import Tokenizer, chat_template_of
 
@@ -321,17 +322,15 @@ class PromptBuilder:
             "documents": None,
         }
         text = self._chat.render(variables | {"add_generation_prompt": True}, long=sentinels.long)
-        begin = text.rfind("<think>")
-        if begin > text.rfind("</think>"):
+        begin = open_thinking(text)
+        if begin is not None:
             begun = text[: begin + len("<think>")]
             shorter = self._chat.render(
                 variables | {"add_generation_prompt": False}, long=sentinels.long
             )
             if shorter.startswith(begun):
-                begin = len(text)  # a turn says it, not what comes after the turns
-        else:
-            begin = len(text)
-        continuation = sentinels.split(text[begin:] + prefill)
+                begin = None  # a turn says it, not what comes after the turns
+        continuation = sentinels.split(("" if begin is None else text[begin:]) + prefill)
         for piece in continuation:
             if isinstance(piece, _Field) and piece.name != "nonce":
                 raise ValueError(f"the assistant's last turn cannot show {piece}")

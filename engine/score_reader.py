@@ -5,7 +5,7 @@ module makes the automaton for one tokenizer and model. Scores in another format
 the whole text (`engine/formats.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from engine.forced import ScoreForm
@@ -59,15 +59,32 @@ class ScoreReader:
     ) -> list[Sample]:
         """The samples of a row that has been judged so far. orders: of each sample; shown: the
         responses that each judgement was shown, as many parts of an order for every sample."""
+        return [self._sample(*each) for each in self._whole(orders, shown, judgements)]
+
+    def scores(
+        self,
+        orders: Sequence[tuple[int, ...]],
+        shown: Sequence[tuple[int, ...]],
+        judgements: Sequence[Generation],
+    ) -> list[tuple[int, ...] | None]:
+        """The scores of `samples`, by response, None where they are invalid."""
+        whole = self._whole(orders, shown, judgements)
+        return [in_row_order(_joined(parts), order) for order, parts in whole]
+
+    def _whole(
+        self,
+        orders: Sequence[tuple[int, ...]],
+        shown: Sequence[tuple[int, ...]],
+        judgements: Sequence[Generation],
+    ) -> Iterator[tuple[tuple[int, ...], list[Generation]]]:
+        """The order of each sample all of whose judgements are there, and these, read."""
         parts = len(shown) // len(orders)
         read = [
             self._read(judgement, len(part))
             for judgement, part in zip(judgements, shown, strict=False)
         ]
-        return [
-            self._sample(order, read[i * parts : (i + 1) * parts])
-            for i, order in enumerate(orders[: len(read) // parts])
-        ]
+        for i, order in enumerate(orders[: len(read) // parts]):
+            yield order, read[i * parts : (i + 1) * parts]
 
     def _read(self, judgement: Generation, n: int) -> Generation:
         settings = self.settings
@@ -82,12 +99,11 @@ class ScoreReader:
     def _sample(self, order: tuple[int, ...], judgements: Sequence[Generation]) -> Sample:
         """A sample of one judgement, or of one for each part of the responses."""
         reasons = [each.reason for each in judgements if each.reason != Reason.VALID]
-        scores = None if reasons else [score for each in judgements for score in each.scores or ()]
         finishes = {each.finish for each in judgements}
         return Sample(
             order=order,
             text="\n\n".join(self._text(each) for each in judgements),
-            scores=in_row_order(scores, order),
+            scores=in_row_order(_joined(judgements), order),
             invalid=reasons[0].label if reasons else None,
             meta=None,
             tokens=sum(len(each.token_ids) for each in judgements),
@@ -101,3 +117,13 @@ class ScoreReader:
     def _text(self, judgement: Generation) -> str:
         size = self.tokenizer.size
         return self.tokenizer.decode([t for t in judgement.token_ids if t < size])
+
+
+def _joined(judgements: Sequence[Generation]) -> list[int] | None:
+    """The scores of a sample's judgements, one after the other; None where one has none."""
+    scores: list[int] = []
+    for each in judgements:
+        if each.scores is None:
+            return None
+        scores += each.scores
+    return scores

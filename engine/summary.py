@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.output import LineFacts, SampleFacts
+from engine.thinking import open_thinking
 from engine.verdict import RowFailure, Sample, Verdict
 
 _SCORE_LINE = re.compile(r"^.*boxed.*$|^.*\bscores?\b.*$", re.IGNORECASE | re.MULTILINE)
@@ -59,7 +60,7 @@ class Tally:
         if sample.scores is None:
             self.invalid[sample.invalid or "missing"] += 1
             text = "<think>" + sample.text if opens_thinking else sample.text
-            if text.rfind("<think>") > text.rfind("</think>"):
+            if open_thinking(text) is not None:
                 self.cut_while_thinking += sample.invalid == "truncated"
             for line in _SCORE_LINE.findall(sample.text)[-1:]:
                 shown = line.strip()[:_LINE_CHARS]

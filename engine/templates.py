@@ -146,11 +146,6 @@ class _Child:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start it now, without waiting for it."""
-        with self._lock:
-            self._running()
-
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Its reply to a request, or an `error` if that ends it or takes SECONDS."""
         line = json.dumps(request).encode() + b"\n"
@@ -215,6 +210,5 @@ class _Child:
 
 
 _CHILD_PROCESS = _Child()
-start = _CHILD_PROCESS.start
 atexit.register(_CHILD_PROCESS.stop)
 os.register_at_fork(after_in_child=_CHILD_PROCESS.forget)

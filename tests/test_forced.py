@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from engine.forced import ForcedScores, ScoreForm
 from engine.judge import Judge
+from engine.request import make_row
 from engine.sample import POCKET
-from engine.verdict import Verdict
+from engine.verdict import RowFailure, Verdict
 from kernels.score_grammar import Reason, ScoreRules, parse_scores
 from models.tokenizer import Tokenizer
 from tests.rows import needs_cpp
@@ -161,3 +162,15 @@ def test_the_summary_and_the_line_say_what_was_forced(judge: Judge) -> None:
     assert tally.facts()["forced"] == 8
     plain = run(judge, world_rows(1), max_new_tokens=300)[0]
     assert b"forced" not in to_line(plain)
+
+
+def test_a_prompt_that_leaves_no_room_for_a_form_says_so(judge: Judge) -> None:
+    """It would fit without one."""
+    context = judge.model.config.max_position_embeddings
+    row = make_row("p", ["a", "b"])
+    empty = len(judge.prompts.render(row, [0, 1]))
+    one = len(judge.tokenizer.encode_text("word word ")) - len(judge.tokenizer.encode_text("word "))
+    words = "word " * ((context - 6 - empty) // one)
+    (failure,) = run(judge, [make_row(words, ["a", "b"])], k=1, max_new_tokens=1, force_scores=True)
+    assert isinstance(failure, RowFailure)
+    assert f"context is {context}, " in failure.error and "kept for forced scores" in failure.error
