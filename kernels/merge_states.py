@@ -7,7 +7,7 @@ P partials, R output rows, J partials of a row at most, H heads, Dv value channe
 natural, float32 (float64 for float64 input). Partials are added one after another in the order of
 `index`, so a row's bits depend on its own partials alone. An absent or empty partial (lse = -inf)
 adds an exact zero; a row without any key is 0 with lse = -inf, never NaN. A NaN reaches only the
-rows that name its partial. In Triton a program merges several (row, head) pairs.
+rows that name its partial. In Triton a program merges one (row, head) pair.
 
 It does not attend to keys, and is not differentiable.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.checks import check_triton
 from kernels.launch import launch, runs_triton
-from kernels.target import power_of_two
+from kernels.target import Target, power_of_two, target_of
 
 
 def merge_states_ref(o: Tensor, lse: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,42 +48,49 @@ def _merge_states_kernel(
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PAIRS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
-    mask = pair < num_pairs  # (PAIRS,)
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[:, None]  # (PAIRS, 1)
+    mask = pair < num_pairs
     row, head = pair // num_heads, pair % num_heads
-    dv = tl.arange(0, BLOCK_DV)
-    row_max = tl.full((PAIRS,), float("-inf"), tl.float32)
-    for j in range(width):
-        partial = tl.load(index_ptr + row * width + j, mask=mask, other=-1)
-        offset = partial * num_heads + head
-        lse = tl.load(lse_ptr + offset, mask=mask & (partial >= 0), other=float("-inf"))
-        row_max = tl.where(lse > row_max, lse, tl.where(lse == lse, row_max, lse))  # a NaN stays
+    dv = tl.arange(0, BLOCK_DV)[None, :]
+    row_max = tl.full((PAIRS, 1), float("-inf"), tl.float32)
+    # The loads of UNROLL partials do not wait for one another.
+    for first in range(0, width, UNROLL):
+        for i in tl.static_range(UNROLL):
+            j = first + i
+            partial = tl.load(index_ptr + row * width + j, mask=mask & (j < width), other=-1)
+            lse_ptrs = lse_ptr + (partial * num_heads + head)
+            lse = tl.load(lse_ptrs, mask=partial >= 0, other=float("-inf"))
+            # A NaN stays.
+            row_max = tl.where(lse > row_max, lse, tl.where(lse == lse, row_max, lse))
     finite_max = tl.where(row_max == float("-inf"), 0.0, row_max)
     out = tl.zeros((PAIRS, BLOCK_DV), tl.float32)
-    row_sum = tl.zeros((PAIRS,), tl.float32)
-    for j in range(width):
-        partial = tl.load(index_ptr + row * width + j, mask=mask, other=-1)
-        offset = partial * num_heads + head
-        lse = tl.load(lse_ptr + offset, mask=mask & (partial >= 0), other=float("-inf"))
-        weight = tl.exp(lse - finite_max)
-        used = (lse != float("-inf"))[:, None] & (dv < DV)[None, :]
-        o = tl.load(o_ptr + offset[:, None] * DV + dv[None, :], mask=used, other=0.0)
-        out += weight[:, None] * o
-        row_sum += weight
+    row_sum = tl.zeros((PAIRS, 1), tl.float32)
+    for first in range(0, width, UNROLL):
+        for i in tl.static_range(UNROLL):
+            j = first + i
+            partial = tl.load(index_ptr + row * width + j, mask=mask & (j < width), other=-1)
+            offset = partial * num_heads + head
+            lse = tl.load(lse_ptr + offset, mask=partial >= 0, other=float("-inf"))
+            o = tl.load(o_ptr + offset * DV + dv, mask=(partial >= 0) & (dv < DV), other=0.0)
+            weight = tl.exp(lse - finite_max)
+            # An empty partial was perhaps never written: its o may be NaN.
+            out += weight * tl.where(lse == float("-inf"), 0.0, o)
+            row_sum += weight
     seen = row_sum != 0
     row_sum = tl.where(seen, row_sum, 1.0)
-    merged = (out / row_sum[:, None]).to(out_ptr.dtype.element_ty)
-    mask_dv = mask[:, None] & (dv < DV)[None, :]
-    tl.store(out_ptr + pair[:, None] * DV + dv[None, :], merged, mask=mask_dv)
+    merged = (out / row_sum).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + pair.to(tl.int64) * DV + dv, merged, mask=mask & (dv < DV))
     lse = tl.where(seen, finite_max + tl.log(row_sum), float("-inf"))
     tl.store(out_lse_ptr + pair, lse, mask=mask)
 
 
-def _launch(v_dim: int) -> dict[str, int]:
-    """Pairs of a program: about 2,048 values. Tune with bench/ops/merge_states.py."""
-    block = power_of_two(v_dim, 16)
-    return {"BLOCK_DV": block, "PAIRS": max(1, 2048 // block), "num_warps": 4}
+def _launch(v_dim: int, target: Target) -> dict[str, int]:
+    """A pair and a warp for each program, so that nothing waits at a barrier; under the interpreter
+    more, since there every program costs milliseconds. Tune with bench/ops/merge_states.py."""
+    pairs = 1 if target.num_processors > 16 else 16
+    return {"BLOCK_DV": power_of_two(v_dim, 16), "PAIRS": pairs, "UNROLL": 8, "num_warps": 1}
 
 
 def _run_triton(o: Tensor, lse: Tensor, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -91,7 +98,7 @@ def _run_triton(o: Tensor, lse: Tensor, index: Tensor, dtype: torch.dtype) -> tu
     rows, (_, heads, v_dim) = len(index), o.shape
     out = torch.empty(rows, heads, v_dim, dtype=dtype, device=o.device)
     out_lse = torch.empty(rows, heads, dtype=torch.float32, device=o.device)
-    options = _launch(v_dim)
+    options = _launch(v_dim, target_of(o))
     launch(
         _merge_states_kernel,
         (triton.cdiv(rows * heads, options["PAIRS"]),),
