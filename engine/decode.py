@@ -385,6 +385,7 @@ class GraphDecoder(Decoder):
             config.v_head_dim,
             weight.dtype,
             target_of(weight),
+            decode=True,
         )
         self._no_slot = torch.full((1,), -1, dtype=torch.int64, device=self.device)
         self._buckets: dict[tuple[int, int], _Bucket] = {}

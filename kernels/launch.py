@@ -10,6 +10,7 @@ records launches that way, and tests count them.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,6 +46,27 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
             kernel[grid](*arguments, **options)
     else:
         kernel[grid](*arguments, **options)
+
+
+def launch_beside(x: Tensor, launches: Callable[[], None]) -> Callable[[], None]:
+    """Launch on a second stream of x's GPU, beside what this stream gets next. Returns what makes
+    this stream wait for that; call it before anything reads the results, and before the tensors
+    they use are freed. In a CUDA graph the two are branches. Elsewhere the launches run at once."""
+    if not x.is_cuda or _handler.get() is not None:
+        launches()
+        return lambda: None
+    current = torch.cuda.current_stream(x.device)
+    second = _second_stream(x.device, current.cuda_stream)
+    second.wait_stream(current)
+    with torch.cuda.stream(second):
+        launches()
+    return lambda: current.wait_stream(second)
+
+
+@cache
+def _second_stream(device: torch.device, stream: int) -> torch.cuda.Stream:
+    """The second stream of a stream: one that a graph is captured on has its own."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

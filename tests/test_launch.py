@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.launch import INTERPRETED, intercept, launch, runs_triton
+from kernels.launch import INTERPRETED, intercept, launch, launch_beside, runs_triton
 from kernels.target import TARGETS, Target, target_of
 
 X = torch.zeros(2)
@@ -39,3 +39,11 @@ def test_an_error_ends_an_interception() -> None:
     with pytest.raises(KeyError), intercept(lambda *_: None, TARGETS["sm_80"]):
         raise KeyError
     assert runs_triton(X) == INTERPRETED and target_of(X) is not TARGETS["sm_80"]
+
+
+def test_without_a_gpu_launches_beside_others_run_at_once() -> None:
+    calls: list[int] = []
+    join = launch_beside(X, lambda: calls.append(1))
+    assert calls == [1]
+    join()
+    assert calls == [1]

@@ -35,6 +35,7 @@ from kernels.forest_attention.plan import (
 from kernels.target import Target, power_of_two
 
 _MAX_PARTIAL_BYTES = 256 << 20  # of one part of a prefill's outputs, with one partial per split
+_SHARED_OF_TWO = 227 << 10  # of a processor that holds two programs with tiles of 64 rows
 
 Span = tuple[int, int, int]  # first cache index, keys, position of the first
 
@@ -42,10 +43,12 @@ Span = tuple[int, int, int]  # first cache index, keys, position of the first
 @dataclass(frozen=True)
 class TileRows:
     """Rows of a query tile in the two instances of the kernel, on a target; both hold the heads of
-    a group at least, and wide is no less than narrow."""
+    a group at least, and wide is no less than narrow. per_processor: programs of the wide instance
+    that run on a processor at once."""
 
     narrow: int
     wide: int
+    per_processor: int
     target: Target
 
 
@@ -61,12 +64,22 @@ class HeadShape:
 
     @staticmethod
     def of(
-        num_heads: int, kv_heads: int, dim: int, v_dim: int, dtype: torch.dtype, target: Target
+        num_heads: int,
+        kv_heads: int,
+        dim: int,
+        v_dim: int,
+        dtype: torch.dtype,
+        target: Target,
+        decode: bool,
     ) -> "HeadShape":
-        """Tiles of 128 rows where their accumulator fits the registers of 8 warps."""
+        """Prefill takes tiles of 128 rows where their accumulator fits the registers of 8 warps:
+        keys are read half as often. Decode takes tiles of 64 rows and 4 warps, of which Hopper
+        holds two: the softmax of one runs beside the products of the other."""
         groups = num_heads // kv_heads
         fits = dtype != torch.float32 and max(dim, v_dim) <= 128
-        rows = TileRows(power_of_two(groups, 16), power_of_two(groups, 128 if fits else 64), target)
+        wide = power_of_two(groups, 128 if fits and not decode else 64)
+        two = fits and wide == 64 and target.shared_bytes >= _SHARED_OF_TWO
+        rows = TileRows(power_of_two(groups, 16), wide, 2 if two else 1, target)
         return HeadShape(groups, kv_heads, v_dim, rows)
 
 
@@ -197,8 +210,9 @@ def _schedule(plan: ForestPlan, tiles: Ints, start: int, stop: int, shape: HeadS
     else:
         listed = [(first, count, _joined(spans)) for first, count, spans in listed]
         if len(listed) * kv_heads < rows.target.num_processors:
+            # As many programs as run at once: a second round would start when the first ends.
             keys = sum(num_keys for _, _, spans in listed for _, num_keys, _ in spans)
-            wanted = triton.cdiv(2 * rows.target.num_processors, kv_heads)
+            wanted = triton.cdiv(rows.per_processor * rows.target.num_processors, kv_heads)
             piece = triton.cdiv(keys, wanted * MAX_SPLIT) * MAX_SPLIT
             listed = [(first, count, p) for first, count, s in listed for p in _cut(s, piece)]
 

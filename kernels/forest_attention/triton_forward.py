@@ -3,10 +3,10 @@
 A program takes a query tile (M rows: queries x the group's heads, of one key/value head) along a
 list of spans of keys, and writes one partial result for each of its queries; `merge_states` joins
 them in the order of the sequence. Where every query has one partial, that is the result, and there
-is no merge. The kernel has three instances: *wide* (M is 64 or 128) for nodes that many queries
-share and for prefill, *narrow* (M is 16) for few queries, and one for the leaves' suffixes. The
-last needs no list of spans: it runs one program per query and split, and reads the suffixes'
-lengths on the device. Programs, spans and partials are laid out by `schedule.py`.
+is no merge. The kernel has three instances: *wide* for nodes that many queries share (M is 64) and
+for prefill (128), *narrow* (16) for few queries, and one for the leaves' suffixes. The last needs
+no list of spans: it runs one program per query and split, beside the other two, and reads the
+suffixes' lengths on the device. Programs, spans and partials are laid out by `schedule.py`.
 
 The weights are exp2(x * factor - m * factor), where factor = scale * log2(e) is folded into the
 subtraction. That is one multiply-add, and q keeps its bits: a bfloat16 q scaled beforehand would
@@ -23,7 +23,7 @@ from kernels.device_math import LN2, tanh
 from kernels.forest_attention.options import AttentionOptions
 from kernels.forest_attention.plan import MAX_SPLIT, CompiledKey, ForestPlan
 from kernels.forest_attention.schedule import HeadShape, Programs, compile_plan, forward_key
-from kernels.launch import launch
+from kernels.launch import launch, launch_beside
 from kernels.merge_states import merge_states
 from kernels.target import Target, power_of_two, target_of
 
@@ -196,11 +196,11 @@ def _launch(rows: int, dim: int, v_dim: int, dtype: torch.dtype, target: Target)
     """Keys of a tile, warps and stages of one instance: as many bytes in flight as registers and
     shared memory hold without spilling. Tune with bench/ops/forest_attention.py."""
     block_d, block_dv = power_of_two(dim, 16), power_of_two(v_dim, 16)
-    is_wide = rows > 16
-    if dtype == torch.float32:
-        keys, stages = 16, 2  # products in float32 are unrolled into registers
-    else:
-        keys, stages = 32 if is_wide and max(block_d, block_dv) > 128 else 64, 3
+    is_long, is_float32 = max(block_d, block_dv) > 128, dtype == torch.float32
+    # Products in float32 are unrolled into registers.
+    keys, stages = (16, 2) if is_float32 else (32 if is_long else 64, 3)
+    # Of 64 rows 4 warps hold the accumulator, but for these.
+    warps = 8 if rows > 64 or (rows > 16 and (is_long or is_float32)) else 4
     # On an AMD GPU the queries stay in registers.
     q_bytes = 0 if target.is_hip else rows * block_d * dtype.itemsize
     row_bytes = (block_d + block_dv) * dtype.itemsize
@@ -214,7 +214,7 @@ def _launch(rows: int, dim: int, v_dim: int, dtype: torch.dtype, target: Target)
         "N": keys,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "num_warps": 8 if is_wide else 4,
+        "num_warps": warps,
         "num_stages": stages,
     }
 
@@ -225,7 +225,7 @@ def run(
     """The output (T, Hq, Dv) in q's dtype and the natural log-sum-exps (T, Hq) of checked input."""
     check_triton("forest_attention", q, k_cache, v_cache)
     (_, heads, dim), (kv_heads, _, v_dim) = q.shape, v_cache.shape
-    shape = HeadShape.of(heads, kv_heads, dim, v_dim, q.dtype, target_of(q))
+    shape = HeadShape.of(heads, kv_heads, dim, v_dim, q.dtype, target_of(q), plan.advancing)
     window, suffix = options.window, plan.suffix
     schedules = plan.compiled(
         forward_key(window, shape),
@@ -235,8 +235,12 @@ def run(
     o = torch.empty(partials, heads, v_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(partials, heads, dtype=torch.float32, device=q.device)
     inputs = q, k_cache, v_cache
-    if suffix is not None:
-        _run_suffixes(inputs, plan, options, shape, (o, lse))
+
+    def run_suffixes() -> None:
+        if suffix is not None:
+            _run_suffixes(inputs, plan, options, shape, (o, lse))
+
+    join_suffixes = launch_beside(q, run_suffixes)
     results: list[tuple[Tensor, Tensor]] = []
     for schedule in schedules:
         out = o, lse
@@ -250,6 +254,7 @@ def run(
         _run_programs(inputs, plan, options, shape, schedule.narrow, shape.rows.narrow, out)
         plan.executed += schedule.num_tiles
         if schedule.table is not None:
+            join_suffixes()
             out = merge_states(o, lse, schedule.table, dtype=q.dtype)
         results.append(out)
     if len(results) == 1:

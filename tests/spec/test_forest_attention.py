@@ -575,7 +575,7 @@ def test_what_no_kernel_takes_is_refused(on: Implementation, name: str) -> None:
 
 
 def schedule_for(plan: ForestPlan, groups: int, processors: int) -> schedule.Schedule:
-    rows = schedule.TileRows(16, 64, Target("sm_90", 1 << 17, processors))
+    rows = schedule.TileRows(16, 64, 1, Target("sm_90", 1 << 17, processors))
     (only,) = schedule.compile_plan(plan, None, schedule.HeadShape(groups, 1, 16, rows))
     return only
 
@@ -631,7 +631,7 @@ def test_one_static_plan_after_another(
         expected = forest_attention(q, *grove.caches, plan, options)
         suffix = plan.suffix
         assert suffix is not None
-        heads = schedule.HeadShape.of(2, 1, 16, 16, torch.float32, target_of(q))
+        heads = schedule.HeadShape.of(2, 1, 16, 16, torch.float32, target_of(q), decode=True)
         key = schedule.forward_key(options.window, heads)
         if static is None:
             nobody = torch.full((1,), -1, device=on.device)
