@@ -49,6 +49,8 @@ def _sum_over_keys(
 ):  # fmt: skip
     """Add the terms of a span of keys to the gradient of a query tile."""
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    last = tl.minimum(q_pos - position, num_keys - 1)  # (M,) of the keys that a query sees
+    last_hidden = q_pos - position - window
     for start in range(0, num_keys, N):
         column = start + tl.arange(0, N)
         k_ptrs = k_ptr + column[:, None] * k_n + d[None, :]  # (N, BLOCK_D)
@@ -65,10 +67,9 @@ def _sum_over_keys(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (M, N)
         weights, slope = _weights_of(scores, lse[:, None], factor, cap_scale, SOFTCAP)
         if MASKED:
-            k_pos = position + column[None, :]
-            visible = (column < num_keys)[None, :] & (k_pos <= q_pos[:, None])
+            visible = column[None, :] <= last[:, None]
             if WINDOW:
-                visible = visible & (k_pos > q_pos[:, None] - window)
+                visible = visible & (column[None, :] > last_hidden[:, None])
             weights = tl.where(visible, weights, 0.0)
         d_weights = tl.dot(do, tl.trans(v), input_precision="ieee")  # (M, N)
         ds = weights * (d_weights - delta[:, None]) * slope
@@ -320,7 +321,7 @@ def _launch_dq(
         "M": power_of_two(groups, rows),
         "N": keys,
         "num_warps": warps,
-        "num_stages": 2,
+        "num_stages": 2 if target.is_hip or dtype == torch.float32 else 3,
     }
 
 
@@ -333,7 +334,7 @@ def _launch_dkv(
     if dtype == torch.float32:
         keys, rows, warps = 32 if widest <= 64 else 16, 16, 8
     elif widest <= 128:
-        keys, rows, warps = 128, 64 if widest <= 64 else 32, 8
+        keys, rows, warps = 128, 32, 8
     else:
         keys, rows, warps = 32, 32, 8
     return {
@@ -342,7 +343,7 @@ def _launch_dkv(
         "M": power_of_two(groups, rows),
         "N": keys,
         "num_warps": warps,
-        "num_stages": 2,
+        "num_stages": 2 if target.is_hip or dtype == torch.float32 else 3,
     }
 
 
