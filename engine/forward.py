@@ -21,10 +21,10 @@ from kernels.device import to_device
 from kernels.forest_attention import AttentionOptions, ForestPlan, forest_attention
 from kernels.launch import runs_triton
 from kernels.matmul import matmul
+from kernels.norm_rope_write import norm_rope_write
 from kernels.segment_attention import Backend, check_backend
-from kernels.write_kv import write_kv
 from models.decoder import CppDecoder, runs_cpp
-from models.transformer import Attend, Transformer, linear
+from models.transformer import Attention, Transformer, linear
 
 Piece = tuple[Node, int, int]  # tokens [first, stop) of a node
 # attention(q, k_cache, v_cache, options) of a forward whose keys are in the cache
@@ -67,7 +67,7 @@ class CachedForward:
         ) -> Tensor:
             return forest_attention(q, k_cache, v_cache, plan, options)
 
-        return self.model(tokens, positions, self._attend(cache_index, attention), self.product)
+        return self._run(tokens, positions, cache_index, attention)
 
     def padded(self, rows: int) -> int:
         """Rows of a forward of `rows` tokens; C++ needs none beside them."""
@@ -98,18 +98,27 @@ class CachedForward:
         position, at = self._tensor(positions), self._tensor(cache_index)
         if self.prefill_backend is not None:
             segments = SegmentPrefill(pieces, self.prefill_backend, self.device)
-            return self.model(token_ids, position, self._attend(at, segments.attend), self.product)
+            return self._run(token_ids, position, at, segments.attend)
         tiles = prefill_tiles(pieces)
         plan = ForestPlan(tiles, position, per_split=self.deterministic, host_positions=positions)
         return self.forward(token_ids, position, at, plan)
 
-    def _attend(self, cache_index: Tensor, attention: CachedAttention) -> Attend:
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-            write_kv(k, v, k_cache, v_cache, cache_index)
-            return attention(q, k_cache, v_cache, self.config.attention[layer])
+    def _run(
+        self, tokens: Tensor, positions: Tensor, cache_index: Tensor, attention: CachedAttention
+    ) -> Tensor:
+        """The model over the cache."""
+        caches = list(zip(self.cache.k, self.cache.v, strict=True))
 
-        return attend
+        def rotate(
+            layer: Attention, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            cells = *caches[layer.layer], cache_index
+            return norm_rope_write(q, k, v, layer.norms, cos, sin, *cells), k
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, *caches[layer], self.config.attention[layer])
+
+        return self.model(tokens, positions, attend, self.product, rotate)
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return to_device(torch.tensor(values, dtype=torch.int64), self.device)

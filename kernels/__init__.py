@@ -6,7 +6,7 @@
     segment_attention    segment_attention.py   forest_attention, flash-attn, xformers
     rms_norm, rope,      a file each            torch, C++, Triton    torch, Triton
       gated_act
-    write_kv             write_kv.py            torch, C++, Triton
+    norm_rope_write      norm_rope_write.py     torch, C++, Triton
     matmul               matmul.py              torch, Triton
     packed_linear        packed_linear.py       C++
     sample_token         sample_token.py        torch, C++, Triton

@@ -68,10 +68,11 @@ def _rms_norm_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     mask = (row < num_rows)[:, None] & (column < H)[None, :]  # (ROWS, COLUMNS)
-    t, a = row // inner, row % inner
+    t, a = (row // inner).to(tl.int64), row % inner  # divisions of 64 bits are slow
+    row = row.to(tl.int64)
     offset = (t * x_t + a * x_a)[:, None] + column[None, :]
     out = row[:, None] * H + column[None, :]
     x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)

@@ -73,10 +73,11 @@ def _rope_kernel(
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pair = tl.arange(0, PAIRS)
     mask = (row < num_rows)[:, None] & (pair < HALF)[None, :]  # (ROWS, PAIRS)
-    t, h = row // heads, row % heads
+    t, h = (row // heads).to(tl.int64), row % heads  # divisions of 64 bits are slow
+    row = row.to(tl.int64)
     cos = tl.load(cos_ptr + (t * cos_t)[:, None] + pair[None, :], mask=mask, other=0.0)
     sin = tl.load(sin_ptr + (t * sin_t)[:, None] + pair[None, :], mask=mask, other=0.0)
     if CONJUGATE:

@@ -9,8 +9,9 @@
 
 T tokens of any number of sequences lie flat, side by side; positions say where each stands. The
 attention itself is passed in: prefill, decode and training share this forward and differ in
-`attend` alone. A run may pass in its own matrix product, in place of `linear`, too. q, k, v and
-gate, up are stored as fused weights, the only layout there is.
+`attend` alone. A run may pass in its own matrix product, in place of `linear`, and a `rotate` that
+writes keys and values into a cache on the way. q, k, v and gate, up are stored as fused weights,
+the only layout there is.
 
 On CPU the matrix products are torch's, whose bits depend on T and on the number of threads. Only
 the C++ forward (`models/decoder.py`) gives a row the same bits in any batch; on a GPU
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.gated_act import gated_act
+from kernels.norm_rope_write import HeadNorms
 from kernels.packed_linear import packed_linear, packs
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_cos_sin
@@ -35,6 +37,9 @@ from models.config import ModelConfig
 # attend(layer, q (T, Hq, D), k (T, Hkv, D), v (T, Hkv, Dv)) -> (T, Hq, Dv), after rope. Scale,
 # soft-cap and window are the caller's to apply: they are in config.attention[layer].
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# rotate(attention, q, k, v, cos, sin) -> the normalised and rotated q and k: `norm_and_rope`, or
+# what also writes k and v into a cache.
+Rotate = Callable[["Attention", Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 # product(x (T, K), weight (N, K), bias (N,) or None) -> x W^T + b, (T, N)
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -95,18 +100,41 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_plus_one)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_plus_one)
 
+    @property
+    def norms(self) -> HeadNorms | None:
+        """The norms of queries and keys, of a model that has them."""
+        config = self.config
+        if not config.qk_norm:
+            return None
+        weights = self.q_norm.weight, self.k_norm.weight
+        return HeadNorms(*weights, config.rms_norm_eps, config.norm_plus_one)
+
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, product: Product
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attend,
+        product: Product,
+        rotate: Rotate,
     ) -> Tensor:
         config = self.config
         q, k, v = self.qkv_proj(x, product).split(self.sizes, -1)
         q = q.unflatten(-1, (config.num_heads, config.head_dim))
         k = k.unflatten(-1, (config.num_kv_heads, config.head_dim))
         v = v.unflatten(-1, (config.num_kv_heads, config.v_head_dim))
-        if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(self.layer, rope(q, cos, sin), rope(k, cos, sin), v)
+        q, k = rotate(self, q, k, v, cos, sin)
+        out = attend(self.layer, q, k, v)
         return self.o_proj(out.flatten(1), product)
+
+
+def norm_and_rope(
+    attention: Attention, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Queries (T, Hq, D) and keys (T, Hkv, D), normalised if the model does so, and rotated."""
+    if attention.config.qk_norm:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return rope(q, cos, sin), rope(k, cos, sin)
 
 
 class MLP(nn.Module):
@@ -148,13 +176,14 @@ class DecoderLayer(nn.Module):
         sin: Tensor,
         attend: Attend,
         product: Product,
+        rotate: Rotate,
     ) -> tuple[Tensor, Tensor]:
         """Returns this layer's last update, not yet added, and the residual stream before it."""
         if update is None:
             normed = self.input_layernorm(hidden)
         else:
             normed, hidden = self.input_layernorm.add(update, hidden)
-        update = self.self_attn(normed, cos, sin, attend, product)
+        update = self.self_attn(normed, cos, sin, attend, product, rotate)
         if self.sandwich:
             update = self.post_attention_layernorm(update)
             normed, hidden = self.pre_feedforward_layernorm.add(update, hidden)
@@ -198,13 +227,19 @@ class Transformer(nn.Module):
                 parameter.fill_(1.0)
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, attend: Attend, product: Product = linear
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        product: Product = linear,
+        rotate: Rotate = norm_and_rope,
     ) -> Tensor:
         """Hidden states after the final norm, (T, hidden_size).
 
         token_ids, positions: (T,) int64 on the model's device. attend: see `Attend`; it is called
-        once per layer, in order. product: what all linear layers multiply with. Neither ids nor
-        positions are range-checked here (that would wait for the device).
+        once per layer, in order. product: what all linear layers multiply with. rotate: what stands
+        before the attention. Neither ids nor positions are range-checked here (that would wait for
+        the device).
         """
         config = self.config
         cos, sin = rope_cos_sin(positions, self.inv_freq_on(positions.device))
@@ -214,7 +249,7 @@ class Transformer(nn.Module):
             hidden = hidden * torch.tensor(config.embedding_scale).to(hidden.dtype).item()
         update: Tensor | None = None
         for layer in self.layers:
-            inputs = (update, hidden, cos, sin, attend, product)
+            inputs = (update, hidden, cos, sin, attend, product, rotate)
             if self.recompute and torch.is_grad_enabled():
                 update, hidden = checkpoint(
                     layer, *inputs, use_reentrant=False, preserve_rng_state=False

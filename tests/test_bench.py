@@ -22,7 +22,7 @@ from bench.case import NotLikeReference, OpCase, Peer
 from bench.ceilings import Ceilings
 from bench.figures import FACTOR, PEERS_FACTOR, Figure, PeerFigure, measure
 from bench.forests import Heads, Tree, decode_cost, make_decode, make_prefill, prefill_cost
-from bench.ops import OPERATIONS, accept_token, forest_attention, write_kv
+from bench.ops import OPERATIONS, accept_token, forest_attention, norm_rope_write
 from bench.ops.bench_ops import CASES
 from bench.ops.forest_attention import DECODES as TIMED_DECODES
 from bench.ops.forest_attention import PREFILL_8K, PREFILLS, ROOT_ALONE, backward, packed
@@ -178,10 +178,14 @@ def test_peers_find_the_same_gradients() -> None:
 
 
 def test_unwritten_keys_are_refused() -> None:
-    case = write_kv.forward(POCKET, 32)
+    case = norm_rope_write.forward(POCKET, 32)
     (arguments,) = case.make_inputs(randn, 1)
-    with pytest.raises(NotLikeReference):
-        case.check(arguments, None, FACTOR)
+    out = case.call(*arguments)
+    for cache in arguments[6:8]:
+        cache.zero_()
+        with pytest.raises(NotLikeReference):
+            case.check(arguments, out, FACTOR)
+        case.check(arguments, case.call(*arguments), FACTOR)
 
 
 def test_a_token_drawn_elsewhere_or_taken_twice_is_refused() -> None:

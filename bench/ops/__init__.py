@@ -16,11 +16,11 @@ from bench.ops import (
     linear_logprob,
     matmul,
     merge_states,
+    norm_rope_write,
     rms_norm,
     rope,
     sample_token,
     segment_attention,
-    write_kv,
 )
 from bench.shapes import DECODE_ROWS, PREFILL_ROWS, Shape
 
@@ -51,5 +51,5 @@ OPERATIONS = {
     "rms_norm": Operation(rms_norm.CASES, rms_norm.variants),
     "gated_act": Operation(gated_act.CASES, gated_act.variants),
     "rope": Operation(rope.CASES, rope.variants),
-    "write_kv": Operation(write_kv.CASES, write_kv.variants),
+    "norm_rope_write": Operation(norm_rope_write.CASES, norm_rope_write.variants),
 }

@@ -86,7 +86,7 @@ def test_a_sample_has_the_same_bits_in_any_company(
     assert {len(tokens) for tokens, _, _ in together.values()} == {TOKENS}
     assert len({tuple(tokens) for tokens, _, _ in together.values()}) > K
     if on.name == "triton":
-        forwards, heads = counts["_write_kv_kernel"] // 2, counts["_tile_stats_kernel"]
+        forwards, heads = counts["_norm_rope_write_kernel"] // 2, counts["_tile_stats_kernel"]
         assert forwards >= TOKENS and heads >= TOKENS
         assert counts["_matmul_kernel"] == 4 * 2 * forwards + heads
         # Lists of keys are one wide launch, whoever shares them; a decode has suffixes too.

@@ -1,0 +1,190 @@
+"""Queries and keys normalised and rotated, keys and values written to their places in the cache."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.norm_rope_write import HeadNorms, norm_rope_write, norm_rope_write_ref
+from kernels.rope import rope_cos_sin
+from tests.implementations import ON_GPU, Implementation, assert_exact
+
+HEADS, KV_HEADS, CELLS = 6, 3, 150
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.cpu().contiguous().view(torch.uint8)
+
+
+def angles(tokens: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    positions = torch.arange(tokens) * 37 % 4001
+    cos, sin = rope_cos_sin(positions, 1e4 ** -(torch.arange(0, dim, 2) / dim))
+    return cos.to(device), sin.to(device)
+
+
+def test_reference_is_the_definition() -> None:
+    """A key of two channels is a complex number of length sqrt(2) that turns by its angle."""
+    q, k, v = torch.randn(5, 3, 2), torch.randn(5, 3, 2), torch.randn(5, 3, 4)
+    caches = torch.full((3, 12, 2), math.nan), torch.full((3, 12, 4), math.nan)
+    places, angle = [11, 0, 3, 4, 7], torch.randn(5, 1)
+    weight = torch.tensor([2.0, 2.0])
+    for norms in (None, HeadNorms(weight, 1 + weight, 0.0, False)):
+        out = norm_rope_write_ref(
+            q, k, v, norms, angle.cos(), angle.sin(), *caches, torch.tensor(places)
+        )
+        turn = torch.polar(torch.ones(5, 1), angle)
+        for x, found, scale in ((q, out, 2), (k, caches[0][:, places].transpose(0, 1), 3)):
+            number = torch.view_as_complex(x)
+            if norms is not None:
+                number = number / number.abs() * scale * math.sqrt(2)
+            torch.testing.assert_close(found, torch.view_as_real(number * turn))
+        assert caches[1][:, places].equal(v.transpose(0, 1))
+        others = [place for place in range(12) if place not in places]
+        assert all(cache[:, others].isnan().all() for cache in caches)
+
+
+# A key and a value of one size, and of two; with norms and without.
+@pytest.mark.parametrize(
+    ("dims", "normed"), [((16, 16), True), ((20, 7), True), ((2, 130), False), ((64, 64), False)]
+)
+@pytest.mark.parametrize("tokens", [0, 1, 22, 65])
+def test_every_token_into_its_place_and_nothing_else(
+    on: Implementation, dtype: torch.dtype, tokens: int, dims: tuple[int, int], normed: bool
+) -> None:
+    """Caches and inputs are slices."""
+    dim, v_dim = dims
+    sizes = HEADS * dim, KV_HEADS * dim, KV_HEADS * v_dim
+    qkv = on.draw(tokens, 5 + sum(sizes), dtype=dtype)[:, 5:].split(sizes, -1)
+    q, k, v = (x.unflatten(-1, (-1, d)) for x, d in zip(qkv, (dim, dim, v_dim), strict=True))
+    weights = [on.draw(dim, dtype=dtype, seed=seed) for seed in (1, 2)] if normed else []
+    angle = angles(tokens, dim, on.device)
+    places = torch.randperm(CELLS, generator=torch.Generator().manual_seed(tokens))[:tokens]
+    width = dim + 3 + v_dim
+    found: list[Tensor] = []
+
+    def caches_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A cache that is NaN, and its slices for keys and for values."""
+        whole = torch.full((2, KV_HEADS, CELLS, width), math.nan, dtype=x.dtype, device=x.device)
+        return whole, whole[1, ..., 1 : 1 + dim], whole[1, ..., 2 + dim : 2 + dim + v_dim]
+
+    def run(op: Any) -> Any:
+        def call(
+            q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor
+        ) -> Any:
+            norms = HeadNorms(weights[0], weights[1], 1e-6, True) if weights else None
+            whole, k_cache, v_cache = caches_of(q)
+            cos, sin = cos.float(), sin.float()
+            out = op(q, k, v, norms, cos, sin, k_cache, v_cache, places.to(q.device))
+            written = k_cache[:, places].transpose(0, 1).clone()
+            assert bits(v_cache[:, places].transpose(0, 1)).equal(bits(v))
+            k_cache[:, places] = v_cache[:, places] = math.nan
+            assert whole.isnan().all()
+            return out, written
+
+        return call
+
+    with on.counted() as counts:
+        found += run(norm_rope_write)(q, k, v, *angle, *weights)
+    if on.name == "triton":
+        assert counts == ({"_norm_rope_write_kernel": 1} if tokens else {})
+    elif on.name == "cpp" and tokens:
+        assert {"write_kv", "rope"} <= set(counts)
+    assert_exact(tuple(found), run(norm_rope_write_ref), q, k, v, *angle, *weights)
+
+
+@pytest.mark.implementations("triton")
+def test_beyond_two_to_the_31_elements(on: Implementation) -> None:
+    """Such a cache takes address space here, and memory only where it is touched."""
+    dim, size = 16, 2**26 + 2
+    if ON_GPU:
+        whole = torch.zeros(size, 2, dim, dtype=torch.float16, device=on.device)
+    else:
+        whole = torch.from_numpy(np.zeros((size, 2, dim), np.float16))
+    k_cache = whole.transpose(0, 1)
+    v_cache = torch.zeros(2, size, 1, dtype=torch.float16, device=on.device)
+    k, v = on.draw(2, 2, dim, dtype=torch.float16), on.draw(2, 2, 1, dtype=torch.float16)
+    cos, sin = (torch.full((2, 8), x, device=on.device) for x in (1.0, 0.0))
+    places = torch.tensor([size - 1, 2], device=on.device)
+    assert (size - 1) * k_cache.stride(1) > 2**31
+    out = norm_rope_write(k, k, v, None, cos, sin, k_cache, v_cache, places)
+    assert out.equal(k) and k_cache[:, places].equal(k.transpose(0, 1))
+    assert v_cache[:, places].equal(v.transpose(0, 1))
+
+
+NORMS = HeadNorms(torch.ones(6), torch.ones(6), 1e-6, False)
+ARGUMENTS: dict[str, Any] = {
+    "q": torch.zeros(2, 6, 6),
+    "k": torch.zeros(2, 3, 6),
+    "v": torch.zeros(2, 3, 6),
+    "norms": NORMS,
+    "cos": torch.zeros(2, 3),
+    "sin": torch.zeros(2, 3),
+    "k_cache": torch.full((3, 12, 6), math.nan),
+    "v_cache": torch.full((3, 12, 6), math.nan),
+    "cache_index": torch.tensor([0, 1]),
+}
+CACHE = ARGUMENTS["k_cache"]
+
+
+def on_device(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    norms = arguments["norms"]
+    weights = {name: getattr(norms, name).to(device) for name in ("q_weight", "k_weight")}
+    moved = {name: x.to(device) for name, x in arguments.items() if isinstance(x, Tensor)}
+    return moved | {"norms": replace(norms, **weights)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cache_index": torch.tensor([0, 1], dtype=torch.int32)}, "int32"),
+        ({"cache_index": torch.tensor([0, 1, 2])}, r"cache_index must be \(2,\)"),
+        ({"q": torch.zeros(2, 6)}, r"q must be \(T, H, D\) floating"),
+        ({"q": torch.zeros(2, 6, 5)}, "even number of channels, not 5"),
+        ({"q": torch.zeros(2, 6, 6).double()}, r"k must be .* torch.float64, got"),
+        ({"v": torch.zeros(2, 4, 6)}, "v must be"),
+        ({"sin": torch.zeros(2, 4)}, "sin must be"),
+        ({"norms": replace(NORMS, k_weight=torch.ones(5))}, r"k_weight must be \(6,\)"),
+        ({"k_cache": CACHE[..., 1:]}, "k_cache must be"),
+        ({"v_cache": CACHE[:, 1:]}, "v_cache must be"),
+        ({"v_cache": CACHE.bfloat16()}, r"v_cache must be .* torch.float32, got .*bfloat16"),
+    ],
+)
+def test_bad_arguments_write_nothing(
+    on: Implementation, change: dict[str, Any], message: str
+) -> None:
+    given = on_device(ARGUMENTS | change, on.device)
+    with pytest.raises(ValueError, match=message):
+        norm_rope_write(**given)
+    assert given["k_cache"].isnan().all() and given["v_cache"].isnan().all()
+
+
+# On a GPU to look would be to wait.
+@pytest.mark.implementations("torch", "cpp")
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ([3, 3], "index 3 is written twice"),
+        ([0, 12], r"in \[0, 12\), got 0 to 12"),
+        ([-1, 2], "got -1 to 2"),
+    ],
+)
+def test_bad_places_are_refused(on: Implementation, places: list[int], message: str) -> None:
+    caches = {name: CACHE.clone() for name in ("k_cache", "v_cache")}
+    with pytest.raises(ValueError, match=message):
+        norm_rope_write(**ARGUMENTS | caches | {"cache_index": torch.tensor(places)})
+    assert all(cache.isnan().all() for cache in caches.values())
+
+
+@pytest.mark.implementations("triton")
+@pytest.mark.parametrize("name", [name for name in ARGUMENTS if name != "norms"])
+def test_what_no_kernel_takes_is_refused(on: Implementation, name: str) -> None:
+    arguments = on_device(ARGUMENTS, on.device)
+    x = arguments[name]
+    gaps = x.repeat_interleave(2, -1)[..., ::2]
+    with pytest.raises(ValueError, match="last dimension must be contiguous"):
+        norm_rope_write(**arguments | {name: gaps})
+    assert arguments["k_cache"].isnan().all()
