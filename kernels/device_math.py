@@ -21,5 +21,5 @@ def tanh(x):
     p = p * z + 1.33314422036e-1
     p = p * z - 3.33332819422e-1
     small = p * z * x + x
-    large = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
+    large = 1 - 2 / (tl.exp2(tl.abs(x) * (2 * LOG2E)) + 1)
     return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_triton
-from kernels.device_math import tanh
+from kernels.device_math import LN2, LOG2E, tanh
 from kernels.launch import launch
 from kernels.logprob.head import LogitHead, LogProbGradients, LogProbs
 from kernels.target import Target, target_of
@@ -60,23 +60,26 @@ def _store_part(
     z, row, part, target, saved_ptrs, max_ptr, sum_ptr, moment_ptr, z_target_ptr,
     num_rows, vocab, softcap, temperature, N: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Store what later kernels need of a part of N tokens, from its raw logits (BLOCK_M, N)."""
+    """Store what later kernels need of a part of N tokens, from its raw logits (BLOCK_M, N). An
+    element costs one multiply-add before its exponential: the temperature and log2(e) are factors
+    of powers of two, and the maximum is that of logits at temperature 1."""
     first = part * N
     column = first + tl.arange(0, N)  # (N,)
     mask, inside = row < num_rows, (column < vocab)[None, :]
     if SOFTCAP:
-        z = tanh(z / softcap) * softcap
-    z = z / temperature
+        z = tanh(z * (1 / softcap)) * softcap
+    factor = 1 / temperature
     z_target = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
     here = (target >= first) & (target < tl.minimum(first + N, vocab))
-    tl.store(z_target_ptr + row, z_target, mask=mask & here)
+    tl.store(z_target_ptr + row, z_target * factor, mask=mask & here)
     row_max = tl.max(tl.where(inside, z, float("-inf")), 1)  # (BLOCK_M,)
-    z = z - tl.where(row_max == float("-inf"), 0.0, row_max)[:, None]
-    weights = tl.where(inside, tl.exp(z), 0.0)
+    finite_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    power = z * (factor * LOG2E) - (finite_max * (factor * LOG2E))[:, None]
+    weights = tl.where(inside, tl.exp2(power), 0.0)
     at = part.to(tl.int64) * num_rows + row
-    tl.store(max_ptr + at, row_max, mask=mask)
+    tl.store(max_ptr + at, row_max * factor, mask=mask)
     tl.store(sum_ptr + at, tl.sum(weights, 1), mask=mask)
-    tl.store(moment_ptr + at, tl.sum(weights * z, 1), mask=mask)
+    tl.store(moment_ptr + at, tl.sum(weights * power, 1) * LN2, mask=mask)
     if saved_ptrs is not None:
         weights = weights.to(saved_ptrs.dtype.element_ty)
         tl.store(saved_ptrs[:, None] + column[None, :], weights, mask=mask[:, None] & inside)
