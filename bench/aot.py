@@ -14,16 +14,12 @@ than its target has.
 import argparse
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +34,7 @@ from bench.case import OpCase
 from bench.forests import Workload
 from bench.ops import OPERATIONS
 from bench.provenance import print_json
+from bench.sass import Sass, programs_per_processor, read_sass
 from bench.shapes import SHAPES, Shape
 from bench.timing import empty
 from engine import command
@@ -77,22 +74,29 @@ class Launch:
 
 @dataclass(frozen=True)
 class Report:
-    """What a compiled launch needs of a program; registers and spills on NVIDIA only."""
+    """What a compiled launch needs of a program; its machine code on NVIDIA only."""
 
     launch: str
     target: str
     shared_bytes: int
-    registers: int | None = None
-    spill_bytes: int | None = None
+    warps: int = 0
+    sass: Sass | None = None
     error: str | None = None
+
+    @property
+    def per_processor(self) -> int | None:
+        """Programs that run at once on a processor of sm_90."""
+        if self.sass is None or self.target != "sm_90":
+            return None
+        return programs_per_processor(self.sass.registers, self.shared_bytes, self.warps)
 
     @property
     def fault(self) -> str | None:
         """Why this launch will not do, if it will not."""
         if self.error is not None:
             return self.error
-        if self.spill_bytes and self.target == "sm_90":
-            return f"spills {self.spill_bytes} bytes"
+        if self.sass is not None and self.sass.spill_bytes and self.target == "sm_90":
+            return f"spills {self.sass.spill_bytes} bytes"
         if self.shared_bytes > TARGETS[self.target].shared_bytes:
             return f"needs {self.shared_bytes} bytes of shared memory"
         return None
@@ -192,11 +196,9 @@ def compile_launch(launch: Launch, target: Target) -> Report:
         kernel = compiled(launch, target)
     except Exception as error:  # whatever a compiler throws is the finding
         return Report(launch.name, target.arch, 0, error=f"{type(error).__name__}: {error}")
-    shared = kernel.metadata.shared
-    if target.is_hip:
-        return Report(launch.name, target.arch, shared)
-    registers, spills = _resources(kernel.asm["cubin"])
-    return Report(launch.name, target.arch, shared, registers, spills)
+    sass = None if target.is_hip else read_sass(kernel.asm["cubin"])
+    needs = kernel.metadata.shared, kernel.metadata.num_warps
+    return Report(launch.name, target.arch, *needs, sass)
 
 
 def compile_all(jobs: Sequence[tuple[Launch, str]]) -> Iterator[Report]:
@@ -224,28 +226,21 @@ def _compile_named(module: str, kernel: str, launch: Launch, target: str) -> Rep
     return compile_launch(replace(launch, kernel=found), TARGETS[target])
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread and bytes of its stack frame (spills, since kernels keep no arrays)."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        dump = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", dump)
-    assert found is not None, dump
-    return int(found[1]), int(found[2])
-
-
 def table(reports: Iterable[Report]) -> str:
-    """What compiled launches need, a line for each: registers, spilled bytes, shared bytes."""
-    lines = ["registers  spills  shared  launch"]
+    """What launches compiled for sm_90 need, a line for each: registers, spilled bytes, shared
+    bytes, programs of a processor, loads and groups of copies under way, instructions."""
+    lines = ["registers  spills  shared  programs  loads  groups  instructions  launch"]
     for report in sorted(reports, key=lambda report: report.launch):
-        registers, spills = (
-            "-" if value is None else str(value) for value in (report.registers, report.spill_bytes)
+        sass = report.sass
+        if sass is None:
+            lines.append(f"{report.launch}: {report.error}")
+            continue
+        groups = "-" if sass.groups_ahead is None else sass.groups_ahead
+        lines.append(
+            f"{sass.registers:>9}  {sass.spill_bytes:>6}  {report.shared_bytes:>6}  "
+            f"{report.per_processor:>8}  {sass.loads:>5}  {groups:>6}  {sass.instructions:>12}  "
+            f"{report.launch}"
         )
-        lines.append(f"{registers:>9}  {spills:>6}  {report.shared_bytes:>6}  {report.launch}")
     return "\n".join(lines)
 
 
@@ -253,7 +248,7 @@ def summary(target: str, reports: Sequence[Report]) -> str:
     """One line for a target."""
     faults = sum(report.fault is not None for report in reports)
     shared = max((report.shared_bytes for report in reports), default=0)
-    registers = max((report.registers or 0 for report in reports), default=0)
+    registers = max((r.sass.registers for r in reports if r.sass is not None), default=0)
     most = f", at most {registers} registers" if registers else ""
     return (
         f"{target}: {len(reports)} launches, {faults} faults{most}, at most {shared:,} bytes of "

@@ -6,12 +6,16 @@ One launch of each kernel as an 8B model makes it, and every instance of attenti
 
 import ast
 import re
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from bench.aot import (
     Launch,
@@ -23,10 +27,15 @@ from bench.aot import (
     launches_of,
 )
 from bench.case import OpCase
+from bench.decode import config_of, random_model
+from bench.forests import Heads, make_decode
 from bench.ops import OPERATIONS, accept_token, rms_norm
+from bench.ops.forest_attention import pair
 from bench.shapes import SHAPES
 from bench.timing import empty
-from kernels.launch import INTERPRETED
+from engine.forward import CachedForward
+from engine.kv_cache import KVCache
+from kernels.launch import INTERPRETED, intercept
 from kernels.matmul import matmul
 from kernels.target import TARGETS
 
@@ -75,7 +84,7 @@ def representatives() -> list[tuple[Launch, str]]:
 def test_every_kernel_is_covered() -> None:
     covered = {(launch.kernel.__name__, target) for launch, target in representatives()}
     assert covered == {(kernel, target) for kernel in launched_kernels() for target in TARGETS}
-    assert len(representatives()) <= 98
+    assert len(representatives()) <= 99
 
 
 def test_every_kernel_compiles() -> None:
@@ -83,7 +92,80 @@ def test_every_kernel_compiles() -> None:
     assert len(found) == len(representatives())
     assert [(r.target, r.launch, r.fault) for r in found if r.fault is not None] == []
     on_nvidia = [report for report in found if report.target.startswith("sm_")]
-    assert all(report.registers for report in on_nvidia)
+    assert all(report.sass is not None and report.sass.registers for report in on_nvidia)
+
+
+def test_what_runs_at_once_on_a_processor() -> None:
+    """What the speed of a decode step and of attention's gradients rests on: programs of a
+    processor, and loads that do not wait for one another."""
+    needs: dict[str, Report] = {}
+    for launch, target in representatives():
+        if target != "sm_90":
+            continue
+        constants, kernel = dict(launch.constants), launch.kernel.__name__
+        if kernel == "_forest_attention_kernel":
+            kernel = "suffix" if constants["SUFFIX"] else str(constants["M"])
+        elif kernel not in ("_merge_states_kernel", "_norm_rope_write_kernel"):
+            continue
+        needs[kernel] = compile_launch(launch, SM_90)
+    found = {name: report.per_processor or 0 for name, report in needs.items()}
+    assert found.pop("_norm_rope_write_kernel") >= 8
+    assert found == {"suffix": 3, "16": 2, "64": 2, "128": 1, "_merge_states_kernel": 32}
+    merge = needs["_merge_states_kernel"].sass
+    assert merge is not None and merge.loads >= 16
+    attention = [needs[name].sass for name in ("suffix", "16", "64", "128")]
+    assert all(sass is not None and sass.groups_ahead == 2 for sass in attention)
+
+
+def test_gradients_of_attention_load_ahead() -> None:
+    gradients = ("_forest_attention_dq_kernel", "_forest_attention_dkv_kernel")
+    jobs = [
+        launch
+        for launch, target in representatives()
+        if target == "sm_90" and launch.kernel.__name__ in gradients
+    ]
+    assert len(jobs) == 2
+    for launch in jobs:
+        sass = compile_launch(launch, SM_90).sass
+        assert sass is not None and sass.groups_ahead is not None and sass.groups_ahead >= 2
+        two = dict(launch.options) | {"num_stages": 2}
+        sass = compile_launch(replace(launch, options=tuple(two.items())), SM_90).sass
+        assert sass is not None and sass.groups_ahead == 0  # the measure tells the two apart
+
+
+def test_a_layer_of_a_decode_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 7 launches of ours and 4 matrix products, beside what does not grow with layers."""
+
+    def launches(layers: int) -> Counter[str]:
+        counts: Counter[str] = Counter()
+
+        def record(kernel: Any, *_: Any) -> None:
+            counts[kernel.__name__] += 1
+
+        def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            counts["product"] += 1
+            return x.new_zeros(len(x), len(weight))
+
+        shape = replace(SHAPES["qwen3-8b"], num_layers=layers, hidden_size=256, vocab_size=64)
+        work = make_decode(pair(32, 600, 300), Heads.of(shape), layers, empty)
+        config = config_of(shape, 1024)
+        model = random_model(config, torch.bfloat16, torch.device("cpu"))
+        cache = KVCache(config, 32, 512, 1024, torch.bfloat16, torch.device("cpu"))
+        monkeypatch.setattr(F, "linear", product)
+        zeros = torch.zeros(32, dtype=torch.int64)
+        with intercept(record, SM_90), torch.inference_mode():
+            CachedForward(model, cache).forward(zeros, work.plan.positions, zeros, work.plan)
+        return counts
+
+    per_layer = launches(2) - launches(1)
+    assert per_layer.pop("product") == 4
+    assert per_layer == {
+        "_rms_norm_kernel": 2,
+        "_norm_rope_write_kernel": 1,
+        "_forest_attention_kernel": 2,  # the shared prompt, and the suffixes beside it
+        "_merge_states_kernel": 1,
+        "_gated_act_kernel": 1,
+    }
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -112,8 +194,8 @@ def a_launch(case: OpCase) -> Launch:
 def test_spills_are_found() -> None:
     launch = a_launch(accept_token.take(1, 0, stop_at_box=False, moves=False))
     report = compile_launch(replace(launch, options=(*launch.options, ("maxnreg", 32))), SM_90)
-    assert report.error is None and report.spill_bytes
-    assert report.fault == f"spills {report.spill_bytes} bytes"
+    assert report.sass is not None and report.sass.spill_bytes
+    assert report.fault == f"spills {report.sass.spill_bytes} bytes"
 
 
 def test_what_does_not_compile_is_a_fault() -> None:
@@ -128,4 +210,4 @@ def test_shared_memory_is_bounded_by_the_target() -> None:
     assert Report("kernel", "gfx942", largest).fault is None
     fault = Report("kernel", "gfx942", largest + 1).fault
     assert fault == f"needs {largest + 1} bytes of shared memory"
-    assert Report("kernel", "sm_90", largest + 1, 32, 0).fault is None
+    assert Report("kernel", "sm_90", largest + 1).fault is None
