@@ -23,7 +23,7 @@ from bench.timing import DEVICE, Fill, empty, randn
 from engine.forest import Forest, Node, decode_tiles, prefill_tiles
 from engine.kv_cache import KVCache, round_up
 from kernels.forest_attention import AttentionOptions, forest_attention_with_lse
-from kernels.forest_attention.plan import ForestPlan, Suffixes
+from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, Suffixes, splits_of
 from kernels.forest_attention.reference import dense_attention, visible_keys
 from models.config import ModelConfig, Rope
 
@@ -267,13 +267,13 @@ def _ends(tree: Tree, heads: Heads, layers: int) -> tuple[KVCache, list[Node]]:
         nodes * round_up(tokens)
         for nodes, tokens in zip(tree.nodes[:-1], tree.tokens[:-1], strict=True)
     )
-    config = heads.config(layers)
-    cache = KVCache(config, tree.samples, round_up(tree.suffix), room, heads.dtype, DEVICE)
+    block = round_up(min(MAX_SPLIT, tree.suffix))
+    room += tree.samples * splits_of(tree.suffix) * block
+    cache = KVCache(heads.config(layers), tree.samples, block, room, heads.dtype, DEVICE)
     forest = Forest(cache)
     ends, _ = forest.grow(prompts)
     for end in ends:
         assert forest.allocate(end) is not None
-        cache.take_slot()
     return cache, ends
 
 
@@ -291,6 +291,16 @@ def _node_spans(ends: Sequence[Node]) -> dict[Node, Span]:
     return spans
 
 
+def _blocks(cache: KVCache, rows: int, count: int) -> Tensor:
+    """(rows, count) int64: the blocks of suffixes that have grown side by side."""
+    chains: list[list[int]] = [[] for _ in range(rows)]
+    for i in range(rows * count):
+        block = cache.take_block()
+        assert block is not None
+        chains[i % rows].append(block)
+    return torch.tensor(chains)
+
+
 def make_decode(tree: Tree, heads: Heads, layers: int, tensor: Fill = randn) -> Workload:
     """One decode step of the tree's samples. A suffix of 0 tokens: the prompts alone, without
     suffixes. tensor: what queries, keys and values are."""
@@ -300,18 +310,19 @@ def make_decode(tree: Tree, heads: Heads, layers: int, tensor: Fill = randn) -> 
     suffix = None
     spans = list(_node_spans(ends).values())
     if suffix_length:
-        suffix = Suffixes(
-            cache.suffix_base,
-            cache.suffix_capacity,
-            torch.arange(k, device=DEVICE),
-            torch.full((k,), suffix_length, device=DEVICE),
-            stops,
-            suffix_length,
-        )
-        first = cache.suffix_base
+        blocks = _blocks(cache, k, splits_of(suffix_length))
+        lengths = torch.full((k,), suffix_length, device=DEVICE)
+        suffix = Suffixes(blocks.to(DEVICE), lengths, stops, suffix_length)
         spans += [
-            Span(first + i * cache.suffix_capacity, suffix_length, end.stop, i, 1)
-            for i, end in enumerate(ends)
+            Span(
+                block,
+                min(MAX_SPLIT, suffix_length - j * MAX_SPLIT),
+                end.stop + j * MAX_SPLIT,
+                i,
+                1,
+            )
+            for i, (end, chain) in enumerate(zip(ends, blocks.tolist(), strict=True))
+            for j, block in enumerate(chain)
         ]
     at = stops + max(suffix_length, 1) - 1
     plan = ForestPlan(decode_tiles(ends), at, suffix, advancing=True)

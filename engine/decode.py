@@ -2,7 +2,7 @@
 
     load    make samples the live set: copy their state and their cursors into fixed buffers
     run     some steps of all rows; cursors (position, suffix length, cache index) advance on the
-            device
+            device, from block to block of a table that the host has filled in before
     poll    start a copy of the samples' counts and finished flags to the host
     fetch   the results of finished samples
 
@@ -15,7 +15,7 @@ once and replayed. On a GPU a step is captured as a CUDA graph and replayed: it 
 fixed addresses only, and its grids have room to spare. A step that cannot be captured is an error.
 
 Letters: B live samples, R >= B rows of a step; rows past the samples write scratch cells. Which
-samples are live, and the tokens of prompts, are up to the caller (`engine/generate.py`).
+samples are live, the tokens of prompts, and blocks are up to the caller (`engine/generate.py`).
 """
 
 import time
@@ -34,7 +34,7 @@ from engine.kv_cache import ALIGN, KVCache
 from kernels import cpp
 from kernels.accept_token import Cursor, LiveSamples, Records, accept_token
 from kernels.extract_scores import ScoreAutomaton, scores_of
-from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, Suffixes
+from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, Suffixes, splits_of
 from kernels.forest_attention.schedule import HeadShape, StaticPlan, keys_per_partial
 from kernels.launch import runs_triton
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
@@ -43,17 +43,18 @@ from kernels.segment_attention import Backend
 from kernels.target import power_of_two, target_of
 from models.transformer import Transformer
 
-# Rows of a buffer of int64, (5, R).
-_PROMPT, _CACHE_INDEX, _KEY, _SAMPLE = 0, 1, slice(2, 4), 4
+# Rows of a buffer of int64, (4, R).
+_PROMPT, _KEY, _SAMPLE = 0, slice(1, 3), 3
 
 
 class Leaf(Protocol):
-    """What the host knows of a live sample: the node above it, its slot, the key of its uniforms
-    (row and index), its limit of tokens, and its tokens so far. `count` is too high between the
-    sample's end and the next poll."""
+    """What the host knows of a live sample: the node above it, its slot, the first cells of its
+    blocks, the key of its uniforms (row and index), its limit of tokens, and its tokens so far.
+    `count` is too high between the sample's end and the next poll."""
 
     end: Node
     slot: int
+    blocks: list[int]
     limit: int
     count: int
 
@@ -171,10 +172,13 @@ class Decoder(CachedForward):
             zeros.to(self.device, copy=True),
             automaton.start(zeros, max_scores),
         )
-        self._position, self._length, self._cache_index = (
+        position, length, cache_index = (
             torch.zeros(rows, dtype=torch.int64, device=self.device) for _ in range(3)
         )
-        self._table = torch.zeros(5, rows, dtype=torch.int64, device=self.device)
+        blocks = torch.full((rows, splits_of(max_new_tokens)), -1, device=self.device)
+        self._cursor = Cursor(position, length, cache_index, blocks)
+        self._num_blocks: list[int] = []  # how many of each leaf's the table holds
+        self._table = torch.zeros(4, rows, dtype=torch.int64, device=self.device)
         self._plan: ForestPlan | None = None
         self._reader = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._loaded_at = DeviceEvent(self.device)
@@ -194,26 +198,28 @@ class Decoder(CachedForward):
         self._live.token[idle].zero_()
         self._live.count[idle].zero_()
         self._live.finished[idle].fill_(True)
-        capacity = self.cache.suffix_capacity
-        table = [
-            [leaf.end.stop, self.cache.suffix_base + leaf.slot * capacity, *leaf.key]
-            for leaf in leaves
-        ]
-        # With count 0 the cursors of idle rows are one less: position 0, the scratch cells.
-        table += [[1, cell + 1, 0, 0, 0] for cell in range(rows - batch)]
-        self._table[:, :rows] = self._tensor(table).view(rows, 5).T
+        table = [[leaf.end.stop, *leaf.key] for leaf in leaves]
+        # With count 0 the cursors of idle rows are one less: position 0.
+        table += [[1, 0, 0, 0]] * (rows - batch)
+        self._table[:, :rows] = self._tensor(table).view(rows, 4).T
+        position, length, cache_index, blocks = self._cursor
+        self._num_blocks = [0] * batch
+        self._write_blocks()
+        blocks[idle, 0] = torch.arange(rows - batch, device=self.device)  # scratch cells
         # Of a leaf's c tokens c - 1 are in the cache; the next step writes the last.
         count = self._live.count[:rows]
-        self._length[:rows] = count
-        self._position[:rows] = self._table[_PROMPT, :rows] + (count - 1)
-        self._cache_index[:rows] = self._table[_CACHE_INDEX, :rows] + (count - 1)
+        length[:rows] = count
+        position[:rows] = self._table[_PROMPT, :rows] + (count - 1)
+        cache_index[:rows] = self._cursor.cells((count - 1).clamp_min(0))
         self._loaded_at = DeviceEvent(self.device)
 
     def run(self, steps: int) -> None:
         """Some steps of all live samples; finished ones do not change, and the host does not wait.
-        At least one sample must be short of its limit by `steps`."""
+        At least one sample must be short of its limit by `steps`, and every leaf must have blocks
+        for all tokens that it may have after them."""
+        self._write_blocks()
         longest = max(leaf.count for leaf in self.leaves)
-        max_length = min(longest + steps, self.cache.suffix_capacity)
+        max_length = min(longest + steps, self._cursor.blocks.shape[1] * MAX_SPLIT)
         plan = self._plan
         if plan is None or plan.suffix is None or not plan.suffix.grow_to(max_length):
             plan = self._plan = self._make_plan(max_length)
@@ -280,6 +286,18 @@ class Decoder(CachedForward):
         """Rows of a step of `batch` samples."""
         return self.padded(batch)
 
+    def _write_blocks(self) -> None:
+        """Write to the table the blocks that leaves have got since they were last written."""
+        new = [
+            (row, place, leaf.blocks[place])
+            for row, leaf in enumerate(self.leaves)
+            for place in range(self._num_blocks[row], len(leaf.blocks))
+        ]
+        if new:
+            row, place, block = self._tensor(new).T
+            self._cursor.blocks[row, place] = block
+        self._num_blocks = [len(leaf.blocks) for leaf in self.leaves]
+
     def _steps(self, plan: ForestPlan, steps: int) -> None:
         batch = len(self.leaves)
         keys = self._table[:, :batch]
@@ -299,39 +317,29 @@ class Decoder(CachedForward):
         step is on the device."""
         assert plan.suffix is not None
         rows = len(plan.positions)
-        cache_index = self._cache_index[:rows]
+        cache_index = self._cursor.cache_index[:rows]
         hidden = self.forward(self._live.token[:rows], plan.positions, cache_index, plan)
         live = self._live.first(batch)
         logits = self.head_logits(hidden)[:batch]
-        cursor = plan.positions, plan.suffix.length, cache_index
-        self.draw(live, logits, uniform, cursor)
+        self.draw(live, logits, uniform, self._cursor)
 
     def _make_plan(self, max_length: int) -> ForestPlan:
         """A plan for all steps until the live set changes or a suffix outgrows the splits of
         `max_length` tokens."""
         rows = self._rows(len(self.leaves))
         at = [leaf.end.stop + leaf.count - 1 for leaf in self.leaves]
-        row_of_slot = [-1] * (1 + max(leaf.slot for leaf in self.leaves))
-        for row, leaf in enumerate(self.leaves):
-            row_of_slot[leaf.slot] = row
         return ForestPlan(
             decode_tiles([leaf.end for leaf in self.leaves], self.keys_per_partial),
-            self._position[:rows],
-            self._suffix(self._tensor(row_of_slot), rows, max_length),
+            self._cursor.position[:rows],
+            self._suffix(rows, max_length),
             advancing=True,
             per_split=self.deterministic,
             host_positions=at + [0] * (rows - len(at)),
         )
 
-    def _suffix(self, row_of_slot: Tensor, rows: int, max_length: int) -> Suffixes:
-        return Suffixes(
-            base=self.cache.suffix_base,
-            capacity=self.cache.suffix_capacity,
-            row=row_of_slot,
-            length=self._length[:rows],
-            position=self._table[_PROMPT, :rows],
-            max_length=max_length,
-        )
+    def _suffix(self, rows: int, max_length: int) -> Suffixes:
+        blocks, length = self._cursor.blocks[:rows], self._cursor.length[:rows]
+        return Suffixes(blocks, length, self._table[_PROMPT, :rows], max_length)
 
 
 # capture(step) gives what runs the same step again, on the same tensors, without the host's work.
@@ -387,7 +395,6 @@ class GraphDecoder(Decoder):
             target_of(weight),
             decode=True,
         )
-        self._no_slot = torch.full((1,), -1, dtype=torch.int64, device=self.device)
         self._buckets: dict[tuple[int, int], _Bucket] = {}
         self._loaded: ForestPlan | None = None  # the plan that its bucket holds
 
@@ -396,8 +403,8 @@ class GraphDecoder(Decoder):
 
     def _make_plan(self, max_length: int) -> ForestPlan:
         """With room for a power of two of splits."""
-        splits = power_of_two(-(-max_length // MAX_SPLIT))
-        return super()._make_plan(min(splits * MAX_SPLIT, self.cache.suffix_capacity))
+        splits = power_of_two(splits_of(max_length))
+        return super()._make_plan(min(splits, self._cursor.blocks.shape[1]) * MAX_SPLIT)
 
     def _steps(self, plan: ForestPlan, steps: int) -> None:
         assert plan.suffix is not None
@@ -405,9 +412,10 @@ class GraphDecoder(Decoder):
         key = rows, plan.suffix.max_length
         bucket = self._buckets.get(key)
         if bucket is None:
-            suffix = self._suffix(self._no_slot, *key)
             bucket = self._buckets[key] = _Bucket(
-                StaticPlan(plan.positions, suffix, self._windows, self._shape, plan.per_split)
+                StaticPlan(
+                    plan.positions, self._suffix(*key), self._windows, self._shape, plan.per_split
+                )
             )
         grown = False
         if self._loaded is not plan:

@@ -9,9 +9,11 @@ Leaves are kept in depth-first order: every node covers a contiguous range of th
 makes work tiles for prefill and decode; it runs nothing and holds no keys.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from torch import Tensor
@@ -20,6 +22,7 @@ from engine.kv_cache import KVCache, Slab
 from kernels.forest_attention.plan import MAX_SPLIT, MAX_TILE, WorkTile
 
 TokenIds = tuple[int, ...]
+Taken = TypeVar("Taken")
 
 
 @dataclass(eq=False)
@@ -88,19 +91,17 @@ class Forest:
         """A node of its own for one more segment of a sample whose text ended at `end`."""
         return self._node(segment, end)
 
-    def allocate(self, end: Node) -> list[Node] | None:
+    def allocate(self, end: Node, blocks: int = 0) -> list[Node] | None:
         """Hold the path to `end` for one more leaf. Returns the nodes that got their slab now and
-        must be prefilled, or None (and nothing is held) when the cache has no room."""
+        must be prefilled, or None (and nothing is held) when the cache has no room for them, or not
+        for so many blocks beside them."""
         held: list[Node] = []
         fresh: list[Node] = []
         for node in end.path():
             if node.slab is None:
-                node.slab = self._find(len(node.token_ids))
+                node.slab = self._find(partial(self.cache.allocate, len(node.token_ids)))
                 if node.slab is None:
-                    for each in held:
-                        self._drop(each)
-                    if fresh and fresh[0].parent is None:
-                        self._drop(fresh[0])  # it was not prefilled, so it is not kept
+                    self._undo(held, fresh)
                     return None
                 fresh.append(node)
                 if node.parent is None:
@@ -109,7 +110,14 @@ class Forest:
             else:
                 self.cache.retain(node.slab)
             held.append(node)
+        if blocks and self._find(lambda: self.cache.free_blocks >= blocks or None) is None:
+            self._undo(held, fresh)
+            return None
         return fresh
+
+    def take_block(self) -> int | None:
+        """The first cell of a block, None when the cache has no room."""
+        return self._find(self.cache.take_block)
 
     def release(self, end: Node) -> None:
         """A leaf at `end` is done; segments that nobody holds any more are freed."""
@@ -137,15 +145,21 @@ class Forest:
         self._count += 1
         return Node(token_ids, parent, self._count, 0 if parent is None else parent.stop)
 
-    def _find(self, length: int) -> Slab | None:
-        """A slab, after letting go of heads that no leaf uses, if need be."""
-        while (slab := self.cache.allocate(length)) is None:
+    def _find(self, take: Callable[[], Taken | None]) -> Taken | None:
+        """What `take` gives, after letting go of heads that no leaf uses, if need be."""
+        while (taken := take()) is None:
             unused = (h for h in self._kept if h.slab is not None and h.slab.holders == 1)
             head = next(unused, None)
             if head is None:
                 return None
             self._drop(head)
-        return slab
+        return taken
+
+    def _undo(self, held: Sequence[Node], fresh: Sequence[Node]) -> None:
+        for node in held:
+            self._drop(node)
+        if fresh and fresh[0].parent is None:
+            self._drop(fresh[0])  # it was not prefilled, so it is not kept
 
     def _drop(self, node: Node) -> None:
         assert node.slab is not None

@@ -4,12 +4,15 @@
             together, in pieces between which others decode; each new leaf gets its first token from
             the last token of its prompt
     decode  a few steps of all live leaves (`engine/decode.py`); the host polls the finished flags
-            after these steps only, and on a GPU while the next ones run
+            after these steps only, and on a GPU while the next ones run. Leaves get blocks of cells
+            as they grow; where there are no more, the youngest is set aside: its keys and values go
+            to the host, and come back before anything new is admitted
     retire  finished leaves leave, their segments are released, the rest is put in order again
 
 A sample depends on its own prompt, key and index only: keys are partitioned by the sample's own
-segments, uniforms are keyed by row, sample and position. So slots, batch size and neighbours change
-nothing: bit for bit in C++ in float32 on a CPU, and up to rounding in torch.
+segments, uniforms are keyed by row, sample and position. So slots, batch size, neighbours and the
+size of the cache change nothing: bit for bit in C++ in float32 on a CPU, and in torch up to
+rounding.
 
 Works on token ids; needs nothing of templates, requests or verdicts.
 """
@@ -32,6 +35,7 @@ from engine.memory import cache_budget, is_out_of_memory
 from kernels.accept_token import LiveSamples
 from kernels.device import to_device
 from kernels.extract_scores import ScoreAutomaton
+from kernels.forest_attention.plan import MAX_SPLIT, splits_of
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
 from kernels.score_grammar import Reason
 from kernels.segment_attention import Backend
@@ -108,7 +112,7 @@ class Usage:
 class _Pending:
     """A group under way: its ends in the forest, the ends that it retains until its last sample has
     a slot (so that no prompt is computed twice), how many samples it has requested, the samples
-    that are done, and those that are made to write their scores."""
+    that are done, those that are made to write their scores, and those that were set aside."""
 
     group: Group
     ends: list[Node]
@@ -116,10 +120,15 @@ class _Pending:
     num_requested: int = 0
     done: dict[int, Generation] = field(default_factory=dict)
     forced: "dict[int, _Forced]" = field(default_factory=dict)
+    aside: "dict[int, _Leaf]" = field(default_factory=dict)
 
     def end(self, sample: int) -> Node:
         """Where a sample's next token is to be drawn."""
         return self.forced[sample].end if sample in self.forced else self.ends[sample]
+
+    def has_begun(self, sample: int) -> bool:
+        """Whether a sample that waits has been live before: it has a slot, or needs none."""
+        return sample in self.forced or sample in self.aside
 
     @property
     def holds(self) -> bool:
@@ -146,18 +155,32 @@ class _Forced:
     held: Node | None
 
 
+@dataclass
+class _Aside:
+    """A sample that was set aside: its state (one row), and its own keys and values on the host, as
+    `KVCache.read` gives them."""
+
+    live: LiveSamples
+    contents: list[Tensor]
+
+
 @dataclass(eq=False)
 class _Leaf:
-    """A live sample: its group, its index in it, where its prompt ends, its slot, its limit; its
-    tokens as `engine.decode` counts them, and as of the last poll."""
+    """A live sample: its group, its index in it, where its prompt ends, its slot, its limit, its
+    number in the order of admission; the first cells of its blocks; its tokens as `engine.decode`
+    counts them, and as of the last poll. While it is `aside` it has no blocks and holds no
+    prompt."""
 
     pending: _Pending
     sample: int
     end: Node
     slot: int
     limit: int
+    number: int
+    blocks: list[int] = field(default_factory=list)
     count: int = 1
     kept: int = 1
+    aside: _Aside | None = None
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -166,6 +189,21 @@ class _Leaf:
     @property
     def order(self) -> tuple[int, ...]:
         return (*(node.number for node in self.end.path()), self.sample)
+
+    @property
+    def cells(self) -> list[int]:
+        """The cells of its own keys in the cache; those of its last token are not there yet."""
+        chain = (range(block, block + MAX_SPLIT) for block in self.blocks)
+        return [cell for block in chain for cell in block][: self.count - 1]
+
+    def lacks_blocks(self, steps: int) -> bool:
+        """Whether it must have more blocks before so many steps."""
+        return len(self.blocks) < splits_of(min(self.count + steps, self.limit))
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether it may come to need more blocks."""
+        return len(self.blocks) < splits_of(self.limit)
 
 
 class Generator:
@@ -192,10 +230,11 @@ class Generator:
         "box" ends a sample as soon as its scores are decided, "eos" lets it end by itself.
         deterministic: results on a GPU have the same bits in any company; on CPU it changes
         nothing. prefill_backend: whose attention a prefill runs, None for `forest_attention`.
-        cache_bytes bounds keys and values (default: what memory allows, `engine/memory.py`); a
-        batch that does not fit is made smaller. form: a sample without valid scores is made to
-        write them (`engine/forced.py`). Raises ValueError for limits below 1, a cache that cannot
-        hold one sample, a backend that cannot prefill for this model, or a model in float64."""
+        cache_bytes bounds the cache (default: what memory allows, `engine/memory.py`); samples that
+        do not fit wait, some of them in the host's memory, beside it. form: a sample without valid
+        scores is made to write them (`engine/forced.py`). Raises ValueError for limits below 1, a
+        cache that cannot hold one sample, a backend that cannot prefill for this model, or a model
+        in float64."""
         for name, value in (("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
             if value < 1:
                 raise ValueError(f"{name} = {value} is less than 1")
@@ -214,26 +253,28 @@ class Generator:
         self.device = weight.device
         self.deterministic = deterministic
         per_cell = cell_bytes(self.config, weight.dtype)
-        suffix = round_up(self.max_new_tokens)
+        block = round_up(min(MAX_SPLIT, self.max_new_tokens))
+        self._most_suffix = splits_of(self.max_new_tokens) * block
         budget = cache_bytes
         if budget is None:
             budget = cache_budget(self.config, weight.dtype, self.device, max_batch, PREFILL_TOKENS)
         cells = max(budget // per_cell // ALIGN * ALIGN - scratch_cells(max_batch), 0)
-        # Room for one prompt as long as the context comes before more samples.
-        prompt = min(round_up(self.config.max_position_embeddings) + ALIGN, cells // 2)
-        slots = min(max_batch, (cells - prompt) // suffix)
-        shared = cells - slots * suffix
-        if slots < 1 or shared < ALIGN:
+        least = self._most_suffix + ALIGN
+        if cells < least:
             raise ValueError(
-                f"{budget} bytes of cache hold {cells} tokens: not {suffix} of a sample and "
-                "a prompt; allow fewer new tokens or more cache"
+                f"{budget} bytes of cache hold {cells} tokens: not {self._most_suffix} of a sample "
+                "and a prompt; allow fewer new tokens or more cache"
             )
-        shared = min(shared, 4 * self.config.max_position_embeddings + slots * suffix)
-        self.cache = _allocate(self.config, slots, suffix, shared, weight.dtype, self.device)
+        most = 4 * self.config.max_position_embeddings + 2 * max_batch * self._most_suffix
+        cells = min(cells, most)
+        self.cache = _allocate(
+            self.config, max_batch, block, cells, least, weight.dtype, self.device
+        )
         self.forest = Forest(self.cache)
         ends = [] if ignore_eos else sorted(self.config.eos_token_ids)
         self._ended = False  # the source of groups
         self.leaves: list[_Leaf] = []
+        self._admitted = 0  # leaves so far
         self._joining: list[_Leaf] = []  # those whose prompts are being prefilled
         self._filling: list[tuple[_Pending, int]] = []  # forced samples that are, beside them
         self._queue: deque[tuple[Node, int]] = deque()  # what is left of that, from which token on
@@ -260,7 +301,8 @@ class Generator:
         """Run groups, pulled as there is room for them; yields them as they are done. A group
         without samples is done at once. None stands for none at present: others run meanwhile."""
         source = iter(groups)
-        waiting: deque[tuple[_Pending, int]] = deque()  # samples without a slot
+        # Samples that are not live, those that were before first.
+        waiting: deque[tuple[_Pending, int]] = deque()
         self._ended = False
         while True:
             yield from self._admit(source, waiting)
@@ -271,7 +313,7 @@ class Generator:
                 # Polls that are left are of leaves that have been taken out since.
                 yield from self._retire(0, waiting)
                 return
-            yield from self._retire(self._decode(), waiting)
+            yield from self._retire(self._decode(waiting), waiting)
 
     # -- admission -------------------------------------------------------------------------------
 
@@ -283,7 +325,8 @@ class Generator:
             return
         joining: list[_Leaf] = []
         fresh: list[Node] = []
-        while self.cache.idle_slots:
+        growing = sum(leaf.may_grow for leaf in self.leaves)
+        while self.cache.idle_slots or (waiting and waiting[0][0].has_begun(waiting[0][1])):
             if not waiting:
                 try:
                     group = next(source)
@@ -300,43 +343,72 @@ class Generator:
                     context, kept = self.config.max_position_embeddings, self._kept(group)
                     yield GroupResult(group, [], 0, too_long(longest, context, kept))
                     continue
+                room = self.cache.size - self.cache.base - self._most_suffix
+                needed = max(sum(map(round_up, map(len, prompt))) for prompt in group.prompts)
+                if needed > room:
+                    error = f"the prompt needs {needed} cells of cache, there are {room}"
+                    yield GroupResult(group, [], 0, error)
+                    continue
                 waiting.extend(_Pending(group, self.forest.grow(group.prompts)[0]).next_round())
                 assert waiting, "a group that wants none of its samples"
             pending, sample = waiting[0]
             end = pending.end(sample)
-            nodes = self.forest.allocate(end)
+            leaf, forced = pending.aside.get(sample), pending.forced.get(sample)
+            limit = min(self.max_new_tokens, self._context(pending.group) - end.stop)
+            blocks = spare = 0
+            if forced is None:
+                blocks = splits_of(1 if leaf is None else leaf.count)
+                grows = splits_of(limit) > blocks
+                # Every leaf that may grow has to find one more, or samples would be set aside soon.
+                spare = growing + grows if self.leaves or joining else 0
+            nodes = self.forest.allocate(end, blocks + spare)
             if nodes is None:
                 if self.leaves or joining or self._filling:
                     break  # room comes when others retire
-                holder = next((other for other, _ in reversed(waiting) if other.holds), None)
-                if holder is not None:  # nothing is live: whoever holds room, waits here
+                if (
+                    holder := self._holder(waiting)
+                ) is not None:  # nothing is live: whoever holds room, waits here
                     self._let_go(holder)
                     continue
                 others = [entry for entry in waiting if entry[0] is not pending]
                 waiting.clear()
                 waiting.extend(others)
-                size = self.cache.size - self.cache.shared_base
-                error = f"the prompt needs {end.stop} tokens of cache, there are {size}"
+                for other in pending.aside.values():
+                    self.cache.free_slot(other.slot)
+                size = self.cache.size - self.cache.base
+                error = f"the prompt needs {end.stop} cells of cache, there are {size}"
                 yield GroupResult(pending.group, [], 0, error)
                 continue
             waiting.popleft()
             fresh += nodes
-            if (forced := pending.forced.get(sample)) is not None:
+            if forced is not None:
                 self._release_held(forced)
                 self._filling.append((pending, sample))
                 continue
-            if sample == len(pending.ends) - 1:
-                self._let_go(pending)
-            elif end not in pending.retained:
-                self.forest.allocate(end)
-                pending.retained.add(end)
-            limit = min(self.max_new_tokens, self._context(pending.group) - end.stop)
-            joining.append(_Leaf(pending, sample, end, self.cache.take_slot(), limit))
+            if leaf is None:
+                slot, number = self.cache.take_slot(), self._admitted
+                leaf = _Leaf(pending, sample, end, slot, limit, number)
+                self._admitted += 1
+                if sample == len(pending.ends) - 1:
+                    self._let_go(pending)
+                elif end not in pending.retained:
+                    self.forest.allocate(end)
+                    pending.retained.add(end)
+            for _ in range(blocks):
+                block = self.cache.take_block()
+                assert block is not None, "a block that was there is gone"
+                leaf.blocks.append(block)
+            if leaf.aside is not None:
+                del pending.aside[sample]
+                self.cache.write(self._tensor(leaf.cells), leaf.aside.contents)
+            growing += leaf.may_grow
+            joining.append(leaf)
         self._joining = joining
         self._queue.extend((node, 0) for node in fresh)
         # An end that came into the cache as part of a longer prompt has no logits yet: its last
         # token is run again, which writes the same keys and values.
-        ends = {leaf.end for leaf in joining} | {p.end(sample) for p, sample in self._filling}
+        ends = {leaf.end for leaf in joining if leaf.aside is None}
+        ends |= {pending.end(sample) for pending, sample in self._filling}
         old = ends.difference(fresh)
         self._queue.extend((end, len(end.token_ids) - 1) for end in old if end.logits is None)
 
@@ -354,6 +426,10 @@ class Generator:
         pending.retained.clear()
         for forced in pending.forced.values():
             self._release_held(forced)
+
+    def _holder(self, entries: Sequence[tuple[_Pending, int]]) -> _Pending | None:
+        """The last of these that holds room beside its live samples'."""
+        return next((pending for pending, _ in reversed(entries) if pending.holds), None)
 
     def _release_held(self, forced: _Forced) -> None:
         if forced.held is not None:
@@ -403,47 +479,103 @@ class Generator:
         return self.decoder.prefill(pieces)
 
     def _join(self, joining: list[_Leaf]) -> None:
-        """Draw first tokens and put the new leaves among the live ones, depth-first."""
-        groups = [leaf.pending.group for leaf in joining]
+        """Put leaves among the live ones, depth-first; new ones with their first tokens, those that
+        were set aside as they were."""
+        live = self.decoder.live
+        if new := [leaf for leaf in joining if leaf.aside is None]:
+            live = live.concat(self._start(new))
+        self.leaves += new
+        for leaf in joining:
+            if leaf.aside is not None:
+                live = live.concat(leaf.aside.live)
+                self.leaves.append(leaf)
+                leaf.aside = None
+        order = sorted(range(len(self.leaves)), key=lambda i: self.leaves[i].order)
+        self._select(live, order)
+
+    def _start(self, new: list[_Leaf]) -> LiveSamples:
+        """The state of new leaves, with their first tokens."""
+        groups = [leaf.pending.group for leaf in new]
         nonces = [int(group.nonce) for group in groups if group.nonce is not None]
         fresh = LiveSamples.start(
-            limit=self._tensor([leaf.limit for leaf in joining]),
-            slot=self._tensor([leaf.slot for leaf in joining]),
+            limit=self._tensor([leaf.limit for leaf in new]),
+            slot=self._tensor([leaf.slot for leaf in new]),
             scores=self.automaton.start(
-                torch.tensor([leaf.pending.group.num_scores[leaf.sample] for leaf in joining]),
+                torch.tensor([leaf.pending.group.num_scores[leaf.sample] for leaf in new]),
                 self.max_scores,
                 nonces if self.automaton.rules.nonce else None,
                 [group.opening for group in groups],
             ),
         )
-        logits = [leaf.end.logits for leaf in joining]
+        logits = [leaf.end.logits for leaf in new]
         first = torch.stack([row for row in logits if row is not None])
-        assert len(first) == len(joining), "an end without logits"
-        keys = torch.tensor([leaf.key for leaf in joining])
+        assert len(first) == len(new), "an end without logits"
+        keys = torch.tensor([leaf.key for leaf in new])
         uniform = uniforms(keys[:, :2], keys[:, 2], torch.zeros_like(keys[:, 2]))
         self.decoder.draw(fresh, first, to_device(uniform, self.device))
-        self.leaves += joining
-        order = sorted(range(len(self.leaves)), key=lambda i: self.leaves[i].order)
-        self._select(self.decoder.live.concat(fresh), order)
+        return fresh
 
     # -- decode ----------------------------------------------------------------------------------
 
-    def _decode(self) -> int:
+    def _decode(self, waiting: deque[tuple[_Pending, int]]) -> int:
         """SYNC_STEPS steps of all live leaves, or fewer when the longest can only do fewer, and a
         poll. Returns how many polls may stay unread: none if there was no step to run."""
         if not self.leaves:
             return 0
         start = DeviceEvent(self.device)
-        steps = min(SYNC_STEPS, max(leaf.limit - leaf.count for leaf in self.leaves))
+        steps = min(SYNC_STEPS, self._most_steps())
         if not self.ahead and bool(self.decoder.live.finished.all()):
             steps = 0
+        if steps and not self._grow(steps, waiting):
+            return 0
         if steps:
+            steps = min(steps, self._most_steps())
             self.decoder.run(steps)
             self.usage.idle_tokens += steps * len(self.leaves)  # until it is known who was
         poll = self.decoder.poll()
         self._polls.append((tuple(self.leaves), poll))
         self._spans.append(("decode_seconds", start, poll.event))
         return self.ahead if steps else 0
+
+    def _most_steps(self) -> int:
+        return max(leaf.limit - leaf.count for leaf in self.leaves)
+
+    def _grow(self, steps: int, waiting: deque[tuple[_Pending, int]]) -> bool:
+        """Give every leaf the blocks that it must have before so many steps, the oldest first; the
+        youngest are set aside where there are too few. Returns whether the steps can be run: not
+        before polls that may free blocks are read, nor before others, who hold some, have joined.
+        """
+        lacking = [leaf for leaf in self.leaves if leaf.lacks_blocks(steps)]
+        for leaf in sorted(lacking, key=lambda leaf: leaf.number):
+            while leaf.aside is None and leaf.lacks_blocks(steps):
+                block = self.forest.take_block()
+                if block is not None:
+                    leaf.blocks.append(block)
+                elif self._polls or self._joining or self._filling:
+                    return False
+                elif len(self.leaves) > 1:
+                    self._set_aside(max(self.leaves, key=lambda leaf: leaf.number), waiting)
+                elif (holder := self._holder([*waiting, (leaf.pending, leaf.sample)])) is not None:
+                    self._let_go(holder)
+                else:  # all that is left is in the way of itself: it comes back in one piece
+                    self._set_aside(leaf, waiting)
+        return bool(self.leaves)
+
+    def _set_aside(self, leaf: _Leaf, waiting: deque[tuple[_Pending, int]]) -> None:
+        """Take a leaf that has not finished out of the live ones and out of the cache."""
+        row = self.leaves.index(leaf)
+        live = self.decoder.live.index_select(self._tensor([row]))
+        leaf.aside = _Aside(live, self.cache.read(self._tensor(leaf.cells)))
+        self._select(self.decoder.live, [i for i in range(len(self.leaves)) if i != row])
+        self._free_blocks(leaf)
+        self.forest.release(leaf.end)
+        leaf.pending.aside[leaf.sample] = leaf
+        waiting.appendleft((leaf.pending, leaf.sample))
+
+    def _free_blocks(self, leaf: _Leaf) -> None:
+        for block in leaf.blocks:
+            self.cache.free_block(block)
+        leaf.blocks.clear()
 
     # -- retirement ------------------------------------------------------------------------------
 
@@ -479,6 +611,7 @@ class Generator:
         for leaf, sampled in zip(leaving, outcomes, strict=True):
             pending, generation = leaf.pending, self._generation(leaf, sampled)
             self.cache.free_slot(leaf.slot)
+            self._free_blocks(leaf)
             if self.form is not None and generation.scores is None:
                 self._force(leaf, generation, waiting)
                 continue
@@ -498,7 +631,9 @@ class Generator:
         if len(pending.done) < pending.num_requested:
             return []
         if further := pending.next_round():
-            waiting.extendleft(reversed(further))  # their prompts are retained and need no room
+            begun = sum(other.has_begun(j) for other, j in waiting)
+            for entry in reversed(further):
+                waiting.insert(begun, entry)  # ahead of new groups
             return []
         self._let_go(pending)
         generations = [pending.done[j] for j in range(pending.num_requested)]
@@ -598,28 +733,30 @@ class Generator:
 def _allocate(
     config: ModelConfig,
     slots: int,
-    suffix: int,
-    shared: int,
+    block: int,
+    cells: int,
+    least: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> KVCache:
-    """A cache; where memory runs out, one of half the slots, and so on, with a warning."""
+    """A cache; where memory runs out, one of half the cells, and so on down to `least`, with a
+    warning."""
     while True:
         try:
-            return KVCache(config, slots, suffix, shared, dtype, device)
+            return KVCache(config, slots, block, cells, dtype, device)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
-        size = (slots * suffix + shared) * cell_bytes(config, dtype)
-        if slots == 1:
+        size = cells * cell_bytes(config, dtype)
+        if cells == least:
             raise ValueError(f"no memory for {size} bytes of cache for one sample: {reason}")
+        cells = max(round_up(cells // 2), least)
         warnings.warn(
-            f"no memory for {size} bytes of cache for {slots} samples: trying {slots // 2}",
+            f"no memory for {size} bytes of cache: trying {cells * cell_bytes(config, dtype)}",
             RuntimeWarning,
             stacklevel=3,
         )
-        slots, shared = slots // 2, round_up(shared // 2)
 
 
 def too_long(tokens: int, context: int, kept: int = 0) -> str:

@@ -1,14 +1,17 @@
 """The keys and values of all live segments and samples: who holds which cells, and until when.
 
-One pair of tensors per layer, head-major (Hkv, N, D) and (Hkv, N, Dv), in three regions:
+One pair of tensors per layer, head-major (Hkv, N, D) and (Hkv, N, Dv):
 
-    [ scratch | suffixes: one slot of `suffix_capacity` cells a sample | shared slabs ]
+    [ scratch | shared slabs ->        free        <- blocks of the samples' own keys ]
 
-A shared segment is one contiguous slab, counted by its holders and freed by the last of them.
-Nothing moves. Slabs are placed first-fit. It does not know trees, tokens or positions.
+A shared segment is one contiguous slab, counted by its holders and freed by the last of them; slabs
+are placed first-fit from the low end. A sample's own keys live in a chain of blocks of one size,
+which are taken from the high end as it grows. Nothing moves. A slot is a number, of a sample's
+records. It does not know trees, tokens or positions.
 """
 
 from bisect import insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,23 +50,22 @@ def scratch_cells(num_slots: int) -> int:
 
 
 class KVCache:
-    """Cells for `num_slots` samples of at most `suffix_capacity` generated tokens each, and
-    `shared_cells` cells for shared segments."""
+    """`num_cells` cells for slabs and for blocks of `block_cells`, and slots for `num_slots`
+    samples. Both numbers of cells are rounded up to a multiple of 16."""
 
     def __init__(
         self,
         config: ModelConfig,
         num_slots: int,
-        suffix_capacity: int,
-        shared_cells: int,
+        block_cells: int,
+        num_cells: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.num_slots = num_slots
-        self.suffix_base = scratch_cells(num_slots)
-        self.suffix_capacity = round_up(suffix_capacity)
-        self.shared_base = self.suffix_base + num_slots * self.suffix_capacity
-        self.size = self.shared_base + round_up(shared_cells)
+        self.block_cells = round_up(block_cells)
+        self.base = scratch_cells(num_slots)
+        self.size = self.base + round_up(num_cells)
         heads = config.num_kv_heads
 
         def cells(width: int) -> list[Tensor]:
@@ -76,16 +78,22 @@ class KVCache:
         self.k = cells(config.head_dim)
         self.v = cells(config.v_head_dim)
         for cache in (*self.k, *self.v):
-            cache[:, : self.suffix_base] = 0
+            cache[:, : self.base] = 0
         # Gaps [start, stop) in ascending order, none empty, no two adjacent.
-        self._free = [(self.shared_base, self.size)] if self.size > self.shared_base else []
+        self._free = [(self.base, self.size)] if self.size > self.base else []
         self._slabs: set[Slab] = set()
+        self._blocks: set[int] = set()  # their first cells
         self._idle_slots = list(range(num_slots - 1, -1, -1))
 
     @property
     def idle_slots(self) -> int:
-        """Sample slots that are free."""
+        """Slots that are free."""
         return len(self._idle_slots)
+
+    @property
+    def free_blocks(self) -> int:
+        """How many more blocks there is room for."""
+        return sum((stop - start) // self.block_cells for start, stop in self._free)
 
     def allocate(self, length: int) -> Slab | None:
         """A slab for `length` > 0 tokens with one holder, or None when no gap is long enough."""
@@ -111,8 +119,29 @@ class KVCache:
         if slab.holders:
             return False
         self._slabs.remove(slab)
-        start, stop = slab.start, slab.start + round_up(slab.length)
-        insort(self._free, (start, stop))
+        self._put_back(slab.start, round_up(slab.length))
+        return True
+
+    def take_block(self) -> int | None:
+        """The first cell of a block, or None when no gap is long enough. The block holds whatever
+        it held before."""
+        for i in range(len(self._free) - 1, -1, -1):
+            start, stop = self._free[i]
+            first = stop - self.block_cells
+            if first >= start:
+                self._free[i : i + 1] = [(start, first)] if first > start else []
+                self._blocks.add(first)
+                return first
+        return None
+
+    def free_block(self, first: int) -> None:
+        """Give a block back."""
+        assert first in self._blocks, f"no block at {first}"
+        self._blocks.remove(first)
+        self._put_back(first, self.block_cells)
+
+    def _put_back(self, start: int, cells: int) -> None:
+        insort(self._free, (start, start + cells))
         merged: list[tuple[int, int]] = []
         for gap in self._free:
             if merged and merged[-1][1] == gap[0]:
@@ -120,23 +149,33 @@ class KVCache:
             else:
                 merged.append(gap)
         self._free = merged
-        return True
+
+    def read(self, cells: Tensor) -> list[Tensor]:
+        """A copy on the host of the keys and values of cells (n,) int64: for every layer (Hkv, n,
+        D), then for every layer (Hkv, n, Dv)."""
+        return [cache[:, cells].cpu() for cache in (*self.k, *self.v)]
+
+    def write(self, cells: Tensor, contents: Sequence[Tensor]) -> None:
+        """Put into cells what was read from as many others."""
+        for cache, content in zip((*self.k, *self.v), contents, strict=True):
+            cache[:, cells] = content.to(cache.device)
 
     def take_slot(self) -> int:
-        """An idle sample slot. Its part of the cache holds whatever it held before."""
+        """An idle slot."""
         assert self._idle_slots, "no idle slot"
         return self._idle_slots.pop()
 
     def free_slot(self, slot: int) -> None:
-        """Give a sample slot back."""
+        """Give a slot back."""
         assert 0 <= slot < self.num_slots and slot not in self._idle_slots
         self._idle_slots.append(slot)
 
     def check(self) -> None:
-        """Assert that slabs and gaps tile the shared region, that gaps are merged, that every slab
+        """Assert that slabs, blocks and gaps tile the pool, that gaps are merged, that every slab
         has a holder, and that idle slots are distinct."""
         spans = [(s.start, s.start + round_up(s.length)) for s in self._slabs]
-        at = self.shared_base
+        spans += [(first, first + self.block_cells) for first in self._blocks]
+        at = self.base
         for start, stop in sorted([*spans, *self._free]):
             assert start == at and stop > start, f"cells {at}..{start} are lost or held twice"
             at = stop

@@ -176,7 +176,7 @@ class MetaScorer:
                 if not held:
                     raise ValueError(
                         f"a judgement with its prompt needs {end.stop} tokens of cache, there are "
-                        f"{self.cache.size - self.cache.shared_base}"
+                        f"{self.cache.size - self.cache.base}"
                     )
                 self._compute(scores)
                 kept = held[-1:] if len(held) > 1 else []

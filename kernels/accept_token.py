@@ -1,6 +1,6 @@
 """Append to every live sample the token that was drawn for it, in one launch.
 
-Dimension letters: B live samples, S slots, M tokens of a slot's records, E end tokens.
+Dimension letters: B live samples, S slots, M tokens of a slot's records, E end tokens, J blocks.
 
 For every unfinished sample with slot s and c tokens so far:
   1. tokens[s, c], logprobs[0, s, c], logprobs[1, s, c] = token, logprob, sampling_logprob
@@ -8,7 +8,8 @@ For every unfinished sample with slot s and c tokens so far:
      reset the automaton as other special tokens do
   3. the token is the sample's last and its count c + 1; an end token (`ended`), the limit or, with
      stop_at_box, decided scores finish it
-  4. in decode its cursor advances by one: the next token's position, suffix length and cache index
+  4. in decode its cursor advances by one: the next token's position, suffix length and cache index,
+     which jumps to the next block at the end of one
 A finished sample does not change. Everything is in place, and the host reads nothing.
 
 Drawing tokens, the cache, and the removal of finished samples are elsewhere.
@@ -17,6 +18,7 @@ Drawing tokens, the cache, and the removal of finished samples are elsewhere.
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,11 +35,25 @@ from kernels.extract_scores import (
     advance_rows,
     rows_launch,
 )
+from kernels.forest_attention.plan import MAX_SPLIT
 from kernels.launch import launch, runs_triton
 from kernels.target import target_of
 
-# Position, suffix length and cache index of each row's next token, (at least B,) int64 each.
-Cursor = tuple[Tensor, Tensor, Tensor]
+
+class Cursor(NamedTuple):
+    """Of each row's next token the position, the suffix length (itself included) and the cache
+    index, (at least B,) int64 each, and the suffixes' blocks (at least B, J) int64, as `Suffixes`
+    has them. A sample must have a block for every key that it may come to."""
+
+    position: Tensor
+    length: Tensor
+    cache_index: Tensor
+    blocks: Tensor
+
+    def cells(self, keys: Tensor) -> Tensor:
+        """(B,) int64: the cache index of key `keys[b]` of each of the first B rows."""
+        block = self.blocks[: len(keys)].gather(1, (keys // MAX_SPLIT)[:, None])[:, 0]
+        return block + keys % MAX_SPLIT
 
 
 @dataclass
@@ -130,8 +146,11 @@ def accept_token_ref(
             or count + 1 >= int(live.limit[b])
             or (stop_at_box and bool(scores.decided))
         )
-        for column in cursor or ():
-            column[b] += 1
+        if cursor is not None:
+            block, offset = divmod(int(cursor.length[b]), MAX_SPLIT)
+            cursor.cache_index[b] = cursor.blocks[b, block] + offset
+            cursor.position[b] += 1
+            cursor.length[b] += 1
 
 
 @triton.jit
@@ -154,6 +173,8 @@ def _accept_token_kernel(
     position_ptr,  # (at least B,) int64 or None, as the next two
     length_ptr,
     cache_index_ptr,
+    blocks_ptr,  # (at least B, J) int64 or None, stride blocks_b
+    blocks_b,
     num_rows,  # B
     control_ptr,  # the state and tables of `advance_rows`
     value_ptr,
@@ -175,6 +196,7 @@ def _accept_token_kernel(
     score_min,
     score_max,
     saturated,
+    SPLIT: tl.constexpr,
     STOP_AT_BOX: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -202,10 +224,11 @@ def _accept_token_kernel(
     if position_ptr is not None:
         position = tl.load(position_ptr + row, mask=active, other=0)
         length = tl.load(length_ptr + row, mask=active, other=0)
-        cache_index = tl.load(cache_index_ptr + row, mask=active, other=0)
+        block_ptr = blocks_ptr + row * blocks_b + length // SPLIT
+        cache_index = tl.load(block_ptr, mask=active, other=0) + length % SPLIT
         tl.store(position_ptr + row, position + 1, mask=active)
         tl.store(length_ptr + row, length + 1, mask=active)
-        tl.store(cache_index_ptr + row, cache_index + 1, mask=active)
+        tl.store(cache_index_ptr + row, cache_index, mask=active)
     finished = ended | (made + 1 >= limit)
 
     control = tl.load(control_ptr + row, mask=mask, other=0)
@@ -241,10 +264,17 @@ def _run_triton(
         _accept_token_kernel,
         (triton.cdiv(num_rows, options["ROWS"]),),
         *vectors, records.tokens, records.logprobs, records.tokens.shape[1],
-        records.tokens.numel(), end_ids, len(end_ids), *(cursor or (None, None, None)), num_rows,
+        records.tokens.numel(), end_ids, len(end_ids), *_pointers(cursor), num_rows,
         live.scores.control, *live.scores.registers(), *automaton.tables(),
-        STOP_AT_BOX=stop_at_box, **options,
+        SPLIT=MAX_SPLIT, STOP_AT_BOX=stop_at_box, **options,
     )  # fmt: skip
+
+
+def _pointers(cursor: Cursor | None) -> tuple[Tensor | int | None, ...]:
+    """A cursor's tensors, and the stride of its blocks."""
+    if cursor is None:
+        return None, None, None, None, 0
+    return *cursor, cursor.blocks.stride(0)
 
 
 def _run_cpp(
@@ -256,7 +286,8 @@ def _run_cpp(
     stop_at_box: bool,
     cursor: Cursor | None,
 ) -> None:
-    vectors = (*drawn, *live.tensors().values(), live.scores.control, end_ids, *(cursor or ()))
+    columns = () if cursor is None else cursor[:3]
+    vectors = (*drawn, *live.tensors().values(), live.scores.control, end_ids, *columns)
     for x in (*vectors, records.tokens, records.logprobs):
         if not x.is_contiguous():
             raise ValueError(f"accept_token: tensors must be contiguous, got {x.stride()}")
@@ -269,7 +300,7 @@ def _run_cpp(
     cpp.call(
         "accept_token", torch.float32, *drawn, *live.tensors().values(), records.tokens,
         records.logprobs, records.tokens.shape[1], records.tokens.numel(), end_ids, len(end_ids),
-        *(cursor or (None, None, None)), len(live.token), live.scores.control, ctypes.byref(state),
+        *_pointers(cursor), MAX_SPLIT, len(live.token), live.scores.control, ctypes.byref(state),
         int(stop_at_box),
     )  # fmt: skip
 
@@ -296,8 +327,12 @@ def _run_torch(
     live.finished |= ended | (live.count >= live.limit)
     if stop_at_box:
         live.finished |= live.scores.decided
-    for column in cursor or ():
-        column[: len(active)] += active
+    if cursor is not None:
+        position, length, cache_index = (column[: len(active)] for column in cursor[:3])
+        following = cursor.cells(torch.where(active, length, 0))
+        cache_index.copy_(torch.where(active, following, cache_index))
+        position += active
+        length += active
 
 
 def accept_token(
@@ -314,10 +349,9 @@ def accept_token(
     """Append to every live sample its next token, in place (see the module's docstring).
 
     token: (B,) int64; logprob, sampling_logprob: (B,) float32, as `sample_token` returns them.
-    end_ids: (E,) int64. cursor: position, suffix length and cache index of the next tokens, each
-    (at least B,) int64; the first B advance. Slots are distinct and limits are at most M: this is
-    not checked, since that would wait for the device. Raises ValueError for other shapes and
-    dtypes.
+    end_ids: (E,) int64. cursor: where the next tokens go; its first B rows advance. Slots are
+    distinct, limits are at most M, and blocks are there: this is not checked, since that would wait
+    for the device. Raises ValueError for other shapes and dtypes.
     """
     drawn = token, logprob, sampling_logprob
     _check(live, records, drawn, end_ids, cursor)
@@ -350,8 +384,13 @@ def _check(
         dtype = torch.bool if name in ("finished", "ended") else torch.int64
         check(f"accept_token: live.{name}", value, (batch,), dtype)
     for column in cursor or ():
-        if column.ndim != 1 or len(column) < batch or column.dtype != torch.int64:
+        ndim = 2 if cursor is not None and column is cursor.blocks else 1
+        if column.ndim != ndim or len(column) < batch or column.dtype != torch.int64:
             raise ValueError(
-                f"accept_token: a cursor must be (at least {batch},) int64, "
-                f"got {tuple(column.shape)} {column.dtype}"
+                f"accept_token: a cursor must be (at least {batch},) int64, its blocks (at least "
+                f"{batch}, J), got {tuple(column.shape)} {column.dtype}"
             )
+    if cursor is not None and cursor.blocks.stride(1) != 1:
+        raise ValueError(
+            f"accept_token: rows of blocks must be contiguous, got {cursor.blocks.stride()}"
+        )

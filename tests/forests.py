@@ -4,6 +4,7 @@ Data belong to a name (a segment or a sample), so that a token has the same quer
 whatever company it appears.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -14,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.forest import Forest, Node, decode_tiles, prefill_tiles
-from engine.kv_cache import KVCache
+from engine.kv_cache import KVCache, round_up
 from kernels.forest_attention import AttentionOptions, ForestPlan
-from kernels.forest_attention.plan import Suffixes
+from kernels.forest_attention.plan import MAX_SPLIT, Suffixes, splits_of
 from models.config import ModelConfig, Rope
 
 Array = NDArray[np.floating]
@@ -41,8 +42,8 @@ def make_config(
 
 def make_cache(
     num_slots: int,
-    suffix_capacity: int,
-    shared_cells: int,
+    block_cells: int,
+    num_cells: int,
     config: ModelConfig | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
@@ -51,13 +52,13 @@ def make_cache(
     cache = KVCache(
         config or make_config(),
         num_slots,
-        suffix_capacity,
-        shared_cells,
+        block_cells,
+        num_cells,
         dtype,
         device,
     )
     for cells in (*cache.k, *cache.v):
-        cells[:, cache.suffix_base :] = float("nan")
+        cells[:, cache.base :] = float("nan")
     return cache
 
 
@@ -123,19 +124,21 @@ class Grove:
         shape: Shape,
         *,
         capacity: int = 16,
-        slots: Sequence[int] | None = None,
+        seed: int = 0,
         written: bool = True,
         device: torch.device = CPU,
     ) -> None:
-        """slots: the slot of each sample as given, 0, 1, 2, ... by default."""
+        """capacity: the most tokens of a sample. seed: of the order in which samples got their
+        blocks, of which there are some to spare."""
         self.shape = shape
         self.device = device
-        slots = range(len(samples)) if slots is None else slots
+        splits, block = splits_of(capacity), round_up(min(MAX_SPLIT, capacity))
+        dealt = (len(samples) + 2) * splits
         cells = sum(tokens + 16 for sample in samples for _, tokens in sample.prompt)
-        count = max(slots, default=0) + 1
-        self.cache = make_cache(count, capacity, cells, shape.config, shape.dtype, device)
-        for _ in range(count):
-            self.cache.take_slot()
+        cells += dealt * block
+        self.cache = make_cache(0, block, cells, shape.config, shape.dtype, device)
+        taken = [self.cache.take_block() for _ in range(dealt)]
+        random.Random(seed).shuffle(taken)
         self.forest = Forest(self.cache)
         self.names: dict[Node, Segment] = {}
         prompts = [[(name,) * tokens for name, tokens in sample.prompt] for sample in samples]
@@ -151,25 +154,27 @@ class Grove:
         )
         self.samples = [samples[i] for i in order]
         self.ends = [ends[i] for i in order]
-        self.slots = [slots[i] for i in order]
+        chains = iter(block for block in taken if block is not None)
+        self.blocks = [[next(chains) for _ in range(splits)] for _ in samples]
         if written:
             for node in self.fresh:
                 self.write(node, 0, len(node.token_ids))
 
-    def region(self, slot: int) -> slice:
-        """The cells of a slot."""
-        first = self.cache.suffix_base + slot * self.cache.suffix_capacity
-        return slice(first, first + self.cache.suffix_capacity)
+    def own_cells(self, i: int) -> Tensor:
+        """All cells of sample i's blocks."""
+        cells = torch.arange(self.cache.block_cells)
+        return torch.cat([block + cells for block in self.blocks[i]])
 
-    def _put(self, first: int, k: Array, v: Array) -> None:
+    def _put(self, at: Tensor, k: Array, v: Array) -> None:
         for cells, data in ((self.cache.k[0], k), (self.cache.v[0], v)):
-            cells[:, first : first + len(data)] = torch.from_numpy(data).transpose(0, 1)
+            cells[:, at.to(self.device)] = torch.from_numpy(data).transpose(0, 1).to(cells)
 
     def write(self, node: Node, first: int, stop: int) -> None:
         """Put some of a node's keys and values into its slab."""
         assert node.slab is not None
         _, k, v = token_data(*self.names[node], self.shape)
-        self._put(node.slab.start + first, k[first:stop], v[first:stop])
+        at = node.slab.start + torch.arange(first, stop)
+        self._put(at, k[first:stop], v[first:stop])
 
     def cells_to(self, node: Node, stop: int) -> Tensor:
         """Cache indices of the sequence that ends with the first `stop` tokens of a node."""
@@ -183,8 +188,7 @@ class Grove:
     def cells_of(self, i: int, less: int = 0) -> Tensor:
         """Those of all that sample i's last token sees, or the one `less` tokens earlier."""
         end = self.ends[i]
-        first = self.region(self.slots[i]).start
-        own = torch.arange(first, first + max(self.samples[i].generated - less, 0))
+        own = self.own_cells(i)[: max(self.samples[i].generated - less, 0)]
         return torch.cat([self.cells_to(end, len(end.token_ids)), own])
 
     def prefill(
@@ -224,16 +228,12 @@ class Grove:
     ) -> tuple[Tensor, ForestPlan]:
         """Queries and plan of each sample's last token, or of the one `less` tokens earlier."""
         lengths = [max(sample.generated - less, 0) for sample in self.samples]
-        row = [-1] * self.cache.num_slots
-        for i, slot in enumerate(self.slots):
-            row[slot] = i
-            _, k, v = token_data(self.samples[i].name, max(lengths[i], 1), self.shape)
-            self._put(self.region(slot).start, k[: lengths[i]], v[: lengths[i]])
+        for i, sample in enumerate(self.samples):
+            _, k, v = token_data(sample.name, max(lengths[i], 1), self.shape)
+            self._put(self.own_cells(i)[: lengths[i]], k[: lengths[i]], v[: lengths[i]])
         stops = torch.tensor([end.stop for end in self.ends], device=self.device)
         suffix = Suffixes(
-            self.cache.suffix_base,
-            self.cache.suffix_capacity,
-            torch.tensor(row, device=self.device),
+            torch.tensor(self.blocks, device=self.device),
             torch.tensor(lengths, device=self.device),
             stops,
             max(lengths) if max_length is None else max_length,

@@ -34,7 +34,7 @@ from bench.shapes import SHAPES
 from bench.stage import StageLog
 from bench.timing import num_sets, randn, reseed
 from bench.turns import Run, describe, take_turns
-from kernels.forest_attention.plan import ForestPlan
+from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan
 from kernels.logprob import LogProbs
 
 ROOT = Path(__file__).parent.parent
@@ -62,10 +62,11 @@ def brute_force(plan: ForestPlan, heads: Heads) -> tuple[int, int]:
         for query, num_queries, key, num_keys, position in plan.tiles.tolist()
     ]
     if plan.suffix is not None:
-        for slot, row in enumerate(plan.suffix.row.tolist()):
-            first = plan.suffix.base + slot * plan.suffix.capacity
+        for row, blocks in enumerate(plan.suffix.blocks.tolist()):
             length, position = int(plan.suffix.length[row]), int(plan.suffix.position[row])
-            runs.append((range(row, row + 1), first, length, position))
+            for start, block in zip(range(0, length, MAX_SPLIT), blocks, strict=True):
+                keys = min(MAX_SPLIT, length - start)
+                runs.append((range(row, row + 1), block, keys, position + start))
     for queries, key, num_keys, position in runs:
         for query in queries:
             for j in range(num_keys):

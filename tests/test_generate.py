@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import engine.generate as generate
+from engine.decode import Leaf
 from engine.generate import Generation, Generator, Group, GroupResult
+from kernels.accept_token import LiveSamples
 from kernels.extract_scores import ScoreAutomaton
 from kernels.sample_token import SamplingOptions
 from kernels.score_grammar import ScoreRules
@@ -247,7 +249,7 @@ def test_a_head_that_was_allocated_but_never_computed_is_not_used(tiny: Transfor
     small = make_generator(tiny, cache_bytes=3 * 2 * 48 * 4 * 600, max_batch=4)
     for cache in (*small.cache.k, *small.cache.v):
         cache.fill_(float("nan"))
-        cache[:, : small.cache.suffix_base] = 0
+        cache[:, : small.cache.base] = 0
     results = run(small, groups)
     assert results[0].error is not None
     assert [drawn(r) for r in results[1:]] == alone[1:]
@@ -260,13 +262,29 @@ def test_a_group_without_samples_is_done_at_once(tiny: Transformer) -> None:
     assert [len(r.generations) for r in results] == [3, 0, 3]
 
 
-def test_a_small_cache_makes_a_smaller_batch(tiny: Transformer) -> None:
+def live_of(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many leaves every live set has that is loaded from now on."""
+    live: list[int] = []
+    load = generator.decoder.load
+
+    def count(state: LiveSamples, leaves: Sequence[Leaf]) -> None:
+        live.append(len(leaves))
+        load(state, leaves)
+
+    monkeypatch.setattr(generator.decoder, "load", count)
+    return live
+
+
+def test_a_small_cache_makes_a_smaller_batch(
+    tiny: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     groups = make_groups(6, longest=60, k=4)
     expected = [drawn(r) for r in run(make_generator(tiny), groups)]
     cell = 3 * 2 * 48 * 4
     small = make_generator(tiny, cache_bytes=cell * 500)
-    assert small.cache.num_slots < 16
+    live = live_of(small, monkeypatch)
     assert [drawn(r) for r in run(small, groups)] == expected
+    assert 1 < max(live) < 16
 
 
 def test_a_prompt_that_no_cache_holds_is_an_error_and_the_rest_goes_on(tiny: Transformer) -> None:
@@ -275,7 +293,7 @@ def test_a_prompt_that_no_cache_holds_is_an_error_and_the_rest_goes_on(tiny: Tra
     groups = [groups[0], huge, Group(groups[2].prompts, groups[2].key, TWO, tag=2)]
     results = run(make_generator(tiny, cache_bytes=3 * 2 * 48 * 4 * 600), groups)
     assert [bool(result.error) for result in results] == [False, True, False]
-    assert results[1].error is not None and "900 tokens of cache" in results[1].error
+    assert results[1].error is not None and "912 cells of cache" in results[1].error
     with pytest.raises(ValueError, match="bytes of cache"):
         make_generator(tiny, cache_bytes=1000)
 
@@ -286,7 +304,7 @@ def test_nan_in_one_row_does_not_reach_another(tiny: Transformer) -> None:
     groups = make_groups(2, k=2)
     expected = [drawn(r) for r in run(make_generator(tiny, max_batch=2), groups)]
     for cache in (*generator.cache.k, *generator.cache.v):
-        cache[:, generator.cache.suffix_base :] = float("nan")
+        cache[:, generator.cache.base :] = float("nan")
     assert [drawn(r) for r in run(generator, groups)] == expected
 
 

@@ -1,6 +1,7 @@
 """The cell allocator against a list of cells, each with its owner."""
 
 import random
+from itertools import groupby
 
 import pytest
 import torch
@@ -12,33 +13,35 @@ from engine.kv_cache import ALIGN, KVCache, Slab, cell_bytes, round_up, scratch_
 from tests.forests import make_cache, make_config
 
 CELLS = 20 * ALIGN
+BLOCK = 3  # runs of ALIGN cells
 SLOTS = 3
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """`owner[i]` is the slab of the i-th run of ALIGN shared cells, `holders` who holds it."""
+    """`owner[i]` is the slab or the block of the i-th run of ALIGN cells, `holders` how many hold a
+    slab."""
 
     slabs = Bundle("slabs")
+    blocks = Bundle("blocks")
     slots = Bundle("slots")
 
     def __init__(self) -> None:
         super().__init__()
         self.cache = make_cache(SLOTS, 40, CELLS)
-        self.owner: list[Slab | None] = [None] * (CELLS // ALIGN)
+        self.owner: list[Slab | int | None] = [None] * (CELLS // ALIGN)
         self.holders: dict[Slab, int] = {}
         self.taken: set[int] = set()
 
     @rule(target=slabs, length=st.integers(1, 7 * ALIGN))
     def allocate(self, length: int) -> Slab | None:
         runs = -(-length // ALIGN)
-        free = [owner is None for owner in self.owner]
-        fits = [i for i in range(len(free) - runs + 1) if all(free[i : i + runs])]
+        fits = self.fits(runs)
         slab = self.cache.allocate(length)
         if not fits:
             assert slab is None
             return None
         assert slab is not None and slab.length == length and slab.holders == 1
-        assert slab.start == self.cache.shared_base + fits[0] * ALIGN  # the first gap that fits
+        assert slab.start == self.cache.base + fits[0] * ALIGN  # the first gap that fits
         self.owner[fits[0] : fits[0] + runs] = [slab] * runs
         self.holders[slab] = 1
         return slab
@@ -66,6 +69,31 @@ class CacheMachine(RuleBasedStateMachine):
             del self.holders[slab]
             self.owner = [None if owner is slab else owner for owner in self.owner]
 
+    def fits(self, runs: int) -> list[int]:
+        """Where so many runs are free."""
+        free = [owner is None for owner in self.owner]
+        return [i for i in range(len(free) - runs + 1) if all(free[i : i + runs])]
+
+    @rule(target=blocks)
+    def take_block(self) -> int | None:
+        fits = self.fits(BLOCK)
+        block = self.cache.take_block()
+        if not fits:
+            assert block is None and self.cache.free_blocks == 0
+            return None
+        assert block == self.cache.base + fits[-1] * ALIGN  # the last place that fits
+        self.owner[fits[-1] : fits[-1] + BLOCK] = [block] * BLOCK
+        return block
+
+    @rule(block=blocks)
+    def free_block(self, block: int | None) -> None:
+        if block in self.owner and block is not None:
+            self.cache.free_block(block)
+            self.owner = [None if owner == block else owner for owner in self.owner]
+        elif block is not None:
+            with pytest.raises(AssertionError, match="no block"):
+                self.cache.free_block(block)
+
     @rule(target=slots)
     def take_slot(self) -> int | None:
         if len(self.taken) == SLOTS:
@@ -89,6 +117,9 @@ class CacheMachine(RuleBasedStateMachine):
     def nothing_is_lost(self) -> None:
         self.cache.check()
         assert self.cache.idle_slots == SLOTS - len(self.taken)
+        gaps = groupby(self.owner, lambda owner: owner is None)
+        room = sum(len(list(runs)) // BLOCK for free, runs in gaps if free)
+        assert self.cache.free_blocks == room
         for slab, holders in self.holders.items():
             assert slab.holders == holders
 
@@ -98,11 +129,10 @@ TestCache.settings = settings(max_examples=40, stateful_step_count=40)
 
 
 def test_layout() -> None:
-    """Scratch, slots and the shared region follow each other, aligned, in every layer."""
+    """Scratch and the pool follow each other, aligned, in every layer."""
     cache = KVCache(make_config(2, 4, 6, layers=3), 5, 33, 100, torch.float16, torch.device("cpu"))
-    assert (cache.suffix_base, cache.suffix_capacity) == (16, 48)
-    assert cache.shared_base == 16 + 5 * 48
-    assert cache.size == cache.shared_base + 112
+    assert (cache.base, cache.block_cells, cache.size) == (16, 48, 16 + 112)
+    assert [cache.take_block() for _ in range(3)] == [80, 32, None]
     assert [tuple(k.shape) for k in cache.k] == [(2, cache.size, 4)] * 3
     assert [tuple(v.shape) for v in cache.v] == [(2, cache.size, 6)] * 3
     assert all(cells[:, :16].eq(0).all() for cells in (*cache.k, *cache.v))
@@ -112,6 +142,22 @@ def test_layout() -> None:
     for slots in range(1, 300):
         rows = [max(round_up(n), 1 << (n - 1).bit_length(), 16) - n for n in range(1, slots + 1)]
         assert scratch_cells(slots) >= max(rows)
+
+
+def test_cells_are_read_and_written_back() -> None:
+    """Keys and values of every layer, in any order, into other cells; the rest stays."""
+    cache = make_cache(1, 16, 64, make_config(2, 4, 6, layers=2))
+    for i, cells in enumerate((*cache.k, *cache.v)):
+        cells.copy_(i + torch.rand(cells.shape))
+    before = [cells.clone() for cells in (*cache.k, *cache.v)]
+    some, others = torch.tensor([30, 17, 18]), torch.tensor([40, 41, 60])
+    contents = cache.read(some)
+    for cells in (*cache.k, *cache.v):
+        cells[:, some] = float("nan")
+    cache.write(others, contents)
+    for cells, old in zip((*cache.k, *cache.v), before, strict=True):
+        assert cells[:, others].equal(old[:, some]) and cells[:, some].isnan().all()
+        assert cells[:, 42:60].equal(old[:, 42:60])
 
 
 def test_first_fit_uses_the_lowest_gap_and_gaps_grow_together() -> None:
@@ -130,7 +176,7 @@ def test_first_fit_uses_the_lowest_gap_and_gaps_grow_together() -> None:
     for slab in (low, high, a):
         cache.release(slab)
     everything = cache.allocate(6 * ALIGN)
-    assert everything is not None and everything.start == cache.shared_base
+    assert everything is not None and everything.start == cache.base
 
 
 def test_no_room_at_all() -> None:
@@ -148,6 +194,7 @@ def occupied() -> tuple[KVCache, list[Slab]]:
     for i in (1, 3):
         cache.release(slabs[i])
     cache.take_slot()
+    assert cache.take_block() is not None
     cache.check()
     return cache, [slabs[0], slabs[2], slabs[4]]
 
@@ -165,6 +212,14 @@ def test_check_catches_every_single_fault() -> None:
         cache.check()
     cache, slabs = occupied()
     cache._slabs.add(Slab(slabs[1].start, slabs[1].length))
+    with pytest.raises(AssertionError, match="held twice"):
+        cache.check()
+    cache, slabs = occupied()
+    cache._blocks.clear()
+    with pytest.raises(AssertionError, match="lost"):
+        cache.check()
+    cache, slabs = occupied()
+    cache._blocks.add(slabs[1].start)
     with pytest.raises(AssertionError, match="held twice"):
         cache.check()
     cache, slabs = occupied()

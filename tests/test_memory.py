@@ -36,16 +36,16 @@ def test_the_cache_is_cut_to_what_is_free(
     config, dtype = tiny.config, torch.float32
     working = memory.working_bytes(config, dtype, 16, generate.PREFILL_TOKENS)
     cell = cell_bytes(config, dtype)
-    slots = []
+    sizes = []
     for cells in (1 << 20, 600, 500):
         monkeypatch.setattr(memory, "free_bytes", lambda _, n=cells: 2 * (working + n * cell))
         generator = make_generator(tiny)
         assert bytes_of(generator) <= cells * cell
-        slots.append(generator.cache.num_slots)
+        sizes.append(generator.cache.size)
         assert [drawn(result) for result in run(generator, groups)] == expected
-    assert slots[0] == 16 > slots[1] > slots[2] > 1
+    assert sizes == [16 + 4 * config.max_position_embeddings + 2 * 16 * 32, 592, 496]
     # What the caller names is not looked up.
-    assert make_generator(tiny, cache_bytes=600 * cell).cache.num_slots == slots[1]
+    assert make_generator(tiny, cache_bytes=600 * cell).cache.size == sizes[1]
     monkeypatch.setattr(memory, "free_bytes", lambda _: 2 * working + 100)
     with pytest.raises(ValueError, match="50 bytes of cache hold 0 tokens: not 32 of a sample"):
         make_generator(tiny)
@@ -77,32 +77,36 @@ def test_free_memory_is_what_the_system_says(
 
 
 class Scarce(KVCache):
-    """A cache that asks for more than any machine has when it has more than `most` slots."""
+    """A cache that asks for more than any machine has when it has more than `most` cells."""
 
-    most = 4
+    most = 500
 
-    def __init__(self, config, slots, *sizes) -> None:
-        if slots > self.most:
+    def __init__(self, config, slots, block, cells, *rest) -> None:
+        if cells > self.most:
             torch.empty(1 << 55, dtype=torch.uint8)
-        super().__init__(config, slots, *sizes)
+        super().__init__(config, slots, block, cells, *rest)
 
 
-def test_a_batch_that_memory_does_not_hold_is_halved(
+def test_a_cache_that_memory_does_not_hold_is_halved(
     tiny: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = make_groups(3, longest=60, k=4)
     expected = [drawn(result) for result in run(make_generator(tiny), groups)]
+    cell = cell_bytes(tiny.config, torch.float32)
     monkeypatch.setattr(generate, "KVCache", Scarce)
-    with pytest.warns(RuntimeWarning, match="bytes of cache for 16 samples: trying 8"):
-        generator = make_generator(tiny)
-    assert generator.cache.num_slots == 4
+    message = f"no memory for {800 * cell} bytes of cache: trying {400 * cell}"
+    with pytest.warns(RuntimeWarning, match=message):
+        generator = make_generator(tiny, cache_bytes=816 * cell)
+    assert generator.cache.size - generator.cache.base == 400
     assert [drawn(result) for result in run(generator, groups)] == expected
     monkeypatch.setattr(Scarce, "most", 0)
     with (
-        pytest.warns(RuntimeWarning, match="for 2 samples: trying 1"),
-        pytest.raises(ValueError, match=r"no memory for .* bytes of cache for one sample: .*alloc"),
+        pytest.warns(RuntimeWarning, match=f": trying {48 * cell}"),
+        pytest.raises(
+            ValueError, match=rf"no memory for {48 * cell} bytes of cache for one sample: .*alloc"
+        ),
     ):
-        make_generator(tiny)
+        make_generator(tiny, cache_bytes=96 * cell)
 
 
 def test_other_errors_are_not_taken_for_a_want_of_memory(

@@ -13,8 +13,9 @@ from bench.case import Arguments, NotLikeReference, OpCase, same_inputs
 from bench.ops import sample_token
 from bench.shapes import SHAPES, Shape
 from bench.timing import DEVICE, ON_GPU, Fill
-from kernels.accept_token import LiveSamples, Records, accept_token
+from kernels.accept_token import Cursor, LiveSamples, Records, accept_token
 from kernels.extract_scores import ScoreAutomaton
+from kernels.forest_attention.plan import MAX_SPLIT, splits_of
 from kernels.score_grammar import ScoreRules
 
 MAX_TOKENS = 1024 if ON_GPU else 256  # of a step's samples, so that none is finished while timed
@@ -42,6 +43,13 @@ def _start(rows: int, vocab_size: int) -> tuple[LiveSamples, Records, ScoreAutom
     return live, Records.empty(rows, MAX_TOKENS, DEVICE), automaton
 
 
+def _cursor(rows: int) -> Cursor:
+    """Of samples without a token, one block after the other."""
+    most = splits_of(MAX_TOKENS)
+    blocks = torch.arange(rows * most, device=DEVICE).view(rows, most) * MAX_SPLIT
+    return Cursor(_int64(rows), _int64(rows), _int64(rows), blocks)
+
+
 def _check_taken(live: LiveSamples, records: Records, token: Tensor) -> None:
     if not records.tokens[:, 0].equal(token) or not live.count.eq(1).all():
         raise NotLikeReference("accept_token: the tokens drawn are not those recorded")
@@ -56,7 +64,7 @@ def take(rows: int, num_ends: int, stop_at_box: bool, moves: bool) -> OpCase:
         for _ in range(count):
             live, records, automaton = _start(rows, 256)
             token = torch.arange(rows, device=DEVICE) + num_ends
-            cursor = (_int64(padded), _int64(padded), _int64(padded)) if moves else None
+            cursor = _cursor(padded) if moves else None
             logprobs = [tensor(rows) for _ in range(2)]
             ends = torch.arange(num_ends, device=DEVICE)
             inputs.append((live, records, token, *logprobs, automaton, ends, stop_at_box, cursor))
@@ -65,7 +73,7 @@ def take(rows: int, num_ends: int, stop_at_box: bool, moves: bool) -> OpCase:
     def check(arguments: Arguments, out: None, factor: float) -> None:
         live, records, token, *_, cursor = arguments
         _check_taken(live, records, token)
-        if any((place[:rows] != 1).any() for place in cursor or ()):
+        if any((place[:rows] != 1).any() for place in (cursor or ())[:2]):
             raise NotLikeReference("accept_token: positions have not moved by one")
 
     kind = "box" if stop_at_box else "eos"
@@ -86,7 +94,7 @@ def step(shape: Shape, rows: int) -> OpCase:
         end_ids = _int64(1)
         inputs = []
         for drawn in drawing.make_inputs(tensor, count):
-            cursor = (_int64(rows), _int64(rows), _int64(rows))
+            cursor = _cursor(rows)
             inputs.append((drawn, *_start(rows, shape.vocab_size), end_ids, cursor))
         return inputs
 
@@ -96,7 +104,7 @@ def step(shape: Shape, rows: int) -> OpCase:
         records: Records,
         automaton: ScoreAutomaton,
         end_ids: Tensor,
-        cursor: tuple[Tensor, Tensor, Tensor],
+        cursor: Cursor,
     ) -> Tensor:
         token, logprob, sampling_logprob = drawing.call(*drawn)
         accept_token(

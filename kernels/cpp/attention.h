@@ -1,6 +1,6 @@
 // Forest attention: partial results of queries over runs of keys, and their merge.
 //
-// A task is a work tile (or a split of a slot's suffix) and a key/value head. Scores add channels
+// A task is a work tile (or a split of a suffix) and a key/value head. Scores add channels
 // in index order and outputs add keys in index order, with fused multiply-adds; the sum of a row's
 // weights runs over 16 lanes by key. So a partial depends on its query and its keys alone.
 // Two forms give the same bits: for a few query rows the lanes are keys, for more they are rows.
@@ -39,12 +39,11 @@ struct Tile {
     int64_t query, num_queries, key, num_keys, position, partial;
 };
 
-// Every slot's own keys, as in kernels/forest_attention/plan.py: row (num_slots,), length and
-// position by row.
+// Every query's own keys, as in kernels/forest_attention/plan.py: blocks (num_queries, stride),
+// length and position (num_queries,).
 #define QUORUM_SUFFIXES(F)                                                                         \
-    F(const int64_t *, row) F(const int64_t *, length) F(const int64_t *, position)                \
-    F(int64_t, num_slots) F(int64_t, base) F(int64_t, capacity) F(int64_t, max_split)              \
-    F(int64_t, num_splits)
+    F(const int64_t *, blocks) F(const int64_t *, length) F(const int64_t *, position)             \
+    F(int64_t, num_queries) F(int64_t, stride) F(int64_t, max_split) F(int64_t, num_splits)
 QUORUM_STRUCT(Suffixes, QUORUM_SUFFIXES);
 
 // -- products ------------------------------------------------------------------------------------
@@ -510,20 +509,20 @@ void attend_tiles(const Attention<T> &a, const Tile *tiles, int64_t n, int64_t t
     });
 }
 
-// Every slot's own keys, split by split; the partial of slot s and split j is j * num_slots + s.
+// Every query's own keys, split by split; the partial of query t and split j is
+// j * num_queries + t.
 template <class T>
 void attend_suffixes(const Attention<T> &a, const Suffixes &s, int64_t threads) {
     struct Suffix {
         int64_t row, start, keys, first;
     };
     const auto suffix_of = [&](int64_t partial) -> Suffix {
-        const int64_t slot = partial % s.num_slots, start = partial / s.num_slots * s.max_split;
-        const int64_t row = s.row[slot];
-        const int64_t left = row < 0 ? 0 : s.length[row] - start;
-        const int64_t keys = std::clamp<int64_t>(left, 0, s.max_split);
-        return {row, start, keys, s.base + slot * s.capacity + start};
+        const int64_t row = partial % s.num_queries, split = partial / s.num_queries;
+        const int64_t start = split * s.max_split;
+        const int64_t keys = std::clamp<int64_t>(s.length[row] - start, 0, s.max_split);
+        return {row, start, keys, keys ? s.blocks[row * s.stride + split] : 0};
     };
-    parallel_blocks(s.num_splits * s.num_slots, 8, threads, [&](int64_t first, int64_t last) {
+    parallel_blocks(s.num_splits * s.num_queries, 8, threads, [&](int64_t first, int64_t last) {
         Suffix next = suffix_of(first);
         for (int64_t partial = first; partial < last; partial++) {
             const Suffix mine = next;

@@ -68,6 +68,7 @@ inline void accept_token(const int64_t *drawn, const float *logprob, const float
                          bool *finished, bool *ended, int64_t *tokens, float *logprobs,
                          int64_t capacity, int64_t num_recorded, const int64_t *end_ids,
                          int64_t num_ends, int64_t *position, int64_t *length, int64_t *cell,
+                         const int64_t *blocks, int64_t stride, int64_t max_split,
                          int64_t num_rows, int64_t *control, const Automaton *automaton,
                          int64_t stop_at_box, int64_t) {
     for (int64_t row = 0; row < num_rows; row++) {
@@ -83,9 +84,9 @@ inline void accept_token(const int64_t *drawn, const float *logprob, const float
         finished[row] =
             ended[row] || made[row] >= limit[row] || (stop_at_box && control[row] == DECIDED);
         if (position) {
+            const int64_t key = length[row]++;
             position[row]++;
-            length[row]++;
-            cell[row]++;
+            cell[row] = blocks[row * stride + key / max_split] + key % max_split;
         }
     }
 }

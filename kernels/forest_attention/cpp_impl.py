@@ -75,8 +75,8 @@ def suffixes_of(plan: ForestPlan) -> ctypes.Structure | None:
     if s is None:
         return None
     return cpp.structure("Suffixes")(
-        s.row.data_ptr(), s.length.data_ptr(), s.position.data_ptr(), len(s.row), s.base,
-        s.capacity, MAX_SPLIT, s.num_splits,
+        s.blocks.data_ptr(), s.length.data_ptr(), s.position.data_ptr(), len(s.blocks),
+        s.blocks.stride(0), MAX_SPLIT, s.num_splits,
     )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def compile_plan(plan: ForestPlan, window: int | None, heads: int, v_dim: int) -
 
 def _compile(plan: ForestPlan, window: int | None, max_partials: int) -> Chunks:
     parts = cut_between_queries(plan.needed(window), len(plan.positions), max_partials)
-    own = None if plan.suffix is None else plan.suffix.partials(len(plan.positions))
+    own = None if plan.suffix is None else plan.suffix.partials()
     first = 0 if plan.suffix is None else plan.suffix.num_partials
     rows: list[tuple[int, ...]] = []
     chunks = Chunks(torch.empty(0), 0, first, [])

@@ -5,7 +5,7 @@ A plan holds
 - *work tiles*: up to MAX_TILE consecutive queries and up to MAX_SPLIT consecutive keys, which lie
   within one split of one segment. How a sample's keys are cut is thus a function of its own
   sequence, never of who shares it;
-- *suffixes*: every leaf's own generated keys, in its slot of the cache.
+- *suffixes*: every leaf's own generated keys, a block of the cache for each split.
 
 Prefill, decode and training differ in the plan only. Each implementation compiles a plan into what
 it executes, once per window and shape, and the plan keeps the result. This module holds the plan
@@ -38,6 +38,11 @@ class WorkTile(NamedTuple):
     position: int
 
 
+def splits_of(num_keys: int) -> int:
+    """Splits of so many keys, and blocks of so many of a sample's own."""
+    return -(-num_keys // MAX_SPLIT)
+
+
 class CompiledKey(NamedTuple):
     """Names what a plan has been compiled to.
 
@@ -46,45 +51,44 @@ class CompiledKey(NamedTuple):
     | torch, triton  | dq            | queries, keys of a tile  | `backward_schedule.TileList`
     | triton         | dkv           | cells, keys, queries     | `backward_schedule.TileList`
     | triton         | forward       | `schedule.HeadShape`     | list of `schedule.Schedule`
-    | triton         | suffixes      | None                     | `Suffixes.cache_starts`
     | cpp            | forward       | partials of a chunk      | `cpp_impl.Chunks`
     | cpp            | partials      | partials, heads, v_dim   | buffers of partial results
     | cpp            | last position | None                     | int, for tables of angles
     """
 
     implementation: Literal["torch", "cpp", "triton"]
-    stage: Literal["forward", "dq", "dkv", "suffixes", "partials", "last position"]
+    stage: Literal["forward", "dq", "dkv", "partials", "last position"]
     window: int | None = None
     shape: Hashable = None
 
 
 class Suffixes:
-    """Every leaf's own keys: slot s owns cache indices [base + s * capacity, + capacity).
+    """Every leaf's own keys: key c of query i has cache index
+    blocks[i, c // MAX_SPLIT] + c % MAX_SPLIT, so that a split lies in one block.
 
-    row: (S,) int64, the query of each slot, -1 for an idle slot. length: (T,) int64, keys of each
-    query's suffix, its own token included; it may grow up to `max_length` while the plan lives, and
-    `grow_to` may raise that. position: (T,) int64, the logical position of the first of them.
-    capacity is a multiple of 16.
+    blocks: (T, J) int64, rows of any stride, the first cell of each query's blocks, and anything
+    past its last; blocks may be added in place while the plan lives. length: (T,) int64, keys of
+    each query's suffix, its own token included, 0 for a row without a leaf; it may grow up to
+    `max_length` while the plan lives, and `grow_to` may raise that. position: (T,) int64, the
+    logical position of the first of them.
     """
 
-    def __init__(
-        self,
-        base: int,
-        capacity: int,
-        row: Tensor,
-        length: Tensor,
-        position: Tensor,
-        max_length: int,
-    ) -> None:
-        assert base >= 0 and capacity % 16 == 0, (base, capacity)
-        assert 0 <= max_length <= capacity, (max_length, capacity)
-        self.base, self.capacity, self.max_length = base, capacity, max_length
-        self.row, self.length, self.position = row, length, position
+    def __init__(self, blocks: Tensor, length: Tensor, position: Tensor, max_length: int) -> None:
+        assert blocks.ndim == 2 and len(blocks) == len(length) == len(position)
+        assert blocks.stride(1) == 1, blocks.stride()
+        self.blocks, self.length, self.position = blocks, length, position
+        self.max_length = max_length
+        assert 0 <= max_length <= self.capacity, (max_length, self.capacity)
+
+    @property
+    def capacity(self) -> int:
+        """Keys that a suffix may have at most."""
+        return self.blocks.shape[1] * MAX_SPLIT
 
     @property
     def num_splits(self) -> int:
         """Splits that the longest suffix may have."""
-        return -(-self.max_length // MAX_SPLIT)
+        return splits_of(self.max_length)
 
     def grow_to(self, max_length: int) -> bool:
         """Let lengths grow up to `max_length`. Returns False, and changes nothing, where that takes
@@ -96,27 +100,20 @@ class Suffixes:
 
     @property
     def num_partials(self) -> int:
-        """One for each slot and split: that of slot s and split j is j * S + s."""
-        return len(self.row) * self.num_splits
+        """One for each query and split."""
+        return len(self.blocks) * self.num_splits
 
-    def slots(self, num_queries: int) -> Tensor:
-        """(num_queries,) int64: the slot of each query, -1 where it has none."""
-        slots = torch.full((num_queries + 1,), -1, device=self.row.device)
-        slots[self.row] = torch.arange(len(self.row), device=slots.device)
-        return slots[:num_queries]  # idle slots wrote the last
+    def partials(self) -> Tensor:
+        """(T, splits) int64, on CPU: that of query i and split j is j * T + i."""
+        return torch.arange(self.num_partials).view(self.num_splits, -1).T
 
-    def cache_starts(self, num_queries: int) -> Tensor:
-        """(num_queries,) int64: the cache index of each query's first own key, -1 where it has no
-        slot."""
-        slots = self.slots(num_queries)
-        return torch.where(slots >= 0, self.base + slots * self.capacity, -1)
-
-    def partials(self, num_queries: int) -> Tensor:
-        """(num_queries, splits) int64: the partials of each query's own keys, -1 where it has no
-        slot."""
-        slots = self.slots(num_queries)[:, None]
-        offsets = torch.arange(self.num_splits, device=slots.device) * len(self.row)
-        return torch.where(slots >= 0, offsets + slots, -1)
+    def check(self) -> None:
+        """Assert that no suffix is longer than it may be, and that all have blocks of their own."""
+        longest = max(self.length.tolist(), default=0)
+        assert longest <= self.max_length, (longest, self.max_length)
+        splits = torch.arange(self.num_splits, device=self.length.device)
+        held = self.blocks[:, : self.num_splits][splits * MAX_SPLIT < self.length[:, None]].tolist()
+        assert len(set(held)) == len(held) and min(held, default=0) >= 0, held
 
 
 class ForestPlan:
@@ -168,12 +165,9 @@ class ForestPlan:
         if advancing:
             assert (position + num_keys <= 1 + self._earliest).all(), self.tiles
         if suffix is not None:
-            assert len(suffix.length) == len(suffix.position) == queries
-        if suffix is not None and (host_positions is None or not positions.is_cuda):
-            rows = [row for row in suffix.row.tolist() if row != -1]
-            assert len(set(rows)) == len(rows) and set(rows) <= set(range(queries)), rows
-            longest = max(suffix.length.tolist(), default=0)
-            assert longest <= suffix.max_length, (longest, suffix.max_length)
+            assert len(suffix.length) == queries
+            if host_positions is None or not positions.is_cuda:
+                suffix.check()
 
     def needed(self, window: int | None) -> Ints:
         """(n, 5) int64: the tiles that a layer with this window executes. A tile is skipped where

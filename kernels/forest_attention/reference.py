@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.forest_attention.options import AttentionOptions
-from kernels.forest_attention.plan import ForestPlan
+from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan
 
 NEG_INF = float("-inf")
 
@@ -64,10 +64,12 @@ def forest_attention_ref(
             own += [(key + j, position + j) for j in range(num_keys)]
     if plan.suffix is not None:
         suffix = plan.suffix
-        for slot, row in enumerate(suffix.row.tolist()):
-            if row >= 0:
-                first, start = suffix.base + slot * suffix.capacity, int(suffix.position[row])
-                keys[row] += [(first + j, start + j) for j in range(int(suffix.length[row]))]
+        for i, blocks in enumerate(suffix.blocks.tolist()):
+            start = int(suffix.position[i])
+            keys[i] += [
+                (blocks[c // MAX_SPLIT] + c % MAX_SPLIT, start + c)
+                for c in range(int(suffix.length[i]))
+            ]
     results = []
     for i, q_pos in enumerate(positions):
         after = -1 if options.window is None else q_pos - options.window

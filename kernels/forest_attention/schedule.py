@@ -266,9 +266,9 @@ class StaticPlan:
     """The plan of a decode step that a CUDA graph replays.
 
     It takes the schedules of one plan after another. These have the number of queries, the splits
-    of suffixes and the windows that it was made for. `plan` is what the step executes. Where a
-    schedule needs more room than there is, sizes grow to the next power of two and `plan` is
-    replaced; the step then has to be captured again.
+    and the tensors of suffixes, and the windows that it was made for. `plan` is what the step
+    executes. Where a schedule needs more room than there is, sizes grow to the next power of two
+    and `plan` is replaced; the step then has to be captured again.
     """
 
     def __init__(
@@ -283,7 +283,6 @@ class StaticPlan:
         self._positions = positions
         self._shape = shape
         self._per_split = per_split
-        self._starts = torch.full_like(positions, -1)
         self._sizes = dict.fromkeys(windows, Sizes(0, 0, 0, 0, 0, 0))
         self._schedules: dict[int | None, Schedule] = {}
         self.plan = self._make()
@@ -305,7 +304,6 @@ class StaticPlan:
                 grown = True
         if grown:
             self.plan = self._make()
-        self._starts.copy_(plan.suffix.cache_starts(len(self._starts)))
         for window, schedule in schedules.items():
             _fill(self._schedules[window], schedule, splits)
         return grown
@@ -315,7 +313,6 @@ class StaticPlan:
         plan = ForestPlan(
             [], self._positions, self._suffix, True, self._per_split, host_positions=[0] * queries
         )
-        plan.compiled(CompiledKey("triton", "suffixes"), lambda: self._starts)
         suffix_partials = queries * self._suffix.num_splits
         device = self._positions.device
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.forest_attention.backward_schedule import query_tiles
 from kernels.forest_attention.options import AttentionOptions
 from kernels.forest_attention.plan import (
+    MAX_SPLIT,
     MAX_TILE,
     CompiledKey,
     ForestPlan,
@@ -43,7 +44,7 @@ class _Group(NamedTuple):
 @dataclass
 class Groups:
     """A plan as torch executes it. index: (T, J) int64, the partials of each query in order; the
-    suffixes' partials, one per slot, come after those of the groups."""
+    suffixes' partials, one per query, come after those of the groups."""
 
     groups: list[_Group]
     index: Tensor
@@ -65,9 +66,9 @@ def compile_plan(plan: ForestPlan, window: int | None) -> Groups:
     index = partial_table([group[:3] for group in groups], 0, len(plan.positions))
     index = index.to(plan.positions.device)
     if plan.suffix is not None:
-        slots = plan.suffix.slots(len(index))[:, None]
-        index = torch.cat([index, torch.where(slots >= 0, slots + partials, -1)], 1)
-        partials += len(plan.suffix.row)
+        own = partials + torch.arange(len(index), device=index.device)[:, None]
+        index = torch.cat([index, own], 1)
+        partials += len(index)
     return Groups(groups, index, partials, len(tiles))
 
 
@@ -84,7 +85,7 @@ def run(
     for group in compiled.groups:
         _attend_group(wide, k_cache, v_cache, plan, options, group, o, lse)
     if plan.suffix is not None:
-        rows = slice(compiled.num_partials - len(plan.suffix.row), None)
+        rows = slice(compiled.num_partials - len(q), None)
         o[rows], lse[rows] = _attend_suffixes(wide, k_cache, v_cache, plan, options, plan.suffix)
     plan.executed += compiled.num_tiles
     return merge_states(o, lse, compiled.index, q.dtype)
@@ -122,23 +123,18 @@ def _attend_suffixes(
     options: AttentionOptions,
     suffix: Suffixes,
 ) -> tuple[Tensor, Tensor]:
-    """o (S, Hq, Dv) and lse (S, Hq) of every slot's query over its own keys."""
-    slots = len(suffix.row)
-    row = suffix.row.clamp_min(0)
-    length = torch.where(suffix.row >= 0, suffix.length[row], 0)
-    width = max([0, *length.tolist()])
+    """o (T, Hq, Dv) and lse (T, Hq) of every query over its own keys."""
+    width = max([0, *suffix.length.tolist()])
     column = torch.arange(width, device=q.device)
-    k_pos = suffix.position[row, None] + column
-    visible = column < length[:, None]  # (S, width)
+    k_pos = suffix.position[:, None] + column
+    visible = column < suffix.length[:, None]  # (T, width)
+    cells = suffix.blocks[:, column // MAX_SPLIT] + column % MAX_SPLIT
+    cells = torch.where(visible, cells, 0)
     if options.window is not None:
-        visible &= k_pos > plan.positions[row, None] - options.window
-    cells = slice(suffix.base, suffix.base + slots * suffix.capacity)
-    k, v = (
-        cache[:, cells].unflatten(1, (slots, -1))[:, :, :width].permute(1, 2, 0, 3).to(q.dtype)
-        for cache in (k_cache, v_cache)
-    )
+        visible &= k_pos > plan.positions[:, None] - options.window
+    k, v = (cache[:, cells].permute(1, 2, 0, 3).to(q.dtype) for cache in (k_cache, v_cache))
     v = v.masked_fill(~visible[..., None, None], 0)  # 0 * NaN is NaN
-    o, lse = dense_attention(q[row, None], k, v, options, visible[:, None])
+    o, lse = dense_attention(q[:, None], k, v, options, visible[:, None])
     return o[:, 0], lse[:, 0]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.checks import check_triton
 from kernels.device_math import LN2, tanh
 from kernels.forest_attention.options import AttentionOptions
-from kernels.forest_attention.plan import MAX_SPLIT, CompiledKey, ForestPlan
+from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan
 from kernels.forest_attention.schedule import HeadShape, Programs, compile_plan, forward_key
 from kernels.launch import launch, launch_beside
 from kernels.merge_states import merge_states
@@ -80,9 +80,10 @@ def _forest_attention_kernel(
     positions_ptr,  # (T,)
     programs_ptr,  # (programs, 5): first query, queries, first span, end span, first partial
     spans_ptr,  # (spans, 3): first key, keys, position of the first
-    suffix_start_ptr,  # (T,) cache index of each query's first own key, -1 without a slot
+    suffix_blocks_ptr,  # (T, J), stride blocks_t: cache index of the first key of each split
     suffix_length_ptr,  # (T,) own keys of each query
     suffix_position_ptr,  # (T,) position of the first of them
+    blocks_t,
     num_rows,  # T
     q_t,
     q_h,
@@ -112,11 +113,10 @@ def _forest_attention_kernel(
         query, split = program % num_rows, program // num_rows
         num_queries, first_span, end_span = 1, 0, 1
         partial = program.to(tl.int64)
-        suffix_key = tl.load(suffix_start_ptr + query)
-        suffix_keys = tl.minimum(tl.load(suffix_length_ptr + query) - split * SPLIT, SPLIT)
-        suffix_keys = tl.where(suffix_key >= 0, suffix_keys, 0).to(tl.int32)
+        suffix_keys = tl.load(suffix_length_ptr + query) - split * SPLIT
+        suffix_keys = tl.minimum(suffix_keys, SPLIT).to(tl.int32)
         suffix_position = (tl.load(suffix_position_ptr + query) + split * SPLIT).to(tl.int32)
-        suffix_key += split * SPLIT
+        suffix_key = tl.load(suffix_blocks_ptr + query.to(tl.int64) * blocks_t + split)
         if suffix_keys <= 0:  # most of the grid may lie past the suffixes' ends
             suffix_head = tl.arange(0, M)
             suffix_lse = lse_ptr + partial * num_heads + kv_head * G + suffix_head
@@ -273,7 +273,7 @@ def _run_programs(
     out: tuple[Tensor, Tensor],
 ) -> None:
     """The wide or the narrow instance, with query tiles of `rows` rows."""
-    tensors = programs.programs, programs.spans, None, None, None
+    tensors = programs.programs, programs.spans, None, None, None, 0
     _run_instance(inputs, plan, options, shape, len(programs.programs), tensors, rows, out)
 
 
@@ -287,8 +287,10 @@ def _run_suffixes(
     """One program for each query and split of the suffixes."""
     suffix, queries = plan.suffix, len(plan.positions)
     assert suffix is not None
-    starts = plan.compiled(CompiledKey("triton", "suffixes"), lambda: suffix.cache_starts(queries))
-    tensors = None, None, starts, suffix.length, suffix.position
+    tensors = (
+        *(None, None, suffix.blocks, suffix.length, suffix.position),
+        suffix.blocks.stride(0),
+    )
     num_programs = queries * suffix.num_splits
     _run_instance(inputs, plan, options, shape, num_programs, tensors, shape.rows.narrow, out)
 
@@ -299,7 +301,7 @@ def _run_instance(
     options: AttentionOptions,
     shape: HeadShape,
     num_programs: int,
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor | int | None, ...],
     rows: int,
     out: tuple[Tensor, Tensor],
 ) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.accept_token import LiveSamples, Records, accept_token, accept_token_ref
+from kernels.accept_token import Cursor, LiveSamples, Records, accept_token, accept_token_ref
 from kernels.extract_scores import ScoreAutomaton, extract_scores_ref, scores_of
+from kernels.forest_attention.plan import MAX_SPLIT
 from kernels.score_grammar import Reason, ScoreRules
 from tests.implementations import Implementation
 from tests.live_samples import END_IDS, PIECES, SPECIAL_IDS, assert_same, draw_tokens, make_live
@@ -19,6 +20,19 @@ FUNCTIONS = {"torch": {}, "cpp": {"accept_token"}, "triton": {"_accept_token_ker
 
 
 ANY = ScoreRules(anchor=None)
+
+
+def make_cursor(rows: int, device: torch.device) -> Cursor:
+    """Samples that are about to come to the end of their first or second block, whose third is not
+    there yet, in a table that is wider than what is used of it."""
+    generator = torch.Generator().manual_seed(rows)
+    length = torch.randint(MAX_SPLIT - 9, MAX_SPLIT + 1, (rows,), generator=generator)
+    length += MAX_SPLIT * torch.randint(0, 2, (rows,), generator=generator)
+    table = 1000 * torch.randperm(rows * 5, generator=generator).view(rows, 5)
+    cursor = Cursor(7 * torch.arange(rows), length, torch.zeros_like(length), table[:, 1:4])
+    cursor.cache_index.copy_(cursor.cells(length - 1))
+    position, length, cache_index, _ = (column.to(device) for column in cursor)
+    return Cursor(position, length, cache_index, table.to(device)[:, 1:4])
 
 
 def automaton(on: Implementation, rules: ScoreRules = FIRST) -> ScoreAutomaton:
@@ -50,8 +64,7 @@ def test_equals_its_reference(
     scores = automaton(on, rules)
     live, records = make_live(batch, 9, scores, finished=batch > 1)
     ends = END_IDS[:num_ends].to(on.device)
-    first = torch.arange(batch + 5, device=on.device)
-    cursor = first.clone(), 10 * first, 100 * first
+    cursor = make_cursor(batch + 5, on.device)
     theirs, their_records, their_cursor = deepcopy((live, records, cursor))
     walked = set()
     with on.counted() as counts:
@@ -80,8 +93,8 @@ def test_what_a_sample_leaves_is_what_was_drawn_for_it(
     rng = random.Random(0)
     scores_automaton = automaton(on, rules)
     live, records = make_live(40, 8, scores_automaton)
-    place = torch.zeros(45, dtype=torch.int64, device=on.device)
-    cursor = place, place + 7, place + 70
+    cursor = make_cursor(45, on.device)
+    start, jumps = deepcopy(cursor), 0
     steps = []
     while not live.finished.all():
         steps.append(draw_tokens(rng, live))
@@ -111,13 +124,18 @@ def test_what_a_sample_leaves_is_what_was_drawn_for_it(
         assert bool(live.ended[b]) == (cause == "end")
         assert Reason(int(reasons[b])) == reason
         assert scores[b, :n].tolist() == (list(expected) if reason == Reason.VALID else [0] * n)
-        assert [int(m[b]) for m in cursor] == [count, count + 7, count + 70]
+        position, length, cell = (int(column[b]) for column in start[:3])
+        for key in range(length, length + count):  # cells of the keys up to the next token's
+            jumps += key % MAX_SPLIT == 0
+            cell = int(start.blocks[b, key // MAX_SPLIT]) if key % MAX_SPLIT == 0 else cell + 1
+        moved = [position + count, length + count, cell]
+        assert [int(column[b]) for column in cursor[:3]] == moved
         causes.add(cause)
         written += count
     assert causes == ({"end", "limit", "box"} if stop_at_box else {"end", "limit"})
     assert (records.tokens != -7).sum() == written
     assert (~records.logprobs.isnan()).sum() == 2 * written
-    assert all(len(m[40:].unique()) == 1 for m in cursor)
+    assert all(a[40:].equal(b[40:]) for a, b in zip(cursor, start, strict=True)) and jumps > 9
 
 
 @pytest.mark.parametrize("rules", [FIRST, LAST, ANY])
@@ -184,7 +202,13 @@ def test_bad_arguments_change_nothing(on: Implementation) -> None:
     refuse(good, r"end_ids must be .* got \(3,\) torch.int32", end_ids=END_IDS.int())
     short = Records(records.tokens, records.logprobs[:1])
     refuse(good, r"records.logprobs must be \(2, 7, 8\)", records=short)
-    refuse(good, r"\(at least 4,\) int64, got \(3,\)", cursor=(token[:3], token, token))
+    blocks = token[:, None]
+    short_cursor = Cursor(token[:3], token, token, blocks)
+    refuse(good, r"\(at least 4,\) int64, .* got \(3,\)", cursor=short_cursor)
+    flat = Cursor(token, token, token, token)
+    refuse(good, r"blocks \(at least 4, J\), got \(4,\)", cursor=flat)
+    apart = Cursor(token, token, token, blocks.repeat(1, 4)[:, ::2])
+    refuse(good, r"rows of blocks must be contiguous, got \(4, 2\)", cursor=apart)
     flags = LiveSamples(**{**live.tensors(), "finished": token}, scores=live.scores)
     refuse(good, r"live.finished must be \(4,\) torch.bool", live=flags)
     assert (records.tokens == -7).all() and not live.count.any()

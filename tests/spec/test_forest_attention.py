@@ -177,11 +177,12 @@ def test_beyond_two_to_the_31_elements(on: Implementation) -> None:
     far = whole.transpose(0, 1)
     near, q = far[:, -300:].contiguous(), on.draw(2, 4, 16, dtype=dtype, seed=1)
     assert (cells - 300) * far.stride(1) > 2**31
-    # A query of a tile, and one of a slot.
-    positions, row, length = (torch.tensor(x).to(on.device) for x in ([255, 30], [-1, 1], [0, 31]))
+    # A query of a tile, and one of a suffix.
+    positions, length = (torch.tensor(x).to(on.device) for x in ([255, 30], [0, 31]))
     results = []
     for cache, first in ((far, cells - 300), (near, 0)):
-        suffix = Suffixes(first + 220, 32, row, length, torch.zeros_like(length), 32)
+        blocks = torch.tensor([[-1], [first + 220]], device=on.device)
+        suffix = Suffixes(blocks, length, torch.zeros_like(length), 32)
         plan = ForestPlan([WorkTile(0, 1, first, 256, 0)], positions, suffix)
         results.append(on.run(attention(plan, PLAIN), q, cache, cache))
     assert all(a.equal(b) and a.isfinite().all() for a, b in zip(*results, strict=True))
@@ -209,19 +210,19 @@ def test_a_query_without_keys_is_zero(on: Implementation) -> None:
     assert out.shape == (0, 2, 4) and lse.shape == (0, 2)
 
 
-def test_an_idle_slot_and_an_empty_suffix(on: Implementation) -> None:
-    """A leaf without a token of its own, an idle slot, and a leaf with nothing but a suffix; the
-    other cells are NaN."""
-    row, length, position = (
-        torch.tensor(x, device=on.device) for x in ([1, -1, 0], [0, 3], [0, 0])
+def test_an_idle_row_and_an_empty_suffix(on: Implementation) -> None:
+    """A leaf without a token of its own, a row without a leaf or a block, and a leaf with nothing
+    but a suffix; the other cells are NaN."""
+    blocks, length, position = (
+        torch.tensor(x, device=on.device) for x in ([[16], [-1], [0]], [0, 0, 3], [0, 0, 0])
     )
-    suffix = Suffixes(0, 16, row, length, position, 5)
-    plan = ForestPlan([], torch.tensor([0, 2], device=on.device), suffix)
+    suffix = Suffixes(blocks, length, position, 5)
+    plan = ForestPlan([], torch.tensor([0, 0, 2], device=on.device), suffix)
     cache = torch.full((1, 48, 4), float("nan"), device=on.device)
     cache[:, :3] = on.draw(1, 3, 4, seed=1)
-    q = on.draw(2, 2, 4)
+    q = on.draw(3, 2, 4)
     out = check(on, plan, PLAIN, reference(plan, PLAIN), q, cache, cache)
-    assert out[0].eq(0).all() and out[1].isfinite().all()
+    assert out[:2].eq(0).all() and out[2].isfinite().all()
 
 
 def test_nan_stays_with_its_owner(on: Implementation) -> None:
@@ -232,7 +233,7 @@ def test_nan_stays_with_its_owner(on: Implementation) -> None:
     ill = (0, len(q) - 1)
     for cache in grove.caches:
         for i in ill:
-            cache[:, grove.region(grove.slots[i])] = float("nan")
+            cache[:, grove.own_cells(i).to(on.device)] = float("nan")
     out = forest_attention(q, *grove.caches, plan, PLAIN)
     for i in range(len(q)):
         assert out[i].isnan().all() if i in ill else out[i].equal(expected[i])
@@ -274,12 +275,12 @@ def decoded(
     samples: Sequence[Sample],
     shape: Shape,
     options: AttentionOptions,
-    slots: Sequence[int] | None = None,
+    seed: int = 0,
     capacity: int = 288,
     max_length: int | None = None,
 ) -> dict[int, Tensor]:
     """Each sample's output by name."""
-    grove = Grove(samples, shape, capacity=capacity, slots=slots, device=on.device)
+    grove = Grove(samples, shape, capacity=capacity, seed=seed, device=on.device)
     q, plan = grove.decode(max_length=max_length, per_split=True)
     out = forest_attention(q, *grove.caches, plan, options)
     return {sample.name: row for sample, row in zip(grove.samples, out, strict=True)}
@@ -295,20 +296,19 @@ def same_bits(some: dict[Any, Tensor], all_of_them: dict[Any, Tensor]) -> bool:
 def test_a_sample_has_the_same_bits_in_any_company(
     on: Implementation, options: AttentionOptions
 ) -> None:
-    """And in another order, in other slots of another capacity, with longer ones beside it. In
+    """And in another order, in other blocks, with longer ones beside it. In
     Triton with one partial for each split."""
     samples = crowd() if on.name == "cpp" else crowd()[3::12]
     rng = np.random.default_rng(1)
     shuffled = [samples[i] for i in rng.permutation(len(samples))]
-    slots = rng.permutation(len(samples) + 16)[: len(samples)].tolist()
     for threads, shape in BIT_CASES[on.name]:
         with num_threads(threads):
             together = decoded(on, samples, shape, options)
-            assert same_bits(decoded(on, shuffled, shape, options, slots, 304, 288), together)
+            assert same_bits(decoded(on, shuffled, shape, options, 1, 304, 288), together)
             for some in (samples[:1], samples[-1:], shuffled[: len(samples) // 2]):
                 assert same_bits(decoded(on, some, shape, options), together)
             for capacity, max_length in ((288, 288), (336, 299), (400, 400)):
-                two = decoded(on, shuffled[:2], shape, options, None, capacity, max_length)
+                two = decoded(on, shuffled[:2], shape, options, 2, capacity, max_length)
                 assert same_bits(two, together)
 
 
@@ -449,7 +449,6 @@ def test_a_tree_of_16k_tokens_needs_little_memory() -> None:
 
 
 ONE = torch.tensor([1])
-ROW = torch.tensor([0])
 
 
 @pytest.mark.parametrize(
@@ -465,17 +464,22 @@ def test_impossible_tiles_are_refused(tile: tuple[int, ...]) -> None:
         ForestPlan([WorkTile(*tile)], ONE, advancing=True)
 
 
+BLOCKS = torch.tensor([[0, 256]])
+
+
 @pytest.mark.parametrize(
-    ("capacity", "row", "length", "max_length"),
-    [(20, ROW, ONE, 4), (16, ROW, ONE, 17), (16, ONE, ONE, 4), (16, ROW.repeat(2), ONE, 4),
-     (16, ROW, 5 * ONE, 4), (16, ROW, ONE.repeat(2), 4)],
-)  # fmt: skip
-def test_impossible_suffixes_are_refused(
-    capacity: int, row: Tensor, length: Tensor, max_length: int
-) -> None:
-    ForestPlan([], ONE, Suffixes(0, 16, ROW, ONE, ONE, 4), advancing=True)
+    ("blocks", "length", "max_length"),
+    [
+        *((BLOCKS, ONE, 513), (BLOCKS, 5 * ONE, 4)),  # longer than it may be
+        *((BLOCKS, ONE.repeat(2), 4), (BLOCKS.repeat(2, 1), ONE, 4), (BLOCKS[0], ONE, 4)),
+        *((-BLOCKS, 257 * ONE, 300), (0 * BLOCKS, 257 * ONE, 300)),  # none, or one twice
+        (torch.tensor([[0, 9], [256, 9]]).T[:1], ONE, 4),  # columns apart
+    ],
+)
+def test_impossible_suffixes_are_refused(blocks: Tensor, length: Tensor, max_length: int) -> None:
+    ForestPlan([], ONE, Suffixes(BLOCKS, 257 * ONE, ONE, 300), advancing=True)
     with pytest.raises(AssertionError):
-        ForestPlan([], ONE, Suffixes(0, capacity, row, length, ONE, max_length), advancing=True)
+        ForestPlan([], ONE, Suffixes(blocks, length, ONE, max_length), advancing=True)
 
 
 ARGUMENTS = {"q": (2, 4, 4), "k_cache": (2, 8, 4), "v_cache": (2, 8, 4)}
@@ -616,6 +620,7 @@ def test_one_static_plan_after_another(
     positions, lengths, starts = (
         torch.zeros(9, dtype=torch.int64, device=on.device) for _ in range(3)
     )
+    blocks = torch.full((9, 2), 1 << 40, device=on.device)
     static: schedule.StaticPlan | None = None
     grown = []
     # Wide and narrow programs; then fewer, then more of them; the last has nothing shared.
@@ -625,8 +630,7 @@ def test_one_static_plan_after_another(
             for i in range(count)
         ]
         samples = [Sample(100 + i, prompt, 1 + 5 * i) for i, prompt in enumerate(prompts)]
-        slots = np.random.default_rng(longest).permutation(11)[:count].tolist()
-        grove = Grove(samples, SMALL, capacity=288, slots=slots, device=on.device)
+        grove = Grove(samples, SMALL, capacity=288, seed=longest, device=on.device)
         q, plan = grove.decode(max_length=270, per_split=per_split)
         expected = forest_attention(q, *grove.caches, plan, options)
         suffix = plan.suffix
@@ -634,14 +638,14 @@ def test_one_static_plan_after_another(
         heads = schedule.HeadShape.of(2, 1, 16, 16, torch.float32, target_of(q), decode=True)
         key = schedule.forward_key(options.window, heads)
         if static is None:
-            nobody = torch.full((1,), -1, device=on.device)
-            empty = Suffixes(suffix.base, suffix.capacity, nobody, lengths, starts, 288)
+            empty = Suffixes(blocks, lengths, starts, 288)
             static = schedule.StaticPlan(positions, empty, {options.window}, heads, per_split)
         for to, given in (
             (positions, plan.positions), (lengths, suffix.length), (starts, suffix.position),
         ):  # fmt: skip
             to.zero_()[:count] = given
-        own = Suffixes(suffix.base, suffix.capacity, suffix.row, lengths, starts, 270)
+        blocks.fill_(1 << 40)[:count] = suffix.blocks
+        own = Suffixes(blocks, lengths, starts, 270)
         padded = ForestPlan(plan.tiles, positions, own, advancing=True, per_split=per_split)
         before = static.plan
         room, *_ = before.compiled(key, list[schedule.Schedule])

@@ -213,7 +213,7 @@ def test_long_sums_are_float32(on: Implementation) -> None:
 
 def test_a_gradient_of_another_plan_is_refused(on: Implementation) -> None:
     nowhere = torch.zeros(2, dtype=torch.int64, device=on.device)
-    suffix = Suffixes(0, 16, torch.tensor([0, 1]).to(on.device), nowhere + 1, nowhere, 1)
+    suffix = Suffixes(torch.tensor([[0], [16]]).to(on.device), nowhere + 1, nowhere, 1)
     q, cache = on.draw(2, 2, 4), torch.zeros(1, 32, 4, device=on.device)
     for kind, plan in (
         ("suffixes", ForestPlan([], nowhere, suffix)),

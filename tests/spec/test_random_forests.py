@@ -1,7 +1,6 @@
 """Forest attention over forests that hypothesis draws: every query as over its own sequence."""
 
 import math
-import random
 from collections.abc import Sequence
 
 import torch
@@ -81,11 +80,10 @@ def test_decode(
     per_split: bool,
     keys_per_partial: int,
 ) -> None:
-    """In any slots, whatever is inlined and however partials are made."""
+    """In any blocks, whatever is inlined and however partials are made."""
     shape = data.draw(shapes(*DTYPES[on.name], groups=(1, 2, 5, 17)))
     options = data.draw(options_for(shape))
-    slots = random.Random(len(samples)).sample(range(len(samples) + 2), len(samples))
-    grove = Grove(samples, shape, capacity=300, slots=slots, device=on.device)
+    grove = Grove(samples, shape, capacity=300, seed=len(samples), device=on.device)
     forward = grove.decode(per_split=per_split, keys_per_partial=keys_per_partial)
     with num_threads(data.draw(st.sampled_from([1, 2]))):
         check_decode(on, grove, forward, options)

@@ -14,6 +14,7 @@ import torch
 import engine.decode as decode
 import engine.forest as forest
 import engine.generate as generate
+import kernels.accept_token as accept
 from engine.decode import Decoder, GraphDecoder
 from engine.generate import Generator, Group, GroupResult
 from kernels.extract_scores import ScoreAutomaton
@@ -129,7 +130,8 @@ def test_replayed_steps_give_the_same_samples(ahead: int, monkeypatch: pytest.Mo
 @pytest.mark.soak
 def test_suffixes_that_come_to_new_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """With splits of 8 tokens: buckets of 1, 2 and 4 splits, and a plan made at each."""
-    for module in (forest_plan, forest_schedule, triton_forward, decode, forest):
+    modules = forest_plan, forest_schedule, triton_forward, decode, forest, generate, accept
+    for module in modules:
         monkeypatch.setattr(module, "MAX_SPLIT", 8)
     model, groups = make_model((None,)), make_groups(1, 2)
     with monkeypatch.context() as patch:
@@ -140,7 +142,7 @@ def test_suffixes_that_come_to_new_splits(monkeypatch: pytest.MonkeyPatch) -> No
     generator = make_generator(model, max_new_tokens=18)
     assert sampled(generator, groups, ()) == expected
     assert isinstance(generator.decoder, GraphDecoder)
-    assert sorted(generator.decoder._buckets) == [(16, 16), (16, 32)]
+    assert sorted(generator.decoder._buckets) == [(16, 16), (16, 24)]
     assert recorder.captured == 2 and recorder.replayed == 17 - 2
 
 
