@@ -254,18 +254,18 @@ class Generator:
         self.deterministic = deterministic
         per_cell = cell_bytes(self.config, weight.dtype)
         block = round_up(min(MAX_SPLIT, self.max_new_tokens))
-        self._most_suffix = splits_of(self.max_new_tokens) * block
+        suffix = splits_of(self.max_new_tokens) * block
         budget = cache_bytes
         if budget is None:
             budget = cache_budget(self.config, weight.dtype, self.device, max_batch, PREFILL_TOKENS)
         cells = max(budget // per_cell // ALIGN * ALIGN - scratch_cells(max_batch), 0)
-        least = self._most_suffix + ALIGN
+        least = suffix + ALIGN
         if cells < least:
             raise ValueError(
-                f"{budget} bytes of cache hold {cells} tokens: not {self._most_suffix} of a sample "
+                f"{budget} bytes of cache hold {cells} tokens: not {suffix} of a sample "
                 "and a prompt; allow fewer new tokens or more cache"
             )
-        most = 4 * self.config.max_position_embeddings + 2 * max_batch * self._most_suffix
+        most = 4 * self.config.max_position_embeddings + 2 * max_batch * suffix
         cells = min(cells, most)
         self.cache = _allocate(
             self.config, max_batch, block, cells, least, weight.dtype, self.device
@@ -343,10 +343,10 @@ class Generator:
                     context, kept = self.config.max_position_embeddings, self._kept(group)
                     yield GroupResult(group, [], 0, too_long(longest, context, kept))
                     continue
-                room = self.cache.size - self.cache.base - self._most_suffix
-                needed = max(sum(map(round_up, map(len, prompt))) for prompt in group.prompts)
+                needed = max(self._most_cells(prompt, group) for prompt in group.prompts)
+                room = self.cache.size - self.cache.base
                 if needed > room:
-                    error = f"the prompt needs {needed} cells of cache, there are {room}"
+                    error = f"a sample needs up to {needed} cells of cache, there are {room}"
                     yield GroupResult(group, [], 0, error)
                     continue
                 waiting.extend(_Pending(group, self.forest.grow(group.prompts)[0]).next_round())
@@ -365,9 +365,8 @@ class Generator:
             if nodes is None:
                 if self.leaves or joining or self._filling:
                     break  # room comes when others retire
-                if (
-                    holder := self._holder(waiting)
-                ) is not None:  # nothing is live: whoever holds room, waits here
+                holder = self._holder(waiting)
+                if holder is not None:  # nothing is live: whoever holds room, waits here
                     self._let_go(holder)
                     continue
                 others = [entry for entry in waiting if entry[0] is not pending]
@@ -375,8 +374,8 @@ class Generator:
                 waiting.extend(others)
                 for other in pending.aside.values():
                     self.cache.free_slot(other.slot)
-                size = self.cache.size - self.cache.base
-                error = f"the prompt needs {end.stop} cells of cache, there are {size}"
+                room = self.cache.size - self.cache.base
+                error = f"no scores can be forced after {end.stop} tokens in {room} cells of cache"
                 yield GroupResult(pending.group, [], 0, error)
                 continue
             waiting.popleft()
@@ -415,6 +414,11 @@ class Generator:
     def _context(self, group: Group) -> int:
         """The most tokens of a prompt and what follows it, but for what may be forced."""
         return self.config.max_position_embeddings - self._kept(group)
+
+    def _most_cells(self, prompt: Sequence[TokenIds], group: Group) -> int:
+        """The cells of a prompt and of a sample that is as long as it may be."""
+        limit = min(self.max_new_tokens, self._context(group) - sum(map(len, prompt)))
+        return sum(map(round_up, map(len, prompt))) + splits_of(limit) * self.cache.block_cells
 
     def _kept(self, group: Group) -> int:
         """Tokens of the context that are kept for scores that may be forced."""

@@ -293,7 +293,7 @@ def test_a_prompt_that_no_cache_holds_is_an_error_and_the_rest_goes_on(tiny: Tra
     groups = [groups[0], huge, Group(groups[2].prompts, groups[2].key, TWO, tag=2)]
     results = run(make_generator(tiny, cache_bytes=3 * 2 * 48 * 4 * 600), groups)
     assert [bool(result.error) for result in results] == [False, True, False]
-    assert results[1].error is not None and "912 cells of cache" in results[1].error
+    assert results[1].error is not None and "944 cells of cache" in results[1].error
     with pytest.raises(ValueError, match="bytes of cache"):
         make_generator(tiny, cache_bytes=1000)
 

@@ -10,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.forced import ScoreForm
 from engine.generate import Generator, Group
 from engine.judge import Judge
 from engine.kv_cache import cell_bytes, round_up, scratch_cells
 from engine.sample import POCKET
 from engine.verdict import Verdict
 from kernels.forest_attention.plan import splits_of
+from kernels.score_grammar import ScoreRules
 from models import load
 from models.transformer import Transformer
 from tests.rows import needs_cpp
@@ -89,7 +91,7 @@ class Watch:
             return block
 
         generator._set_aside = watched_set_aside  # type: ignore[method-assign]
-        generator._grow = watched_grow  # type: ignore[method-assign]
+        generator._grow = watched_grow  # type: ignore[method-assign, assignment]
         generator._let_go = watched_let_go  # type: ignore[method-assign]
         generator._join = watched_join  # type: ignore[method-assign]
         generator.cache.take_block = watched_take_block  # type: ignore[method-assign]
@@ -194,6 +196,25 @@ def test_forced_scores_after_samples_that_were_set_aside(monkeypatch: pytest.Mon
     assert [*map(drawn_by_judge, narrow)] == [*map(drawn_by_judge, roomy)]
     samples = [s for verdict in roomy if isinstance(verdict, Verdict) for s in verdict.samples]
     assert {sample.forced for sample in samples} == {True, False}
+
+
+@pytest.mark.usefixtures("short_splits")
+def test_a_group_that_fails_gives_back_what_its_other_samples_hold() -> None:
+    """A sample fills the cache, and its text with an opening is too long for it, while the other
+    sample of its group is set aside."""
+    judge = Judge.load(POCKET)
+    form = ScoreForm(judge.tokenizer, ScoreRules())
+    length = 4 * SPLIT
+    cells = length + 16 + scratch_cells(2)
+    generator = make_generator(
+        judge.model, form=form, max_new_tokens=length, max_batch=2,
+        cache_bytes=cells * cell_bytes(judge.model.config, torch.float32),
+    )  # fmt: skip
+    watch = Watch(generator)
+    prompt = [tuple(range(5, 21))]
+    (result,) = run(generator, [Group([prompt] * 2, (1, 2), [2, 2], tag=0)])
+    assert result.error is not None and "tokens in 208 cells of cache" in result.error
+    assert len(watch.aside) == 1 and not watch.back
 
 
 @needs_cpp
