@@ -74,7 +74,7 @@ class Judge:
     ) -> None:
         """Templates, their variables and date are as for `PromptBuilder`. `fingerprint` identifies
         the model in keys. max_batch: most samples decoded together
-        (default 256). cache_bytes bounds keys and values; by default free memory does. meta:
+        (default 256). cache_bytes bounds the cache; by default free memory does. meta:
         chooses which samples vote; ValueError where it takes scores to be in another range."""
         self.model = model
         self.tokenizer = tokenizer

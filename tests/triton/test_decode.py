@@ -7,6 +7,7 @@ so all but the capture itself is tested without a GPU: buffers that stay, idle r
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import engine.generate as generate
 import kernels.accept_token as accept
 from engine.decode import Decoder, GraphDecoder
 from engine.generate import Generator, Group, GroupResult
+from engine.kv_cache import cell_bytes
 from kernels.extract_scores import ScoreAutomaton
 from kernels.forest_attention import AttentionOptions, triton_forward
 from kernels.forest_attention import plan as forest_plan
@@ -103,6 +105,12 @@ def replaying(monkeypatch: pytest.MonkeyPatch, capture: Recorder) -> None:
     monkeypatch.setattr(generate, "make_decoder", make_decoder)
 
 
+def with_short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = forest_plan, forest_schedule, triton_forward, decode, forest, generate, accept
+    for module in modules:
+        monkeypatch.setattr(module, "MAX_SPLIT", 8)
+
+
 @pytest.mark.parametrize("ahead", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_replayed_steps_give_the_same_samples(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over live sets of several sizes, with samples that end one by one. Both look equally late:
@@ -130,9 +138,7 @@ def test_replayed_steps_give_the_same_samples(ahead: int, monkeypatch: pytest.Mo
 @pytest.mark.soak
 def test_suffixes_that_come_to_new_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """With splits of 8 tokens: buckets of 1, 2 and 4 splits, and a plan made at each."""
-    modules = forest_plan, forest_schedule, triton_forward, decode, forest, generate, accept
-    for module in modules:
-        monkeypatch.setattr(module, "MAX_SPLIT", 8)
+    with_short_splits(monkeypatch)
     model, groups = make_model((None,)), make_groups(1, 2)
     with monkeypatch.context() as patch:
         patch.setattr(generate, "make_decoder", Decoder)
@@ -144,6 +150,59 @@ def test_suffixes_that_come_to_new_splits(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(generator.decoder, GraphDecoder)
     assert sorted(generator.decoder._buckets) == [(16, 16), (16, 24)]
     assert recorder.captured == 2 and recorder.replayed == 17 - 2
+
+
+def test_a_block_ends_within_replayed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device goes on in the next block, which lies elsewhere, without the host."""
+    with_short_splits(monkeypatch)
+    model, groups = make_model((None,)), make_groups(1, 2)
+    options = {"max_new_tokens": 10, "max_batch": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "make_decoder", Decoder)
+        expected = sampled(make_generator(model, **options), groups, ())
+    recorder = Recorder()
+    replaying(monkeypatch, recorder)
+    generator = make_generator(model, **options)
+    decoder = generator.decoder
+    seen = []
+    run = decoder.run
+
+    def watched(steps: int) -> None:
+        before = decoder._cursor.cache_index[:2].tolist()
+        run(steps)
+        after = decoder._cursor.cache_index[:2].tolist()
+        seen.append((steps, [b - a for a, b in zip(before, after, strict=True)]))
+        for leaf in decoder.leaves:
+            assert len(leaf.blocks) == 2 and leaf.blocks[1] != leaf.blocks[0] + 8
+
+    monkeypatch.setattr(decoder, "run", watched)
+    assert sampled(generator, groups, ()) == expected
+    (steps, moved), *_ = seen
+    assert steps == 8 and all(step != 8 for step in moved)
+    assert (recorder.captured, recorder.replayed) == (1, 8)
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("products_in_order")
+def test_samples_that_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its keys come back into other blocks, and steps that were captured before read them."""
+    with_short_splits(monkeypatch)
+    model, groups = make_model((None,)), make_groups(1, 3)
+    options = {"max_new_tokens": 20, "max_batch": 4, "deterministic": True}
+    replaying(monkeypatch, Recorder())
+    expected = sampled(make_generator(model, **options), groups, ())
+    cell = cell_bytes(model.config, torch.float32)
+    generator = make_generator(model, **options, cache_bytes=(16 + 5 * 16 + 6 * 16) * cell)
+    counts = []
+    set_aside = generator._set_aside
+
+    def counted(leaf: Any, waiting: Any) -> None:
+        counts.append(leaf.count)
+        set_aside(leaf, waiting)
+
+    monkeypatch.setattr(generator, "_set_aside", counted)
+    assert sampled(generator, groups, ()) == expected
+    assert counts
 
 
 def test_many_rows_take_a_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
