@@ -21,7 +21,7 @@ from kernels.score_grammar import ScoreRules
 from models import load
 from models.transformer import Transformer
 from tests.rows import needs_cpp
-from tests.test_generate import drawn, in_rounds, make_generator, make_groups, run
+from tests.test_generate import drawn, in_rounds, live_of, make_generator, make_groups, run
 from tests.test_judge import drawn as drawn_by_judge
 from tests.test_judge import world_rows
 from tests.tiny import VOCAB_SIZE, write_model
@@ -98,7 +98,9 @@ class Watch:
 
 
 @needs_cpp
-def test_room_for_two_and_a_half_of_sixteen(tiny: Transformer) -> None:
+def test_room_for_two_and_a_half_of_sixteen(
+    tiny: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit the samples of a roomy run, of which some have several blocks on the host."""
     groups = make_groups(1, k=16)
     roomy = make_generator(tiny, max_new_tokens=600)
@@ -106,9 +108,11 @@ def test_room_for_two_and_a_half_of_sixteen(tiny: Transformer) -> None:
     expected = [drawn(result) for result in run(roomy, groups)]
     assert not watch.aside and watch.most_blocks == 16 * 3
     small = with_cells(tiny, 5 * 3 * 256 // 2 + 300, max_new_tokens=600)
-    watch = Watch(small)
+    watch, live = Watch(small), live_of(small, monkeypatch)
+    blocks = small.cache.free_blocks
     assert [drawn(result) for result in run(small, groups)] == expected
     assert len(watch.aside) == len(watch.back) > 3
+    assert max(live) <= blocks // 2  # each that begins leaves room for its second block
     assert max(count for _, count in watch.aside) > 256
     assert sorted(watch.aside, key=id_of) == sorted(watch.back, key=id_of)
     assert watch.most_blocks <= 8

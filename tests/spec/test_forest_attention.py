@@ -211,18 +211,19 @@ def test_a_query_without_keys_is_zero(on: Implementation) -> None:
 
 
 def test_an_idle_row_and_an_empty_suffix(on: Implementation) -> None:
-    """A leaf without a token of its own, a row without a leaf or a block, and a leaf with nothing
-    but a suffix; the other cells are NaN."""
+    """A leaf without a token of its own, a row without a leaf or a block, and leaves with nothing
+    but suffixes, of two lengths; the other cells are NaN."""
     blocks, length, position = (
-        torch.tensor(x, device=on.device) for x in ([[16], [-1], [0]], [0, 0, 3], [0, 0, 0])
+        torch.tensor(x, device=on.device)
+        for x in ([[0], [-1], [16], [32]], [0, 0, 3, 2], [0, 0, 0, 0])
     )
     suffix = Suffixes(blocks, length, position, 5)
-    plan = ForestPlan([], torch.tensor([0, 0, 2], device=on.device), suffix)
+    plan = ForestPlan([], torch.tensor([0, 0, 2, 1], device=on.device), suffix)
     cache = torch.full((1, 48, 4), float("nan"), device=on.device)
-    cache[:, :3] = on.draw(1, 3, 4, seed=1)
-    q = on.draw(3, 2, 4)
+    cache[:, 16:19], cache[:, 32:34] = on.draw(1, 3, 4, seed=1), on.draw(1, 2, 4, seed=2)
+    q = on.draw(4, 2, 4)
     out = check(on, plan, PLAIN, reference(plan, PLAIN), q, cache, cache)
-    assert out[:2].eq(0).all() and out[2].isfinite().all()
+    assert out[:2].eq(0).all() and out[2:].isfinite().all()
 
 
 def test_nan_stays_with_its_owner(on: Implementation) -> None:
