@@ -177,7 +177,7 @@ class Decoder(CachedForward):
         )
         blocks = torch.full((rows, splits_of(max_new_tokens)), -1, device=self.device)
         self._cursor = Cursor(position, length, cache_index, blocks)
-        self._num_blocks: list[int] = []  # how many of each leaf's the table holds
+        self._num_blocks = 0  # of live leaves, in that table
         self._table = torch.zeros(4, rows, dtype=torch.int64, device=self.device)
         self._plan: ForestPlan | None = None
         self._reader = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -203,7 +203,7 @@ class Decoder(CachedForward):
         table += [[1, 0, 0, 0]] * (rows - batch)
         self._table[:, :rows] = self._tensor(table).view(rows, 4).T
         position, length, cache_index, blocks = self._cursor
-        self._num_blocks = [0] * batch
+        self._num_blocks = 0
         self._write_blocks()
         blocks[idle, 0] = torch.arange(rows - batch, device=self.device)  # scratch cells
         # Of a leaf's c tokens c - 1 are in the cache; the next step writes the last.
@@ -287,16 +287,13 @@ class Decoder(CachedForward):
         return self.padded(batch)
 
     def _write_blocks(self) -> None:
-        """Write to the table the blocks that leaves have got since they were last written."""
-        new = [
-            (row, place, leaf.blocks[place])
-            for row, leaf in enumerate(self.leaves)
-            for place in range(self._num_blocks[row], len(leaf.blocks))
-        ]
-        if new:
-            row, place, block = self._tensor(new).T
-            self._cursor.blocks[row, place] = block
-        self._num_blocks = [len(leaf.blocks) for leaf in self.leaves]
+        """Copy the leaves' blocks into the table, where they have got any since the last time."""
+        count = sum(len(leaf.blocks) for leaf in self.leaves)
+        if count == self._num_blocks:
+            return
+        self._num_blocks, most = count, self._cursor.blocks.shape[1]
+        table = [leaf.blocks + [-1] * (most - len(leaf.blocks)) for leaf in self.leaves]
+        self._cursor.blocks[: len(table)] = self._tensor(table)
 
     def _steps(self, plan: ForestPlan, steps: int) -> None:
         batch = len(self.leaves)

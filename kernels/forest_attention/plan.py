@@ -105,7 +105,7 @@ class Suffixes:
 
     def partials(self) -> Tensor:
         """(T, splits) int64, on CPU: that of query i and split j is j * T + i."""
-        return torch.arange(self.num_partials).view(self.num_splits, -1).T
+        return torch.arange(self.num_partials).view(self.num_splits, len(self.blocks)).T
 
     def check(self) -> None:
         """Assert that no suffix is longer than it may be, and that all have blocks of their own."""
