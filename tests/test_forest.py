@@ -126,6 +126,28 @@ def test_the_head_unused_for_longest_goes_first() -> None:
     forest.check([large])
 
 
+def test_heads_go_for_blocks_too() -> None:
+    """For one that is taken, and for those that must stay free beside a path, which is not held
+    where they are not there; the head of a living leaf stays."""
+    forest = make_forest(5 * ALIGN)
+    ends, _ = forest.grow([((i,), (0,)) for i in range(3)])
+    heads = [end.path()[0] for end in ends]
+    for end in ends[:2]:
+        assert forest.allocate(end)
+        forest.release(end)
+    assert forest.allocate(ends[2], blocks=4) is None
+    assert forest.allocate(ends[2], blocks=3) == [heads[2], ends[2]]
+    assert [head.slab is not None for head in heads] == [False, False, True]
+    forest.check([ends[2]])
+    assert [forest.take_block() is not None for _ in range(4)] == [True] * 3 + [False]
+    forest.release(ends[2])
+    assert forest.allocate(ends[2]) == [ends[2]]
+    forest.release(ends[2])
+    blocks = [forest.take_block() for _ in range(3)]
+    assert None not in blocks[:2] and blocks[2] is None and heads[2].slab is None
+    forest.check([])
+
+
 def test_logits_go_with_the_slab() -> None:
     forest = make_forest(2 * ALIGN)
     (end,), _ = forest.grow([((1,), (2,))])

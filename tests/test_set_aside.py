@@ -202,6 +202,21 @@ def test_forced_scores_after_samples_that_were_set_aside(monkeypatch: pytest.Mon
     assert {sample.forced for sample in samples} == {True, False}
 
 
+@pytest.mark.usefixtures("short_splits", "in_torch")
+def test_samples_that_were_set_aside_in_torch(tiny: Transformer) -> None:
+    """Log-probs stay those of a plain forward."""
+    groups = make_groups(1, k=4)
+    generator = with_cells(tiny, 16 * SPLIT, max_new_tokens=5 * SPLIT)
+    watch = Watch(generator)
+    (result,) = run(generator, groups)
+    assert watch.aside and len(watch.aside) == len(watch.back)
+    for prompt, generation in zip(groups[0].prompts, result.generations, strict=True):
+        text = [token for segment in prompt for token in segment]
+        logits = tiny.logits(text + generation.token_ids)[len(text) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(generation.token_ids)[:, None])
+        assert (expected[:, 0] - torch.tensor(generation.logprobs)).abs().max() < 1e-4
+
+
 @pytest.mark.usefixtures("short_splits")
 def test_a_group_that_fails_gives_back_what_its_other_samples_hold() -> None:
     """A sample fills the cache, and its text with an opening is too long for it, while the other
