@@ -77,7 +77,8 @@ class HeadShape:
         holds two: the softmax of one runs beside the products of the other."""
         groups = num_heads // kv_heads
         fits = dtype != torch.float32 and max(dim, v_dim) <= 128
-        wide = power_of_two(groups, 128 if fits and not decode else 64)
+        most = 128 if fits and not decode else 32 if dtype == torch.float32 else 64
+        wide = power_of_two(groups, most)
         two = fits and wide == 64 and target.shared_bytes >= _SHARED_OF_TWO
         rows = TileRows(power_of_two(groups, 16), wide, 2 if two else 1, target)
         return HeadShape(groups, kv_heads, v_dim, rows)

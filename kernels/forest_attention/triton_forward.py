@@ -37,6 +37,8 @@ def _attend_keys(
 ):  # fmt: skip
     """Take keys [first, end) of a span into the running softmax of a query tile."""
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    last = tl.minimum(q_pos - position, num_keys - 1)  # (M,) of the keys that a query sees
+    last_hidden = q_pos - position - window
     for start in range(first, end, N):
         column = start + tl.arange(0, N)
         k_ptrs = k_ptr + column[:, None] * k_n + d[None, :]  # (N, BLOCK_D)
@@ -54,10 +56,9 @@ def _attend_keys(
         if SOFTCAP:
             scores = tanh(scores * cap_scale)
         if MASKED:
-            k_pos = position + column[None, :]
-            visible = (column < num_keys)[None, :] & (k_pos <= q_pos[:, None])
+            visible = column[None, :] <= last[:, None]
             if WINDOW:
-                visible = visible & (k_pos > q_pos[:, None] - window)
+                visible = visible & (column[None, :] > last_hidden[:, None])
             scores = tl.where(visible, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)  # (M,)
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -192,14 +193,18 @@ def _forest_attention_kernel(
     tl.store(o_ptrs, o, mask=mask[:, None] & (dv < DV)[None, :])
 
 
-def _launch(rows: int, dim: int, v_dim: int, dtype: torch.dtype, target: Target) -> dict[str, int]:
+def _launch(
+    rows: int, dim: int, v_dim: int, dtype: torch.dtype, target: Target, suffix: bool
+) -> dict[str, int]:
     """Keys of a tile, warps and stages of one instance: as many bytes in flight as registers and
     shared memory hold without spilling. Tune with bench/ops/forest_attention.py."""
     block_d, block_dv = power_of_two(dim, 16), power_of_two(v_dim, 16)
     is_long, is_float32 = max(block_d, block_dv) > 128, dtype == torch.float32
-    # Products in float32 are unrolled into registers.
-    keys, stages = (16, 2) if is_float32 else (32 if is_long else 64, 3)
-    # Of 64 rows 4 warps hold the accumulator, but for these.
+    keys, stages = 32 if is_long else 64, 3
+    if is_float32:  # products in float32 are unrolled into registers
+        keys, stages = 32 if rows > 16 and max(block_d, block_dv) <= 64 else 16, 2
+    elif is_long and rows == 16 and not suffix:
+        stages = 2  # what three spill
     warps = 8 if rows > 64 or (rows > 16 and (is_long or is_float32)) else 4
     # On an AMD GPU the queries stay in registers.
     q_bytes = 0 if target.is_hip else rows * block_d * dtype.itemsize
@@ -315,5 +320,5 @@ def _run_instance(
         *options.exp2_factors(), options.window or 0,
         G=shape.groups, D=dim, DV=v_dim, SPLIT=MAX_SPLIT, SUFFIX=tensors[0] is None,
         SOFTCAP=options.softcap is not None, WINDOW=options.window is not None,
-        **_launch(rows, dim, v_dim, q.dtype, shape.rows.target),
+        **_launch(rows, dim, v_dim, q.dtype, shape.rows.target, tensors[0] is None),
     )  # fmt: skip
