@@ -3,8 +3,8 @@
 An operation runs its Triton kernel for tensors on a GPU, and for tensors on CPU under
 TRITON_INTERPRET=1 (set before this package is imported). On a GPU it never falls back.
 
-`intercept` hands every launch to a callable instead of the device: ahead-of-time compilation
-records launches that way, and tests count them.
+`intercept` hands every launch to a callable instead of the device: tests count launches that way.
+With a target, operations on CPU tensors are launched too: ahead-of-time compilation records them.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,11 +25,12 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 Handler = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 
 _handler: ContextVar[Handler | None] = ContextVar("handler", default=None)
+_target: ContextVar[Target | None] = ContextVar("target", default=None)  # of `intercept`
 
 
 def runs_triton(x: Tensor) -> bool:
     """Whether operations on this tensor run their Triton kernel."""
-    return x.is_cuda or INTERPRETED or _handler.get() is not None
+    return x.is_cuda or INTERPRETED or _target.get() is not None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -71,12 +72,14 @@ def _second_stream(device: torch.device, stream: int) -> torch.cuda.Stream:
 
 @contextmanager
 def intercept(handler: Handler, target: Target | None = None) -> Iterator[None]:
-    """Hand all launches of this thread to `handler`, from operations on CPU tensors too; with a
-    target, tiles are chosen for it. What a handler does not run leaves results uninitialised."""
-    token = _handler.set(handler)
+    """Hand all launches of this thread to `handler`. With a target, tiles are chosen for it, and
+    operations on CPU tensors launch their kernels too. What a handler does not run leaves results
+    uninitialised."""
+    tokens = _handler.set(handler), _target.set(target)
     try:
         # Otherwise autograd launches a GPU's gradients from threads of its own.
         with tiles_for(target), torch.autograd.set_multithreading_enabled(False):
             yield
     finally:
-        _handler.reset(token)
+        _handler.reset(tokens[0])
+        _target.reset(tokens[1])
