@@ -68,16 +68,18 @@ class OpCase:
         return f"{self.op}: {self.name}"
 
 
-def assert_close(name: str, out: Tensor, exact: Tensor, plain: Tensor, factor: float) -> None:
+def assert_close(
+    name: str, out: Tensor, exact: Tensor, plain: Tensor, factor: float, least: float = 0.0
+) -> None:
     """Raise NotLikeReference unless the largest error of `out` against `exact` (float64) is at most
     `factor` times that of `plain` (the reference in the operation's dtype), or 2 units in the last
-    place of the largest value."""
+    place of the largest value, or `least`."""
     if out.shape != exact.shape:
         raise NotLikeReference(f"{name}: shape {tuple(out.shape)}, not {tuple(exact.shape)}")
     exact = exact.double()
     error, plain_error = ((x.double() - exact).abs().max().item() for x in (out, plain))
     unit = torch.finfo(out.dtype).eps * exact.abs().max().item()
-    allowed = max(factor * plain_error, 2 * unit)
+    allowed = max(factor * plain_error, 2 * unit, least)
     if not error <= allowed:
         raise NotLikeReference(f"{name}: off by {error:.3g}, {allowed:.3g} is allowed")
 

@@ -39,7 +39,8 @@ from bench.provenance import print_json
 from bench.shapes import SHAPES, Shape
 from bench.timing import DEVICE, ON_GPU
 from engine import command
-from engine.generate import Generator, Group, Usage
+from engine.forest import TokenIds
+from engine.generate import Generation, Generator, Group, Usage
 from engine.kv_cache import cell_bytes, round_up
 from kernels.extract_scores import ScoreAutomaton
 from kernels.forest_attention import AttentionOptions
@@ -50,6 +51,11 @@ from models.config import DTYPES, ModelConfig, Rope
 from models.transformer import Transformer
 
 COMPARE = ("transformers", "llama.cpp")
+
+
+def context_of(load: Workload) -> int:
+    """A context with which the engine keeps room for all prompts of a workload at once."""
+    return max(load.prefix + load.new_tokens + 16, load.distinct_tokens // 4)
 
 
 def config_of(shape: Shape, context: int) -> ModelConfig:
@@ -108,9 +114,12 @@ class Ours:
     def __init__(self, model: Transformer, load: Workload) -> None:
         self.load, self.vocab_size = load, model.config.vocab_size
         self.usage = Usage()
-        # Room for the prompts of three rounds: earlier heads stay until room is needed.
+        # Room for the prompts of a round, and of three where that is little: earlier heads stay
+        # until room is needed. The engine keeps some for one prompt as long as the context.
         cells = round_up(load.new_tokens) * load.k + 16 * load.k
-        cells += max(4 * load.distinct_tokens, 2 * (load.prefix + load.new_tokens + 64))
+        rounds = 4 if load.sharing else 1
+        prompts = rounds * (load.distinct_tokens + 16 * load.k * load.levels)
+        cells += max(prompts, 2 * (load.prefix + load.new_tokens + 64))
         texts = [f"{i} ".encode() for i in range(self.vocab_size)]
         weight = model.head_weight
         self.generator = Generator(
@@ -125,18 +134,34 @@ class Ours:
             cache_bytes=cells * cell_bytes(model.config, weight.dtype),
             usage=self.usage,
         )
+        self.live: list[int] = []  # samples of each block of steps
+        decoder = self.generator.decoder
+        run = decoder.run
+
+        def counted(steps: int) -> None:
+            self.live.append(len(decoder.leaves))
+            run(steps)
+
+        decoder.run = counted  # type: ignore[method-assign]
+
+    def sample(self, prompts: list[list[TokenIds]], seed: int) -> list[Generation]:
+        """The samples of these prompts. Raises ValueError where they do not all fit at once."""
+        self.live.clear()
+        (result,) = self.generator.run([Group(prompts, (seed, 0), [4] * len(prompts))])
+        if result.error is not None:
+            raise ValueError(result.error)
+        if self.live and self.live[0] != self.load.k:
+            raise ValueError(f"{self.live[0]} of {self.load.k} samples fit in the cache at once")
+        assert all(len(g.token_ids) == self.load.new_tokens for g in result.generations)
+        return result.generations
 
     def round(self, seed: int) -> Round:
         """Sample once, with prompts of this seed."""
         prompts = self.load.prompts(self.vocab_size, seed)
-        group = Group(prompts, (seed, 0), [4] * len(prompts))
         before = asdict(self.usage)
         started = time.perf_counter()
-        (result,) = self.generator.run([group])
+        self.sample(prompts, seed)
         total = time.perf_counter() - started
-        if result.error is not None:
-            raise ValueError(result.error)
-        assert all(len(g.token_ids) == self.load.new_tokens for g in result.generations)
         used = {name: value - before[name] for name, value in asdict(self.usage).items()}
         assert used["prefill_tokens"] == self.load.distinct_tokens, "a prompt was kept or repeated"
         return Round(
@@ -181,12 +206,21 @@ def peak_bytes() -> int:
 
 
 def measure(
-    model: Transformer, load: Workload, repeats: int, compare: Sequence[str], ceilings: Ceilings
+    model: Transformer,
+    load: Workload,
+    repeats: int,
+    compare: Sequence[str],
+    ceilings: Ceilings,
+    warm: bool = False,
 ) -> dict[str, Any]:
-    """The figures of one workload, ours and the peers' measured in turn."""
+    """The figures of one workload, ours and the peers' measured in turn. warm: no round comes
+    before them, since another workload has compiled all kernels."""
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
     peers: list[Any] = [Ours(model, load)]
     weight = model.head_weight
-    peers[0].round(0)
+    if not warm:
+        peers[0].round(0)
     with_ours = peak_bytes()  # before any peer takes its own
     if compare:
         peers += [peer(name, model, load) for name in compare]
@@ -297,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = load_weights(args.model, config, chosen, DEVICE).eval()
     else:
         shape = SHAPES[args.shape]
-        config = config_of(shape, load.prefix + load.new_tokens + 16)
+        config = config_of(shape, context_of(load))
         model = random_model(config, DTYPES[args.dtype] if args.dtype else shape.dtype, DEVICE)
     ceilings = measure_ceilings()
     figures = measure(model, load, args.repeats, args.compare, ceilings)

@@ -9,12 +9,11 @@ ratio to a peer is the median over rounds of its time / ours: above 1, ours is f
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.case import Arguments, OpCase, Peer, calls_on
 from bench.ceilings import Ceilings
@@ -23,6 +22,9 @@ from bench.timing import ON_GPU, Rotation, num_sets, randn, reseed
 _ROUNDS = (7, 15) if ON_GPU else (3, 9)
 _SECONDS = 1.0  # of ours and all peers together, if that leaves enough rounds
 FACTOR, PEERS_FACTOR = 4, 16  # of the error of the reference in the same dtype
+
+# repeat(target, setup, rounds): make rounds of both, of which `target` is what is timed.
+Repeat = Callable[[Callable[[], None], Callable[[], None], int], None]
 
 
 @dataclass
@@ -91,9 +93,16 @@ def _prepare(case: OpCase, arguments: Arguments, peer: Peer) -> Rotation | str:
         return f"{type(error).__name__}: {error}"[:200]
 
 
-def measure(case: OpCase, ceilings: Ceilings, benchmark: BenchmarkFixture) -> Figure:
-    """Check the result, then time ours and all peers in turn. The table of pytest-benchmark shows
-    whole rotations of ours. Raises NotLikeReference before anything is timed."""
+def in_turn(target: Callable[[], None], setup: Callable[[], None], rounds: int) -> None:
+    """The plain `Repeat`."""
+    for _ in range(rounds):
+        setup()
+        target()
+
+
+def measure(case: OpCase, ceilings: Ceilings, repeat: Repeat = in_turn) -> Figure:
+    """Check the result, then time ours and all peers in turn. Raises NotLikeReference before
+    anything is timed."""
     reseed()
     inputs = case.make_inputs(randn, num_sets(case.num_bytes))
     case.check(inputs[0], case.call(*inputs[0]), FACTOR)
@@ -118,9 +127,7 @@ def measure(case: OpCase, ceilings: Ceilings, benchmark: BenchmarkFixture) -> Fi
         for name, rotation in rotations.items():
             times[name].append(rotation.time_ms())
 
-    benchmark.pedantic(
-        lambda: our_times.append(own.time_ms()), setup=time_peers, rounds=rounds, iterations=1
-    )
+    repeat(lambda: our_times.append(own.time_ms()), time_peers, rounds)
     peers = {name: PeerFigure(note=note) for name, note in notes.items()}
     for name, rotation in rotations.items():
         peers[name] = PeerFigure(
@@ -131,7 +138,7 @@ def measure(case: OpCase, ceilings: Ceilings, benchmark: BenchmarkFixture) -> Fi
     ms = statistics.median(our_times)
     floor_ms, bound = ceilings.floor_ms(case.num_bytes, case.flops)
     gb_per_s, tflop_per_s = case.num_bytes / ms * 1e-6, case.flops / ms * 1e-9
-    figure = Figure(
+    return Figure(
         op=case.op,
         case=case.name,
         num_bytes=case.num_bytes,
@@ -148,8 +155,6 @@ def measure(case: OpCase, ceilings: Ceilings, benchmark: BenchmarkFixture) -> Fi
         captured=own.captured,
         peers=peers,
     )
-    benchmark.extra_info.update(figure.as_dict())
-    return figure
 
 
 def table(figures: Sequence[Figure]) -> str:

@@ -1,7 +1,7 @@
 """Memory and time of the policy loss and its gradients, fused and unfused, on one head.
 
     python -m bench.loss [--tokens 1024 4096] [--hidden 512] [--vocab 151936] [--softcap C]
-                         [--dtype float32] [--small 1024] [--repeats 3]
+                         [--dtype float32] [--small ROWS] [--repeats 3]
 
 `unfused` makes all logits and lets autograd do the rest; `fused` is `linear_policy_loss`; `fused in
 place` adds the weight's gradient to a float32 buffer that is already there, `fused small` does
@@ -23,6 +23,7 @@ import torch
 
 from bench.ceilings import measure_ceilings
 from bench.loss_peers import OPTIONS, Batch, Head, liger, unfused
+from bench.ops.linear_logprob import SMALL
 from bench.provenance import print_json
 from bench.timing import DEVICE, ON_GPU
 from bench.turns import Run, describe, take_turns
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, default=151_936, metavar="V")
     parser.add_argument("--softcap", type=float, metavar="C")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--small", type=int, default=1024 if ON_GPU else 64, metavar="ROWS")
+    parser.add_argument("--small", type=int, default=SMALL, metavar="ROWS")
     parser.add_argument("--repeats", type=int, default=3, metavar="R")
     args = parser.parse_args(arguments)
     dtype = getattr(torch, args.dtype)

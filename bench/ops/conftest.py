@@ -6,7 +6,6 @@ The end is a table and one JSON line, of what was measured and nothing else.
 import gc
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -41,15 +40,15 @@ def ceilings(pytestconfig: pytest.Config) -> Ceilings:
 def measured(
     request: pytest.FixtureRequest, benchmark: BenchmarkFixture, ceilings: Ceilings
 ) -> Iterator[Callable[[OpCase], Figure]]:
-    """Measure and report."""
+    """Measure and report. The table of pytest-benchmark shows whole rotations of ours."""
+
+    def repeat(target: Callable[[], None], setup: Callable[[], None], rounds: int) -> None:
+        benchmark.pedantic(target, setup=setup, rounds=rounds, iterations=1)
 
     def run(case: OpCase) -> Figure:
-        figure = measure(case, ceilings, benchmark)
+        figure = measure(case, ceilings, repeat)
+        benchmark.extra_info.update(figure.as_dict())
         request.config.stash[_figures].append(figure)
-        request.node.user_properties += [
-            ("ceilings", asdict(ceilings)),
-            ("figure", figure.as_dict()),
-        ]
         return figure
 
     with torch.inference_mode():
@@ -63,9 +62,9 @@ def measured(
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """The table, unless a log takes the figures."""
+    """The table."""
     found = config.stash.get(_ceilings, None)
-    if found is None or config.getoption("--log", default=None) is not None:
+    if found is None:
         return
     terminalreporter.section("figures")
     load = f"; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors"
@@ -75,8 +74,8 @@ def pytest_terminal_summary(
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """The JSON line, unless a log takes the figures."""
+    """The JSON line."""
     found = config.stash.get(_ceilings, None)
-    if found is not None and config.getoption("--log", default=None) is None:
+    if found is not None:
         figures = config.stash[_figures]
         print_json(summary(found, figures))

@@ -28,8 +28,11 @@ from kernels.logprob import LogProbs, linear_logprob, linear_logprob_ref
 from kernels.logprob.linear_policy_loss import linear_policy_loss
 from kernels.logprob.policy_loss import PolicyLossOptions
 
-SMALL = 1024 if ON_GPU else 64  # rows of logits at a time in the mode for little memory
+SMALL = 768 if ON_GPU else 64  # rows of logits at a time in the mode for little memory
 CHECKED = [0, -1]  # rows
+# Of log-probs from half types: a tensor core cuts off what it adds up, not rounds it, and 256 sums
+# of 16 terms (4,096 channels) leave about 1e-5 of logits that are near 10.
+HALF_ERROR = 1e-4
 
 
 class _Case:
@@ -77,10 +80,11 @@ def log_probs(shape: Shape, rows: int) -> OpCase:
             return linear_logprob_ref(*inputs, case.softcap)
 
         exact, plain = values(torch.float64), values(torch.float32)
+        least = HALF_ERROR if shape.dtype.itemsize == 2 else 0.0
         for name, found, exactly, plainly in zip(out._fields, out, exact, plain, strict=True):
             # Sums over a whole vocabulary, in another order.
             title = f"linear_logprob: {name}"
-            assert_close(title, found[CHECKED], exactly, plainly, 4 * factor)
+            assert_close(title, found[CHECKED], exactly, plainly, 4 * factor, least)
 
     return OpCase(
         "linear_logprob",
