@@ -42,7 +42,8 @@ from kernels.forest_attention.plan import ForestPlan
 from kernels.launch import intercept
 from kernels.target import TARGETS, Target
 
-_ALIGNED = [["tt.divisibility", 16]]
+_LISTS_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+_ALIGNED: list[list[object]] = [["tt.divisibility", 16]]
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def describe(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
             continue
         signature.append((parameter.name, mangle_type(value)))
         address = value.data_ptr() if isinstance(value, Tensor) else value
-        if isinstance(address, int) and not isinstance(value, bool) and address % 16 == 0:
+        is_whole = isinstance(address, int) and not isinstance(value, bool)
+        if is_whole and not parameter.do_not_specialize and address % 16 == 0:
             aligned.append(i)
     return Launch(
         kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(settings.items())
@@ -175,13 +177,25 @@ def all_launches(
     return {(launch, arch): key for launch, arch, key in found.values()}
 
 
+def _attributes(launch: Launch) -> dict[tuple[int], list[list[object]]]:
+    """As Triton lists them when it compiles at a launch, so that it finds under its key what is
+    compiled here: empty for integers and pointers that are not aligned, and since 3.7 for constants
+    too; absent for numbers that are never told apart."""
+    return {
+        (i,): _ALIGNED if i in launch.aligned else []
+        for i, (_, kind) in enumerate(launch.signature)
+        if (kind == "constexpr" and _LISTS_CONSTANTS)
+        or (kind.startswith(("*", "i")) and not launch.kernel.params[i].do_not_specialize)
+    }
+
+
 def compiled(launch: Launch, target: Target) -> Any:
     """What Triton makes of one launch for one target."""
     source = ASTSource(
         launch.kernel,
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
-        attrs={(i,): _ALIGNED for i in launch.aligned},
+        attrs=_attributes(launch),
     )
     if target.is_hip:
         gpu = GPUTarget("hip", target.arch, 64)
