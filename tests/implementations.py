@@ -131,7 +131,7 @@ class Implementation:
             error, own = (float((x.cpu() - exact).norm()) for x in (out, plain))
             units = 16 if out.dtype == torch.float64 else 1
             bound = units * torch.finfo(out.dtype).eps * float(exact.norm())
-            assert error <= max(4 * own, bound)
+            assert error <= slack(out) * max(4 * own, bound)
         return counts
 
 
@@ -149,11 +149,18 @@ def wide(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+def slack(x: Tensor) -> int:
+    """How many times as far off a result may be for being a GPU's: ex2.approx and div.full are off
+    by 2 units in the last place of float32, where what is rounded is off by half a unit. Half types
+    do not show it."""
+    return 4 if x.is_cuda and x.dtype == torch.float32 else 1
+
+
 def assert_exact(results: Any, reference: Callable[..., Any], *arguments: Any) -> None:
     """The error of each result against the reference in float64 is at most twice that of the
-    reference itself in the arguments' dtype, plus one unit in the last place of the largest value.
-    What is infinite or NaN there is so here. In float64 the reference is no more exact than the
-    result: 16 units."""
+    reference itself in the arguments' dtype, plus one unit in the last place of the largest value;
+    on a GPU see `slack`. What is infinite or NaN there is so here. In float64 the reference is no
+    more exact than the result: 16 units."""
     exact = tuple_of(reference(*map(wide, arguments)))
     with cpp.torch_only():
         plain = tuple_of(reference(*map(on_cpu, arguments)))
@@ -168,7 +175,7 @@ def assert_exact(results: Any, reference: Callable[..., Any], *arguments: Any) -
         error, own_error = ((x - right).abs().max().item() for x in (found, own))
         unit = torch.finfo(ours.dtype).eps * max(right.abs().max().item(), 1e-30)
         unit *= 16 if ours.dtype == torch.float64 else 1
-        assert error <= 2 * own_error + unit, (error, own_error, unit)
+        assert error <= slack(ours) * (2 * own_error + unit), (error, own_error, unit)
 
 
 def gradients(
