@@ -118,8 +118,7 @@ def describe(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
             continue
         signature.append((parameter.name, mangle_type(value)))
         address = value.data_ptr() if isinstance(value, Tensor) else value
-        is_whole = isinstance(address, int) and not isinstance(value, bool)
-        if is_whole and not parameter.do_not_specialize and address % 16 == 0:
+        if isinstance(address, int) and not isinstance(value, bool) and address % 16 == 0:
             aligned.append(i)
     return Launch(
         kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(settings.items())

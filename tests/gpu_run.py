@@ -90,7 +90,7 @@ def small_work() -> Work:
         figures={step: [any_result(case) for case in cases] for step, cases in figures.items()},
         decodes={
             "decode": (SHAPE, [Workload(40, 4, 18), Workload(300, 18, 9)]),
-            "unshared": (SHAPE, [Workload(40, 4, 9, sharing=False)]),
+            "unshared": (SHAPE, [Workload(100, 12, 9, sharing=False)]),
             "gemma": (CAPPED, [Workload(40, 4, 9, levels=2)]),
         },
         memory={"small": Head(32, 16, 64, None, torch.bfloat16)},

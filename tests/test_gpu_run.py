@@ -74,7 +74,7 @@ def test_every_step_on_a_gpu_that_is_not_there(tmp_path: Path) -> None:
         ("qwen3-8b", 4, True, True),
         ("qwen3-8b", 18, True, True),
         ("qwen3-8b", 4, True, False),
-        ("qwen3-8b", 4, False, True),
+        ("qwen3-8b", 12, False, True),
         ("gemma2-27b", 4, True, True),
     ]
     # Steps were captured, and replayed more often than launched.
@@ -92,7 +92,7 @@ def writes(run: Run) -> None:
 
 
 def hangs(run: Run) -> None:
-    subprocess.Popen(["sleep", "60"])
+    run.write("checked", name=str(subprocess.Popen(["sleep", "60"]).pid))
     time.sleep(60)
 
 
@@ -102,6 +102,11 @@ def dies(run: Run) -> None:
 
 def raises(run: Run) -> None:
     raise ValueError("no such thing")
+
+
+def lives(pid: str) -> bool:
+    status = Path("/proc", pid, "status")
+    return status.exists() and "State:\tZ" not in status.read_text()
 
 
 def test_no_step_stops_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,12 +124,14 @@ def test_no_step_stops_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [(line["step"], line["kind"], line.get("error")) for line in lines] == [
         ("raises", "error", "ValueError: no such thing"),
         ("raises", "step", None),
+        ("hangs", "checked", None),
         ("hangs", "error", "ended after its time"),
         ("dies", "error", "exit status 3"),
         ("writes", "checked", None),
         ("writes", "step", None),
     ]
     assert "in raises" in lines[0]["trace"]
+    assert not lives(lines[2]["name"])  # what a step has started ends with it
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "figures.jsonl", "log.txt", "summary.json", "summary.md",
     ]  # fmt: skip
@@ -228,6 +235,8 @@ def test_the_log_of_the_tests(workers: int, tmp_path: Path) -> None:
     assert (found["passed"], found["skipped"], found["not_run"]) == (1, 1, [])
     failed = {each["test"].split("::")[1]: each["reason"] for each in found["failed"]}
     assert "assert 1 == 2" in failed.pop("test_bad")
+    begun_and_ended = (tmp_path / "log").read_text().splitlines()
+    assert len(begun_and_ended) == 4 + (4 if workers else 3)  # written once
     if workers:
         assert "crashed" in failed["test_crash"] and not found["begun"]
         return
