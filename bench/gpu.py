@@ -39,7 +39,7 @@ from bench.figures import Figure
 from bench.figures import table as figures_table
 from bench.goals import DECODE_RATES, DECODE_SHARE, GOALS, LOSS_GB, compare
 from bench.goals import table as goals_table
-from bench.gpu_steps import STEPS, Run, perform, real_work
+from bench.gpu_steps import STEPS, Run, append, perform, real_work
 from bench.provenance import print_json, provenance
 from bench.stage import read_log
 from engine import command
@@ -77,9 +77,7 @@ class Child:
             error = f"exit status {self.process.exitcode}"
         self.end()
         if error is not None:
-            line = {"step": self.step, "kind": "error", "name": self.step, "error": error}
-            with lines.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(lines, {"step": self.step, "kind": "error", "name": self.step, "error": error})
 
     def end(self) -> None:
         """End what is left of it, and of what it started."""
@@ -119,25 +117,31 @@ def rates_of(line: Line) -> Ceilings:
 def run_steps(names: Sequence[str], out: Path, cache: Path | None) -> None:
     """Do steps one after the other. The last one has what time the others left."""
     path = out / "figures.jsonl"
+    run = provenance()
     ends = time.monotonic() + min(TOTAL - 10, sum(STEPS[name].seconds for name in names))
-    child = Child(names[0], out)
-    for name, next_name in zip(names, [*names[1:], None], strict=True):
-        following = None if next_name is None else Child(next_name, out)
-        seconds = max(1.0, ends - time.monotonic()) if following is None else STEPS[name].seconds
-        rates = [rates_of(line) for line in of_kind(read_lines(path), "ceilings")]
-        print(f"== {name}: at most {seconds:.0f} s", flush=True)
-        child.run(path, seconds, rates[-1] if rates else None, cache)
-        write_summary(out)
-        child = following or child
+    children = [Child(names[0], out)]
+    try:
+        for i, name in enumerate(names):
+            is_last = name == names[-1]
+            if not is_last:
+                children.append(Child(names[i + 1], out))
+            seconds = max(1.0, ends - time.monotonic()) if is_last else STEPS[name].seconds
+            rates = [rates_of(line) for line in of_kind(read_lines(path), "ceilings")]
+            print(f"== {name}: at most {seconds:.0f} s", flush=True)
+            children[i].run(path, seconds, rates[-1] if rates else None, cache)
+            write_summary(out, run)
+    finally:
+        for child in children:
+            child.end()
 
 
-def summarise(lines: Sequence[Line], tests: Line) -> dict[str, Any]:
+def summarise(lines: Sequence[Line], tests: Line, run: Line) -> dict[str, Any]:
     """Everything that goes into summary.json."""
     host = next((line for line in of_kind(lines, "machine")), {"device": "unknown"})
     found = [Figure.from_dict(line["figure"]) for line in of_kind(lines, "figure")]
     outcomes = compare(found, host["device"], GOALS)
     return {
-        "run": provenance(),
+        "run": run,
         "machine": host,
         "tests": tests,
         "lines": list(lines),
@@ -149,15 +153,15 @@ def summarise(lines: Sequence[Line], tests: Line) -> dict[str, Any]:
     }
 
 
-def markdown(lines: Sequence[Line], tests: Line) -> str:
+def markdown(lines: Sequence[Line], tests: Line, run: Line) -> str:
     """The summary for a person: goals, figures, and what is missing."""
     host = next((line for line in of_kind(lines, "machine")), {"device": "unknown device"})
     found = [Figure.from_dict(line["figure"]) for line in of_kind(lines, "figure")]
-    run = provenance()["versions"]
+    versions = run["versions"]
     said = [
         f"# {host['device']}",
-        f"torch {run['torch']}, triton {run['triton']}, driver {host.get('driver')}, commit "
-        f"{run['commit']}{' with changes' if run['modified'] else ''}",
+        f"torch {versions['torch']}, triton {versions['triton']}, driver {host.get('driver')}, "
+        f"commit {versions['commit']}{' with changes' if versions['modified'] else ''}",
     ]
     said += [rates_of(line).describe() for line in of_kind(lines, "ceilings")[-1:]]
     said += ["", describe_tests(tests), ""]
@@ -223,11 +227,11 @@ def describe_memory(line: Line) -> str:
     return "; ".join([f"policy loss, {line['model']} head: {said[0]}", *said[1:]])
 
 
-def write_summary(out: Path) -> None:
-    """Write the summary anew, from what is in the folder."""
+def write_summary(out: Path, run: Line) -> None:
+    """Write the summary anew, from what is in the folder. run: where it comes from."""
     lines, tests = read_lines(out / "figures.jsonl"), read_log(out / "tests.jsonl")
-    (out / "summary.json").write_text(json.dumps(summarise(lines, tests), indent=1) + "\n")
-    (out / "summary.md").write_text(markdown(lines, tests))
+    (out / "summary.json").write_text(json.dumps(summarise(lines, tests, run), indent=1) + "\n")
+    (out / "summary.md").write_text(markdown(lines, tests, run))
 
 
 def plan() -> str:

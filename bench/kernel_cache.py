@@ -10,7 +10,7 @@ first launched, as without a cache. Of a kernel its machine code and its descrip
 import os
 import platform
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ import torch
 import triton
 from tqdm import tqdm
 
-from bench.aot import Launch, Report, compile_all, launches_of
+from bench.aot import Launch, compile_all, launches_of
 from bench.case import OpCase
 from bench.ops import OPERATIONS
 from bench.timing import ON_GPU, empty
@@ -47,26 +47,22 @@ def cases_of(work: "Work") -> Iterator[OpCase]:
                 yield from operation.variants(shape, rows)
 
 
-def kernels_of(work: "Work") -> list[Launch]:
-    """The distinct launches of a GPU run's work, chosen for this GPU; without one for sm_90."""
+def kernels_of(work: "Work") -> list[tuple[Launch, str]]:
+    """The distinct launches of a GPU run's work, and the architecture that they are for: this
+    GPU's, without one sm_90."""
     target = target_of(torch.empty(0, device="cuda")) if ON_GPU else TARGETS["sm_90"]
     found: dict[Launch, None] = {}
     for case in cases_of(work):
         (arguments,) = case.make_inputs(empty, 1)
         found |= dict.fromkeys(launches_of(target, case.call, *arguments))
-    return list(found)
-
-
-def compile_kernels(launches: Iterable[Launch]) -> Iterator[Report]:
-    """Compile into `folder()`, in a process for each processor, in any order."""
-    folder().mkdir(parents=True, exist_ok=True)
-    return compile_all([(launch, "sm_90") for launch in launches])
+    return [(launch, target.arch) for launch in found]
 
 
 def pack(work: "Work", path: Path) -> dict[str, object]:
     """Compile a run's kernels for sm_90 and write them to a tar file; how many, and with what."""
-    launches = kernels_of(work)
-    reports = list(tqdm(compile_kernels(launches), total=len(launches), unit="kernel"))
+    folder().mkdir(parents=True, exist_ok=True)
+    jobs = kernels_of(work)
+    reports = list(tqdm(compile_all(jobs), total=len(jobs), unit="kernel"))
     with tarfile.open(path, "w:gz") as tar:
         for file in sorted(folder().rglob("*")):
             if file.suffix in (".cubin", ".json"):

@@ -17,6 +17,7 @@ from bench.ceilings import Ceilings
 from bench.figures import Figure
 from bench.goals import GOALS
 from bench.gpu_steps import STEPS, Run, Step
+from bench.provenance import provenance
 from bench.stage import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -183,7 +184,7 @@ def test_a_summary_has_all_that_was_found(device: str, tmp_path: Path) -> None:
         {"test": "cut off"},
     ]
     (tmp_path / "tests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in tests))
-    gpu.write_summary(tmp_path)
+    gpu.write_summary(tmp_path, provenance())
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["goals"][0]["measured"] == pytest.approx(100 * 5 / 5.5)
     assert [each["measured"] for each in summary["goals"]].count(None) == len(GOALS) - 2
