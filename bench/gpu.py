@@ -128,7 +128,8 @@ def run_steps(names: Sequence[str], out: Path, cache: Path | None) -> None:
             seconds = max(1.0, ends - time.monotonic()) if is_last else STEPS[name].seconds
             rates = [rates_of(line) for line in of_kind(read_lines(path), "ceilings")]
             print(f"== {name}: at most {seconds:.0f} s", flush=True)
-            children[i].run(path, seconds, rates[-1] if rates else None, cache)
+            children[0].run(path, seconds, rates[-1] if rates else None, cache)
+            children.pop(0)
             write_summary(out, run)
     finally:
         for child in children:
