@@ -338,6 +338,7 @@ STEPS = {
 def perform(run: Run) -> None:
     """Do a step. What it raises is written down."""
     started = time.monotonic()
+    gc.freeze()  # what is imported need not be looked through after every case
     with run.trying(run.step):
         STEPS[run.step].perform(run)
     run.write("step", seconds=round(time.monotonic() - started, 1))
