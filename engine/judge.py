@@ -5,7 +5,7 @@
     verdict = judge("What is 2 + 2?", ["4", "5"], k=8, seed=0)
 
 A row becomes k prompts (one per order of its responses), `generate` samples them, and the valid
-samples vote: all of them, or those that a meta model scores highest. Which order a sample sees, and
+samples vote: all alike, or as far as a meta model trusts them. Which order a sample sees, and
 how a tie falls, is drawn from streams of its own.
 """
 
@@ -73,9 +73,9 @@ class Judge:
         meta: MetaModel | None = None,
     ) -> None:
         """Templates, their variables and date are as for `PromptBuilder`. `fingerprint` identifies
-        the model in keys. max_batch: most samples decoded together
-        (default 256). cache_bytes bounds the cache; by default free memory does. meta:
-        chooses which samples vote; ValueError where it takes scores to be in another range."""
+        the model in keys. max_batch: most samples decoded together (default 256). cache_bytes
+        bounds the cache; by default free memory does. meta: says which samples vote, or how much;
+        ValueError where it takes scores to be in another range."""
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings or JudgeSettings()
@@ -207,15 +207,18 @@ class Judge:
         if self.settings.format != "boxed" and (options.stop == "box" or options.force_scores):
             raise ValueError(f"format {self.settings.format!r} has no box to stop at or to force")
         if self.meta is None:
-            if options.k_meta is not None:
-                raise ValueError(f"k_meta = {options.k_meta} needs a meta model")
+            for name in ("k_meta", "meta_vote"):
+                if getattr(options, name) is not None:
+                    raise ValueError(f"{name} = {getattr(options, name)} needs a meta model")
             return options
         if options.until_decided is not None:
             raise ValueError(
                 "until_decided has no meaning with a meta model: which samples vote is not known "
                 "before all k are there"
             )
-        return replace(options, k_meta=options.k_meta or (options.k + 1) // 2)
+        if options.meta_vote == "weight":
+            return options
+        return replace(options, meta_vote="filter", k_meta=options.k_meta or (options.k + 1) // 2)
 
     def _key(
         self, row: Row | BadRow, options: JudgeOptions, hints: Sequence[str | None] = ()
@@ -238,6 +241,7 @@ class Judge:
                 "meta_fingerprint": self.meta.fingerprint,
                 "meta_template": self.meta.prompts.judge_template,
                 "meta_dtype": str(self.meta.model.score.weight.dtype),
+                "meta_scale": self.meta.settings.meta_scale,
             }
         if any(hint is not None for hint in hints):
             everything["hints"] = json.dumps(hints)
@@ -262,8 +266,11 @@ class Judge:
         `forest_attention`, the others are the backends of `kernels/segment_attention.py`.
         until_decided, a probability: a row draws its samples in rounds and stops when it is this
         sure that the vote of all k would fall as it falls now (engine/decided.py); those that it
-        draws are the same. k_meta: how many of the valid samples vote, those with the highest meta
-        scores; only with a meta model, and then by default k / 2, rounded up. hint gives
+        draws are the same. vote: what a judgement counts for each response (`kernels/vote.py`).
+        meta_vote, with a meta model: "filter" lets the k_meta valid samples vote that have the
+        highest meta scores (the default, and by default k / 2 of them, rounded up); "weight" lets
+        all vote, each by the odds that it is right: exp(meta score x the model's meta_scale). hint
+        gives
         the text that the template's `hint` shows a sample, or None for no hint; a meta model sees
         none. A row that cannot be judged comes out as a RowFailure in its place. Raises ValueError
         for options out of range, for an attention that cannot run here, for until_decided with a
@@ -401,7 +408,7 @@ class Judge:
 
         def further(drawn: Sequence[Generation]) -> int:
             scores = self._reader.scores(flight.orders, flight.shown, drawn)
-            count = samples_to_draw(scores, options.k, cycle, sure, self.settings)
+            count = samples_to_draw(scores, options.k, cycle, sure, self.settings, options.vote)
             return count * flight.num_parts
 
         return further
@@ -427,8 +434,10 @@ class Judge:
             for sample, score in zip(valid, scored, strict=True):
                 sample.meta = score
         meta = None
-        if options.k_meta is not None:
-            meta = torch.tensor([[math.nan if s.meta is None else s.meta for s in samples]])
+        if self.meta is not None:
+            scale = self.meta.settings.meta_scale if options.meta_vote == "weight" else 1.0
+            scores = [math.nan if s.meta is None else s.meta * scale for s in samples]
+            meta = torch.tensor([scores], dtype=torch.float32)
         n = len(row.responses)
         blank = (0,) * n
         tie_key = torch.tensor([stream_key(options.seed, row.id, "tie")])
@@ -441,6 +450,7 @@ class Judge:
             uniforms(tie_key, zero, zero),
             meta,
             options.k_meta,
+            options.vote,
         )
         voted = int(votes.votes[0])
         best = int(votes.best[0]) if voted else None
@@ -462,6 +472,8 @@ class Judge:
             tree_tokens=result.tree_tokens,
             decode_tokens=sum(sample.tokens for sample in samples),
             k_used=None if options.until_decided is None else len(samples),
+            vote=options.vote,
+            meta_vote=options.meta_vote,
             label=row.label,
             correct=is_correct(best, means, row.label, self.settings.threshold),
             agrees=agrees(best, row.label),

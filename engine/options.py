@@ -48,8 +48,14 @@ class JudgeOptions:
     last box does (eos); none is what the model directory's judge.json says, or eos."""
     force_scores: bool = False
     """Make a sample that has ended without valid scores write them, by the model's own choice."""
+    vote: Literal["sum", "standardised", "borda"] = "sum"
+    """What a judgement counts for each response: its score, its score in standard deviations from
+    the judgement's mean, or how many responses it scores lower."""
+    meta_vote: Literal["filter", "weight"] | None = None
+    """With a meta model: only the k_meta votes that it scores highest (filter, the default), or all
+    of them, each by its odds of being right (weight)."""
     k_meta: int | None = None
-    """How many votes a meta model or head lets through, those it scores highest (half of k)."""
+    """How many votes a meta model lets through, those it scores highest (half of k)."""
     until_decided: float | None = None
     """Draw samples in rounds, until the vote of all k is known with this probability."""
 
@@ -76,6 +82,12 @@ class JudgeOptions:
             )
         if self.deterministic and self.attention != "auto":
             raise ValueError(f"deterministic needs attention = 'auto', not {self.attention!r}")
+        if self.vote not in ("sum", "standardised", "borda"):
+            raise ValueError(f"vote = {self.vote!r} is not sum, standardised or borda")
+        if self.meta_vote not in ("filter", "weight", None):
+            raise ValueError(f"meta_vote = {self.meta_vote!r} is not filter or weight")
+        if self.meta_vote == "weight" and self.k_meta is not None:
+            raise ValueError(f"k_meta = {self.k_meta} has no meaning where all votes are weighed")
         if self.stop not in ("box", "eos", None):
             raise ValueError(f"stop = {self.stop!r} is not box or eos")
         sure = self.until_decided

@@ -64,7 +64,17 @@ GROUPS = {
         "force_scores",
     ),
     "output": ("out", "resume", "drain_seconds", "show_prompt"),
-    "judging": ("k", "k_meta", "until_decided", "orders", "max_orders", "max_shown", "seed"),
+    "judging": (
+        "k",
+        "vote",
+        "meta_vote",
+        "k_meta",
+        "until_decided",
+        "orders",
+        "max_orders",
+        "max_shown",
+        "seed",
+    ),
     "sampling": ("temperature", "top_p", "top_k", "min_p", "max_new_tokens"),
     "speed": ("max_batch", "attention", "deterministic"),
 }
@@ -79,7 +89,7 @@ class Options(JudgeOptions):
     model: Path = POCKET
     """Model directory in Hugging Face layout."""
     meta_model: Path | None = None
-    """Directory of a meta reward model, which scores judgements; the best k_meta of them vote."""
+    """Directory of a meta reward model, which scores judgements; see --meta-vote."""
     data: str | None = None
     """Rows: lines or an array of JSON, gzipped or not, or Parquet; - is standard input, none the
     bundled rows."""

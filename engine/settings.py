@@ -20,6 +20,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "stop": (str,),
     "format": (str,),
     "join_blanks": (bool,),
+    "meta_scale": (int, float),
 }
 _MOST_SCORE = (2**63 - 1) // MAX_K  # so that the sum of all votes fits in int64
 
@@ -35,10 +36,11 @@ class JudgeSettings:
     writes its scores once and nothing after them: the first box decides and ends a sample; "eos"
     for any other. format: how scores are written, a box or a name of `engine/formats.py`.
     join_blanks: blanks of a template right before a text of the row are tokenized with that text,
-    as most models are trained; False: by themselves.
+    as most models are trained; False: by themselves. meta_scale, of a meta model: its scores times
+    this are the log-odds that a judgement is right, up to a constant.
     Raises ValueError for wrong types, scores whose sum over all votes could pass 2^63, an empty
     range of scores, a threshold that no score or every score passes, an anchor that cannot begin a
-    line, and a stop or nonce that a format has not.
+    line, a stop or nonce that a format has not, and a scale that is no positive number.
     """
 
     score_min: int = 1
@@ -49,6 +51,7 @@ class JudgeSettings:
     stop: Literal["box", "eos"] = "eos"
     format: str = "boxed"
     join_blanks: bool = True
+    meta_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name, types in _TYPES.items():
@@ -65,6 +68,8 @@ class JudgeSettings:
             object.__setattr__(self, "threshold", (low + high) / 2)
         if not low <= self.threshold < high:
             raise ValueError(f"threshold {self.threshold} is not from {low} to below {high}")
+        if not (self.meta_scale > 0 and math.isfinite(self.meta_scale)):
+            raise ValueError(f"meta_scale = {self.meta_scale} is not a positive number")
         if self.stop not in ("box", "eos"):
             raise ValueError(f"stop = {self.stop!r} is not box or eos")
         if self.format != "boxed" and self.format not in FORMATS:

@@ -48,9 +48,12 @@ class Verdict:
     """The vote of a row's samples, k of them or, where it was decided early, fewer.
 
     `best` is a response's index; `scores` are the votes' sums and `mean_scores` their means, one
-    per response; all three are None where no sample voted. `tie` says that `best` was drawn among
-    equals. `valid` counts samples with valid scores, `votes` those that were counted. `k_used`
-    counts the samples drawn where a row may be decided before it has k, and is None elsewhere.
+    per response; all three are None where no sample voted. `vote` says what a sample counts for a
+    response, and `meta_vote` what a meta model did, None without (engine/options.py); sums are
+    integers where the scores themselves count, and all alike. `tie` says that `best` was drawn
+    among equals. `valid` counts samples with valid scores, `votes` those that were counted.
+    `k_used` counts the samples drawn where a row may be decided before it has k, and is None
+    elsewhere.
     `prompt_tokens` counts the full prompts of all samples, `tree_tokens` the distinct tokens of
     their tree, `decode_tokens` the generated ones. `label`, `correct` and `row_meta` are None
     without a label or meta. A label that is a tie has no `correct`, but `agrees`: whether `best` is
@@ -60,7 +63,7 @@ class Verdict:
     id: str
     key: str
     best: int | None
-    scores: list[int] | None
+    scores: list[int] | list[float] | None
     mean_scores: list[float] | None
     tie: bool
     k: int
@@ -71,6 +74,8 @@ class Verdict:
     tree_tokens: int
     decode_tokens: int
     k_used: int | None = None
+    vote: Literal["sum", "standardised", "borda"] = "sum"
+    meta_vote: Literal["filter", "weight"] | None = None
     label: int | tuple[float, ...] | None = None
     correct: bool | None = None
     agrees: bool | None = None
@@ -91,7 +96,8 @@ def to_line(outcome: Verdict | RowFailure) -> bytes:
     """The JSON line of a verdict or a failure, newline included.
 
     Fields that are optional in a line (a failure's id, line and key; k_used, label, correct,
-    agrees, row_meta; a sample's forced) are left out where they are None or false. A meta score of
+    agrees, row_meta; a sample's forced) are left out where they are None or false, vote where it is
+    the sum, and meta_vote where it filters. A meta score of
     NaN, which JSON cannot say, is written as null.
     """
     fields: dict[str, Any]
@@ -120,6 +126,10 @@ def to_line(outcome: Verdict | RowFailure) -> bytes:
                 "decode_tokens": outcome.decode_tokens,
             },
         }
+        if outcome.vote != "sum":
+            fields["vote"] = outcome.vote
+        if outcome.meta_vote == "weight":
+            fields["meta_vote"] = outcome.meta_vote
         for name in ("k_used", "label", "correct", "agrees", "row_meta"):
             if (value := getattr(outcome, name)) is not None:
                 fields[name] = value

@@ -21,6 +21,11 @@ PROMPT_LINES = 12
 RESPONSE_LINES = 8
 SAMPLE_LINES = 30
 BAR_WIDTH = 24
+_SUMS = {
+    "sum": "Scores, summed over the votes",
+    "standardised": "Scores above their judgement's mean, in its deviations, summed over the votes",
+    "borda": "Responses scored lower, summed over the votes",
+}
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
 _JOINERS = "\u200c\u200d"  # part of ordinary words in many scripts, and of emoji
 
@@ -192,24 +197,32 @@ def _meta_scores(verdict: Verdict, width: int, paint: _Paint) -> list[str]:
     if all(sample.meta is None for sample in verdict.samples):
         return []
     title = f"Meta scores of the samples; the highest {verdict.votes} vote"
+    if verdict.meta_vote == "weight":
+        title = "Meta scores of the samples; the higher, the more a vote weighs"
     scores = map(_meta_score, verdict.samples)
     shown = "  ".join("none" if score == -math.inf else f"{score:.2f}" for score in scores)
     return [paint("cyan", _cut(title, width)), *_wrap(shown, width, "  ")]
+
+
+def _number(total: float) -> str:
+    """A sum of votes: an integer, or two decimals."""
+    return str(total) if isinstance(total, int) else f"{total:.2f}"
 
 
 def _bars(verdict: Verdict, width: int, paint: _Paint) -> list[str]:
     if verdict.scores is None or verdict.mean_scores is None or verdict.best is None:
         return []
     low, high = min(0, *verdict.scores), max(0, *verdict.scores)
-    lines = [paint("cyan", _cut("Scores, summed over the votes", width))]
-    digits = max(len(str(score)) for score in verdict.scores)
+    lines = [paint("cyan", _cut(_SUMS[verdict.vote], width))]
+    shown = [_number(score) for score in verdict.scores]
+    digits = max(map(len, shown))
     for index, (score, mean) in enumerate(zip(verdict.scores, verdict.mean_scores, strict=True)):
         length = round(BAR_WIDTH * (score - low) / (high - low)) if high > low else 0
         bar = "█" * length + "░" * (BAR_WIDTH - length)
         mark = ""
         if len(verdict.scores) > 1 and index == verdict.best:
             mark = "  <- best (drawn from a tie)" if verdict.tie else "  <- best"
-        text = f"  {f'[{index}]':>4} {bar} {score:>{digits}}  mean {mean:.2f}{mark}"
+        text = f"  {f'[{index}]':>4} {bar} {shown[index]:>{digits}}  mean {mean:.2f}{mark}"
         lines.append(paint("bold", _cut(text, width)) if mark else _cut(text, width))
     return lines
 
@@ -255,7 +268,7 @@ def _preferences(verdict: Verdict, width: int) -> list[str]:
     text = "Samples prefer: " + "  ".join(counts)
     if not verdict.tie:
         best, second = sorted(verdict.scores, reverse=True)[:2]
-        text += f"; [{verdict.best}] leads the sum by {best - second} of {best}"
+        text += f"; [{verdict.best}] leads the sum by {_number(best - second)} of {_number(best)}"
     return _wrap(f"{text}.", width)
 
 

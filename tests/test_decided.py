@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from engine import decided
 from engine.decided import chance_of_upset, samples_to_draw, student_tail
 from engine.settings import JudgeSettings
+from kernels.vote import Rule
 
 SETTINGS = JudgeSettings()
 SURE = 0.99
@@ -174,3 +175,15 @@ def test_it_is_as_sure_as_it_says(sure: float) -> None:
         turned += full[few.argmax()] < full.max()
     assert used < 600 * 32 * 0.6 and stopped > 300
     assert turned / stopped < 1 - sure + 4 * math.sqrt(sure * (1 - sure) / stopped)
+
+
+@pytest.mark.parametrize("rule", ["standardised", "borda"])
+def test_other_rules_decide_by_their_points(rule: Rule) -> None:
+    """A sample that sets its responses far apart counts no more than one that hardly does: what is
+    a landslide in scores is a close vote in points, and the other way round."""
+    settings = JudgeSettings()
+    landslide = [(10, 1)] * 3 + [(5, 6)] * 5
+    steady = [(5, 4)] * 12 + [(1, 10)]
+    for scores, decided_by_sum in ((landslide, True), (steady, False)):
+        draw = [samples_to_draw(scores, 64, 1, 0.8, settings, each) for each in ("sum", rule)]
+        assert [count == 0 for count in draw] == [decided_by_sum, not decided_by_sum], draw

@@ -24,6 +24,7 @@ from engine.sample import POCKET
 from engine.settings import JudgeSettings
 from engine.verdict import RowFailure, Verdict, to_line
 from kernels import cpp
+from kernels.vote import Rule, points_of
 from tests import tiny
 from tests.judges import rebuilt
 from tests.rows import needs_cpp
@@ -366,6 +367,35 @@ def test_the_best_k_meta_vote(
     assert written == [None if math.isnan(m) else m for m in metas[: len(valid)]]
 
 
+@pytest.mark.parametrize("rule", ["sum", "standardised", "borda"])
+def test_votes_are_weighed(judge: Judge, given_scores: Given, rule: Rule) -> None:
+    """By the odds that the meta model's scores stand for, on the scale that its settings give."""
+    given_scores.metas = [0.5, math.nan, -2.0, 1.25] * K
+    assert judge.meta is not None
+    settings = replace(judge.meta.settings, meta_scale=2.0)
+    scaled = MetaModel(
+        judge.meta.model, judge.meta.tokenizer, settings=settings,
+        judge_template=judge.meta.prompts.judge_template,
+    )  # fmt: skip
+    options: dict[str, Any] = {"meta_vote": "weight", "vote": rule}
+    verdict = one(rebuilt(judge, meta=scaled), max_new_tokens=300, **options)
+    valid = [sample.scores for sample in verdict.samples if sample.scores is not None]
+    metas = given_scores.metas[: len(valid)]
+    assert len(valid) >= 4 and verdict.votes == sum(m == m for m in metas)
+    voters = [
+        (math.exp(2 * (m - 1.25)), points_of(s, rule))
+        for m, s in zip(metas, valid, strict=True)
+        if m == m
+    ]
+    totals = [sum(w * points[i] for w, points in voters) for i in range(2)]
+    assert verdict.scores == pytest.approx(totals, rel=1e-7)
+    of = sum(w for w, _ in voters)
+    assert verdict.mean_scores == pytest.approx([total / of for total in totals], rel=1e-7)
+    line = json.loads(to_line(verdict))
+    assert line["meta_vote"] == "weight" and line.get("vote", "sum") == rule
+    assert judge.key(VOTED, **options) != rebuilt(judge, meta=scaled).key(VOTED, **options)
+
+
 def test_equal_scores_take_the_lower_index(judge: Judge, given_scores: Given) -> None:
     given_scores.metas = [0.5] * K
     verdict = one(judge, k_meta=3, max_new_tokens=300)
@@ -456,6 +486,10 @@ def test_options_that_are_refused(judge: Judge, meta: MetaModel) -> None:
         (plain, {"k_meta": 2}, "k_meta = 2 needs a meta model"),
         (judge, {"k": 4, "k_meta": 5}, "k_meta = 5 is more than k = 4"),
         (judge, {"k_meta": 0}, "k_meta = 0"),
+        (judge, {"k_meta": 2, "meta_vote": "weight"}, "k_meta = 2 has no meaning"),
+        (plain, {"meta_vote": "weight"}, "meta_vote = weight needs a meta model"),
+        (plain, {"meta_vote": "all"}, "meta_vote = 'all' is not filter or weight"),
+        (plain, {"vote": "mean"}, "vote = 'mean' is not sum, standardised or borda"),
         (judge, {"k_meta": True}, "k_meta = True"),
         (judge, {"until_decided": 0.9}, "until_decided has no meaning with a meta model"),
     ):

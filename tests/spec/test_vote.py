@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.vote import VoteResult, unpermute, vote, vote_ref
+from kernels.vote import Rule, VoteResult, points_of, unpermute, vote, vote_ref
 
 # Meta scores of three samples, how many may vote, and who does.
 META_CASES = [
@@ -41,6 +42,7 @@ def one_row(
     uniform: float = 0.5,
     meta: list[float] | None = None,
     k_meta: int | None = None,
+    rule: Rule = "sum",
 ) -> VoteResult:
     orders = orders or [list(range(len(scores[0])))] * len(scores)
     return op(
@@ -51,6 +53,7 @@ def one_row(
         torch.tensor([uniform]),
         None if meta is None else torch.tensor([meta]),
         k_meta,
+        rule,
     )
 
 
@@ -65,6 +68,36 @@ def test_votes_of_the_paper(op: Vote) -> None:
     assert result.voted.tolist() == [[True, False, True, False]]
     result = one_row(op, [[8, 8], [9, 5], [10, 7]], orders=[[0, 1], [1, 0], [1, 0]])
     assert result.total.tolist() == [[20, 27]] and result.best.item() == 1
+
+
+@both
+def test_other_rules_and_weights_of_the_paper(op: Vote) -> None:
+    """Of two responses a judgement sets one a deviation above, the other one below."""
+    result = one_row(op, PAPER, rule="standardised")
+    assert result.total.tolist() == [[-2.0, 2.0]] and result.mean.tolist() == [[-0.5, 0.5]]
+    result = one_row(op, PAPER, rule="borda")
+    assert result.total.tolist() == [[1.0, 3.0]] and result.best.item() == 1
+    meta = [math.log(2.0), math.nan, 0.0, math.log(4.0)]  # weights 1/2, none, 1/4, 1
+    result = one_row(op, PAPER, meta=meta)
+    assert result.total.tolist() == [pytest.approx([8.5, 10.5], rel=1e-7)]
+    assert result.mean.tolist() == [pytest.approx([8.5 / 1.75, 6.0], rel=1e-7)]
+    assert result.voted.tolist() == [[True, False, True, True]] and result.votes.item() == 3
+    result = one_row(op, PAPER, meta=[-math.inf, 3.0, -math.inf, -40.0])
+    assert result.total.tolist() == [[5.0, 6.0]] and result.votes.item() == 4
+    result = one_row(op, PAPER, meta=[-math.inf] * 4)
+    assert result.total.tolist() == [[17.0, 25.0]]
+
+
+def test_points_of_a_judgement() -> None:
+    assert points_of([3, 9, 3, 1], "sum") == [3, 9, 3, 1]
+    assert points_of([3, 9, 3, 1], "borda") == [1.5, 3.0, 1.5, 0.0]
+    assert (
+        points_of([7, 7], "standardised") == [0.0, 0.0] and points_of([7, 7], "borda") == [0.5] * 2
+    )
+    found = points_of([3, 9, 3, 1], "standardised")
+    assert found == pytest.approx([-1 / math.sqrt(9), 5 / 3, -1 / 3, -1.0])
+    for rule in ("sum", "standardised", "borda"):
+        assert points_of([-4], rule) == [-4]
 
 
 def test_unpermute_puts_each_score_at_its_response() -> None:
@@ -144,7 +177,7 @@ def test_takes_slices_and_expanded_rows() -> None:
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> dict[str, torch.Tensor | int | None]:
+def batches(draw: st.DrawFn) -> dict[str, torch.Tensor | int | str | None]:
     rows, samples, width = draw(st.integers(0, 4)), draw(st.integers(1, 6)), draw(st.integers(1, 5))
 
     def several(values: st.SearchStrategy, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -167,7 +200,8 @@ def batches(draw: st.DrawFn) -> dict[str, torch.Tensor | int | None]:
         "n": n,
         "tie_uniform": several(uniform, rows, dtype=torch.float32),
         "meta": several(quality, rows, samples, dtype=torch.float32) if with_meta else None,
-        "k_meta": draw(st.integers(1, 8)) if with_meta else None,
+        "k_meta": draw(st.none() | st.integers(1, 8)) if with_meta else None,
+        "rule": draw(st.sampled_from(["sum", "standardised", "borda"])),
     }
 
 
@@ -182,11 +216,16 @@ def test_votes_equal_brute_force_and_reference(batch: dict) -> None:
         if meta is not None:
             quality = meta[r].tolist()
             candidates = [k for k in candidates if quality[k] == quality[k]]
-            while len(candidates) > k_meta:
+            while k_meta is not None and len(candidates) > k_meta:
                 worst = min(quality[k] for k in candidates)
                 candidates.remove(max(k for k in candidates if quality[k] == worst))
         assert result.voted[r].nonzero()[:, 0].tolist() == candidates
         assert result.votes[r].item() == len(candidates)
+        weighs = meta is not None and k_meta is None
+        if batch["rule"] != "sum" or weighs:
+            assert result.total.dtype == torch.float64
+            check_weighed(batch, result, r, candidates)
+            continue
         given_to = {i: 0 for i in range(count)}
         for k in candidates:
             shown = batch["order"][r, k].tolist()
@@ -202,6 +241,37 @@ def test_votes_equal_brute_force_and_reference(batch: dict) -> None:
         assert result.tie[r].item() == (len(tied) > 1)
 
 
+def check_weighed(batch: dict, result: VoteResult, r: int, candidates: list[int]) -> None:
+    """Against numpy's mean and deviation, and ranks by sorting; totals to rounding."""
+    count, rule, meta = int(batch["n"][r]), batch["rule"], batch["meta"]
+    totals, weights = np.zeros(count), 0.0
+    for k in candidates:
+        shown = batch["order"][r, k].tolist()
+        scores = np.array([batch["scores"][r, k, shown.index(i)].item() for i in range(count)])
+        points = scores.astype(float)
+        if count > 1 and rule == "standardised":
+            points = (scores - scores.mean()) / (scores.std() or math.inf)
+        elif count > 1 and rule == "borda":
+            ordered = np.sort(scores)  # the mean of the first and the last place of its equals
+            points = np.array(
+                [np.flatnonzero(ordered == score)[[0, -1]].mean() for score in scores]
+            )
+        weight = 1.0
+        if meta is not None and batch["k_meta"] is None:
+            top = max(meta[r, each].item() for each in candidates)
+            weight = 1.0 if meta[r, k] == top else math.exp(meta[r, k].item() - top)
+        totals, weights = totals + weight * points, weights + weight
+    torch.testing.assert_close(result.total[r, :count].numpy(), totals, rtol=1e-6, atol=1e-6)
+    assert result.votes[r].item() == len(candidates)
+    if candidates:
+        mean = result.mean[r, :count].numpy()
+        torch.testing.assert_close(mean, totals / weights, rtol=1e-6, atol=1e-6)
+        best = int(result.best[r])
+        assert result.total[r, best] == result.total[r, :count].max()
+    else:
+        assert result.best[r] == -1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -211,8 +281,8 @@ def test_votes_equal_brute_force_and_reference(batch: dict) -> None:
         ({"valid": torch.zeros(2, 3)}, "valid must be .* torch.bool"),
         ({"n": torch.zeros(3, dtype=torch.int64)}, "n must be"),
         ({"tie_uniform": torch.zeros(2, dtype=torch.float64)}, "tie_uniform must be"),
-        ({"meta": torch.zeros(2, 3)}, "go together"),
-        ({"k_meta": 2}, "go together, got k_meta 2"),
+        ({"k_meta": 2}, "k_meta = 2 needs meta scores"),
+        ({"rule": "mean"}, "rule 'mean' is not sum, standardised or borda"),
         ({"meta": torch.zeros(2, 3), "k_meta": 0}, "at least 1, got 0"),
         ({"meta": torch.zeros(2, 4), "k_meta": 1}, "meta must be"),
     ],
