@@ -1,4 +1,5 @@
-"""Which votes to count: a meta model's best half beside all votes, and beside other halves.
+"""Which votes to count, and how: all votes beside a meta model's best half and other halves, beside
+votes that it weighs, and beside other rules than the sum of scores.
 
     python -m bench.filters --meta-model DIR [--model DIR] [--data FILE] [--split dev]
                             [--rows 1000] [--k 32] [--temperature 1]
@@ -15,6 +16,7 @@ a vote of j samples is taken over subsets as in `bench.voting`, by
                threshold), which needs no model
     oracle     the j / 2 that are right, as far as there are so many: what a perfect one comes to
 
+and by every valid one of the j with --vote standardised or borda, with --meta-vote weight, or both.
 Differences are to all j votes, on the same subsets; intervals are 95 %, by a bootstrap over rows.
 The AUC of the meta model, and that of the lead, is within rows which have right and wrong
 judgements. A tie is a wrong judgement, and a filter that drops ties tells right from wrong without
@@ -37,12 +39,22 @@ from bench.provenance import print_json
 from bench.voting import SUBSETS, chance_correct, interval, read_labelled
 from engine import command
 from engine.judge import Judge
-from engine.labels import is_right
+from engine.labels import chance_right, is_right
 from engine.verdict import Sample, Verdict
+from kernels.vote import Rule, points_of
 from train.meta_rm import chance_above
 from train.world import Split
 
 FILTERS = ("all", "meta", "random", "shortest", "likeliest", "clearest", "oracle")
+# What all votes count for, and whether the meta model weighs them.
+RULES: dict[str, tuple[Rule, bool]] = {
+    "weighed": ("sum", True),
+    "standardised": ("standardised", False),
+    "standardised, weighed": ("standardised", True),
+    "borda": ("borda", False),
+    "borda, weighed": ("borda", True),
+}
+NAMES = (*FILTERS, *RULES)
 
 
 @dataclass(frozen=True)
@@ -61,9 +73,9 @@ class Args:
 
 
 def row_curves(
-    verdict: Verdict, k: int, threshold: float, rng: np.random.Generator
+    verdict: Verdict, k: int, threshold: float, rng: np.random.Generator, meta_scale: float = 1.0
 ) -> dict[str, dict[int, float]]:
-    """filter -> j -> the row's chance to be right."""
+    """way to vote -> j -> the row's chance to be right."""
     label = verdict.label
     assert label is not None
     samples = [sample for sample in verdict.samples if sample.scores is not None]
@@ -77,10 +89,10 @@ def row_curves(
         "oracle": lambda sample: is_right(sample.scores, label, threshold),
     }
     valid = {id(sample) for sample in samples}
-    found: dict[str, dict[int, float]] = {name: {} for name in FILTERS}
+    found: dict[str, dict[int, float]] = {name: {} for name in NAMES}
     for size in [1 << i for i in range(k.bit_length()) if 1 << i < k] + [k]:
         subsets = 1 if size == k else SUBSETS
-        chances = dict.fromkeys(FILTERS, 0.0)
+        chances = dict.fromkeys(NAMES, 0.0)
         for _ in range(subsets):
             chosen = [verdict.samples[i] for i in rng.choice(k, size, replace=False)]
             voting = [sample for sample in chosen if id(sample) in valid]
@@ -90,9 +102,23 @@ def row_curves(
                     kept = sorted(voting, key=values[name], reverse=True)[: (size + 1) // 2]
                 scores = [sample.scores for sample in kept if sample.scores is not None]
                 chances[name] += chance_correct(scores, label, threshold) / subsets
-        for name in FILTERS:
+            for name, (rule, weighs) in RULES.items():
+                means = mean_points(voting, rule, meta_scale if weighs else 0.0)
+                chances[name] += chance_right(means, label, threshold) / subsets if means else 0.0
+        for name in NAMES:
             found[name][size] = chances[name]
     return found
+
+
+def mean_points(samples: Sequence[Sample], rule: Rule, meta_scale: float) -> list[float]:
+    """The mean points of valid samples, weighed by the exponential of their meta scores times
+    `meta_scale`; samples without a meta score count as 0 there. Empty where there are none."""
+    points = [points_of(sample.scores, rule) for sample in samples if sample.scores is not None]
+    metas = np.array([_meta(sample) for sample in samples])
+    if meta_scale and not np.isfinite(metas).any():
+        return []
+    powers = meta_scale * (metas - metas.max()) if meta_scale else np.zeros(len(samples))
+    return np.average(points, axis=0, weights=np.exp(powers)).tolist() if points else []
 
 
 def lead(sample: Sample, threshold: float) -> float:
@@ -123,9 +149,9 @@ def auc_within(
 
 
 def table(curves: Sequence[dict[str, dict[int, float]]]) -> dict[str, dict[int, Any]]:
-    """filter -> j -> accuracy and, beside all votes, the difference, with intervals."""
+    """way to vote -> j -> accuracy and, beside all votes, the difference, with intervals."""
     found: dict[str, dict[int, Any]] = {}
-    for name in FILTERS:
+    for name in NAMES:
         found[name] = {}
         for size in curves[0][name]:
             right = np.array([each[name][size] for each in curves])
@@ -142,6 +168,7 @@ def main() -> None:
     args = tyro.cli(Args, description=Args.__doc__)
     rows = read_labelled(args.data, args.split, args.rows, args.seed)
     judge = Judge.load(args.model, meta=args.meta_model)
+    assert judge.meta is not None
     threshold, rng = judge.settings.threshold, np.random.default_rng(args.seed)
     outcomes = judge.rows(
         rows, k=args.k, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
@@ -152,14 +179,14 @@ def main() -> None:
     for outcome in tqdm(outcomes, total=len(rows), unit="row"):
         if not isinstance(outcome, Verdict):
             raise ValueError(f"row {outcome.id}: {outcome.error}")
-        curves.append(row_curves(outcome, args.k, threshold, rng))
+        curves.append(row_curves(outcome, args.k, threshold, rng, judge.meta.settings.meta_scale))
         for name, value in (("meta", _meta), ("clearest", partial(lead, threshold=threshold))):
             if (auc := auc_within(outcome, threshold, value)) is not None:
                 aucs[name].append(auc)
     tables = table(curves)
     for name, sizes in tables.items():
         figures = "".join(f"  @{size} {entry['mean']:.3f}" for size, entry in sizes.items())
-        print(f"{name:<10}{figures}", file=sys.stderr)
+        print(f"{name:<22}{figures}", file=sys.stderr)
     summary = {
         "model": str(args.model),
         "meta_model": str(args.meta_model),
@@ -169,7 +196,7 @@ def main() -> None:
             name: float(np.mean(found)) if found else None for name, found in aucs.items()
         },
         "rows_with_both": len(aucs["meta"]),
-        "filters": tables,
+        "ways": tables,
     }
     print_json(summary)
 

@@ -1,15 +1,18 @@
 """The filters' bench: halves by hand, AUCs by brute force, and a small run."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bench import filters
 from engine.verdict import Sample, Verdict
+from kernels.vote import vote
 
 THRESHOLD = 5.5
 
@@ -35,7 +38,7 @@ def test_each_filter_keeps_its_half() -> None:
         ((2, 9), 0.2, 2, -0.2),
     ])  # fmt: skip
     found = filters.row_curves(verdict, 4, THRESHOLD, np.random.default_rng(0))
-    assert set(found) == set(filters.FILTERS) and all(list(found[f]) == [1, 2, 4] for f in found)
+    assert set(found) == set(filters.NAMES) and all(list(found[f]) == [1, 2, 4] for f in found)
     at_4 = {name: sizes[4] for name, sizes in found.items() if name != "random"}
     assert at_4 == {
         "all": 0.0,  # 18 to 25
@@ -44,6 +47,11 @@ def test_each_filter_keeps_its_half() -> None:
         "likeliest": 0.0,  # (6, 5) and (2, 9)
         "clearest": 0.0,  # (2, 9) and (5, 7)
         "oracle": 1.0,
+        "weighed": 0.0,  # weights .45, .55, 1, .50 of leads 1, -2, 1, -7
+        "standardised": 0.5,  # two against two
+        "standardised, weighed": 1.0,
+        "borda": 0.5,
+        "borda, weighed": 1.0,
     }
     assert abs(found["all"][1] - 0.5) < 0.2  # one of four, two of which are right
     trusted = verdict_of([((9, 1), 2.0, 1, 0.0), ((1, 9), 1.0, 1, 0.0), (None, None, 1, 0.0),
@@ -85,10 +93,32 @@ def test_the_command_ends_in_one_json_line(
     monkeypatch.setattr(sys, "argv", words)
     filters.main()
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["rows"] == 6 and list(told["filters"]) == list(filters.FILTERS)
-    for sizes in told["filters"].values():
+    assert told["rows"] == 6 and list(told["ways"]) == list(filters.NAMES)
+    for sizes in told["ways"].values():
         assert list(sizes) == ["1", "2", "3"]
         for entry in sizes.values():
             low, high = entry["ci95"]
             assert 0 <= low <= entry["mean"] <= high <= 1
-    assert told["filters"]["meta"]["1"]["gain"] == 0
+    assert told["ways"]["meta"]["1"]["gain"] == 0
+
+
+def test_mean_points_are_those_of_the_vote() -> None:
+    """Of the operation that the engine votes with; a sample without a meta score weighs nothing."""
+    shown = [(3, 9, 3), None, (1, 2, 8), (5, 5, 5), (7, 2, 1)]
+    metas = [0.5, math.nan, -1.0, 2.0, math.nan]
+    samples = verdict_of([(s, m, 1, 0.0) for s, m in zip(shown, metas, strict=True)]).samples
+    voting = [sample for sample in samples if sample.scores is not None]
+    for rule, weighs in filters.RULES.values():
+        scale = 2.0 if weighs else 0.0
+        expected = vote(
+            torch.tensor([[scores or (0, 0, 0) for scores in shown]]),
+            torch.arange(3).expand(1, 5, 3),
+            torch.tensor([[scores is not None for scores in shown]]),
+            torch.tensor([3]),
+            torch.zeros(1),
+            torch.tensor([metas]) * scale if weighs else None,
+            rule=rule,
+        ).mean[0]
+        found = filters.mean_points(voting, rule, scale)
+        assert found == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-9)
+    assert filters.mean_points([], "sum", 1.0) == filters.mean_points([], "borda", 0.0) == []
