@@ -43,7 +43,7 @@ gpu:                    ## on a GPU: every figure and the kernels' tests, in 8 m
 	$(PYTHON) -m bench.gpu --out runs/gpu
 
 pocket: .venv/.stamp    ## train the pocket model from nothing; run it again to resume
-	$(PY) -m train.pocket
+	$(PY) -m train.world.pocket
 
 clean:                  ## all that these targets made, except trained models
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -31,7 +31,7 @@ from engine.decided import samples_to_draw
 from engine.judge import Judge
 from engine.settings import JudgeSettings, read_judge_settings
 from engine.verdict import to_line
-from train.world import Split
+from train.world.cases import Split
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from engine import command
 from engine.judge import Judge
 from engine.request import make_row
 from engine.verdict import Verdict
-from train.world import CRITERIA, LISTED, Case, Split, cases
+from train.world.cases import CRITERIA, LISTED, Case, Split, cases
 
 _LISTED = re.compile(r"Specific Criteria: (.*)")
 _LINE = re.compile(r"Response (\d+): (.*), ([0-9+]+)=(\d+)")

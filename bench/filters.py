@@ -43,7 +43,7 @@ from engine.labels import chance_right, is_right
 from engine.verdict import Sample, Verdict
 from kernels.vote import Rule, points_of
 from train.meta_rm import chance_above
-from train.world import Split
+from train.world.cases import Split
 
 FILTERS = ("all", "meta", "random", "shortest", "likeliest", "clearest", "oracle")
 # What all votes count for, and whether the meta model weighs them.

@@ -45,7 +45,7 @@ from engine.judge import Judge, JudgeOptions
 from engine.orders import draw_orders
 from engine.request import Row
 from engine.verdict import Verdict
-from train.world import Split
+from train.world.cases import Split
 
 PEER_ROWS = 8
 PEER_BATCHES = (32, 64, 128, 256)

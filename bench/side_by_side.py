@@ -27,7 +27,7 @@ def work(rows: int, k: int, threads: int) -> None:
     """What one process does: says that it is ready, waits for a line, judges, and says so."""
     from engine import Judge
     from engine.sample import POCKET
-    from train.rollout import split_rows
+    from train.world.rows import split_rows
 
     torch.set_num_threads(threads)
     judge = Judge.load(POCKET, dtype="float32")

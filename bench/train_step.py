@@ -27,8 +27,8 @@ from bench.turns import Run, describe, take_turns
 from engine import command
 from kernels.logprob.linear_policy_loss import linear_policy_loss
 from models.transformer import Transformer
-from train.data import Trajectory
 from train.packing import PackedBatch, hidden_states, pack
+from train.trajectories import Trajectory
 
 PEERS = ("packed", "recomputed", "unshared", "whole logits")
 

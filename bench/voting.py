@@ -29,8 +29,8 @@ from engine.labels import chance_right
 from engine.reading import open_rows, read_rows
 from engine.request import BadRow, Row
 from engine.verdict import Verdict
-from train.rollout import split_rows
-from train.world import Split
+from train.world.cases import Split
+from train.world.rows import split_rows
 
 SUBSETS = 32
 BOOTSTRAPS = 2000

@@ -30,7 +30,7 @@ from models.transformer import Transformer
 from tests.forests import Grove, Shape, crowd
 from tests.test_generate import drawn, make_generator, make_groups, run
 from tests.tiny import FAMILIES, write_model
-from train.rollout import split_rows
+from train.world.rows import split_rows
 
 pytestmark = pytest.mark.skipif(
     not cpp.runs_cpp(torch.zeros(1)), reason="operations run in torch here"

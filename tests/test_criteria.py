@@ -5,7 +5,7 @@ from collections import Counter
 from itertools import islice
 
 from bench.criteria import count
-from train.world import cases, judge, list_criteria
+from train.world.cases import cases, judge, list_criteria
 
 
 def test_the_teacher_is_right_and_a_slip_is_seen() -> None:

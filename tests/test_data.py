@@ -13,9 +13,10 @@ from engine.settings import JudgeSettings
 from kernels.score_grammar import Reason, ScoreRules, parse_scores
 from models.tokenizer import Tokenizer
 from tests.tiny import write_tokenizer
-from train.data import Trajectory, file_batches, world_batches
-from train.pocket import JUDGE_TEMPLATE
-from train.world import CRITERIA, cases
+from train.trajectories import Trajectory, file_batches
+from train.world.cases import CRITERIA, cases
+from train.world.pocket import JUDGE_TEMPLATE
+from train.world.rows import world_batches
 
 END = 2  # <|im_end|>
 

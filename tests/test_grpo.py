@@ -29,8 +29,10 @@ from tests.tiny import write_model
 from train import grpo, rft
 from train.evaluation import VoteArgs, dev_votes, evaluation_rows
 from train.learner import Learner
-from train.pocket import JUDGE_TEMPLATE
-from train.rollout import Group, advantages, describe, dev_rows, file_rows, world_rows
+from train.rollout import Group, advantages, describe
+from train.sources import file_rows
+from train.world.pocket import JUDGE_TEMPLATE
+from train.world.rows import dev_rows, world_rows
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")

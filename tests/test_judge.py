@@ -25,7 +25,7 @@ from engine.verdict import RowFailure, Verdict, to_line
 from kernels.score_grammar import Reason, ScoreRules, parse_scores
 from tests.judges import rebuilt
 from tests.rows import needs_cpp
-from train.world import cases
+from train.world.cases import cases
 
 SHORT = 40  # new tokens where the text does not matter
 

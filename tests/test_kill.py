@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.sample import POCKET
-from train.world import cases
+from train.world.cases import cases
 
 ROOT = Path(__file__).parent.parent
 ROWS = 16

@@ -12,10 +12,10 @@ from torch import Tensor
 from models import load
 from models.transformer import Transformer
 from tests.tiny import FAMILIES, write_model
-from train.data import Trajectory
 from train.learner import Learner, LearnerArgs
 from train.packing import pack
 from train.sft import loss_of
+from train.trajectories import Trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH = [Trajectory([(5, 6, 7)], list(range(10, 60))), Trajectory([(5, 6, 7)], [8, 9, 2])]

@@ -28,8 +28,8 @@ from kernels.vote import Rule, points_of
 from tests import tiny
 from tests.judges import rebuilt
 from tests.rows import needs_cpp
-from train.pocket import JUDGE_TEMPLATE
-from train.world import cases
+from train.world.cases import cases
+from train.world.pocket import JUDGE_TEMPLATE
 
 END = 2  # <|im_end|>
 HOSTILE = (

@@ -20,7 +20,7 @@ from engine.verdict import Verdict
 from models import load
 from train import meta_rm
 from train.meta_rm import Labelled, auc, labelled, logits_of, losses_of, pairs
-from train.rollout import dev_rows
+from train.world.rows import dev_rows
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from models import load
 from models.transformer import Transformer, causal_attend
 from tests.tiny import FAMILIES, write_model
-from train.data import Trajectory
 from train.packing import pack, packed_attention
+from train.trajectories import Trajectory
 
 HEAD, A, B, TAIL = (5, 6, 7), (8, 9), (10,), (11, 12, 13, 14)
 

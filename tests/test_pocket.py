@@ -23,11 +23,11 @@ from engine.settings import JudgeSettings, read_judge_settings
 from engine.verdict import Verdict
 from models import Tokenizer, load
 from models.config import read_config
-from train import pocket
-from train.pocket import JUDGE_TEMPLATE, SPECIAL_TOKENS, build_tokenizer, write_untrained
-from train.rollout import dev_rows
-from train.world import cases, list_criteria
-from train.world import judge as teach
+from train.world import pocket
+from train.world.cases import cases, list_criteria
+from train.world.cases import judge as teach
+from train.world.pocket import JUDGE_TEMPLATE, SPECIAL_TOKENS, build_tokenizer, write_untrained
+from train.world.rows import dev_rows
 
 POCKET_META = POCKET.parent / "pocket-meta"
 SAMPLE = 300  # rows; the shipped tokenizer sees 6000

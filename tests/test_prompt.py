@@ -26,7 +26,7 @@ from engine.settings import JudgeSettings, read_judge_settings
 from models.tokenizer import Tokenizer
 from tests.oracles.turns import judge_turns
 from tests.tiny import CONTROL, SPECIAL, write_tokenizer
-from train.pocket import JUDGE_TEMPLATE
+from train.world.pocket import JUDGE_TEMPLATE
 
 DEFAULT = DEFAULT_TEMPLATE.read_text(encoding="utf-8")
 GEMMA_CHAT = (

@@ -90,7 +90,7 @@ def options_of(module: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
 
 def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str]) -> None:
     """Of the command that it is named with; else of judging or of one of the training loops."""
-    command = re.compile(r"python -m (\w+\.\w+)((?:[^`\n\\]|\\\n)*)")
+    command = re.compile(r"python -m (\w+(?:\.\w+)+)((?:[^`\n\\]|\\\n)*)")
     asked = command.findall(README)
     assert len(asked) >= 10
     for module, text in asked:

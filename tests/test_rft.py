@@ -25,9 +25,11 @@ from engine.sample import POCKET
 from engine.verdict import Sample, Verdict
 from models import load
 from models.tokenizer import Tokenizer
-from train import rft
-from train.data import file_batches, file_judgements
+from train import rejection, rft
+from train.judgements import file_judgements
+from train.rejection_log import RejectionLog
 from train.rft import Args
+from train.trajectories import file_batches
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,7 +143,7 @@ def test_rejection_is_that_of_a_plain_oracle() -> None:
         seen.update(expected)
 
     check()
-    assert set(seen) == set(rft.FATES)
+    assert set(seen) == set(rejection.FATES)
 
 
 # -- the hint --------------------------------------------------------------------------------------
@@ -494,7 +496,7 @@ def test_other_data_and_damaged_files_are_refused(
 
 def test_two_writers_are_refused(args: Args) -> None:
     args.out.mkdir()
-    first = rft._Files(args)
+    first = RejectionLog(args.out)
     with pytest.raises(OutputError, match="another process"):
         rft.sample(args)
     first.close()

@@ -16,9 +16,9 @@ from models import load
 from models.transformer import Transformer
 from tests.tiny import FAMILIES, write_model
 from train import checkpoint, sft
-from train.data import Trajectory
 from train.packing import PackedBatch, pack
-from train.pocket import JUDGE_TEMPLATE
+from train.trajectories import Trajectory
+from train.world.pocket import JUDGE_TEMPLATE
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")

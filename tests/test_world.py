@@ -17,8 +17,8 @@ import pytest
 
 from engine.request import parse_row
 from kernels.score_grammar import Reason, ScoreRules, parse_scores
-from train import world
-from train.world import CRITERIA, Case, Split, cases, judge, list_criteria, make_case
+from train.world import cases as world
+from train.world.cases import CRITERIA, Case, Split, cases, judge, list_criteria, make_case
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "final")
 QUERY = re.compile(
@@ -292,7 +292,7 @@ def test_the_command_line_writes_rows(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_the_command_line_writes_to_standard_output_in_any_locale(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "train.world", "--rows", "40", "--split", "train"],
+        [sys.executable, "-m", "train.world.cases", "--rows", "40", "--split", "train"],
         cwd=Path(__file__).parent.parent,
         env={"PATH": "", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
         capture_output=True,

@@ -7,7 +7,7 @@ import torch
 
 from engine import Judge
 from engine.verdict import to_line
-from train.rollout import split_rows
+from train.world.rows import split_rows
 
 ROOT = Path(__file__).parents[1]
 ROWS, FEW = 64, 4

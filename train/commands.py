@@ -14,8 +14,8 @@ COMMANDS = {
     "rft": ("train.rft", "train a judge on those of its own judgements that are right"),
     "grpo": ("train.grpo", "train a judge by reinforcement learning on labelled rows"),
     "meta_rm": ("train.meta_rm", "train a meta reward model: which judgements are right"),
-    "world": ("train.world", "write rows of the synthetic judging world"),
-    "pocket": ("train.pocket", "train the bundled judge from nothing"),
+    "world": ("train.world.cases", "write rows of the synthetic judging world"),
+    "pocket": ("train.world.pocket", "train the bundled judge from nothing"),
 }
 
 

@@ -12,7 +12,8 @@ from engine.labels import is_right
 from engine.request import Row
 from engine.verdict import RowFailure
 from train import parallel
-from train.rollout import dev_rows, labelled_rows
+from train.sources import labelled_rows
+from train.world.rows import dev_rows
 
 
 @dataclass(frozen=True, kw_only=True)

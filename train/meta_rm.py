@@ -6,7 +6,7 @@
 
 The meta model begins as the decoder of --model under a new score weight of zeros. A step samples
 judgements of its rows with the judge (by default --model itself), labels the valid ones right or
-wrong by the rule of `train/rollout.py`, adds judgements of other rows that `train.rft` kept, if
+wrong by the rule of `train/rewards.py`, adds judgements of other rows that `train.rft` kept, if
 given, and learns to tell them apart, each read as `engine/meta.py` reads it: the prompt in its
 order, the text, the end token. All judgements of a row are packed as one tree. Losses:
 
@@ -43,21 +43,14 @@ from models.config import read_json
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
 from train import parallel
-from train.data import JudgedRow, Judgement, Trajectory, file_judgements
+from train.judgements import JudgedRow, Judgement, file_judgements
 from train.learner import Learner
 from train.packing import pack, packed_attention
-from train.rollout import (
-    TRAINING,
-    Group,
-    Rows,
-    dev_rows,
-    file_rows,
-    sample_groups,
-    step_seed,
-    tell_left_out,
-    world_rows,
-)
+from train.rollout import TRAINING, Group, sample_groups, step_seed
 from train.run import Clock, Run, RunArgs, check_args, command_line
+from train.sources import Rows, file_rows, tell_left_out
+from train.trajectories import Trajectory
+from train.world.rows import dev_rows, world_rows
 
 EXAMPLE = """\
 --model DIR --out runs/meta_rm \\

@@ -22,7 +22,7 @@ from kernels.forest_attention import forest_attention
 from kernels.forest_attention.plan import ForestPlan
 from models.config import ModelConfig
 from models.transformer import Attend, Transformer
-from train.data import Trajectory
+from train.trajectories import Trajectory
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,9 @@ Each row is judged --samples times. All of them right: the row is too easy and n
 kept. Otherwise a row of two or more responses is judged once more with the best response as a hint,
 shown where that sample's order puts it, and every right judgement is kept, hinted or not. So the
 hinted sample of a row that is too easy, which would go with its row, is not drawn. Right is as in
-`train/rollout.py`: strictly. What becomes of a judgement, its *fate*:
+`train/rewards.py`: strictly. What becomes of a judgement is told in `train/rejection.py`.
 
-    kept
-    too_easy     as all others of its row it is right
-    truncated    it did not end by itself, whatever it says
-    invalid      it has no valid scores
-    wrong        its scores do not agree with the label
-    garbled      right, but its text is not what was sampled: it holds control tokens, or no UTF-8
-
-    OUT/trajectories.jsonl   what was kept, as `train.data.file_batches` reads it
+    OUT/trajectories.jsonl   what was kept, as `train/trajectories.py` reads it
     OUT/judgements.jsonl     every valid judgement without a hint, right or wrong, and which of the
                              two: what `train.meta_rm --judgements` learns from
     OUT/progress.jsonl       the settings; then a line for each row: the fates of its judgements,
@@ -31,7 +24,6 @@ a hint to the finished judge.
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields
@@ -39,43 +31,26 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 from tqdm import tqdm
 
 from engine import command
 from engine.judge import Judge
-from engine.labels import gold_index, has_best, is_right
-from engine.output import Output
+from engine.labels import has_best, is_right
 from engine.reading import open_rows, read_rows
 from engine.request import BadRow, Row
 from engine.sample import POCKET
-from engine.verdict import RowFailure, Sample, Verdict
-from models.tokenizer import Tokenizer
+from engine.verdict import RowFailure, Verdict
 from train import parallel, sft
-from train.checkpoint import sha256
-from train.data import hint_at
 from train.evaluation import VoteArgs
-from train.rollout import TRAINING, seed_of, world_rows
-from train.run import (
-    RunArgs,
-    check_args,
-    command_line,
-    differences,
-    replace_text,
-    settings_of,
-)
+from train.rejection import best_hint, fate, fates, judgement_line
+from train.rejection_log import JUDGEMENTS, TRAJECTORIES, Counts, Done, Lines, RejectionLog
+from train.rollout import TRAINING, seed_of
+from train.run import RunArgs, check_args, command_line, replace_text
+from train.settings import settings_of
+from train.world.rows import world_rows
 
 WORLD_ROWS = 256  # of the synthetic world, where neither --data nor --rows says how many
 _WORLD_BATCH = 64
-
-Fate = Literal["kept", "too_easy", "truncated", "invalid", "wrong", "garbled"]
-FATES: tuple[Fate, ...] = ("kept", "too_easy", "truncated", "invalid", "wrong", "garbled")
-HintedFate = Fate | Literal["failed"]  # failed: the prompt with the hint cannot be judged
-HINTED_FATES: tuple[HintedFate, ...] = (*FATES, "failed")
-RowFate = Literal["kept", "too_easy", "none_kept", "failed", "no_label", "bad_line"]
-ROW_FATES: tuple[RowFate, ...] = (
-    "kept", "too_easy", "none_kept", "failed", "no_label", "bad_line",
-)  # fmt: skip
 
 
 EXAMPLE = "--model DIR --out runs/rft --data rows.jsonl --steps 250"
@@ -109,12 +84,12 @@ class Args(RunArgs, VoteArgs):
     @property
     def trajectories(self) -> Path:
         """The file of what was kept."""
-        return self.out / "trajectories.jsonl"
+        return self.out / TRAJECTORIES
 
     @property
     def judgements(self) -> Path:
         """The file of all valid judgements, right and wrong."""
-        return self.out / "judgements.jsonl"
+        return self.out / JUDGEMENTS
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -135,90 +110,7 @@ class Args(RunArgs, VoteArgs):
         return sft.Args(**shared | own)
 
 
-class _Header(msgspec.Struct):
-    """The first line of progress."""
-
-    settings: dict[str, Any]
-
-
-class Done(msgspec.Struct, kw_only=True):
-    """A row's line of progress. `ends`: bytes of trajectories, and of judgements, up to and with
-    this row's."""
-
-    id: str | None
-    row: RowFate
-    samples: list[Fate] = []
-    hinted: HintedFate | None = None
-    error: str | None = None
-    ends: tuple[int, int] = (0, 0)
-
-
-@dataclass(frozen=True)
-class Lines:
-    """What a row adds to the two files."""
-
-    trajectories: list[bytes]
-    judgements: list[bytes]
-
-
 # -- what is kept ----------------------------------------------------------------------------------
-
-
-def best_hint(row: Row, order: Sequence[int]) -> str:
-    """The hint at a labelled row's best response, at the place where `order` shows it."""
-    assert row.label is not None and len(row.responses) > 1
-    return hint_at(list(order).index(gold_index(row.label)))
-
-
-def fates(
-    samples: Sequence[Sample], label: int | Sequence[float], threshold: float, tokenizer: Tokenizer
-) -> list[Fate]:
-    """What becomes of a row's judgements without a hint."""
-    if all(is_right(sample.scores, label, threshold) for sample in samples):
-        return ["too_easy"] * len(samples)
-    return [fate(sample, label, threshold, tokenizer) for sample in samples]
-
-
-def fate(
-    sample: Sample, label: int | Sequence[float], threshold: float, tokenizer: Tokenizer
-) -> Fate:
-    """What becomes of one judgement of a row that is not too easy."""
-    if sample.finish == "length":
-        return "truncated"
-    if sample.scores is None:
-        return "invalid"
-    if not is_right(sample.scores, label, threshold):
-        return "wrong"
-    body = sample.token_ids[:-1]  # without the end token
-    if not all(t < tokenizer.size and t not in tokenizer.control_ids for t in body):
-        return "garbled"
-    written = b"".join(tokenizer.token_bytes[t] for t in body)
-    return "kept" if written == sample.text.encode() else "garbled"
-
-
-def judgement_line(
-    row: Row, sample: Sample, *, hint: str | None = None, right: bool | None = None
-) -> bytes:
-    """A row with one of its judgements, newline included."""
-    (first, *others) = row.messages
-    prompt: Any = first.content
-    if others:
-        prompt = [{"role": m.role, "content": m.content} for m in row.messages]
-    fields = {
-        "id": row.id,
-        "prompt": prompt,
-        "responses": row.responses,
-        "label": row.label,
-        "reference": row.reference,
-        "principles": row.principles,
-        "meta": row.meta,
-        "judgement": sample.text,
-        "order": sample.order,
-        "hint": hint,
-        "right": right,
-    }
-    there = {name: value for name, value in fields.items() if value is not None}
-    return (json.dumps(there, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
 
 
 # -- sampling --------------------------------------------------------------------------------------
@@ -316,109 +208,6 @@ def _decide(
     return done, Lines(kept, valid)
 
 
-class Counts:
-    """How many rows and judgements had which fate."""
-
-    def __init__(self) -> None:
-        self._rows: Counter[RowFate] = Counter()
-        self._samples: Counter[Fate] = Counter()
-        self._hinted: Counter[HintedFate] = Counter()
-
-    def add(self, done: Done) -> None:
-        """Count a row."""
-        self._rows[done.row] += 1
-        self._samples.update(done.samples)
-        if done.hinted is not None:
-            self._hinted[done.hinted] += 1
-
-    @property
-    def kept(self) -> int:
-        """Trajectories kept."""
-        return self._samples["kept"] + self._hinted["kept"]
-
-    def table(self) -> dict[str, Any]:
-        """All counts; `all` is the sum of those beside it."""
-        return {
-            "trajectories": self.kept,
-            "rows": {"all": self._rows.total()} | {f: self._rows[f] for f in ROW_FATES},
-            "samples": {"all": self._samples.total()} | {f: self._samples[f] for f in FATES},
-            "hinted": {"all": self._hinted.total()}
-            | {f: self._hinted[f] for f in HINTED_FATES if f != "too_easy"},
-        }
-
-
-class _Files:
-    """Trajectories, judgements and progress, locked, and what an earlier run has done of them."""
-
-    def __init__(self, args: Args) -> None:
-        with ExitStack() as stack:
-            outputs = [
-                stack.enter_context(closing(Output(str(path), resume=True)))
-                for path in (args.trajectories, args.judgements, args.out / "progress.jsonl")
-            ]
-            self.close = stack.pop_all().close
-        self._files, self._progress = outputs[:2], outputs[2]
-        self._ends = (0, 0)
-
-    def resume(self, settings: dict[str, Any]) -> list[Done]:
-        """The rows that are done; cuts off what is torn. Raises ValueError, and changes nothing,
-        where they were done with other settings or the files are not such a run's."""
-        path, sizes = self._progress.path, [Path(file.path).stat().st_size for file in self._files]
-        lines = list(self._progress.whole_lines())
-        if not lines and any(sizes):
-            full = next(f.path for f, size in zip(self._files, sizes, strict=True) if size)
-            raise ValueError(f"{full} is not empty, and {path} is")
-        read: list[Any] = []
-        for number, line in enumerate(lines, 1):
-            try:
-                read.append(msgspec.json.decode(line, type=Done if number > 1 else _Header))
-            except msgspec.MsgspecError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-        if len(lines) < 2:  # no row is done, so nothing is lost
-            for file in (*self._files, self._progress):
-                file.cut(0)
-            self._progress.write(msgspec.json.encode(_Header(settings=settings)) + b"\n")
-            return []
-        if read[0].settings != settings:
-            differ = differences(read[0].settings, settings)
-            raise ValueError(f"{path} was made with other settings: {differ}")
-        # After a kill all ends are within the files; after a power cut they may not be.
-        done = [
-            each
-            for each in read[1:]
-            if all(end <= size for end, size in zip(each.ends, sizes, strict=True))
-        ]
-        self._ends = done[-1].ends if done else (0, 0)
-        for file, end in zip(self._files, self._ends, strict=True):
-            file.cut(end)
-        self._progress.cut(sum(map(len, lines[: len(done) + 1])))
-        return done
-
-    def write(self, done: Done, lines: Lines) -> None:
-        """Append a row: its lines, then its line of progress."""
-        texts = b"".join(lines.trajectories), b"".join(lines.judgements)
-        for file, text in zip(self._files, texts, strict=True):
-            if text:
-                file.write(text)
-        first, second = self._ends
-        self._ends = done.ends = first + len(texts[0]), second + len(texts[1])
-        self._progress.write(msgspec.json.encode(done) + b"\n")
-
-
-def easy_rows(progress: Path, data: Path) -> frozenset[str]:
-    """The ids of the rows of a file that were judged right each time, from the progress of a run
-    over it. Raises ValueError where the progress is not one over that file."""
-    header, *lines = progress.read_bytes().splitlines() or [b""]
-    try:
-        made_with = msgspec.json.decode(header, type=_Header).settings
-        done = [msgspec.json.decode(line, type=Done) for line in lines]
-    except msgspec.MsgspecError as error:
-        raise ValueError(f"{progress}: {error}") from None
-    if made_with.get("data") != sha256(data):
-        raise ValueError(f"{progress} is not about {data}")
-    return frozenset(each.id for each in done if each.row == "too_easy" and each.id is not None)
-
-
 def sample(args: Args) -> Counts:
     """Sample all rows, continuing where an earlier run stopped; writes all but OUT/model.
 
@@ -427,7 +216,9 @@ def sample(args: Args) -> Counts:
     args.out.mkdir(parents=True, exist_ok=True)
     counts = Counts()
     with ExitStack() as stack:
-        files = stack.enter_context(closing(_Files(args))) if parallel.is_first() else None
+        files = (
+            stack.enter_context(closing(RejectionLog(args.out))) if parallel.is_first() else None
+        )
         settings = settings_of(args.sampling, args.model)
         done = parallel.from_first(files.resume(settings) if files else [])
         source = entries(args.data, args.rows, args.seed)

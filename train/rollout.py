@@ -1,9 +1,6 @@
 """Groups of judgements sampled with the trainer's own weights, their rewards and advantages.
 
-A judgement of a labelled row is right when it says so strictly: with n >= 2 responses the labelled
-best alone has the highest score; with one response its score is on the label's side of the
-threshold. The reward is +1 or -1; an invalid judgement gets -1, and is counted. Reward and
-advantage are two things:
+Rewards are those of `train/rewards.py`. Reward and advantage are two things:
 
     advantage = (reward - mean of its group) / std        of the group, of the batch, or 1
 
@@ -12,11 +9,8 @@ group are equal it is 0.
 """
 
 import hashlib
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,19 +18,16 @@ import torch
 from torch import Tensor
 
 from engine.judge import Judge
-from engine.labels import has_best, is_right
 from engine.prompt import read_judge_template
-from engine.reading import open_rows, read_rows
-from engine.request import BadRow, Row, make_row
+from engine.request import Row
 from engine.settings import read_judge_settings
 from engine.verdict import RowFailure, Sample
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from train import parallel
-from train.data import Trajectory, epochs, prompt_segments
-from train.world import Split, cases
+from train.rewards import rule_rewards
+from train.trajectories import Trajectory, prompt_segments
 
-Rows = Callable[[int], list[Row]]  # batch number -> its rows
 Scaling = Literal["none", "group", "batch"]
 _EPS = 1e-4
 
@@ -48,68 +39,6 @@ class Group:
     row: Row
     samples: list[Sample]
     rewards: list[float]
-
-
-def world_rows(name: str, seed: int, rows: int) -> Rows:
-    """Fresh rows of the synthetic world's train split, the same for the same name and seed."""
-
-    def batch(number: int) -> list[Row]:
-        stream = f"{name}-{seed}-{number}"
-        return split_rows(stream, "train", rows, stream)
-
-    return batch
-
-
-def dev_rows(name: str, rows: int) -> list[Row]:
-    """Rows of the synthetic world's dev split, the same for the same name."""
-    return split_rows(name, "dev", rows, "dev")
-
-
-def split_rows(stream: str | int, split: Split, rows: int, prefix: str) -> list[Row]:
-    """The first labelled rows of a stream of the synthetic world's cases; ids are PREFIX-NUMBER."""
-    drawn = (case.row() for case in islice(cases(stream, split), rows))
-    return [
-        make_row(row["prompt"], row["responses"], id=f"{prefix}-{i}", label=row["label"])
-        for i, row in enumerate(drawn)
-    ]
-
-
-def file_rows(
-    path: Path, seed: int, rows: int, skip: frozenset[str] = frozenset()
-) -> tuple[Rows, Counter[str]]:
-    """Rows of a JSONL file, in a new seeded permutation every epoch, without those whose ids are in
-    `skip`; and how many lines were left out for which reason. Raises ValueError where no row is
-    left."""
-    found, left_out = labelled_rows(path)
-    kept = [row for row in found if row.id not in skip]
-    left_out["too easy"] = len(found) - len(kept)
-    if not kept:
-        raise ValueError(f"{path}: all {len(found)} rows are to be skipped")
-    return lambda number: epochs(kept, number, rows, seed), +left_out
-
-
-def tell_left_out(left_out: Counter[str]) -> None:
-    """Say what lines of a file were left out, and why."""
-    for reason, count in left_out.most_common() if parallel.is_first() else ():
-        print(f"left out: {count} x {reason}", file=sys.stderr)
-
-
-def labelled_rows(path: Path) -> tuple[list[Row], Counter[str]]:
-    """The labelled rows of a file, and how many lines were left out for which reason: bad rows, and
-    rows without a label or with a tie. Raises ValueError where there is no labelled row."""
-    kept: list[Row] = []
-    left_out: Counter[str] = Counter()
-    with open_rows(path) as stream:
-        for row in read_rows(stream):
-            if isinstance(row, BadRow):
-                left_out[f"line {row.line}: {row.error}"] += 1
-            elif not has_best(row.label):
-                left_out["no label" if row.label is None else "a tie"] += 1
-            else:
-                kept.append(row)
-    if not kept:
-        raise ValueError(f"{path} holds no row with a label: {dict(left_out)}")
-    return kept, left_out
 
 
 def sample_groups(
@@ -125,11 +54,7 @@ def sample_groups(
         if isinstance(outcome, RowFailure):
             failures.append(outcome)
             continue
-        assert row.label is not None
-        rewards = [
-            1.0 if is_right(sample.scores, row.label, judge.settings.threshold) else -1.0
-            for sample in outcome.samples
-        ]
+        rewards = rule_rewards(row, outcome.samples, judge.settings.threshold)
         groups.append(Group(row, outcome.samples, rewards))
     return parallel.gather(groups), parallel.gather(failures)
 

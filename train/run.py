@@ -20,7 +20,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TextIO, TypeVar
@@ -29,13 +29,11 @@ import torch
 from tqdm import tqdm
 
 from engine import command
-from engine.key import model_fingerprint
 from models.weights import save_pretrained
 from train import checkpoint, parallel
 from train.learner import Learner, LearnerArgs, M
+from train.settings import MODEL_FILES, differences, settings_of
 
-# What does not decide how a run ends: where its files are, how often it writes, how it saves room.
-_PLACES = frozenset({"model", "out", "log_every", "save_every", "keep", "recompute"})
 # The options of all training commands as their help shows them.
 GROUPS = {
     "model": ("model", "judge", "dtype", "lora_rank", "lora_alpha"),
@@ -54,12 +52,6 @@ GROUPS = {
         "eval_every", "eval_data", "eval_rows", "eval_k", "eval_samples", "eval_temperature",
     ),
 }  # fmt: skip
-# What a model directory holds besides weights.
-_MODEL_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "judge.json",
-    "judge_template.jinja",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +181,7 @@ class Run(Generic[M]):
         self._learner.refresh()
         if parallel.is_first():
             directory.mkdir(exist_ok=True)
-            for name in _MODEL_FILES:
+            for name in MODEL_FILES:
                 if (self._args.model / name).exists():
                     shutil.copyfile(self._args.model / name, directory / name)
             if not (directory / "judge.json").exists():
@@ -264,29 +256,6 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def settings_of(args: Mapping[str, Any], model: Path) -> dict[str, Any]:
-    """All settings that decide how a run ends; of files, what they hold and not where they are."""
-    settings: dict[str, Any] = {}
-    for name, value in args.items():
-        if name not in _PLACES:
-            settings[name] = _digest(value) if isinstance(value, Path) else value
-    for path in sorted(model.iterdir()):
-        if path.name in _MODEL_FILES or ".safetensors" in path.suffixes:
-            settings[f"model/{path.name}"] = checkpoint.sha256(path)
-    return settings
-
-
-def _digest(path: Path) -> str:
-    """Of a file, or of a model directory."""
-    return model_fingerprint(path) if path.is_dir() else checkpoint.sha256(path)
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What differs between two runs' settings, in words."""
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return ", ".join(f"{name} = {old.get(name)}, not {new.get(name)}" for name in names)
 
 
 def _tensorboard(directory: Path, step: int) -> Any:

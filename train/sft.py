@@ -21,12 +21,13 @@ from kernels.logprob import linear_logprob
 from models import load
 from models.transformer import Transformer
 from train import parallel
-from train.data import Batches, Trajectory, file_batches, world_batches
 from train.evaluation import VoteArgs, dev_votes, evaluation_rows
 from train.learner import Learner
 from train.packing import PackedBatch, hidden_states, pack
 from train.rollout import judge_of
 from train.run import Clock, Run, RunArgs, check_args, command_line
+from train.trajectories import Batches, Trajectory, file_batches
+from train.world.rows import world_batches
 
 EXAMPLE = "--model DIR --out runs/sft --data trajectories.jsonl --steps 500"
 

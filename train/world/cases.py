@@ -16,7 +16,7 @@ that writes its own principles.
 The split of a row (train, dev, final) is a hash of its content. One in nine combinations of cue
 words is kept out of train; in the other splits `meta.novel` tells these rows.
 
-    python -m train.world --rows 1000 --seed 0 --split final --out rows.jsonl
+    python -m train.world.cases --rows 1000 --seed 0 --split final --out rows.jsonl
 """
 
 import hashlib
@@ -341,7 +341,7 @@ class Args:
     out: Path | None = None  # standard output when left out
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.world") -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.world.cases") -> int:
     """Run the command line and return its exit status."""
     return command.run(lambda: _write(arguments, prog))
 

@@ -4,7 +4,7 @@ The tokenizer is a Unigram model over byte-level pieces: every byte that UTF-8 t
 the whole words of the judging world. Unigram, since a BPE vocabulary must also hold the steps
 towards each word, tokens that no text ever shows.
 
-    python -m train.pocket [--out DIR] [--steps N] [--seed S]
+    python -m train.world.pocket [--out DIR] [--steps N] [--seed S]
 
 OUT/untrained holds the model as it starts, OUT/model the trained one with its checkpoints and
 metrics. Running it again continues where it stopped. Not done here: RL, the model card.
@@ -30,7 +30,7 @@ from models.tokenizer import BYTE_OF_LETTER, UTF8_BYTES
 from models.transformer import Transformer
 from models.weights import save_pretrained
 from train import sft
-from train.world import cases, judge, list_criteria
+from train.world.cases import cases, judge, list_criteria
 
 SPECIAL_TOKENS = ("<|user|>", "<|judge|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -185,7 +185,7 @@ class Args:
     seed: int = 0  # of the first weights and of all draws
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.pocket") -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.world.pocket") -> int:
     """Run the command line and return its exit status."""
     return command.run(lambda: _train(arguments, prog))
 

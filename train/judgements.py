@@ -1,0 +1,53 @@
+"""Judgements of rows, and which of them are right: what a meta model learns from.
+
+They are read from a JSONL file like that of trajectories, whose lines say whether the judgement is
+`right`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from engine.request import Row
+from train.sources import epochs
+from train.trajectories import JudgementLine, order_of, read_lines
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A judgement of a row: the order that it saw, its text, whether it is right."""
+
+    order: Sequence[int]
+    text: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class JudgedRow:
+    """A row and some of its judgements."""
+
+    row: Row
+    judgements: list[Judgement]
+
+
+def file_judgements(path: Path, rows: int, seed: int) -> Callable[[int], list[JudgedRow]]:
+    """Batches of rows from a JSONL file of judgements, each of them with `right`; the lines of a
+    row lie together. Every epoch is a new seeded permutation of all rows.
+
+    Raises ValueError naming file and line for a line that is no such judgement.
+    """
+
+    def judgement(row: Row, line: JudgementLine) -> tuple[Row, Judgement]:
+        if line.right is None:
+            raise ValueError("it does not say whether its judgement is right")
+        return row, Judgement(order_of(row, line), line.judgement, line.right)
+
+    lines = groupby(read_lines(path, judgement), key=lambda line: (line[0].id, line[0].digest))
+    judged_rows = []
+    for _, group in lines:
+        found = list(group)
+        judged_rows.append(JudgedRow(found[0][0], [own for _, own in found]))
+    if not judged_rows:
+        raise ValueError(f"{path} holds no judgement")
+    return lambda number: epochs(judged_rows, number, rows, seed)
