@@ -1,6 +1,7 @@
 """Reinforcement learning: rewards, a whole step against dense float64, and runs that resume."""
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from engine.judge import Judge
 from engine.labels import is_right
 from engine.prompt import read_judge_template
-from engine.request import make_row
+from engine.request import Row, make_row
 from engine.sample import POCKET
 from engine.settings import read_judge_settings
 from engine.verdict import Sample, Verdict
@@ -29,6 +30,7 @@ from tests.tiny import write_model
 from train import grpo, rft
 from train.evaluation import VoteArgs, dev_votes, evaluation_rows
 from train.learner import Learner
+from train.rewards import reward_of
 from train.rollout import Group, advantages, describe
 from train.sources import file_rows
 from train.world.pocket import JUDGE_TEMPLATE
@@ -61,6 +63,32 @@ def test_a_judgement_is_right_when_it_says_so_strictly(
     scores: tuple[int, ...] | None, label: Any, right: bool
 ) -> None:
     assert is_right(scores, label, 5.5) == right
+
+
+def rewarded(name: str, label: Any, *scores: tuple[int, ...] | None) -> list[float]:
+    n = len(next(each for each in scores if each))
+    row = make_row("q", [str(i) for i in range(n)], label=label)
+    samples = [Sample((), "", each, None, None, 0, "eos", [], [], []) for each in scores]
+    return reward_of(name)(row, samples, 5.5)
+
+
+def test_rewards() -> None:
+    votes = (9, 1), (4, 8), (5, 5), None
+    assert rewarded("rule", 0, *votes) == [1, -1, -1, -1]
+    assert rewarded("ties", 0, *votes) == [1, -1, 0, -1]
+    assert rewarded("ties", 2, (1, 7, 7), (7, 7, 1), (3, 3, 3)) == [0, -1, 0]
+    # 18 to 14 is right; without the first it is wrong, without the second still right.
+    assert rewarded("leave_one_out", 0, *votes) == [1, 0, 0, 0]
+    assert rewarded("leave_one_out", 0, (4, 8), (8, 4), None) == [-0.5, 0.5, 0]
+    assert rewarded("leave_one_out", 1, (7,)) == [1] and rewarded("leave_one_out", 0, (7,)) == [0]
+    assert rewarded("tests.test_grpo:counted", 0, *votes) == [0, 1, 2, 3]
+    for name in ("rules", "tests.test_grpo:nothing", "no.module:rule", ":", ""):
+        with pytest.raises(ValueError, match=f"reward = '{name}' is not rule, ties"):
+            reward_of(name)
+
+
+def counted(row: Row, samples: Sequence[Sample], threshold: float) -> list[float]:
+    return [float(i) for i in range(len(samples))]
 
 
 @given(
@@ -126,7 +154,8 @@ def groups_of(judge: Judge) -> list[Group]:
             )
             for j in range(3)
         ]
-        groups.append(Group(row, samples, [float(r) for r in rewards]))
+        right = [reward > 0 for reward in rewards]
+        groups.append(Group(row, samples, right, [float(r) for r in rewards]))
     return groups
 
 
@@ -177,6 +206,15 @@ def test_a_step_is_that_of_dense_float64(kind: Any, judge: Judge, tmp_path: Path
         tuple(len(s.token_ids) for g in some for s in g.samples)
         for some in (groups[:3], groups[3:])
     ]
+    (informed,) = grpo.windows(ours, frozen, groups, replace(args, drop_zero_spread=True))
+    assert (
+        [m.batch.lengths for m in informed]
+        == [  # the second group's rewards are all alike
+            tuple(len(s.token_ids) for g in (groups[0], *groups[2:]) for s in g.samples)
+        ]
+    )
+    if kind in ("grpo", "gspo"):  # a mean over sequences, of 9 now and not of 12
+        assert informed[0].weight[0] * 9 == pytest.approx(float(window[0].weight[0]) * 12)
     found = grpo.add_gradients(ours.model, window, args)
     metrics = grpo.window_metrics(window, found)
     # Weights of tokens and what the sampler says are float32.

@@ -1,4 +1,4 @@
-"""Reinforcement learning of a judge on the rule reward: GRPO and its variants; resumable.
+"""Reinforcement learning of a judge on labelled rows: GRPO and its variants; resumable.
 
     python -m train.grpo [--model DIR] [--out DIR] [--data ROWS.jsonl] [--steps N] ...
     torchrun --nproc-per-node N -m train.grpo ...
@@ -30,6 +30,7 @@ from train.evaluation import dev_votes, evaluation_rows
 from train.learner import Learner
 from train.policy_step import PolicyArgs, Reference, add_gradients, window_metrics, windows
 from train.rejection_log import easy_rows
+from train.rewards import reward_of
 from train.rollout import describe, judge_of, sample_groups, step_seed
 from train.run import Clock, Run, RunArgs, check_args, command_line
 from train.sources import Rows, file_rows, tell_left_out
@@ -42,7 +43,7 @@ EXAMPLE = """\
 
 @dataclass(frozen=True, kw_only=True)
 class Args(RunArgs, PolicyArgs):
-    """Reinforcement learning of a judge on the rule reward."""
+    """Reinforcement learning of a judge on labelled rows."""
 
     model: Path = POCKET
     out: Path = Path("runs/grpo")
@@ -73,6 +74,7 @@ class Trainer:
             parallel.shard(frozen)
             self.reference = Reference(frozen, adapted=False)
         self.judge = judge_of(self.learner.plain, tokenizer, args.model)
+        self.reward = reward_of(args.reward)
         self.left_out: Counter[str] = Counter()
         self.rows: Rows = world_rows("grpo", args.seed, args.rows)
         if args.data is not None:
@@ -90,7 +92,7 @@ class Trainer:
         clock = Clock()
         learner.refresh()
         groups, failures = sample_groups(
-            self.judge, self.rows(number), step_seed(args.seed, number), k=args.group,
+            self.judge, self.rows(number), step_seed(args.seed, number), self.reward, k=args.group,
             temperature=args.temperature, max_new_tokens=args.max_new_tokens, orders=args.orders,
             deterministic=args.deterministic, stop="eos",
         )  # fmt: skip

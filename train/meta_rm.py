@@ -122,8 +122,8 @@ def judged(groups: Sequence[Group]) -> list[JudgedRow]:
         JudgedRow(
             group.row,
             [
-                Judgement(sample.order, sample.text, reward > 0)
-                for sample, reward in zip(group.samples, group.rewards, strict=True)
+                Judgement(sample.order, sample.text, right)
+                for sample, right in zip(group.samples, group.right, strict=True)
                 if sample.scores is not None
             ],
         )

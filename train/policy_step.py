@@ -35,6 +35,8 @@ class PolicyArgs(VoteArgs):
     clip_high: float = 0.2  # the ratio is clipped this far above 1
     beta: float = 0.08  # weight of the KL term; 0: none, and no reference
     kl: Literal["k1", "k2", "k3"] = "k3"  # which estimate of the KL divergence
+    reward: str = "rule"  # rule, ties, leave_one_out or MODULE:NAME: see train/rewards.py
+    drop_zero_spread: bool = False  # groups whose rewards are all alike teach nothing, not even KL
     scaling: Scaling = "group"  # what advantages are divided by: the deviation of rewards
     epochs: int = 1  # times that a step's judgements are learnt from
     minibatches: int = 1  # updates in each of them
@@ -85,7 +87,11 @@ class Reference:
 def windows(
     judge: Judge, reference: Reference | None, groups: Sequence[Group], args: PolicyArgs
 ) -> list[list[Micro]]:
-    """The groups of a step as the windows of its updates, each of this rank's micro-batches."""
+    """The groups of a step as the windows of its updates, each of this rank's micro-batches. Sums
+    are divided by the judgements or tokens of the groups that are learnt from, of a window's own:
+    of all, or without those that have no spread (the first of these, where no group has any)."""
+    if args.drop_zero_spread:
+        groups = [group for group in groups if len(set(group.rewards)) > 1] or groups[:1]
     rewards = torch.tensor([group.rewards for group in groups])
     advantage = advantages(rewards, args.scaling)
     found = []

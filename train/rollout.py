@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.judge import Judge
+from engine.labels import is_right
 from engine.prompt import read_judge_template
 from engine.request import Row
 from engine.settings import read_judge_settings
@@ -25,7 +26,7 @@ from engine.verdict import RowFailure, Sample
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from train import parallel
-from train.rewards import rule_rewards
+from train.rewards import Reward, rule
 from train.trajectories import Trajectory, prompt_segments
 
 Scaling = Literal["none", "group", "batch"]
@@ -34,15 +35,16 @@ _EPS = 1e-4
 
 @dataclass(frozen=True)
 class Group:
-    """A row, its judgements and their rewards."""
+    """A row, its judgements, which of them are right, and their rewards."""
 
     row: Row
     samples: list[Sample]
+    right: list[bool]
     rewards: list[float]
 
 
 def sample_groups(
-    judge: Judge, rows: Iterable[Row], seed: int, **options: Any
+    judge: Judge, rows: Iterable[Row], seed: int, reward: Reward = rule, **options: Any
 ) -> tuple[list[Group], list[RowFailure]]:
     """The judgements of labelled rows, k of each, with their rewards; and the rows that could not
     be judged. Every rank samples its share and has the groups of all. options: those of
@@ -54,8 +56,11 @@ def sample_groups(
         if isinstance(outcome, RowFailure):
             failures.append(outcome)
             continue
-        rewards = rule_rewards(row, outcome.samples, judge.settings.threshold)
-        groups.append(Group(row, outcome.samples, rewards))
+        assert row.label is not None
+        threshold = judge.settings.threshold
+        right = [is_right(sample.scores, row.label, threshold) for sample in outcome.samples]
+        rewards = reward(row, outcome.samples, threshold)
+        groups.append(Group(row, outcome.samples, right, rewards))
     return parallel.gather(groups), parallel.gather(failures)
 
 
@@ -106,7 +111,7 @@ def describe(groups: Sequence[Group]) -> dict[str, float]:
     lengths = [sample.tokens for sample in samples]
     return {
         "reward": rewards.mean().item(),
-        "accuracy": (rewards > 0).double().mean().item(),
+        "accuracy": sum(sum(group.right) for group in groups) / len(samples),
         "zero_spread": (rewards == rewards[:, :1]).all(1).double().mean().item(),
         "invalid": sum(sample.scores is None for sample in samples) / len(samples),
         "truncated": sum(sample.finish == "length" for sample in samples) / len(samples),

@@ -43,7 +43,9 @@ GROUPS = {
         "group", "samples", "hinted", "keep_hint", "sample_only", "chunk_rows", "temperature",
         "max_new_tokens", "orders", "deterministic", "seed",
     ),
-    "loss": ("loss", "clip_low", "clip_high", "beta", "kl", "scaling"),
+    "loss": (
+        "loss", "reward", "drop_zero_spread", "clip_low", "clip_high", "beta", "kl", "scaling",
+    ),
     "learning": (
         "steps", "lr", "warmup", "weight_decay", "clip", "step_rows", "epochs", "minibatches",
         "micro_rows", "recompute", "autocast",
