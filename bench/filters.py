@@ -42,7 +42,7 @@ from engine.judge import Judge
 from engine.labels import chance_right, is_right
 from engine.verdict import Sample, Verdict
 from kernels.vote import Rule, points_of
-from train.meta_rm import chance_above
+from train.ranking import chance_above
 from train.world.cases import Split
 
 FILTERS = ("all", "meta", "random", "shortest", "likeliest", "clearest", "oracle")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
 from engine.judge import Judge
@@ -19,7 +20,8 @@ from engine.sample import POCKET
 from engine.verdict import Verdict
 from models import load
 from train import meta_rm
-from train.meta_rm import Labelled, auc, labelled, logits_of, losses_of, pairs
+from train.meta_rm import logits_of
+from train.ranking import Labelled, auc, labelled, log_odds_scale, losses_of, pairs
 from train.world.rows import dev_rows
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +80,23 @@ def test_losses_and_aucs_are_those_of_all_pairs(samples: list[tuple[bool, int, f
         (told["auc_within_rows"], sum(rows) / len(rows) if rows else math.nan),
     ):
         assert found == pytest.approx(wanted, nan_ok=True)
+
+
+def test_the_scale_of_log_odds() -> None:
+    """Of scores that are log-odds times a number; against a grid; where there is nothing to fit."""
+    generator = torch.Generator().manual_seed(0)
+    for a, b in ((0.5, 0.0), (1.0, 1.0), (3.0, -2.0)):
+        scores = torch.randn(20_000, generator=generator)
+        right = torch.rand(20_000, generator=generator) < torch.sigmoid(a * scores + b)
+        assert log_odds_scale(scores, right) == pytest.approx(a, abs=0.12)
+    scores, right = torch.tensor([0.3, -1.0, 2.0, 0.1, -0.4]), torch.tensor([1, 0, 1, 0, 1]).bool()
+    grid = torch.cartesian_prod(torch.linspace(-1, 3, 401), torch.linspace(-2, 2, 401)).double()
+    z = grid[:, :1] * scores.double() + grid[:, 1:]
+    loss = torch.where(right, -logsigmoid(z), -logsigmoid(-z)).sum(1) + (grid[:, 0] - 1) ** 2 / 2
+    assert log_odds_scale(scores, right) == pytest.approx(float(grid[loss.argmin(), 0]), abs=0.01)
+    assert 1 < log_odds_scale(scores, scores > 0.2) < 20
+    assert log_odds_scale(scores, scores > 9) == log_odds_scale(scores, scores < 9) == 1.0
+    assert log_odds_scale(scores, scores < 0.2) == 1e-3
 
 
 def test_judgements_are_read_as_the_engine_reads_them(args: meta_rm.Args) -> None:
@@ -170,6 +189,7 @@ def test_what_is_written_judges_in_the_engine_and_in_transformers(args: meta_rm.
     judge = Judge.load(POCKET, meta=args.out)
     verdict = next(judge.rows([row], k=4, k_meta=2, max_new_tokens=220))
     assert isinstance(verdict, Verdict) and verdict.votes == min(2, verdict.valid)
+    assert meta.settings.meta_scale == lines[-1]["dev_scale"] and meta.settings.stop == "box"
 
 
 def test_what_does_not_fit_or_cannot_be_judged_is_counted(args: meta_rm.Args) -> None:

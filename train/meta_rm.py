@@ -19,7 +19,6 @@ world, sampled once: the AUC within rows that have right and wrong judgements is
 gains from; the pooled one can be high by telling hard rows from easy ones.
 """
 
-import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,7 +28,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from engine.judge import Judge
 from engine.meta import MetaModel
@@ -46,6 +44,7 @@ from train import parallel
 from train.judgements import JudgedRow, Judgement, file_judgements
 from train.learner import Learner
 from train.packing import pack, packed_attention
+from train.ranking import Labelled, ReadRow, auc, labelled, log_odds_scale, losses_of, num_pairs
 from train.rollout import TRAINING, Group, sample_groups, step_seed
 from train.run import Clock, Run, RunArgs, check_args, command_line
 from train.sources import Rows, file_rows, tell_left_out
@@ -83,25 +82,6 @@ class Args(RunArgs):
     save_every: int = 50
 
 
-@dataclass(frozen=True)
-class ReadRow:
-    """A row's judgements as they are read: trajectories that are read at their last token but one,
-    and whether each is right."""
-
-    id: str
-    trajectories: list[Trajectory]
-    right: list[bool]
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """The judgements of rows, one after another, and the number of each one's row."""
-
-    trajectories: list[Trajectory]
-    right: Tensor  # (S,) bool
-    row: Tensor  # (S,) int64
-
-
 def scalar_of(
     directory: Path, dtype: str | torch.dtype = torch.float32
 ) -> tuple[ScalarModel, Tokenizer]:
@@ -131,16 +111,6 @@ def judged(groups: Sequence[Group]) -> list[JudgedRow]:
     ]
 
 
-def labelled(rows: Sequence[ReadRow]) -> Labelled:
-    """The judgements of rows, side by side."""
-    numbers = [number for number, each in enumerate(rows) for _ in each.right]
-    return Labelled(
-        [own for each in rows for own in each.trajectories],
-        torch.tensor([right for each in rows for right in each.right], dtype=torch.bool),
-        torch.tensor(numbers),
-    )
-
-
 def logits_of(model: ScalarModel, judgements: Labelled) -> Tensor:
     """(S,) float32, with gradient."""
     batch = pack(judgements.trajectories, model.score.weight.device)
@@ -148,47 +118,6 @@ def logits_of(model: ScalarModel, judgements: Labelled) -> Tensor:
     attend = packed_attention(model.model.config, batch)
     logits: Tensor = model(batch.token_ids, batch.positions, attend, batch.predicting[last])
     return logits
-
-
-def losses_of(logits: Tensor, judgements: Labelled, kind: str) -> Tensor:
-    """The losses: one for each judgement, or one for each pair, of which there may be none."""
-    right = judgements.right.to(logits.device)
-    if kind == "pointwise":
-        target = right.to(logits.dtype)
-        return binary_cross_entropy_with_logits(logits, target, reduction="none")
-    better, worse = pairs(judgements)
-    return -logsigmoid(logits[better] - logits[worse])
-
-
-def pairs(judgements: Labelled) -> tuple[Tensor, Tensor]:
-    """Every right judgement with every wrong one of its row, as places: (P,) int64 each."""
-    right, row = judgements.right, judgements.row
-    found = (right[:, None] & ~right) & (row[:, None] == row)
-    better, worse = found.nonzero(as_tuple=True)
-    return better, worse
-
-
-def auc(scores: Tensor, judgements: Labelled) -> dict[str, float]:
-    """Chance that a right judgement is scored above a wrong one, a tie being half: of all pairs,
-    and the mean over rows that have both of the pairs within. NaN where there is no pair."""
-    right = judgements.right
-    within = []
-    for number in judgements.row.unique():
-        mine = judgements.row == number
-        if (mine & right).any() and (mine & ~right).any():
-            within.append(chance_above(scores[mine & right], scores[mine & ~right]))
-    return {
-        "auc": chance_above(scores[right], scores[~right]),
-        "auc_within_rows": sum(within) / len(within) if within else math.nan,
-        "rows_with_both": len(within),
-    }
-
-
-def chance_above(better: Tensor, worse: Tensor) -> float:
-    """The chance that one of the scores `better` is above one of `worse`, a tie being half; NaN
-    where one of them is empty."""
-    above, equal = better[:, None] > worse, better[:, None] == worse
-    return (above.double() + equal.double() / 2).mean().item()
 
 
 class Trainer:
@@ -273,7 +202,7 @@ class Trainer:
         rights = [right for each in rows for right in each.right]
         total = len(rights)
         if args.loss == "pairwise":
-            total = sum(_num_pairs(each) for each in rows)
+            total = sum(num_pairs(each) for each in rows)
         losses, hits = [], []
         for own, counts in parallel.micro_batches(rows, args.micro_rows):
             judgements = labelled(own)
@@ -292,7 +221,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """AUCs on judgements of dev rows of the synthetic world, which are sampled once."""
+        """AUCs on judgements of dev rows of the synthetic world, which are sampled once; and the
+        scale that makes log-odds of the logits, which the model's judge.json gets."""
         args = self.args
         self.learner.refresh()
         if self._dev is None:
@@ -304,13 +234,9 @@ class Trainer:
         for first in range(0, len(own), args.micro_rows):
             some = labelled(own[first : first + args.micro_rows])
             scores += logits_of(self.learner.plain, some).tolist()
-        told = auc(torch.tensor(parallel.gather(scores)), labelled(self._dev))
+        logits, dev = torch.tensor(parallel.gather(scores)), labelled(self._dev)
+        told = auc(logits, dev) | {"scale": log_odds_scale(logits, dev.right)}
         return {f"dev_{name}": value for name, value in told.items()}
-
-
-def _num_pairs(row: ReadRow) -> int:
-    right = sum(row.right)
-    return right * (len(row.right) - right)
 
 
 def train(args: Args) -> None:
@@ -335,6 +261,7 @@ def train(args: Args) -> None:
                 clock.lap("evaluate")
                 metrics, timings = metrics | last, timings | clock.seconds
                 score = last["dev_auc_within_rows"]
+                run.judge_settings = {"meta_scale": last["dev_scale"]}
             run.record(step + 1, metrics, timings, shown=("loss", "accuracy"), score=score)
         run.finish(**last, left_out=trainer.left_out.total())
 

@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from engine import command
+from models.config import read_json
 from models.weights import save_pretrained
 from train import checkpoint, parallel
 from train.learner import Learner, LearnerArgs, M
@@ -91,6 +92,7 @@ class Run(Generic[M]):
             self.state = checkpoint.restore(newest, learner.optimizer.tensors())
             learner.loaded()
         self.first: int = self.state["step"]
+        self.judge_settings: dict[str, Any] = {}  # for the judge.json of models that are written
         self._best: dict[str, Any] | None = self.state.get("best")
         self._bar: Any = None
         self._files: list[TextIO] = []
@@ -186,9 +188,11 @@ class Run(Generic[M]):
             for name in MODEL_FILES:
                 if (self._args.model / name).exists():
                     shutil.copyfile(self._args.model / name, directory / name)
-            if not (directory / "judge.json").exists():
-                # It has learnt to write no nonce, and without this file one would be asked for.
-                (directory / "judge.json").write_text("{}\n", encoding="utf-8")
+            # Without a judge.json a nonce would be asked for, which it has not learnt to write.
+            path, began_with = directory / "judge.json", self._args.model / "judge.json"
+            if self.judge_settings or not began_with.exists():
+                settings = read_json(began_with) if began_with.exists() else {}
+                replace_text(path, json.dumps(settings | self.judge_settings) + "\n")
             save_pretrained(self._learner.plain, directory)
         parallel.barrier()
 

@@ -1,0 +1,106 @@
+"""Scores of judgements beside which of them are right: losses, AUC, and the scale of log-odds."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+
+from train.trajectories import Trajectory
+
+
+@dataclass(frozen=True)
+class ReadRow:
+    """A row's judgements as they are read: trajectories that are read at their last token but one,
+    and whether each is right."""
+
+    id: str
+    trajectories: list[Trajectory]
+    right: list[bool]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The judgements of rows, one after another, and the number of each one's row."""
+
+    trajectories: list[Trajectory]
+    right: Tensor  # (S,) bool
+    row: Tensor  # (S,) int64
+
+
+def labelled(rows: Sequence[ReadRow]) -> Labelled:
+    """The judgements of rows, side by side."""
+    numbers = [number for number, each in enumerate(rows) for _ in each.right]
+    return Labelled(
+        [own for each in rows for own in each.trajectories],
+        torch.tensor([right for each in rows for right in each.right], dtype=torch.bool),
+        torch.tensor(numbers),
+    )
+
+
+def losses_of(logits: Tensor, judgements: Labelled, kind: str) -> Tensor:
+    """The losses: one for each judgement, or one for each pair, of which there may be none."""
+    right = judgements.right.to(logits.device)
+    if kind == "pointwise":
+        target = right.to(logits.dtype)
+        return binary_cross_entropy_with_logits(logits, target, reduction="none")
+    better, worse = pairs(judgements)
+    return -logsigmoid(logits[better] - logits[worse])
+
+
+def pairs(judgements: Labelled) -> tuple[Tensor, Tensor]:
+    """Every right judgement with every wrong one of its row, as places: (P,) int64 each."""
+    right, row = judgements.right, judgements.row
+    found = (right[:, None] & ~right) & (row[:, None] == row)
+    better, worse = found.nonzero(as_tuple=True)
+    return better, worse
+
+
+def auc(scores: Tensor, judgements: Labelled) -> dict[str, float]:
+    """Chance that a right judgement is scored above a wrong one, a tie being half: of all pairs,
+    and the mean over rows that have both of the pairs within. NaN where there is no pair."""
+    right = judgements.right
+    within = []
+    for number in judgements.row.unique():
+        mine = judgements.row == number
+        if (mine & right).any() and (mine & ~right).any():
+            within.append(chance_above(scores[mine & right], scores[mine & ~right]))
+    return {
+        "auc": chance_above(scores[right], scores[~right]),
+        "auc_within_rows": sum(within) / len(within) if within else math.nan,
+        "rows_with_both": len(within),
+    }
+
+
+def chance_above(better: Tensor, worse: Tensor) -> float:
+    """The chance that one of the scores `better` is above one of `worse`, a tie being half; NaN
+    where one of them is empty."""
+    above, equal = better[:, None] > worse, better[:, None] == worse
+    return (above.double() + equal.double() / 2).mean().item()
+
+
+def num_pairs(row: ReadRow) -> int:
+    right = sum(row.right)
+    return right * (len(row.right) - right)
+
+
+def log_odds_scale(scores: Tensor, right: Tensor) -> float:
+    """The a for which sigmoid(a score + b) fits best which judgements are right: a logistic
+    regression by Newton's steps, in float64, with one observation's weight on a = 1 so that scores
+    that part the judgements cleanly have a finite one. scores: (S,), right: (S,) bool. 1 where all
+    are right or none is."""
+    target, z = right.double(), scores.double()
+    if right.all() or not right.any():
+        return 1.0
+    x = torch.stack([z, torch.ones_like(z)], 1)  # (S, 2)
+    theta = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    prior = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    for _ in range(50):
+        p = torch.sigmoid(x @ theta)
+        gradient = x.T @ (p - target) + prior * (theta - prior)
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + torch.diag(prior)
+        hessian += 1e-9 * torch.eye(2, dtype=torch.float64)
+        theta = theta - torch.linalg.solve(hessian, gradient)
+    return max(float(theta[0]), 1e-3)
