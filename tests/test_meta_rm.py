@@ -20,8 +20,19 @@ from engine.sample import POCKET
 from engine.verdict import Verdict
 from models import load
 from train import meta_rm
+from train.judgements import Judgement
 from train.meta_rm import logits_of
-from train.ranking import Labelled, auc, labelled, log_odds_scale, losses_of, pairs
+from train.ranking import (
+    Labelled,
+    ReadRow,
+    auc,
+    labelled,
+    log_odds_scale,
+    losses_of,
+    pairs,
+    vote_accuracies,
+)
+from train.rewards import REWARDS
 from train.world.rows import dev_rows
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +52,8 @@ def some_rows(count: int) -> list[Row]:
 
 
 def fabricated(right: list[bool], row: list[int]) -> Labelled:
-    return Labelled([], torch.tensor(right, dtype=torch.bool), torch.tensor(row))
+    targets = torch.tensor(right, dtype=torch.float32)
+    return Labelled([], torch.tensor(right, dtype=torch.bool), targets, torch.tensor(row))
 
 
 judged = st.lists(
@@ -80,6 +92,52 @@ def test_losses_and_aucs_are_those_of_all_pairs(samples: list[tuple[bool, int, f
         (told["auc_within_rows"], sum(rows) / len(rows) if rows else math.nan),
     ):
         assert found == pytest.approx(wanted, nan_ok=True)
+
+
+def test_soft_labels() -> None:
+    """A tie is above what is wrong, and below what is right; a judgement may be half right."""
+    target, row = torch.tensor([1.0, 0.5, 0.0, 0.5, 1.0]), torch.tensor([0, 0, 0, 1, 1])
+    judgements = Labelled([], target == 1, target, row)
+    assert list(zip(*(x.tolist() for x in pairs(judgements)), strict=True)) == [
+        (0, 1), (0, 2), (1, 2), (4, 3),
+    ]  # fmt: skip
+    logits = torch.tensor([0.3, -0.2, 0.1, 2.0, 0.0])
+    found = losses_of(logits, judgements, "pointwise")
+    p = torch.sigmoid(logits)
+    torch.testing.assert_close(found, -target * p.log() - (1 - target) * (1 - p).log())
+
+
+def test_votes_with_a_meta_model() -> None:
+    """Two rows of three judgements, added up by hand."""
+    made = [
+        ReadRow(
+            make_row("q", ["a", "b"], label=0), [],
+            [Judgement((0, 1), "", False, 0.0, scores) for scores in judged],
+        )
+        for judged in ([(9, 1), (4, 6), (1, 8)], [(5, 5), (2, 9), (3, 8)])
+    ]  # fmt: skip
+    logits = torch.tensor([2.0, -1.0, 1.0, 3.0, 0.0, 0.0])
+    # 14 to 15; the first and the third: 10 to 9; weights 1, .05, .37: 9.6 to 4.2. Then a tie less.
+    assert vote_accuracies(made, logits, 1.0, 5.5) == {
+        "vote": 0.0, "filtered_vote": 0.5, "weighed_vote": 0.5,
+    }  # fmt: skip
+    assert vote_accuracies(made, -logits, 1.0, 5.5)["filtered_vote"] == 0.0
+
+
+@pytest.mark.parametrize("labels", ["ties", "leave_one_out"])
+def test_labels_are_those_of_the_reward(args: meta_rm.Args, labels: Any) -> None:
+    trainer = meta_rm.Trainer(replace(args, labels=labels))
+    found, _ = trainer.judge_rows(some_rows(4), 3, 4)
+    verdicts = trainer.judge.rows(
+        some_rows(4), seed=3, k=4, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
+        deterministic=args.deterministic,
+    )  # fmt: skip
+    for each, verdict in zip(found, verdicts, strict=True):
+        assert isinstance(verdict, Verdict)
+        rewards = REWARDS[labels](each.row, verdict.samples, trainer.judge.settings.threshold)
+        expected = [(r + 1) / 2 for r, s in zip(rewards, verdict.samples, strict=True) if s.scores]
+        assert [own.target for own in each.judgements] == expected
+    assert len({own.target for each in found for own in each.judgements}) > 1
 
 
 def test_the_scale_of_log_odds() -> None:
@@ -203,10 +261,8 @@ def test_what_does_not_fit_or_cannot_be_judged_is_counted(args: meta_rm.Args) ->
     ]
     everything, too_long = trainer.read(rows)
     assert not failures and too_long == 0
-    assert [each.id for each in everything] == [each.row.id for each in rows]
-    assert [each.right for each in everything] == [
-        [own.right for own in each.judgements] for each in rows
-    ]
+    assert [each.row.id for each in everything] == [each.row.id for each in rows]
+    assert [each.judgements for each in everything] == [each.judgements for each in rows]
     middle = sorted(lengths)[len(lengths) // 2]
     decoder = trainer.learner.plain.model
     decoder.config = replace(decoder.config, max_position_embeddings=middle)

@@ -124,7 +124,7 @@ def test_tensorboard_shows_what_is_logged(whole: dict[str, Path]) -> None:
 
 
 def test_the_best_of_all_evaluations_is_kept(whole: dict[str, Path]) -> None:
-    for name, figure in (("sft", "dev_vote"), ("meta_rm", "dev_auc_within_rows")):
+    for name, figure in (("sft", "dev_vote"), ("meta_rm", "dev_weighed_vote")):
         scores = {m["step"]: m[figure] for m in metrics_of(whole[name]) if figure in m}
         best = json.loads((whole[name] / "best.json").read_text())
         assert best == {"step": best["step"], "score": max(scores.values())}

@@ -16,11 +16,14 @@ from train.trajectories import JudgementLine, order_of, read_lines
 
 @dataclass(frozen=True)
 class Judgement:
-    """A judgement of a row: the order that it saw, its text, whether it is right."""
+    """A judgement of a row: the order that it saw, its text, whether it is right, what a meta model
+    is to say of it, from 0 to 1, and its scores where they are known."""
 
     order: Sequence[int]
     text: str
     right: bool
+    target: float
+    scores: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def file_judgements(path: Path, rows: int, seed: int) -> Callable[[int], list[Ju
     def judgement(row: Row, line: JudgementLine) -> tuple[Row, Judgement]:
         if line.right is None:
             raise ValueError("it does not say whether its judgement is right")
-        return row, Judgement(order_of(row, line), line.judgement, line.right)
+        return row, Judgement(order_of(row, line), line.judgement, line.right, float(line.right))
 
     lines = groupby(read_lines(path, judgement), key=lambda line: (line[0].id, line[0].digest))
     judged_rows = []

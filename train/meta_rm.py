@@ -5,18 +5,18 @@
     torchrun --nproc-per-node N -m train.meta_rm ...
 
 The meta model begins as the decoder of --model under a new score weight of zeros. A step samples
-judgements of its rows with the judge (by default --model itself), labels the valid ones right or
-wrong by the rule of `train/rewards.py`, adds judgements of other rows that `train.rft` kept, if
-given, and learns to tell them apart, each read as `engine/meta.py` reads it: the prompt in its
-order, the text, the end token. All judgements of a row are packed as one tree. Losses:
+judgements of its rows with the judge (by default --model itself), labels the valid ones by a reward
+of `train/rewards.py` (--labels), as a number from 0 to 1, adds judgements of other rows that
+`train.rft` kept, if given, and learns to tell them apart, each read as `engine/meta.py` reads it.
+All judgements of a row are packed as one tree. Losses:
 
     pointwise   binary cross-entropy of every judgement's logit with its label
-    pairwise    -log sigmoid(right - wrong), over all pairs of a right and a wrong one of a row
+    pairwise    -log sigmoid(better - worse), over all pairs of a row with different labels
 
 Without --data the rows are fresh ones of the synthetic world. OUT is a sequence classifier with one
 label, which `engine.sample --meta-model` and transformers load. Evaluation is on dev rows of the
-world, sampled once: the AUC within rows that have right and wrong judgements is what filtering
-gains from; the pooled one can be high by telling hard rows from easy ones.
+world, sampled once. What decides is the weighed vote; AUCs are beside it, within rows that have
+right and wrong judgements and pooled, where telling hard rows from easy ones counts too.
 """
 
 import sys
@@ -44,7 +44,17 @@ from train import parallel
 from train.judgements import JudgedRow, Judgement, file_judgements
 from train.learner import Learner
 from train.packing import pack, packed_attention
-from train.ranking import Labelled, ReadRow, auc, labelled, log_odds_scale, losses_of, num_pairs
+from train.ranking import (
+    Labelled,
+    ReadRow,
+    auc,
+    labelled,
+    log_odds_scale,
+    losses_of,
+    num_pairs,
+    vote_accuracies,
+)
+from train.rewards import REWARDS
 from train.rollout import TRAINING, Group, sample_groups, step_seed
 from train.run import Clock, Run, RunArgs, check_args, command_line
 from train.sources import Rows, file_rows, tell_left_out
@@ -73,6 +83,7 @@ class Args(RunArgs):
     temperature: float = 1.0  # of the judgements
     max_new_tokens: int = 512  # longest judgement, in tokens
     deterministic: bool = True  # what is sampled has the same bits in every run on a GPU too
+    labels: Literal["rule", "ties", "leave_one_out"] = "rule"  # of judgements: train/rewards.py
     loss: Literal["pointwise", "pairwise"] = "pointwise"  # each by itself, or right above wrong
     warmup: int = 10
     eval_every: int = 0  # steps between evaluations; 0: only after the last
@@ -102,8 +113,10 @@ def judged(groups: Sequence[Group]) -> list[JudgedRow]:
         JudgedRow(
             group.row,
             [
-                Judgement(sample.order, sample.text, right)
-                for sample, right in zip(group.samples, group.right, strict=True)
+                Judgement(sample.order, sample.text, right, (reward + 1) / 2, sample.scores)
+                for sample, right, reward in zip(
+                    group.samples, group.right, group.rewards, strict=True
+                )
                 if sample.scores is not None
             ],
         )
@@ -149,7 +162,7 @@ class Trainer:
         if not rows:
             return [], []
         groups, failures = sample_groups(
-            self.judge, rows, seed, k=samples, temperature=args.temperature,
+            self.judge, rows, seed, REWARDS[args.labels], k=samples, temperature=args.temperature,
             max_new_tokens=args.max_new_tokens, deterministic=args.deterministic,
         )  # fmt: skip
         return judged(groups), failures
@@ -159,7 +172,7 @@ class Trainer:
         longest = self.learner.plain.model.config.max_position_embeddings
         found, too_long = [], 0
         for each in rows:
-            fits = ReadRow(each.row.id, [], [])
+            fits = ReadRow(each.row, [], [])
             for own in each.judgements:
                 prompt = self.meta.prompt(each.row, own.order)
                 # The last token of a completion is a target only; it is not read.
@@ -168,8 +181,8 @@ class Trainer:
                     too_long += 1
                     continue
                 fits.trajectories.append(Trajectory(prompt, completion))
-                fits.right.append(own.right)
-            if fits.right:
+                fits.judgements.append(own)
+            if fits.judgements:
                 found.append(fits)
         return found, too_long
 
@@ -191,7 +204,7 @@ class Trainer:
         self.learner.optimizer.zero_grad()
         metrics: dict[str, float] = {"failed_rows": len(failures), "too_long": too_long}
         metrics |= self.add_gradients(rows)
-        metrics |= self.learner.update(number, metrics["loss"], [each.id for each in rows])
+        metrics |= self.learner.update(number, metrics["loss"], [each.row.id for each in rows])
         clock.lap("update")
         return metrics, clock.seconds
 
@@ -199,7 +212,7 @@ class Trainer:
         """Add the gradients of the mean loss over the judgements of rows, or over their pairs; a
         rank takes its share. Returns that loss, and what the logits say."""
         args, model = self.args, self.learner.model
-        rights = [right for each in rows for right in each.right]
+        rights = [own.right for each in rows for own in each.judgements]
         total = len(rights)
         if args.loss == "pairwise":
             total = sum(num_pairs(each) for each in rows)
@@ -221,8 +234,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """AUCs on judgements of dev rows of the synthetic world, which are sampled once; and the
-        scale that makes log-odds of the logits, which the model's judge.json gets."""
+        """On judgements of dev rows of the synthetic world, which are sampled once: AUCs, the scale
+        that makes log-odds of the logits, which the model's judge.json gets, and what votes come to
+        with the model and without."""
         args = self.args
         self.learner.refresh()
         if self._dev is None:
@@ -235,7 +249,9 @@ class Trainer:
             some = labelled(own[first : first + args.micro_rows])
             scores += logits_of(self.learner.plain, some).tolist()
         logits, dev = torch.tensor(parallel.gather(scores)), labelled(self._dev)
-        told = auc(logits, dev) | {"scale": log_odds_scale(logits, dev.right)}
+        scale = log_odds_scale(logits, dev.right)
+        told = auc(logits, dev) | {"scale": scale}
+        told |= vote_accuracies(self._dev, logits, scale, self.judge.settings.threshold)
         return {f"dev_{name}": value for name, value in told.items()}
 
 
@@ -260,7 +276,7 @@ def train(args: Args) -> None:
                 last = trainer.evaluate()
                 clock.lap("evaluate")
                 metrics, timings = metrics | last, timings | clock.seconds
-                score = last["dev_auc_within_rows"]
+                score = last["dev_weighed_vote"]
                 run.judge_settings = {"meta_scale": last["dev_scale"]}
             run.record(step + 1, metrics, timings, shown=("loss", "accuracy"), score=score)
         run.finish(**last, left_out=trainer.left_out.total())

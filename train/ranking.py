@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
+from engine.labels import chance_right
+from engine.request import Row
+from train.judgements import Judgement
 from train.trajectories import Trajectory
 
 
 @dataclass(frozen=True)
 class ReadRow:
-    """A row's judgements as they are read: trajectories that are read at their last token but one,
-    and whether each is right."""
+    """A row, those of its judgements that are read, and the trajectories that they are read as, at
+    the last token but one."""
 
-    id: str
+    row: Row
     trajectories: list[Trajectory]
-    right: list[bool]
+    judgements: list[Judgement]
 
 
 @dataclass(frozen=True)
@@ -27,33 +30,35 @@ class Labelled:
 
     trajectories: list[Trajectory]
     right: Tensor  # (S,) bool
+    target: Tensor  # (S,) float32, from 0 to 1
     row: Tensor  # (S,) int64
 
 
 def labelled(rows: Sequence[ReadRow]) -> Labelled:
     """The judgements of rows, side by side."""
-    numbers = [number for number, each in enumerate(rows) for _ in each.right]
+    judgements = [own for each in rows for own in each.judgements]
     return Labelled(
         [own for each in rows for own in each.trajectories],
-        torch.tensor([right for each in rows for right in each.right], dtype=torch.bool),
-        torch.tensor(numbers),
+        torch.tensor([own.right for own in judgements], dtype=torch.bool),
+        torch.tensor([own.target for own in judgements]),
+        torch.tensor([number for number, each in enumerate(rows) for _ in each.judgements]),
     )
 
 
 def losses_of(logits: Tensor, judgements: Labelled, kind: str) -> Tensor:
     """The losses: one for each judgement, or one for each pair, of which there may be none."""
-    right = judgements.right.to(logits.device)
     if kind == "pointwise":
-        target = right.to(logits.dtype)
+        target = judgements.target.to(logits)
         return binary_cross_entropy_with_logits(logits, target, reduction="none")
     better, worse = pairs(judgements)
     return -logsigmoid(logits[better] - logits[worse])
 
 
 def pairs(judgements: Labelled) -> tuple[Tensor, Tensor]:
-    """Every right judgement with every wrong one of its row, as places: (P,) int64 each."""
-    right, row = judgements.right, judgements.row
-    found = (right[:, None] & ~right) & (row[:, None] == row)
+    """Every judgement with every one of its row that has a lower target, as places: (P,) int64
+    each."""
+    target, row = judgements.target, judgements.row
+    found = (target[:, None] > target) & (row[:, None] == row)
     better, worse = found.nonzero(as_tuple=True)
     return better, worse
 
@@ -82,8 +87,33 @@ def chance_above(better: Tensor, worse: Tensor) -> float:
 
 
 def num_pairs(row: ReadRow) -> int:
-    right = sum(row.right)
-    return right * (len(row.right) - right)
+    """How many pairs a row has."""
+    targets = [own.target for own in row.judgements]
+    return sum(better > worse for better in targets for worse in targets)
+
+
+def vote_accuracies(
+    rows: Sequence[ReadRow], logits: Tensor, scale: float, threshold: float
+) -> dict[str, float]:
+    """The chance that a vote of each row's judgements is right, a mean over rows, ties being drawn:
+    of all alike, of the half that the logits (S,) are highest for, as the paper filters, and of all
+    weighed by exp(scale x logit). Every judgement must have its scores."""
+    found: dict[str, list[float]] = {"vote": [], "filtered_vote": [], "weighed_vote": []}
+    first = 0
+    for each in rows:
+        own = logits[first : first + len(each.judgements)].double()
+        first += len(each.judgements)
+        scores = torch.tensor([judgement.scores for judgement in each.judgements]).double()
+        best = own.argsort(descending=True, stable=True)[: (len(own) + 1) // 2]
+        means = {
+            "vote": scores.mean(0),
+            "filtered_vote": scores[best].mean(0),
+            "weighed_vote": (own * scale).softmax(0) @ scores,
+        }
+        assert each.row.label is not None
+        for name, mean in means.items():
+            found[name].append(chance_right(mean.tolist(), each.row.label, threshold))
+    return {name: sum(values) / max(1, len(values)) for name, values in found.items()}
 
 
 def log_odds_scale(scores: Tensor, right: Tensor) -> float:

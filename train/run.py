@@ -45,7 +45,8 @@ GROUPS = {
         "max_new_tokens", "orders", "deterministic", "seed",
     ),
     "loss": (
-        "loss", "reward", "drop_zero_spread", "clip_low", "clip_high", "beta", "kl", "scaling",
+        "loss", "labels", "reward", "drop_zero_spread", "clip_low", "clip_high", "beta", "kl",
+        "scaling",
     ),
     "learning": (
         "steps", "lr", "warmup", "weight_decay", "clip", "step_rows", "epochs", "minibatches",
