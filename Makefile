@@ -5,7 +5,7 @@ PY := .venv/bin/python
 # A process for each processor, of one thread each: small models gain nothing from more.
 SUITE := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadgroup
 
-.PHONY: sample test check soak faults bench aot real gpu pocket clean
+.PHONY: sample test check soak faults bench aot real gpu spct spct-smoke pocket clean
 
 sample: .venv/.stamp    ## judge the bundled rows with the pocket model and its meta model
 	$(PY) -m engine.sample --meta-model models/pocket-meta
@@ -41,6 +41,12 @@ real: .venv/.stamp      ## judge a few rows with a real instruct model, SmolLM2-
 
 gpu:                    ## on a GPU: every figure and the kernels' tests, in 8 minutes, to runs/gpu
 	$(PYTHON) -m bench.gpu --out runs/gpu
+
+spct: .venv/.stamp      ## the paper's chain on the synthetic world: hours; run it again to resume
+	$(PY) -m bench.spct
+
+spct-smoke: .venv/.stamp  ## the same in small, to see that it runs
+	$(PY) -m bench.spct --smoke --out runs/spct-smoke
 
 pocket: .venv/.stamp    ## train the pocket model from nothing; run it again to resume
 	$(PY) -m train.world.pocket
