@@ -213,7 +213,8 @@ def _bars(verdict: Verdict, width: int, paint: _Paint) -> list[str]:
     if verdict.scores is None or verdict.mean_scores is None or verdict.best is None:
         return []
     low, high = min(0, *verdict.scores), max(0, *verdict.scores)
-    lines = [paint("cyan", _cut(_SUMS[verdict.vote], width))]
+    title = _SUMS[verdict.vote if len(verdict.scores) > 1 else "sum"]  # one keeps its score
+    lines = [paint("cyan", _cut(title, width))]
     shown = [_number(score) for score in verdict.scores]
     digits = max(map(len, shown))
     for index, (score, mean) in enumerate(zip(verdict.scores, verdict.mean_scores, strict=True)):

@@ -252,3 +252,18 @@ def test_no_text_steers_the_terminal(word: str, text: str, width: int) -> None:
         assert character in "\n\u200c\u200d" or character.isprintable() or category in HARMLESS
     assert all(len(line) <= width for line in shown.split("\n"))
     assert not ANSI.search(shown)
+
+
+def test_other_votes_are_named() -> None:
+    """Sums of points have two decimals; one response keeps its score, whatever the rule."""
+    changed = {"scores": [0.75, 2.25], "mean_scores": [0.25, 0.75], "vote": "borda"}
+    text = render_verdict(ROW, replace(VERDICT, **changed), 80, color=False)  # type: ignore[arg-type]
+    assert "Responses scored lower, summed over the votes" in text
+    assert "2.25  mean 0.75  <- best" in text and "leads the sum by 1.50 of 2.25" in text
+    weighed = verdict(
+        replace(sample((7,), (0,)), meta=0.5), replace(sample((9,), (0,)), meta=-1.0), best=0,
+        vote="borda", meta_vote="weight", scores=[9.0], mean_scores=[7.36],
+    )  # fmt: skip
+    text = render_verdict(make_row("q", ["a"], id="row-1"), weighed, 80, color=False)
+    assert "the higher, the more a vote weighs" in text
+    assert "Scores, summed over the votes" in text and "Mean score 7.36" in text
