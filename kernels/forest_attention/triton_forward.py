@@ -13,6 +13,9 @@ subtraction. That is one multiply-add, and q keeps its bits: a bfloat16 q scaled
 lose some.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -240,12 +243,10 @@ def run(
     o = torch.empty(partials, heads, v_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(partials, heads, dtype=torch.float32, device=q.device)
     inputs = q, k_cache, v_cache
-
-    def run_suffixes() -> None:
-        if suffix is not None:
-            _run_suffixes(inputs, plan, options, shape, (o, lse))
-
-    join_suffixes = launch_beside(q, run_suffixes)
+    join_suffixes: Callable[[], None] | None = None
+    if suffix is not None:
+        launches = partial(_run_suffixes, inputs, plan, options, shape, (o, lse))
+        join_suffixes = launch_beside(q, launches)
     results: list[tuple[Tensor, Tensor]] = []
     for schedule in schedules:
         out = o, lse
@@ -259,7 +260,8 @@ def run(
         _run_programs(inputs, plan, options, shape, schedule.narrow, shape.rows.narrow, out)
         plan.executed += schedule.num_tiles
         if schedule.table is not None:
-            join_suffixes()
+            if join_suffixes is not None:
+                join_suffixes()
             out = merge_states(o, lse, schedule.table, dtype=q.dtype)
         results.append(out)
     if len(results) == 1:
