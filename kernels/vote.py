@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -199,9 +200,14 @@ def _points(scores: Tensor, shown: Tensor, n: Tensor, rule: Rule) -> Tensor:
         above = n[:, None, None] * scores - scores.sum(2, keepdim=True)
         above = torch.where(there, above, 0).double()
         squares = _sum_in_order((above * above).flatten(0, 1)).view(scores.shape[:2])
-        deviation = (squares / n[:, None]).sqrt()[..., None]
+        deviation = _rounded_sqrt(squares / n[:, None])[..., None]
         points = torch.where(deviation > 0, above / deviation, 0.0)
     return torch.where((n == 1)[:, None, None], scores.double(), points)
+
+
+def _rounded_sqrt(x: Tensor) -> Tensor:
+    """Square roots as IEEE rounds them: torch's are a library's, and may be off in the last bit."""
+    return torch.from_numpy(np.sqrt(x.cpu().numpy())).to(x.device)
 
 
 def _sum_in_order(x: Tensor) -> Tensor:

@@ -205,6 +205,13 @@ def batches(draw: st.DrawFn) -> dict[str, torch.Tensor | int | str | None]:
     }
 
 
+def test_deviations_are_rounded_as_ieee_says() -> None:
+    """Where a library's square root is off in the last bit, on this processor or another."""
+    for low in range(-40, 41):
+        result = one_row(vote, [[0, 1, -3, low]], rule="standardised")
+        assert result.total.tolist() == [points_of([0, 1, -3, low], "standardised")]
+
+
 @settings(max_examples=200, deadline=None)
 @given(batches())
 def test_votes_equal_brute_force_and_reference(batch: dict) -> None:
