@@ -25,10 +25,11 @@ import tyro
 from tqdm import tqdm
 
 from bench.provenance import print_json
-from bench.voting import chance_correct, interval, read_labelled
+from bench.voting import interval, read_labelled
 from engine import command
 from engine.decided import samples_to_draw
 from engine.judge import Judge
+from engine.labels import chance_correct
 from engine.settings import JudgeSettings, read_judge_settings
 from engine.verdict import to_line
 from train.world.cases import Split

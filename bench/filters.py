@@ -36,10 +36,10 @@ import tyro
 from tqdm import tqdm
 
 from bench.provenance import print_json
-from bench.voting import SUBSETS, chance_correct, interval, read_labelled
+from bench.voting import SUBSETS, interval, read_labelled
 from engine import command
 from engine.judge import Judge
-from engine.labels import chance_right, is_right
+from engine.labels import chance_correct, chance_right, is_right
 from engine.verdict import Sample, Verdict
 from kernels.vote import Rule, points_of
 from train.ranking import chance_above

@@ -86,7 +86,7 @@ def real_work() -> Work:
         figures=figures,
         decodes={
             "decode": (qwen, [load(*long), load(*longer), load(128, 8192, 1024)]),
-            # Few new tokens: what is asked for is a step.
+            # Few new tokens: a step's time is what counts.
             "unshared": (qwen, [load(32, 4096, 256, False), load(64, 8192, 256, False)]),
             "gemma": (gemma, [load(*long)]),
         },

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from bench.provenance import print_json
 from engine import command
 from engine.judge import Judge
-from engine.labels import chance_right
+from engine.labels import chance_correct
 from engine.reading import open_rows, read_rows
 from engine.request import BadRow, Row
 from engine.verdict import Verdict
@@ -66,13 +66,6 @@ def read_labelled(data: Path | None, split: Split, count: int, seed: int) -> lis
                 raise ValueError(f"{data}, line {row.line}: {reason}")
             rows.append(row)
     return rows
-
-
-def chance_correct(
-    scores: Sequence[Sequence[int]], label: int | Sequence[float], threshold: float
-) -> float:
-    """The chance that a vote over these samples' scores agrees with the label."""
-    return chance_right(np.mean(scores, axis=0).tolist(), label, threshold) if scores else 0.0
 
 
 def voting_curve(

@@ -112,6 +112,7 @@ class CachedForward:
         def rotate(
             layer: Attention, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
         ) -> tuple[Tensor, Tensor]:
+            # Attention takes the keys from the cache, not the second result.
             cells = *caches[layer.layer], cache_index
             return norm_rope_write(q, k, v, layer.norms, cos, sin, *cells), k
 

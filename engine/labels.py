@@ -147,6 +147,16 @@ def chance_right(scores: Sequence[float], label: int | Sequence[float], threshol
     return len(set(top) & set(best_of(label))) / len(top)
 
 
+def chance_correct(
+    votes: Sequence[Sequence[int]], label: int | Sequence[float], threshold: float
+) -> float:
+    """The chance that the mean of these votes' scores agrees with the label; 0 without a vote."""
+    if not votes:
+        return 0.0
+    means = [sum(column) / len(votes) for column in zip(*votes, strict=True)]
+    return chance_right(means, label, threshold)
+
+
 def is_right(scores: Sequence[int] | None, label: int | Sequence[float], threshold: float) -> bool:
     """Whether one judgement, its scores in the row's own order, agrees with the row's label."""
     return scores is not None and chance_right(scores, label, threshold) == 1.0

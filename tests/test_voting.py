@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bench import voting
+from engine.labels import chance_correct
 from engine.verdict import Sample, Verdict
 
 ROOT = Path(__file__).parent.parent
@@ -25,14 +26,12 @@ def make_verdict(votes: list[tuple[int, ...] | None], label: int) -> Verdict:
 
 
 def test_chance_correct() -> None:
-    assert voting.chance_correct([(5, 3), (2, 3)], 0, 5.5) == 1.0
-    assert voting.chance_correct([(5, 3), (2, 4)], 0, 5.5) == 0.5
-    assert voting.chance_correct([(5, 3, 5), (2, 4, 2)], [1.0, 3.0, 2.0], 5.5) == pytest.approx(
-        1 / 3
-    )
-    assert voting.chance_correct([(6,), (5,)], 1, 5.5) == 0.0
-    assert voting.chance_correct([(6,), (5,)], 0, 5.5) == 1.0
-    assert voting.chance_correct([], 0, 5.5) == 0.0
+    assert chance_correct([(5, 3), (2, 3)], 0, 5.5) == 1.0
+    assert chance_correct([(5, 3), (2, 4)], 0, 5.5) == 0.5
+    assert chance_correct([(5, 3, 5), (2, 4, 2)], [1.0, 3.0, 2.0], 5.5) == pytest.approx(1 / 3)
+    assert chance_correct([(6,), (5,)], 1, 5.5) == 0.0
+    assert chance_correct([(6,), (5,)], 0, 5.5) == 1.0
+    assert chance_correct([], 0, 5.5) == 0.0
 
 
 def test_the_curve_is_the_mean_over_subsets() -> None:
@@ -42,7 +41,7 @@ def test_the_curve_is_the_mean_over_subsets() -> None:
     assert list(curve) == [1, 2, 4, 6]
     for size, right in curve.items():
         exact = np.mean([
-            voting.chance_correct([v for i in chosen if (v := votes[i]) is not None], 0, 5.5)
+            chance_correct([v for i in chosen if (v := votes[i]) is not None], 0, 5.5)
             for chosen in combinations(range(6), size)
         ])  # fmt: skip
         assert abs(right.mean() - exact) < 4 * 0.5 / np.sqrt(40 * voting.SUBSETS) + 1e-12

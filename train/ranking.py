@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from engine.labels import chance_right
 from engine.request import Row
+from kernels.vote import vote
 from train.judgements import Judgement
 from train.trajectories import Trajectory
 
@@ -101,18 +103,22 @@ def vote_accuracies(
     found: dict[str, list[float]] = {"vote": [], "filtered_vote": [], "weighed_vote": []}
     first = 0
     for each in rows:
-        own = logits[first : first + len(each.judgements)].double()
-        first += len(each.judgements)
-        scores = torch.tensor([judgement.scores for judgement in each.judgements]).double()
-        best = own.argsort(descending=True, stable=True)[: (len(own) + 1) // 2]
-        means = {
-            "vote": scores.mean(0),
-            "filtered_vote": scores[best].mean(0),
-            "weighed_vote": (own * scale).softmax(0) @ scores,
+        count = len(each.judgements)
+        own = logits[None, first : first + count]
+        first += count
+        scores = torch.tensor([[judgement.scores for judgement in each.judgements]])
+        counted = partial(
+            vote, scores, torch.arange(scores.shape[2]).expand(scores.shape),
+            torch.ones(1, count, dtype=torch.bool), torch.tensor([scores.shape[2]]), torch.zeros(1),
+        )  # fmt: skip
+        votes = {
+            "vote": counted(),
+            "filtered_vote": counted(own, (count + 1) // 2),
+            "weighed_vote": counted(own * scale),
         }
         assert each.row.label is not None
-        for name, mean in means.items():
-            found[name].append(chance_right(mean.tolist(), each.row.label, threshold))
+        for name, result in votes.items():
+            found[name].append(chance_right(result.mean[0].tolist(), each.row.label, threshold))
     return {name: sum(values) / max(1, len(values)) for name, values in found.items()}
 
 

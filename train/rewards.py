@@ -14,7 +14,7 @@ judgement is wrong, is counted, and does nothing for a verdict.
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from engine.labels import chance_right, is_right
+from engine.labels import chance_correct, is_right
 from engine.request import Row
 from engine.verdict import Sample
 
@@ -50,10 +50,7 @@ def leave_one_out(row: Row, samples: Sequence[Sample], threshold: float) -> list
 def _chance(votes: Sequence[Sequence[int] | None], row: Row, threshold: float) -> float:
     assert row.label is not None
     valid = [scores for scores in votes if scores is not None]
-    if not valid:
-        return 0.0
-    means = [sum(column) / len(valid) for column in zip(*valid, strict=True)]
-    return chance_right(means, row.label, threshold)
+    return chance_correct(valid, row.label, threshold)
 
 
 REWARDS: dict[str, Reward] = {"rule": rule, "ties": ties, "leave_one_out": leave_one_out}
