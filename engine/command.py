@@ -1,8 +1,9 @@
 """What all commands share: how options are read and shown, and what becomes of an error.
 
 What the user or the machine got wrong (ValueError, OSError, FloatingPointError) is one line on
-standard error. The exit status is 2 until `begin_work`, then 1; 130 after Ctrl-C; 141, without a
-word, where the reader of the output has gone. `python -X dev` shows the traceback too.
+standard error. The exit status is 2 until `begin_work`, then 1; 130 after Ctrl-C, 143 and 129 after
+SIGTERM and SIGHUP; 141, without a word, where the reader of the output has gone. `python -X dev`
+shows the traceback too.
 
 Standard streams may be closed: what is written to standard error is then lost, and what would be
 read from or written to the others is an error.
@@ -24,6 +25,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, TypeVar, get_type_hints
+
+from engine.stopping import Stopped
 
 S = TypeVar("S")
 _status_of_errors = 2
@@ -56,6 +59,8 @@ def run(command: Callable[[], int | None]) -> int:
                 traceback.print_exc()
             print("error: " + _one_line(str(error)), file=sys.stderr)
         return _status_of_errors
+    except Stopped as stopped:
+        return 128 + stopped.number
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
@@ -112,45 +117,80 @@ def parse(
     """The settings, a dataclass, that a command line gives.
 
     groups: by title, the fields in the order in which --help shows them; names that the settings do
-    not have are passed over, and fields in no group are shown last. The help of a field is the
-    string or the comment after it, as for its base class where there is none. example: of the
-    command's options, a line or several, shown after `prog`. flags_in_pairs: a truth value has
-    --no-name too. Exits with status 0 after --help and 2 for options that do not parse; raises
-    ValueError where the settings do.
+    not have are passed over, and fields in no group are shown last. A field whose default is a
+    dataclass itself is a group under its own name, and the fields of that are options like all
+    others. The help of a field is the string or the comment after it, as for its base class where
+    there is none. example: of the command's options, a line or several, shown after `prog`.
+    flags_in_pairs: a truth value has --no-name too. Exits with status 0 after --help and 2 for
+    options that do not parse; raises ValueError where the settings do.
     """
     import tyro
 
-    fields = {field.name: field for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
-    hints = get_type_hints(settings)
-    texts = help_of(settings)
-    titles = {title: [name for name in names if name in fields] for title, names in groups.items()}
+    parts = parts_of(settings)
+    plain = {field.name: field.default for field in dataclasses.fields(settings)  # type: ignore[arg-type]
+             if field.name not in parts}  # fmt: skip
+    titles = {title: [name for name in names if name in plain] for title, names in groups.items()}
     listed = {name for names in titles.values() for name in names}
-    titles["other"] = [name for name in fields if name not in listed]
+    titles["other"] = [name for name in plain if name not in listed]
 
-    def option(name: str) -> tuple[str, Any, Any]:
-        shown = tyro.conf.arg(help=texts.get(name, ""), prefix_name=False)
-        default = fields[name].default
-        given = {} if default is dataclasses.MISSING else {"default": default}
-        return name, Annotated[hints[name], shown], dataclasses.field(**given)
+    def form_of(kind: type, defaults: Mapping[str, Any]) -> type[Any]:
+        hints, texts = get_type_hints(kind), help_of(kind)
+        options = []
+        for name, default in defaults.items():
+            shown = tyro.conf.arg(help=texts.get(name, ""), prefix_name=False)
+            given = {} if default is dataclasses.MISSING else {"default": default}
+            options.append((name, Annotated[hints[name], shown], dataclasses.field(**given)))
+        return dataclasses.make_dataclass("Group", options, kw_only=True, namespace={"__doc__": ""})
 
-    kinds = [
-        (title, dataclasses.make_dataclass(
-            title, map(option, names), kw_only=True, namespace={"__doc__": ""},
-        ))
+    kinds = {
+        title: form_of(settings, {name: plain[name] for name in names})
         for title, names in titles.items() if names
-    ]  # fmt: skip
-    form: type[Any] = dataclasses.make_dataclass("Options", kinds)
-    found = tyro.cli(
-        form,
+    }  # fmt: skip
+    kinds |= {name: form_of(type(part), vars(part)) for name, part in parts.items()}
+    found: Any = tyro.cli(
+        dataclasses.make_dataclass("Options", kinds.items()),
         prog=prog,
         description=_description(settings, prog, example),
         args=arguments,
         config=() if flags_in_pairs else (tyro.conf.FlagCreatePairsOff,),
     )
     values: dict[str, Any] = {}
-    for title, _ in kinds:
-        values |= vars(getattr(found, title))
+    for title in kinds:
+        given = vars(getattr(found, title))
+        values |= {title: type(parts[title])(**given)} if title in parts else given
     return settings(**values)
+
+
+def parts_of(settings: type | object) -> dict[str, Any]:
+    """The dataclasses within settings, by the names of their fields: of an instance its own, of a
+    class the defaults."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = field.default if isinstance(settings, type) else getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = value
+    return found
+
+
+def flat(settings: object) -> dict[str, Any]:
+    """All values of settings by name, those of the dataclasses within among them."""
+    parts = parts_of(settings)
+    values = {name: value for name, value in vars(settings).items() if name not in parts}
+    for part in parts.values():
+        assert not values.keys() & vars(part).keys(), "one option, one place"
+        values |= vars(part)
+    return values
+
+
+def with_values(settings: S, **values: Any) -> S:
+    """The settings with other values, each in the place of its name. Raises TypeError for a name
+    that they do not have, and ValueError where the settings do."""
+    changed: dict[str, Any] = {}
+    for name, part in parts_of(settings).items():
+        own = {field: values.pop(field) for field in vars(part) if field in values}
+        if own:
+            changed[name] = dataclasses.replace(part, **own)
+    return dataclasses.replace(settings, **changed, **values)  # type: ignore[type-var]
 
 
 def _description(settings: type, prog: str, example: str) -> str:

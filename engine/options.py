@@ -1,11 +1,14 @@
 """How rows are judged: the options that decide what a verdict says.
 
-One dataclass for the Python API, the command line and the key of a line. Needs no torch, so that
-the command line can print its help without it.
+`JudgeOptions` are for the Python API, the command line and the key of a line, `PromptOptions` for
+all command lines. Needs no torch, so that a command line can print its help without it.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.templates import DATE, parse_variables
 
 MAX_SHOWN = 20  # responses that one judgement is shown
 MAX_K = 1 << 14  # every sample of a row has a prompt before any is drawn
@@ -93,3 +96,54 @@ class JudgeOptions:
         sure = self.until_decided
         if sure is not None and not (isinstance(sure, float) and 0 < sure < 1):
             raise ValueError(f"until_decided = {sure!r} is not a number between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """Prompts, and the scores that are read, where they are not to be as the model's directory has
+    them."""
+
+    template: Path | None = None
+    """Judge template in place of the model's own."""
+    chat_template: Path | None = None
+    """Chat template in place of the model's own."""
+    chat_template_kwargs: str | None = None
+    """Variables for the chat template, a JSON object such as {"enable_thinking": false}."""
+    date: str = DATE
+    """What templates take for today, as YYYY-MM-DD."""
+    anchor: str | None = None
+    """What begins the line of scores, in place of what judge.json says; "" for none: then the last
+    box of the text decides."""
+    score_min: int | None = None
+    """Lowest score, in place of what judge.json says."""
+    score_max: int | None = None
+    """Highest score, in place of what judge.json says."""
+    threshold: float | None = None
+    """What a single response's mean score must pass to be right."""
+    format: Literal["boxed", "pairwise", "answer-tags", "json", "rating"] | None = None
+    """How the judge writes its scores: in a box, or as RM-R1 and Skywork-Critic (pairwise),
+    JudgeLRM (answer-tags), RewardAnything (json) or Prometheus (rating) do."""
+
+    @property
+    def variables(self) -> dict[str, Any] | None:
+        """Those for the chat template. Raises ValueError where they are no JSON object."""
+        given = self.chat_template_kwargs
+        return None if given is None else parse_variables(given)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is said in place of judge.json."""
+        names = ("score_min", "score_max", "threshold", "anchor", "format")
+        given = {name: getattr(self, name) for name in names}
+        changes = {name: value for name, value in given.items() if value is not None}
+        return changes | {"anchor": None} if self.anchor == "" else changes
+
+    def for_load(self, **settings: Any) -> dict[str, Any]:
+        """The arguments of `Judge.load` that they are, with other settings beside those here."""
+        return {
+            "template": self.template,
+            "chat_template": self.chat_template,
+            "chat_template_kwargs": self.variables,
+            "date": self.date,
+            "settings": self.settings | settings,
+        }

@@ -34,12 +34,12 @@ from typing import Any, Literal, TypeVar
 from tqdm import tqdm
 
 from engine import command
-from engine.options import JudgeOptions
+from engine.options import JudgeOptions, PromptOptions
 from engine.output import LineFacts, Output, resume
 from engine.reading import MAX_ROW_BYTES, Columns, Pipe, open_rows, read_rows
 from engine.request import BadRow, Row
+from engine.stopping import STOP_SIGNALS
 from engine.summary import Tally
-from engine.templates import DATE, parse_variables
 from engine.verdict import RowFailure, Verdict, to_line
 from engine.view import escape, render_error, render_summary, render_verdict
 
@@ -47,22 +47,11 @@ POCKET = Path(__file__).parent.parent / "models" / "pocket"
 BUNDLED_ROWS = Path(__file__).with_name("rows.jsonl")
 _MOST_ROW_BYTES = 1 << 30
 _MOST_TAKEN = 1 << 14  # entries whose lines are not written yet: bad ones behind a row need no room
-DRAIN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ALARM_SECONDS = 0.1  # from one look at the end of a drain to the next
 GROUPS = {
     "model": ("model", "meta_model", "dtype", "device"),
     "rows": ("data", "columns", "max_row_bytes"),
-    "prompts": ("template", "chat_template", "chat_template_kwargs", "date"),
-    "scores": (
-        "anchor",
-        "anchor_nonce",
-        "score_min",
-        "score_max",
-        "threshold",
-        "format",
-        "stop",
-        "force_scores",
-    ),
+    "scores": ("anchor_nonce", "stop", "force_scores"),
     "output": ("out", "resume", "drain_seconds", "show_prompt"),
     "judging": (
         "k",
@@ -98,29 +87,10 @@ class Options(JudgeOptions):
     {"prompt": "input", "responses": ["a", "b"], "label": {"column": "y", "values": {"1": 0}}}."""
     out: str | None = None
     """Where verdicts go, one JSON line each; - is standard output, none prints for a person."""
-    template: Path | None = None
-    """Judge template in place of the model's own."""
-    chat_template: Path | None = None
-    """Chat template in place of the model's own."""
-    chat_template_kwargs: str | None = None
-    """Variables for the chat template, a JSON object such as {"enable_thinking": false}."""
-    date: str = DATE
-    """What templates take for today, as YYYY-MM-DD."""
-    anchor: str | None = None
-    """What begins the line of scores, in place of what judge.json says; "" for none: then the last
-    box of the text decides."""
     anchor_nonce: Literal["on", "off"] | None = None
     """Ask for a random number in that line, which no response can hold, and read no line without;
     by default on for models without a judge.json whose template shows the anchor."""
-    score_min: int | None = None
-    """Lowest score, in place of what judge.json says."""
-    score_max: int | None = None
-    """Highest score, in place of what judge.json says."""
-    threshold: float | None = None
-    """What a single response's mean score must pass to be right."""
-    format: Literal["boxed", "pairwise", "answer-tags", "json", "rating"] | None = None
-    """How the judge writes its scores: in a box, or as RM-R1 and Skywork-Critic (pairwise),
-    JudgeLRM (answer-tags), RewardAnything (json) or Prometheus (rating) do."""
+    prompts: PromptOptions = PromptOptions()
     dtype: str = "auto"
     """Of weights and cache: auto, float32, bfloat16 or float16."""
     device: str = "auto"
@@ -181,12 +151,12 @@ class _Drain:
         self._may_end = False  # nothing is lost if the run ends here
         self._judging = False
         self._deadline = math.inf
-        self._previous = {number: signal.signal(number, self._handle) for number in DRAIN_SIGNALS}
+        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        for each in DRAIN_SIGNALS:
+        for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         if self._has_loaded:
             with suppress(OSError):
@@ -259,7 +229,7 @@ class _Run:
         if options.out in (None, "-"):
             command.check_stream(1)
         self.entries, self.is_ready = _open(options, stack)
-        variables = _variables(options)
+        given = options.prompts.for_load(**_nonce(options))
         from engine.judge import Judge  # loads torch: not for --help, nor for a refused output
 
         self.sampling: dict[str, Any] = {
@@ -268,15 +238,11 @@ class _Run:
         with drain.loading():
             self.judge = Judge.load(
                 options.model,
-                template=options.template,
-                chat_template=options.chat_template,
-                chat_template_kwargs=variables,
-                date=options.date,
                 dtype=options.dtype,
                 device=options.device,
                 max_batch=options.max_batch,
                 meta=options.meta_model,
-                settings=_settings(options),
+                **given,
             )
             done = 0
             if self.output is not None and options.resume:
@@ -395,21 +361,9 @@ def _open(options: Options, stack: ExitStack) -> tuple[Iterator[Row | BadRow], C
     return read_rows(stream, options.max_row_bytes, columns), lambda: True
 
 
-def _variables(options: Options) -> dict[str, Any] | None:
-    given = options.chat_template_kwargs
-    return None if given is None else parse_variables(given)
-
-
-def _settings(options: Options) -> dict[str, Any]:
-    """What the command line says in place of judge.json."""
-    given = {name: getattr(options, name) for name in ("score_min", "score_max", "threshold")}
-    given |= {"anchor": options.anchor, "format": options.format}
-    changes = {name: value for name, value in given.items() if value is not None}
-    if options.anchor == "":
-        changes["anchor"] = None
-    if options.anchor_nonce is not None:
-        changes["anchor_nonce"] = options.anchor_nonce == "on"
-    return changes
+def _nonce(options: Options) -> dict[str, bool]:
+    """What the command line says of the nonce in place of judge.json."""
+    return {} if options.anchor_nonce is None else {"anchor_nonce": options.anchor_nonce == "on"}
 
 
 def _in_vain(summary: Mapping[str, Any]) -> str:
@@ -446,13 +400,14 @@ def _first_prompt(options: Options, stack: ExitStack) -> str:
         raise ValueError("there is no row to show")
     if isinstance(row, BadRow):
         raise ValueError(f"line {row.line}: {row.error}")
+    given = options.prompts
     prompts = PromptBuilder(
         Tokenizer(options.model),
-        read_judge_template(options.model, options.template),
-        read_judge_settings(options.model, _settings(options)),
-        chat_template=read_chat_template(options.model, options.chat_template),
-        chat_template_kwargs=_variables(options),
-        date=options.date,
+        read_judge_template(options.model, given.template),
+        read_judge_settings(options.model, given.settings | _nonce(options)),
+        chat_template=read_chat_template(options.model, given.chat_template),
+        chat_template_kwargs=given.variables,
+        date=given.date,
     )
     part = parts_of(draw_orders(row, options)[0], options.max_shown)[0]
     text = prompts.show(*seen_by(row, part), nonce=prompts.nonce(row, options.seed))

@@ -28,6 +28,7 @@ from engine.output import Output
 from engine.reading import read_rows
 from engine.request import BadRow, Row
 from engine.sample import main
+from engine.stopping import STOP_SIGNALS
 from engine.verdict import RowFailure, Verdict
 from tests.fake_judge import IN_FLIGHT, Judge, as_module
 
@@ -226,11 +227,11 @@ def test_an_endless_input_is_read_only_as_far_as_needed(
 ) -> None:
     feed = Feed(make, 200)
     monkeypatch.setattr(sample, "Pipe", lambda *_: feed)
-    handlers = [signal.getsignal(number) for number in sample.DRAIN_SIGNALS]
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     assert main(["--model", ".", "--data", "-", "--out", "out"]) == 130
     assert feed.given == 200 and num_lines() == 199  # the signal came while line 200 was read
     assert max(feed.behind) <= IN_FLIGHT
-    assert [signal.getsignal(number) for number in sample.DRAIN_SIGNALS] == handlers
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
 
 
 class Greedy(Judge):
@@ -387,7 +388,7 @@ def test_options_that_do_not_parse(options: list[str]) -> None:
 # Signals
 
 
-@pytest.mark.parametrize("number", sample.DRAIN_SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_drains(number: signal.Signals) -> None:
     _, whole = judge(LONG)
     os.remove("out")
