@@ -18,7 +18,7 @@ its figures mean nothing. Ends in one JSON line.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,18 @@ from bench.filters import NAMES, row_curves, table
 from bench.provenance import print_json
 from bench.voting import interval
 from engine import command
+from engine.command import with_values
 from engine.judge import Judge
 from engine.key import line_key, model_fingerprint
 from engine.request import Row
 from engine.sample import POCKET
 from engine.verdict import Verdict
 from train import grpo, meta_rm, rft
-from train.run import replace_text
+from train.directory import replace_text
+from train.evaluation import EvalArgs
+from train.learner import LearnerArgs
+from train.policy_step import LossArgs
+from train.rollout import SamplingArgs
 from train.world.rows import split_rows
 
 SHOWN = ("all", "meta", "weighed", "standardised", "borda", "borda, weighed")
@@ -54,22 +59,32 @@ class Args:
 
 def stages(args: Args) -> tuple[rft.Args, grpo.Args, meta_rm.Args]:
     """The settings of the three trainings."""
-    out, seed = args.out, args.seed
-    first = rft.Args(out=out / "rft", rows=4000, steps=250, lr=5e-5, max_new_tokens=400, seed=seed)
+    out, sampling = args.out, SamplingArgs(max_new_tokens=400)
+
+    def learning(**own: Any) -> LearnerArgs:
+        return LearnerArgs(weight_decay=0.0, seed=args.seed, **own)
+
+    first = rft.Args(
+        out=out / "rft", rows=4000, sampling=sampling,
+        learning=learning(steps=250, lr=5e-5, warmup=5),
+    )  # fmt: skip
     second = grpo.Args(
-        model=out / "rft" / "model", out=out / "grpo", steps=120, rows=64, group=4, lr=3e-5,
-        warmup=5, drop_zero_spread=True, max_new_tokens=400, eval_every=20, seed=seed,
+        model=out / "rft" / "model", out=out / "grpo", rows=64, sampling=sampling,
+        policy=LossArgs(drop_zero_spread=True), evaluation=EvalArgs(eval_every=20),
+        learning=learning(steps=120, lr=3e-5, warmup=5),
     )  # fmt: skip
     third = meta_rm.Args(
-        model=out / "grpo", out=out / "meta", steps=400, rows=16, samples=8, loss="pairwise",
-        labels="ties", lr=5e-4, warmup=15, max_new_tokens=400, eval_every=50, seed=seed,
+        model=out / "grpo", out=out / "meta", samples=8, loss="pairwise", labels="ties",
+        sampling=sampling, evaluation=EvalArgs(eval_every=50, eval_rows=100),
+        learning=learning(steps=400, lr=5e-4, warmup=15),
     )  # fmt: skip
     if not args.smoke:
         return first, second, third
+    few = {"steps": 1, "eval_every": 0}
     return (
-        replace(first, rows=4, steps=1, step_rows=2),
-        replace(second, steps=1, rows=2, eval_every=0),
-        replace(third, steps=1, rows=2, samples=3, eval_rows=2, eval_samples=2, eval_every=0),
+        with_values(first, rows=4, steps=1, step_rows=2),
+        with_values(second, rows=2, **few),
+        with_values(third, rows=2, samples=3, eval_rows=2, eval_k=2, **few),
     )
 
 

@@ -48,6 +48,7 @@ class MetaModel:
         tokenizer: Tokenizer,
         *,
         judge_template: str,
+        chat_template: str | None = None,
         settings: JudgeSettings | None = None,
         fingerprint: str = "",
     ) -> None:
@@ -55,7 +56,9 @@ class MetaModel:
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings or JudgeSettings()
-        self.prompts = PromptBuilder(tokenizer, judge_template, self.settings)
+        self.prompts = PromptBuilder(
+            tokenizer, judge_template, self.settings, chat_template=chat_template
+        )
         self.fingerprint = fingerprint
         config = model.model.config
         end = tokenizer.end_id(config.eos_token_ids)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.command import help_of
+from engine.command import help_of, parts_of
 from train.commands import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
@@ -30,8 +30,14 @@ def test_the_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert error.value.code == 0
     shown = capsys.readouterr().out
     settings = settings_of(name)
-    assert set(help_of(settings)) == {field.name for field in fields(settings)}
-    flags = [f"--{field.name.replace('_', '-')}" for field in fields(settings)]
+    parts = parts_of(settings)
+    names = [field.name for field in fields(settings) if field.name not in parts]
+    texts = help_of(settings)
+    for part in parts.values():
+        names += vars(part)
+        texts |= help_of(type(part))
+    assert set(names) <= texts.keys() and len(set(names)) == len(names)
+    flags = [f"--{name.replace('_', '-')}" for name in names]
     missing = [flag for flag in flags if not re.search(rf"^\W {flag}[ ,]", shown, re.MULTILINE)]
     assert not missing and "other options" not in shown
     _, example, rest = shown.partition(f"\n    quorum {name} ")

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.command import with_values
 from engine.judge import Judge
 from engine.labels import is_right
 from engine.prompt import read_judge_template
@@ -25,13 +26,14 @@ from kernels import cpp
 from kernels.logprob.policy_loss import LOSSES
 from models import load
 from models.transformer import Transformer, causal_attend
+from tests.args import args_of
 from tests.oracles.policy import oracle
 from tests.tiny import write_model
 from train import grpo, rft
-from train.evaluation import VoteArgs, dev_votes, evaluation_rows
+from train.evaluation import EvalArgs, dev_votes, evaluation_rows
 from train.learner import Learner
 from train.rewards import reward_of
-from train.rollout import Group, advantages, describe
+from train.rollout import Group, SamplingArgs, advantages, describe
 from train.sources import file_rows
 from train.world.pocket import JUDGE_TEMPLATE
 from train.world.rows import dev_rows, world_rows
@@ -171,7 +173,7 @@ def log_probs(model: Transformer, prompt: list[int], completion: list[int], heat
 def test_a_step_is_that_of_dense_float64(kind: Any, judge: Judge, tmp_path: Path) -> None:
     """Sampled groups to updated parameters, in two micro-batches of one window, against sequences
     one by one, whole logits, the published formulas and autograd."""
-    args = grpo.Args(loss=kind, beta=0.1, temperature=0.7, micro_rows=3, max_new_tokens=40,
+    args = args_of(grpo.Args, loss=kind, beta=0.1, temperature=0.7, micro_rows=3, max_new_tokens=40,
                      clip=0.05, lr=1e-2, warmup=0, weight_decay=0.1)  # fmt: skip
     groups = groups_of(judge)
     start, reference = judge.model, deepcopy(judge.model).requires_grad_(False)
@@ -187,9 +189,11 @@ def test_a_step_is_that_of_dense_float64(kind: Any, judge: Judge, tmp_path: Path
             new.append(log_probs(dense, prompt, sample.token_ids, 0.7))
             ref.append(log_probs(reference, prompt, sample.token_ids, 0.7).detach())
             old.append(torch.tensor(sample.sampling_logprobs, dtype=torch.float64))
-    loss = oracle(kind, new, old, ref, advantages(rewards, "group").flatten(), args.options, 40)
+    loss = oracle(
+        kind, new, old, ref, advantages(rewards, "group").flatten(), args.policy.options, 40
+    )
     loss.backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(dense.parameters(), args.clip))
+    norm = float(torch.nn.utils.clip_grad_norm_(dense.parameters(), args.learning.clip))
     plain = torch.optim.AdamW(
         [{"params": [p for p in dense.parameters() if p.dim() > 1], "weight_decay": 0.1},
          {"params": [p for p in dense.parameters() if p.dim() <= 1], "weight_decay": 0.0}],
@@ -199,14 +203,15 @@ def test_a_step_is_that_of_dense_float64(kind: Any, judge: Judge, tmp_path: Path
 
     ours = Judge(deepcopy(start), judge.tokenizer, judge_template=judge.prompts.judge_template,
                  settings=judge.settings)  # fmt: skip
-    learner = Learner(ours.model, args)
+    learner = Learner(ours.model, args.learning)
     frozen = grpo.Reference(reference, adapted=False)
-    (window,) = grpo.windows(ours, frozen, groups, args)
+    (window,) = grpo.windows(ours, frozen, groups, args.policy, args.sampling)
     assert [m.batch.lengths for m in window] == [
         tuple(len(s.token_ids) for g in some for s in g.samples)
         for some in (groups[:3], groups[3:])
     ]
-    (informed,) = grpo.windows(ours, frozen, groups, replace(args, drop_zero_spread=True))
+    dropping = replace(args.policy, drop_zero_spread=True)
+    (informed,) = grpo.windows(ours, frozen, groups, dropping, args.sampling)
     assert (
         [m.batch.lengths for m in informed]
         == [  # the second group's rewards are all alike
@@ -215,7 +220,7 @@ def test_a_step_is_that_of_dense_float64(kind: Any, judge: Judge, tmp_path: Path
     )
     if kind in ("grpo", "gspo"):  # a mean over sequences, of 9 now and not of 12
         assert informed[0].weight[0] * 9 == pytest.approx(float(window[0].weight[0]) * 12)
-    found = grpo.add_gradients(ours.model, window, args)
+    found = grpo.add_gradients(ours.model, window, args.policy, 0.7)
     metrics = grpo.window_metrics(window, found)
     # Weights of tokens and what the sampler says are float32.
     assert abs(metrics["loss"] - loss.item()) < 1e-6
@@ -241,8 +246,10 @@ def test_the_sampler_has_the_trainers_weights(tmp_path: Path) -> None:
     """Log-probs of sampler and trainer agree at every step, after weights have moved: they add in
     another order, so each is off by what float32 is off from float64 (measured on another text,
     so eight times that; weights one update old are off by 0.05)."""
-    args = grpo.Args(out=tmp_path / "out", steps=3, rows=3, micro_rows=2, lr=1e-3, warmup=1, beta=0)
-    trainer = grpo.Trainer(args)
+    args = args_of(
+        grpo.Args, out=tmp_path / "out", steps=3, rows=3, micro_rows=2, lr=1e-3, warmup=1, beta=0
+    )
+    trainer = grpo.GrpoTrainer(args)
     model, _ = load(POCKET)
     ids = torch.randint(0, 400, (300,), generator=torch.Generator().manual_seed(0))
     with cpp.torch_only():
@@ -260,14 +267,14 @@ def test_the_sampler_has_the_trainers_weights(tmp_path: Path) -> None:
 
 @pytest.fixture
 def args(tmp_path: Path) -> grpo.Args:
-    return grpo.Args(
+    return args_of(grpo.Args,
         out=tmp_path / "out", steps=4, rows=2, group=3, micro_rows=1, minibatches=2, epochs=2,
         lr=1e-4, warmup=1, max_new_tokens=220, save_every=2, eval_every=2, eval_rows=3, eval_k=2,
     )  # fmt: skip
 
 
 def test_what_is_not_finite_stops_the_run_and_names_its_rows(args: grpo.Args) -> None:
-    trainer = grpo.Trainer(replace(args, beta=0.0, lr=1e37))
+    trainer = grpo.GrpoTrainer(with_values(args, beta=0.0, lr=1e37))
     with pytest.raises(
         FloatingPointError, match=r"step \d: loss .*; rows grpo-0-\d-0, grpo-0-\d-1"
     ):
@@ -288,7 +295,7 @@ def test_settings_out_of_range_are_refused(
     args: grpo.Args, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        grpo.train(replace(args, **change))
+        grpo.train(with_values(args, **change))
 
 
 # -- rows ------------------------------------------------------------------------------------------
@@ -320,30 +327,36 @@ def test_easy_rows_of_a_file_are_left_out(tmp_path: Path) -> None:
                "label": r.label} for r in world_rows("easy", 0, 40)(0)
               if len(r.messages) == 1]  # fmt: skip
     data.write_text("".join(json.dumps(each) + "\n" for each in fields))
-    rft.sample(rft.Args(out=sampled, data=data, samples=2, hinted=False, max_new_tokens=220))
+    rft.sample(
+        args_of(rft.Args, out=sampled, data=data, samples=2, hinted=False, max_new_tokens=220)
+    )
     done = [json.loads(line) for line in (sampled / "progress.jsonl").open()][1:]
     easy = {d["id"] for d in done if d["samples"] == ["too_easy"] * 2}
     assert 0 < len(easy) < len(fields)
-    args = grpo.Args(
-        out=tmp_path / "out", data=data, skip_easy=sampled / "progress.jsonl", rows=len(fields)
+    args = args_of(
+        grpo.Args,
+        out=tmp_path / "out",
+        data=data,
+        skip_easy=sampled / "progress.jsonl",
+        rows=len(fields),
     )
-    trainer = grpo.Trainer(args)
+    trainer = grpo.GrpoTrainer(args)
     assert {row.id for row in trainer.rows(0)} == {each["id"] for each in fields} - easy
     assert trainer.left_out == {"too easy": len(easy)}
     with pytest.raises(ValueError, match="there is no data"):
-        grpo.train(replace(args, data=None))
+        grpo.train(with_values(args, data=None))
     data.write_text(data.read_text() + "\n")
     with pytest.raises(ValueError, match=r"progress\.jsonl is not about .*rows\.jsonl"):
-        grpo.Trainer(args)
+        grpo.GrpoTrainer(args)
 
 
 def test_votes_on_rows_of_a_file(tmp_path: Path) -> None:
     """Counted by hand; a row that cannot be judged is wrong."""
     rows = dev_rows("votes", 5)
     rows.append(make_row("p " * 40000, ["a", "b"], label=0))
-    args = VoteArgs(eval_every=1, eval_k=3, max_new_tokens=220)
+    args = EvalArgs(eval_every=1, eval_k=3)
     judge = Judge.load(POCKET, dtype=torch.float32)
-    told = dev_votes(judge, rows, args)
+    told = dev_votes(judge, rows, args, SamplingArgs(max_new_tokens=220))
     votes, singles = 0, 0.0
     for row in rows[:5]:
         (verdict,) = judge.rows([row], k=3, temperature=1.0, max_new_tokens=220)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
+from engine.command import flat, with_values
+from tests.args import args_of
 from train import checkpoint, grpo, meta_rm, rft, sft
 from train.run import RunArgs
 
@@ -29,36 +30,38 @@ LONGEST = 220  # tokens of most judgements of the world
 
 # Of rows and micro-batches there are so many that one rank has fewer than the other.
 RUNS: dict[str, RunArgs] = {
-    "sft": sft.Args(
+    "sft": args_of(sft.Args,
         model=POCKET, out=Path("sft"), steps=4, rows=3, micro_rows=2, lr=2e-5, warmup=1,
         log_every=1, save_every=2, eval_every=2, eval_rows=2, eval_k=2, max_new_tokens=LONGEST,
     ),
-    "grpo": grpo.Args(
+    "grpo": args_of(grpo.Args,
         out=Path("grpo"), steps=3, rows=2, group=3, micro_rows=1, minibatches=2, epochs=2,
         lr=2e-5, warmup=1, save_every=1, max_new_tokens=LONGEST,
     ),
-    "meta_rm": meta_rm.Args(
+    "meta_rm": args_of(meta_rm.Args,
         out=Path("meta_rm"), steps=3, rows=3, samples=3, micro_rows=1, lr=2e-5, warmup=1,
-        save_every=1, eval_every=2, eval_rows=3, eval_samples=3, max_new_tokens=LONGEST,
+        save_every=1, eval_every=2, eval_rows=3, eval_k=3, max_new_tokens=LONGEST,
     ),
-    "adapters": grpo.Args(
+    "adapters": args_of(grpo.Args,
         out=Path("adapters"), steps=3, rows=3, group=2, micro_rows=1, lora_rank=4, recompute=True,
         lr=1e-4, warmup=1, save_every=1, max_new_tokens=LONGEST,
     ),
 }  # fmt: skip
 TRAIN: dict[str, Any] = {"sft": sft.train, "grpo": grpo.train, "meta_rm": meta_rm.train}
 TRAIN["adapters"] = grpo.train
-ROUNDED = sft.Args(
+ROUNDED = args_of(sft.Args,
     model=POCKET, out=Path("rounded"), steps=2, rows=3, micro_rows=1, lr=1e-3, warmup=1,
     dtype="bfloat16",
 )  # fmt: skip
-SAMPLED = rft.Args(out=Path("rft"), rows=5, chunk_rows=3, max_new_tokens=LONGEST, hinted=False)
+SAMPLED = args_of(
+    rft.Args, out=Path("rft"), rows=5, chunk_rows=3, max_new_tokens=LONGEST, hinted=False
+)
 KILLED = ["sft", "grpo", "meta_rm", pytest.param("adapters", marks=pytest.mark.soak)]
 
 
 def options(args: RunArgs) -> list[str]:
     """A run's settings as its command line has them."""
-    given = {f.name.replace("_", "-"): getattr(args, f.name) for f in fields(args)}
+    given = {name.replace("_", "-"): value for name, value in flat(args).items()}
     words = [f"--{name}={value}" for name, value in given.items()
              if value is not None and not isinstance(value, bool)]  # fmt: skip
     return words + [f"--{name}" for name, value in given.items() if value is True]
@@ -75,8 +78,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Where a run of each kind is that nobody disturbs."""
     root = tmp_path_factory.mktemp("whole")
     for name, args in RUNS.items():
-        TRAIN[name](replace(args, out=root / name))
+        TRAIN[name](with_values(args, out=root / name))
     return {name: root / name for name in RUNS}
+
+
+def logged(args: Any) -> list[int]:
+    """The steps that have a line: all, and the start where it is evaluated."""
+    first = 0 if args.evaluation.eval_every else 1
+    return list(range(first, args.learning.steps + 1))
 
 
 def metrics_of(out: Path) -> list[dict[str, float]]:
@@ -90,8 +99,8 @@ def timings_of(out: Path) -> list[dict[str, float]]:
 def test_what_a_run_leaves_behind(whole: dict[str, Path]) -> None:
     for name, args in RUNS.items():
         out = whole[name]
-        assert [line["step"] for line in metrics_of(out)] == list(range(1, args.steps + 1))
-        assert len(list((out / "checkpoints").iterdir())) == args.keep == 2
+        assert [line["step"] for line in metrics_of(out)] == logged(args)
+        assert len(list((out / "checkpoints").iterdir())) == args.logging.keep == 2
         trained, first = load_file(out / "model.safetensors"), load_file(POCKET / WEIGHTS)
         moved = {key.removeprefix("model.") for key, value in trained.items()
                  if key in first and not value.equal(first[key])}  # fmt: skip
@@ -133,21 +142,22 @@ def test_the_best_of_all_evaluations_is_kept(whole: dict[str, Path]) -> None:
         load(whole[name] / "best")
         last = load_file(whole[name] / WEIGHTS)
         kept = load_file(whole[name] / "best" / WEIGHTS)
-        is_last = best["step"] == RUNS[name].steps
+        is_last = best["step"] == RUNS[name].learning.steps
         assert all(kept[key].equal(value) for key, value in last.items()) == is_last
 
 
 @pytest.mark.parametrize("name", KILLED)
 def test_a_killed_run_resumes_to_the_bit(name: str, whole: dict[str, Path], tmp_path: Path) -> None:
     """SIGKILL when a checkpoint has been written and a step after it has been logged."""
-    args = replace(RUNS[name], out=tmp_path / name)
+    args = with_values(RUNS[name], out=tmp_path / name)
     process = subprocess.Popen(
         [sys.executable, "-m", type(args).__module__, *options(args)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
     )
-    metrics, first = args.out / "metrics.jsonl", args.save_every + 1
+    metrics = args.out / "metrics.jsonl"
+    first = 1 + logged(args).index(args.logging.save_every + 1)
     deadline = time.monotonic() + 120
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < first:
         assert process.poll() is None and time.monotonic() < deadline
@@ -155,15 +165,16 @@ def test_a_killed_run_resumes_to_the_bit(name: str, whole: dict[str, Path], tmp_
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     newest = checkpoint.latest(args.out / "checkpoints")
-    assert newest and 0 < checkpoint.read_state(newest)["step"] < args.steps
+    assert newest and 0 < checkpoint.read_state(newest)["step"] < args.learning.steps
     assert not (args.out / "model.safetensors").exists()
     with pytest.raises(ValueError, match=r"other settings: lr = .*, not 0\.5"):
-        TRAIN[name](replace(args, lr=0.5))
+        TRAIN[name](with_values(args, lr=0.5))
     TRAIN[name](args)
     assert outcome(args.out) == outcome(whole[name])
     timed = timings_of(args.out)
-    assert [line["step"] for line in timed] == list(range(1, args.steps + 1))
-    assert all(line["memory"] > 0 and line["update"] > 0 for line in timed)
+    assert [line["step"] for line in timed] == logged(args)
+    assert all(line["memory"] > 0 for line in timed)
+    assert all(line["update"] > 0 for line in timed if line["step"])
 
 
 @pytest.fixture(scope="module")
@@ -195,14 +206,14 @@ def test_two_ranks_are_one_process(name: str, whole: dict[str, Path], ranks: Pat
 
 
 def test_two_ranks_sample_what_one_process_does(ranks: Path, tmp_path: Path) -> None:
-    rft.sample(replace(SAMPLED, out=tmp_path))
+    rft.sample(with_values(SAMPLED, out=tmp_path))
     for name in ("trajectories.jsonl", "judgements.jsonl", "progress.jsonl", "counts.json"):
         assert (ranks / "rft" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_ranks_add_bfloat16_gradients_up_in_float32(ranks: Path, tmp_path: Path) -> None:
     """What two of them learn is as near to one process as rounding each gradient once allows."""
-    args = replace(ROUNDED, out=tmp_path)
+    args = with_values(ROUNDED, out=tmp_path)
     sft.train(args)
     ours, theirs = (load_file(root / WEIGHTS) for root in (ranks / "rounded", tmp_path))
     start = load_file(POCKET / WEIGHTS)
@@ -219,11 +230,8 @@ def test_a_model_directory_that_is_a_runs_own(whole: dict[str, Path], tmp_path: 
     """What another run has left there belongs to it, and decides nothing."""
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(whole["sft"], base, ignore=shutil.ignore_patterns("checkpoints"))
-    (out / "best").mkdir(parents=True)
-    (out / "best.json").write_text('{"step": 99, "score": 99}')
-    args = sft.Args(model=base, out=out, steps=2, rows=2)
+    args = args_of(sft.Args, model=base, out=out, steps=2, rows=2)
     sft.train(args)
-    assert not (out / "best").exists() and not (out / "best.json").exists()
     shutil.copyfile(base / "metrics.jsonl", base / "timings.jsonl")
     sft.train(args)
 
@@ -236,7 +244,7 @@ def checkpoint_of(out: Path) -> Path:
 
 def test_one_process_continues_what_two_have_begun(ranks: Path, whole: dict[str, Path]) -> None:
     """From the checkpoint before the last one."""
-    args = replace(RUNS["sft"], out=ranks / "sft")
+    args = with_values(RUNS["sft"], out=ranks / "sft")
     shutil.rmtree(checkpoint_of(args.out))
     sft.train(args)  # type: ignore[arg-type]
     ours, theirs = (load_file(root / WEIGHTS) for root in (args.out, whole["sft"]))

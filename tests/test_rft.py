@@ -18,16 +18,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.command import with_values
 from engine.judge import Judge
-from engine.output import OutputError
 from engine.request import BadRow, Row, make_row
 from engine.sample import POCKET
 from engine.verdict import Sample, Verdict
 from models import load
 from models.tokenizer import Tokenizer
+from tests.args import args_of
 from train import rejection, rft
+from train.directory import RunDirectory
 from train.judgements import file_judgements
-from train.rejection_log import RejectionLog
 from train.rft import Args
 from train.trajectories import file_batches
 
@@ -44,7 +45,7 @@ def judge() -> Judge:
 
 @pytest.fixture
 def args(tmp_path: Path) -> Args:
-    return Args(
+    return args_of(Args,
         out=tmp_path / "out", rows=ROWS, max_new_tokens=LONGEST, chunk_rows=4, steps=2,
         step_rows=3, warmup=1, log_every=1, seed=3,
     )  # fmt: skip
@@ -54,7 +55,7 @@ def args(tmp_path: Path) -> Args:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Args, dict[str, bytes]]:
     """A run of sampling that nobody disturbs, and its files."""
     out = tmp_path_factory.mktemp("whole")
-    args = Args(out=out, rows=ROWS, max_new_tokens=LONGEST, seed=3)
+    args = args_of(Args, out=out, rows=ROWS, max_new_tokens=LONGEST, seed=3)
     rft.sample(args)
     return args, files(out)
 
@@ -249,7 +250,7 @@ def test_the_file_is_read_back_with_the_prompt_that_was_asked_for(
 ) -> None:
     args = whole[0]
     if keep_hint:
-        args = replace(args, out=tmp_path, keep_hint=True)
+        args = with_values(args, out=tmp_path, keep_hint=True)
         rft.sample(args)
         same = {name: data for name, data in files(tmp_path).items() if name == "counts.json"}
         assert same.items() <= whole[1].items()
@@ -299,7 +300,7 @@ def test_counts_add_up_to_everything_read_and_sampled(
     lines.append(row | {"id": "beyond"})
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    args = replace(args, model=narrow, data=data, rows=9)
+    args = with_values(args, model=narrow, data=data, rows=9)
     counts = rft.sample(args).table()
     assert counts == json.loads((args.out / "counts.json").read_text())
     rows, samples, hinted = counts["rows"], counts["samples"], counts["hinted"]
@@ -327,17 +328,17 @@ def test_a_template_without_the_hint_fails_for_hinted_judgements_alone(
     (row,) = islice_rows(1, responses=2)
     assert isinstance(row.label, int)
     wrong = replace(row, label=1 - row.label)
-    args = replace(whole[0], max_new_tokens=8)
+    args = with_values(whole[0], max_new_tokens=8)
     ((done, lines),) = rft.judged(deaf, [wrong], args)
     assert (done.row, done.hinted, lines.trajectories) == ("none_kept", "failed", [])
     assert done.samples == ["truncated"] * 3
     assert done.error is not None and "the hint is not shown" in done.error
-    ((done, _),) = rft.judged(deaf, [wrong], replace(args, hinted=False))
+    ((done, _),) = rft.judged(deaf, [wrong], with_values(args, hinted=False))
     assert done.hinted is None and done.error is None
 
 
 def test_hinted_judgements_change_no_other(whole: tuple[Args, Any], tmp_path: Path) -> None:
-    args = replace(whole[0], out=tmp_path, hinted=False)
+    args = with_values(whole[0], out=tmp_path, hinted=False)
     rft.sample(args)
     with_hints = progress(whole[0].out)
     assert [d["samples"] for d in progress(tmp_path)] == [d["samples"] for d in with_hints]
@@ -403,7 +404,7 @@ def test_a_run_resumes_from_between_any_two_writes(
     expected = whole[1]
     header, *lines = expected["progress.jsonl"].splitlines(keepends=True)
     ends = [json.loads(line)["ends"] for line in lines]
-    args.out.mkdir()
+    RunDirectory(args.out, "train.rft").close()
     for rows in (0, 1, 4, ROWS - 1, ROWS):
         cut, judgements_cut = ends[min(rows, ROWS - 1)]
         args.trajectories.write_bytes(expected["trajectories.jsonl"][:cut])
@@ -435,7 +436,7 @@ def test_end_to_end(args: Args, whole: tuple[Args, dict[str, bytes]]) -> None:
     assert (args.out / "model" / "model.safetensors").read_bytes() == weights
     assert files(args.out) == whole[1]
     with pytest.raises(ValueError, match="other settings: lr = "):
-        rft.train(replace(args, lr=1e-3))
+        rft.train(with_values(args, lr=1e-3))
     verdict = Judge.load(args.out / "model")("p", ["a", "b"], k=2, max_new_tokens=10)
     assert verdict.k == 2
 
@@ -444,7 +445,7 @@ def test_end_to_end(args: Args, whole: tuple[Args, dict[str, bytes]]) -> None:
 
 
 def test_nothing_kept_is_refused(args: Args) -> None:
-    args = replace(args, max_new_tokens=3, rows=2)
+    args = with_values(args, max_new_tokens=3, rows=2)
     with pytest.raises(ValueError, match=r'no trajectory was kept: .*"truncated": 6'):
         rft.train(args)
     assert (args.out / "counts.json").exists() and not (args.out / "model").exists()
@@ -462,14 +463,14 @@ def test_other_settings_are_refused(
     shutil.copytree(whole[0].out, args.out)
     (name,) = change
     with pytest.raises(ValueError, match=f"other settings: {name} = "):
-        rft.train(replace(args, **change))
+        rft.train(with_values(args, **change))
     assert files(args.out) == whole[1]
 
 
 def test_settings_that_never_judged_a_row_do_not_bind(args: Args) -> None:
     with pytest.raises(ValueError, match="temperature"):
-        rft.sample(replace(args, temperature=-1.0))
-    rft.sample(replace(args, max_new_tokens=2, rows=1))
+        rft.sample(with_values(args, temperature=-1.0))
+    rft.sample(with_values(args, max_new_tokens=2, rows=1))
 
 
 def test_other_data_and_damaged_files_are_refused(
@@ -479,7 +480,7 @@ def test_other_data_and_damaged_files_are_refused(
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"prompt": "p", "responses": ["a", "b"], "label": 0}) + "\n")
     with pytest.raises(ValueError, match="other settings: data = None, not "):
-        rft.train(replace(args, data=data))
+        rft.train(with_values(args, data=data))
     path = args.out / "progress.jsonl"
     header, *lines = whole[1]["progress.jsonl"].splitlines(keepends=True)
     path.write_bytes(header + lines[1] + b"".join(lines[1:]))
@@ -495,9 +496,8 @@ def test_other_data_and_damaged_files_are_refused(
 
 
 def test_two_writers_are_refused(args: Args) -> None:
-    args.out.mkdir()
-    first = RejectionLog(args.out)
-    with pytest.raises(OutputError, match="another process"):
+    first = RunDirectory(args.out, "train.rft")
+    with pytest.raises(ValueError, match="another run is writing there"):
         rft.sample(args)
     first.close()
 
@@ -519,4 +519,4 @@ def test_settings_out_of_range_are_refused(
     args: Args, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        rft.train(replace(args, **change))
+        rft.train(with_values(args, **change))

@@ -12,28 +12,33 @@ from engine.labels import is_right
 from engine.request import Row
 from engine.verdict import RowFailure
 from train import parallel
+from train.rollout import JudgementArgs
+from train.settings import check_at_least
 from train.sources import labelled_rows
 from train.world.rows import dev_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class VoteArgs:
-    """Sampling, and evaluation by votes; the best model of all evaluations is kept as OUT/best."""
+class EvalArgs:
+    """Evaluation by votes; the best model of all evaluations is kept as OUT/best."""
 
-    eval_every: int = 0  # steps between votes on dev rows; 0: never
+    eval_every: int = 0  # steps between votes on dev rows, from step 0 on; 0: never
     eval_data: Path | None = None  # a JSONL file of labelled rows; the synthetic world's, left out
     eval_rows: int = 200  # rows of an evaluation
     eval_k: int = 8  # judgements of each, which vote
     eval_temperature: float = 1.0  # of those judgements
-    max_new_tokens: int = 512  # longest judgement, in tokens
-    deterministic: bool = True  # what is sampled has the same bits in every run on a GPU too
+    patience: int = 0  # evaluations without a better vote after which training ends; 0: never
 
-    def is_due(self, step: int) -> bool:
-        """Whether to vote after so many steps."""
-        return self.eval_every > 0 and step % self.eval_every == 0
+    def __post_init__(self) -> None:
+        check_at_least(0, self, "eval_every", "patience")
+        check_at_least(1, self, "eval_rows", "eval_k")
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to vote after so many of all steps."""
+        return self.eval_every > 0 and (step % self.eval_every == 0 or step == steps)
 
 
-def evaluation_rows(args: VoteArgs, name: str) -> list[Row]:
+def evaluation_rows(args: EvalArgs, name: str) -> list[Row]:
     """The rows of a run's evaluations: none where there are no evaluations. Raises ValueError for a
     file with fewer labelled rows than are asked for, saying what the other lines are."""
     if not args.eval_every:
@@ -49,13 +54,15 @@ def evaluation_rows(args: VoteArgs, name: str) -> list[Row]:
     return rows[: args.eval_rows]
 
 
-def dev_votes(judge: Judge, rows: list[Row], args: VoteArgs) -> dict[str, float]:
+def dev_votes(
+    judge: Judge, rows: list[Row], args: EvalArgs, sampling: JudgementArgs
+) -> dict[str, float]:
     """Share of rows that a vote of `eval_k` gets right, and that one judgement does; what cannot be
     judged is wrong."""
     own = parallel.share(rows)
     outcomes = judge.rows(
-        own, k=args.eval_k, temperature=args.eval_temperature, max_new_tokens=args.max_new_tokens,
-        deterministic=args.deterministic,
+        own, k=args.eval_k, temperature=args.eval_temperature,
+        max_new_tokens=sampling.max_new_tokens, deterministic=sampling.deterministic,
     )  # fmt: skip
     votes, singles = [], []
     for row, outcome in zip(own, outcomes, strict=True):

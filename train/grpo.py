@@ -17,23 +17,32 @@ the trainer has it before the first update.
 """
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar
 
 from engine.sample import POCKET
 from models import load
+from models.transformer import Transformer
 from train import parallel
-from train.evaluation import dev_votes, evaluation_rows
-from train.learner import Learner
-from train.policy_step import PolicyArgs, Reference, add_gradients, window_metrics, windows
+from train.evaluation import EvalArgs, dev_votes, evaluation_rows
+from train.learner import Learner, LearnerArgs
+from train.loop import Trainer, loop
+from train.policy_step import LossArgs, Reference, add_gradients, window_metrics, windows
 from train.rejection_log import easy_rows
 from train.rewards import reward_of
-from train.rollout import describe, judge_of, sample_groups, step_seed
-from train.run import Clock, Run, RunArgs, check_args, command_line
-from train.sources import Rows, file_rows, tell_left_out
+from train.rollout import (
+    SamplingArgs,
+    describe,
+    judge_of,
+    sample_groups,
+    step_seed,
+    tell_if_none_is_valid,
+)
+from train.run import Clock, LogArgs, RunArgs, command_line
+from train.settings import check_at_least
+from train.sources import Rows, file_rows
 from train.world.rows import world_rows
 
 EXAMPLE = """\
@@ -42,109 +51,92 @@ EXAMPLE = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(RunArgs, PolicyArgs):
+class Args(RunArgs):
     """Reinforcement learning of a judge on labelled rows."""
 
+    command: ClassVar[str] = "train.grpo"
     model: Path = POCKET
     out: Path = Path("runs/grpo")
     data: Path | None = None  # a JSONL file of labelled rows; the synthetic world when left out
     skip_easy: Path | None = None  # progress of `train.rft` on that file
-    steps: int = 12
     rows: int = 16  # prompts per step
     group: int = 4  # judgements per prompt
-    orders: Literal["rotate", "random", "fixed"] = "rotate"  # in which responses are shown
-    lr: float = 2e-5
-    warmup: int = 2
-    weight_decay: float = 0.0
-    log_every: int = 1
-    save_every: int = 50
+    sampling: SamplingArgs = SamplingArgs()
+    policy: LossArgs = LossArgs()
+    learning: LearnerArgs = LearnerArgs(steps=12, lr=2e-5, warmup=2, weight_decay=0.0)
+    evaluation: EvalArgs = EvalArgs()
+    logging: LogArgs = LogArgs(log_every=1, save_every=50)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, self, "rows")
+        if self.group < 2:
+            raise ValueError(
+                f"group = {self.group}: a judgement is weighed against others of its row"
+            )
+        if self.skip_easy and not self.data:
+            raise ValueError("skip_easy is about the rows of a file, and there is no data")
 
 
-class Trainer:
+class GrpoTrainer(Trainer[Transformer]):
     """The model under training, its judge, and the reference of the KL term."""
 
+    shown = ("reward", "accuracy", "kl", "entropy", "loss")
+
     def __init__(self, args: Args) -> None:
-        model, tokenizer = load(args.model, dtype=args.dtype)
-        self.args, self.learner = args, Learner(model, args)
+        super().__init__()
+        model, tokenizer = load(args.model, dtype=args.learning.dtype)
+        self.args, self.learner = args, Learner(model, args.learning)
         self.reference: Reference | None = None
-        if args.beta and args.lora_rank:
+        if args.policy.beta and args.learning.lora_rank:
             self.reference = Reference(self.learner.model, adapted=True)
-        elif args.beta:
-            frozen = load(args.model, dtype=args.dtype)[0].requires_grad_(False)
+        elif args.policy.beta:
+            frozen = load(args.model, dtype=args.learning.dtype)[0].requires_grad_(False)
             parallel.shard(frozen)
             self.reference = Reference(frozen, adapted=False)
-        self.judge = judge_of(self.learner.plain, tokenizer, args.model)
-        self.reward = reward_of(args.reward)
-        self.left_out: Counter[str] = Counter()
-        self.rows: Rows = world_rows("grpo", args.seed, args.rows)
+        self.judge = judge_of(self.learner.plain, tokenizer, args.model, args.prompts)
+        self.reward = reward_of(args.policy.reward)
+        self.rows: Rows = world_rows("grpo", args.learning.seed, args.rows)
         if args.data is not None:
             skip = easy_rows(args.skip_easy, args.data) if args.skip_easy else frozenset()
-            self.rows, self.left_out = file_rows(args.data, args.seed, args.rows, skip)
-        self.dev = evaluation_rows(args, "grpo")
+            self.rows, self.left_out = file_rows(args.data, args.learning.seed, args.rows, skip)
+        self.dev = evaluation_rows(args.evaluation, "grpo")
 
     def step(self, number: int) -> tuple[dict[str, float], dict[str, float]]:
-        """One step: its metrics, and the seconds of its phases.
-
-        Raises FloatingPointError naming step and rows where loss or gradients are not finite, and
-        ValueError where no row of the step could be judged.
-        """
         args, learner = self.args, self.learner
         clock = Clock()
         learner.refresh()
         groups, failures = sample_groups(
-            self.judge, self.rows(number), step_seed(args.seed, number), self.reward, k=args.group,
-            temperature=args.temperature, max_new_tokens=args.max_new_tokens, orders=args.orders,
-            deterministic=args.deterministic, stop="eos",
+            self.judge, self.rows(number), step_seed(args.learning.seed, number), self.reward,
+            k=args.group, stop="eos", **vars(args.sampling),
         )  # fmt: skip
         if not groups:
             raise ValueError(f"step {number}: no row could be judged: {failures[0].error}")
+        tell_if_none_is_valid(number, groups)
         clock.lap("sample")
-        parts = windows(self.judge, self.reference, groups, args)
+        parts = windows(self.judge, self.reference, groups, args.policy, args.sampling)
         clock.lap("reference")
         metrics: dict[str, float] = {"failed_rows": len(failures), **describe(groups)}
         named = [group.row.id for group in groups]
-        for epoch in range(args.epochs):
+        for epoch in range(args.policy.epochs):
             for i, window in enumerate(parts):
                 learner.optimizer.zero_grad()
-                own = window_metrics(window, add_gradients(learner.model, window, args))
+                found = add_gradients(learner.model, window, args.policy, args.sampling.temperature)
+                own = window_metrics(window, found)
                 own |= learner.update(number, own["loss"], named)
                 if epoch == i == 0:
                     first = {name: own[name] for name in ("logp_difference", "ratio_off")}
         clock.lap("update")
         return metrics | own | first, clock.seconds
 
-    def votes(self) -> dict[str, float]:
-        """Of the model as it is, on dev rows."""
+    def evaluate(self) -> dict[str, float]:
         self.learner.refresh()
-        return dev_votes(self.judge, self.dev, self.args)
+        return dev_votes(self.judge, self.dev, self.args.evaluation, self.args.sampling)
 
 
 def train(args: Args) -> None:
-    """Train to args.steps, resuming where a checkpoint stands; writes the model to args.out.
-
-    Raises ValueError for settings out of range or other than those of the checkpoint, and as
-    `Trainer.step` does.
-    """
-    check_args(args, "rows", "group", "epochs", "minibatches", "micro_rows", "eval_rows", "eval_k")
-    if args.group < 2:
-        raise ValueError(f"group = {args.group}: a judgement is weighed against others of its row")
-    if not args.temperature > 0:
-        raise ValueError(f"temperature = {args.temperature}: greedy judgements are all the same")
-    if args.skip_easy and not args.data:
-        raise ValueError("skip_easy is about the rows of a file, and there is no data")
-    trainer = Trainer(args)
-    tell_left_out(trainer.left_out)
-    with Run(args, trainer.learner) as run:
-        for step in run.steps():
-            metrics, timings = trainer.step(step)
-            if args.is_due(step + 1):
-                clock = Clock()
-                metrics |= trainer.votes()
-                clock.lap("evaluate")
-                timings |= clock.seconds
-            shown = ("accuracy", "kl", "loss")
-            run.record(step + 1, metrics, timings, shown=shown, score=metrics.get("dev_vote"))
-        run.finish(left_out=trainer.left_out.total())
+    """Train to the last step, as `train.loop.loop` does."""
+    loop(args, args.evaluation, GrpoTrainer(args), always_last=False)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.grpo") -> int:

@@ -18,6 +18,7 @@ from models.scalar_head import ScalarModel, decoder_of
 from models.transformer import Transformer
 from train import parallel
 from train.optimizer import Optimizer, cosine_lr
+from train.settings import check_at_least, check_positive
 
 M = TypeVar("M", Transformer, ScalarModel)
 
@@ -36,6 +37,11 @@ class LearnerArgs:
     lora_alpha: float = 16.0  # adapters are scaled by this over their rank
     recompute: bool = False  # activations, layer by layer in the backward: less memory, more time
     seed: int = 0  # of all draws
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "steps")
+        check_at_least(0, self, "warmup", "weight_decay", "lora_rank")
+        check_positive(self, "lr", "clip")
 
 
 class Learner(Generic[M]):

@@ -20,18 +20,17 @@ right and wrong judgements and pooled, where telling hard rows from easy ones co
 """
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from engine.judge import Judge
 from engine.meta import MetaModel
-from engine.prompt import read_judge_template
+from engine.prompt import read_chat_template, read_judge_template
 from engine.request import Row
 from engine.sample import POCKET
 from engine.settings import read_judge_settings
@@ -41,8 +40,10 @@ from models.config import read_json
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
 from train import parallel
+from train.evaluation import EvalArgs
 from train.judgements import JudgedRow, Judgement, file_judgements
-from train.learner import Learner
+from train.learner import Learner, LearnerArgs
+from train.loop import Trainer, loop
 from train.packing import pack, packed_attention
 from train.ranking import (
     Labelled,
@@ -55,9 +56,10 @@ from train.ranking import (
     vote_accuracies,
 )
 from train.rewards import REWARDS
-from train.rollout import TRAINING, Group, sample_groups, step_seed
-from train.run import Clock, Run, RunArgs, check_args, command_line
-from train.sources import Rows, file_rows, tell_left_out
+from train.rollout import NO_SCORES, TRAINING, Group, SamplingArgs, sample_groups, step_seed
+from train.run import Clock, LogArgs, RunArgs, command_line
+from train.settings import check_at_least
+from train.sources import Rows, file_rows
 from train.trajectories import Trajectory
 from train.world.rows import dev_rows, world_rows
 
@@ -70,27 +72,28 @@ EXAMPLE = """\
 class Args(RunArgs):
     """Training of a meta reward model."""
 
+    command: ClassVar[str] = "train.meta_rm"
     model: Path = POCKET  # what it begins as: a causal language model
     judge: Path | None = None  # whose judgements; the model's when left out
     out: Path = Path("runs/meta_rm")
     data: Path | None = None  # a JSONL file of labelled rows; the synthetic world when left out
-    steps: int = 100
     rows: int = 16  # per step, to be judged
     samples: int = 4  # judgements per row
     judgements: Path | None = None  # a JSONL file of judgements, right and wrong
     judged_rows: int = 16  # per step, from that file
     micro_rows: int = 8  # rows whose gradients are computed together
-    temperature: float = 1.0  # of the judgements
-    max_new_tokens: int = 512  # longest judgement, in tokens
-    deterministic: bool = True  # what is sampled has the same bits in every run on a GPU too
     labels: Literal["rule", "ties", "leave_one_out"] = "rule"  # of judgements: train/rewards.py
     loss: Literal["pointwise", "pairwise"] = "pointwise"  # each by itself, or right above wrong
-    warmup: int = 10
-    eval_every: int = 0  # steps between evaluations; 0: only after the last
-    eval_rows: int = 100  # rows of an evaluation
-    eval_samples: int = 8  # judgements of each
-    log_every: int = 1
-    save_every: int = 50
+    sampling: SamplingArgs = SamplingArgs()
+    learning: LearnerArgs = LearnerArgs(steps=100, warmup=10)
+    evaluation: EvalArgs = EvalArgs(eval_rows=100)
+    logging: LogArgs = LogArgs(log_every=1, save_every=50)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, self, "samples", "judged_rows", "micro_rows")
+        if self.rows < (self.judgements is None):
+            raise ValueError(f"rows = {self.rows}: there is nothing to learn from")
 
 
 def scalar_of(
@@ -133,25 +136,34 @@ def logits_of(model: ScalarModel, judgements: Labelled) -> Tensor:
     return logits
 
 
-class Trainer:
+class MetaTrainer(Trainer[ScalarModel]):
     """The meta model under training, and the judge that it reads."""
 
+    shown = ("loss", "accuracy", "right")
+    score = "dev_weighed_vote"
+
     def __init__(self, args: Args) -> None:
-        model, tokenizer = scalar_of(args.model, args.dtype)
-        template = read_judge_template(args.model)
-        settings = read_judge_settings(args.model, TRAINING)
-        self.args, self.learner = args, Learner(model, args)
+        super().__init__()
+        seed, dtype = args.learning.seed, args.learning.dtype
+        model, tokenizer = scalar_of(args.model, dtype)
+        self.args, self.learner = args, Learner(model, args.learning)
+        prompts = args.prompts
         self.meta = MetaModel(
-            self.learner.plain, tokenizer, judge_template=template, settings=settings
+            self.learner.plain,
+            tokenizer,
+            judge_template=read_judge_template(args.model, prompts.template),
+            chat_template=read_chat_template(args.model, prompts.chat_template),
+            settings=read_judge_settings(args.model, prompts.settings | TRAINING),
         )
-        self.judge = Judge.load(args.judge or args.model, dtype=args.dtype, settings=TRAINING)
-        self.rows: Rows = world_rows("meta", args.seed, args.rows)
-        self.left_out: Counter[str] = Counter()
+        self.judge = Judge.load(
+            args.judge or args.model, dtype=dtype, **prompts.for_load(**TRAINING)
+        )
+        self.rows: Rows = world_rows("meta", seed, args.rows)
         if args.data is not None:
-            self.rows, self.left_out = file_rows(args.data, args.seed, args.rows)
+            self.rows, self.left_out = file_rows(args.data, seed, args.rows)
         self.kept: Callable[[int], list[JudgedRow]] | None = None
         if args.judgements is not None:
-            self.kept = file_judgements(args.judgements, args.judged_rows, args.seed)
+            self.kept = file_judgements(args.judgements, args.judged_rows, seed)
         self._dev: list[ReadRow] | None = None
 
     def judge_rows(
@@ -162,9 +174,8 @@ class Trainer:
         if not rows:
             return [], []
         groups, failures = sample_groups(
-            self.judge, rows, seed, REWARDS[args.labels], k=samples, temperature=args.temperature,
-            max_new_tokens=args.max_new_tokens, deterministic=args.deterministic,
-        )  # fmt: skip
+            self.judge, rows, seed, REWARDS[args.labels], k=samples, **vars(args.sampling)
+        )
         return judged(groups), failures
 
     def read(self, rows: Sequence[JudgedRow]) -> tuple[list[ReadRow], int]:
@@ -187,19 +198,16 @@ class Trainer:
         return found, too_long
 
     def step(self, number: int) -> tuple[dict[str, float], dict[str, float]]:
-        """One step: its metrics, and the seconds of its phases. Raises FloatingPointError naming
-        the step and its rows where loss or gradients are not finite, and ValueError where no
-        judgement was valid."""
         args = self.args
         clock = Clock()
-        seed = step_seed(args.seed, number)
+        seed = step_seed(args.learning.seed, number)
         drawn, failures = self.judge_rows(self.rows(number), seed, args.samples)
         if self.kept is not None:
             drawn += self.kept(number)
         rows, too_long = self.read(drawn)
         if not rows:
             why = f"; {failures[0].error}" if failures else ""
-            raise ValueError(f"step {number}: no judgement was valid and fitted{why}")
+            raise ValueError(f"step {number}: no judgement was valid and fitted{why}. {NO_SCORES}")
         clock.lap("sample")
         self.learner.optimizer.zero_grad()
         metrics: dict[str, float] = {"failed_rows": len(failures), "too_long": too_long}
@@ -240,8 +248,10 @@ class Trainer:
         args = self.args
         self.learner.refresh()
         if self._dev is None:
-            rows = dev_rows("meta", args.eval_rows)
-            found, _ = self.judge_rows(rows, step_seed(args.seed, -1), args.eval_samples)
+            rows = dev_rows("meta", args.evaluation.eval_rows)
+            found, _ = self.judge_rows(
+                rows, step_seed(args.learning.seed, -1), args.evaluation.eval_k
+            )
             self._dev, _ = self.read(found)
         scores: list[float] = []
         own = parallel.share(self._dev)
@@ -250,36 +260,15 @@ class Trainer:
             scores += logits_of(self.learner.plain, some).tolist()
         logits, dev = torch.tensor(parallel.gather(scores)), labelled(self._dev)
         scale = log_odds_scale(logits, dev.right)
+        self.judge_settings = {"meta_scale": scale}
         told = auc(logits, dev) | {"scale": scale}
         told |= vote_accuracies(self._dev, logits, scale, self.judge.settings.threshold)
         return {f"dev_{name}": value for name, value in told.items()}
 
 
 def train(args: Args) -> None:
-    """Train to args.steps, resuming where a checkpoint stands; writes the model to args.out.
-
-    Raises ValueError for settings out of range or other than those of the checkpoint, and as
-    `Trainer.step` does.
-    """
-    check_args(args, "samples", "judged_rows", "micro_rows", "eval_rows", "eval_samples")
-    if args.rows < (args.judgements is None):
-        raise ValueError(f"rows = {args.rows}: there is nothing to learn from")
-    trainer = Trainer(args)
-    last: dict[str, float] = {}
-    tell_left_out(trainer.left_out)
-    with Run(args, trainer.learner) as run:
-        for step in run.steps():
-            metrics, timings = trainer.step(step)
-            is_last, score = step + 1 == args.steps, None
-            if is_last or (args.eval_every and (step + 1) % args.eval_every == 0):
-                clock = Clock()
-                last = trainer.evaluate()
-                clock.lap("evaluate")
-                metrics, timings = metrics | last, timings | clock.seconds
-                score = last["dev_weighed_vote"]
-                run.judge_settings = {"meta_scale": last["dev_scale"]}
-            run.record(step + 1, metrics, timings, shown=("loss", "accuracy"), score=score)
-        run.finish(**last, left_out=trainer.left_out.total())
+    """Train to the last step, as `train.loop.loop` does."""
+    loop(args, args.evaluation, MetaTrainer(args), always_last=True)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.meta_rm") -> int:

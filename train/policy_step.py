@@ -16,19 +16,14 @@ from kernels.logprob.policy_loss import PolicyLossOptions, token_weights
 from models.lora import adapters_off
 from models.transformer import Transformer
 from train import parallel
-from train.evaluation import VoteArgs
 from train.packing import PackedBatch, hidden_states, pack
-from train.rollout import (
-    Group,
-    Scaling,
-    advantages,
-    trajectories_of,
-)
+from train.rollout import Group, SamplingArgs, Scaling, advantages, trajectories_of
+from train.settings import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyArgs(VoteArgs):
-    """The policy loss, and how a step's judgements are learnt from."""
+class LossArgs:
+    """Rewards and the policy loss."""
 
     loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = "grpo"  # which policy loss
     clip_low: float = 0.2  # the ratio is clipped this far below 1
@@ -41,7 +36,9 @@ class PolicyArgs(VoteArgs):
     epochs: int = 1  # times that a step's judgements are learnt from
     minibatches: int = 1  # updates in each of them
     micro_rows: int = 8  # prompts whose gradients are computed together
-    temperature: float = 1.0  # of the judgements
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "epochs", "minibatches", "micro_rows")
 
     @property
     def options(self) -> PolicyLossOptions:
@@ -85,7 +82,11 @@ class Reference:
 
 
 def windows(
-    judge: Judge, reference: Reference | None, groups: Sequence[Group], args: PolicyArgs
+    judge: Judge,
+    reference: Reference | None,
+    groups: Sequence[Group],
+    args: LossArgs,
+    sampling: SamplingArgs,
 ) -> list[list[Micro]]:
     """The groups of a step as the windows of its updates, each of this rank's micro-batches. Sums
     are divided by the judgements or tokens of the groups that are learnt from, of a window's own:
@@ -103,7 +104,9 @@ def windows(
         micros = []
         for some, counted in parallel.micro_batches(window, args.micro_rows):
             of_these = [groups[i] for i in some]
-            micro = _micro(judge, reference, of_these, advantage[list(some)], counts, args)
+            micro = _micro(
+                judge, reference, of_these, advantage[list(some)], counts, args, sampling
+            )
             micros.append(micro if counted else micro.without_weight())
         found.append(micros)
     return found
@@ -115,7 +118,8 @@ def _micro(
     groups: Sequence[Group],
     advantage: Tensor,
     counts: dict[str, int],
-    args: PolicyArgs,
+    args: LossArgs,
+    sampling: SamplingArgs,
 ) -> Micro:
     device = judge.model.head_weight.device
     batch = pack([t for group in groups for t in trajectories_of(judge, group)], device)
@@ -125,15 +129,15 @@ def _micro(
         batch,
         lengths,
         advantage.flatten().to(device).repeat_interleave(lengths, output_size=len(old)),
-        token_weights(args.loss, lengths, max_tokens=args.max_new_tokens, **counts),
+        token_weights(args.loss, lengths, max_tokens=sampling.max_new_tokens, **counts),
         torch.tensor(old, device=device),
-        None if reference is None else reference.logp(batch, args.temperature),
+        None if reference is None else reference.logp(batch, sampling.temperature),
         len(old),
     )
 
 
 def add_gradients(
-    model: Transformer, window: Sequence[Micro], args: PolicyArgs
+    model: Transformer, window: Sequence[Micro], args: LossArgs, temperature: float
 ) -> list[LinearPolicyLoss]:
     """Add the gradients of a window's loss to those of the parameters."""
     found = []
@@ -143,7 +147,7 @@ def add_gradients(
             micro.advantage, micro.weight, args.options,
             old_logp=micro.old_logp, ref_logp=micro.ref_logp,
             lengths=micro.lengths,
-            softcap=model.config.final_softcap, temperature=args.temperature,
+            softcap=model.config.final_softcap, temperature=temperature,
         )  # fmt: skip
         (result.loss * parallel.world_size()).backward()
         found.append(result)

@@ -23,13 +23,14 @@ a hint to the finished judge.
 """
 
 import json
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 from tqdm import tqdm
 
@@ -39,14 +40,17 @@ from engine.labels import has_best, is_right
 from engine.reading import open_rows, read_rows
 from engine.request import BadRow, Row
 from engine.sample import POCKET
+from engine.stopping import Stopped, Stopping
 from engine.verdict import RowFailure, Verdict
 from train import parallel, sft
-from train.evaluation import VoteArgs
+from train.directory import RunDirectory, replace_text
+from train.evaluation import EvalArgs
+from train.learner import LearnerArgs
 from train.rejection import best_hint, fate, fates, judgement_line
 from train.rejection_log import JUDGEMENTS, TRAJECTORIES, Counts, Done, Lines, RejectionLog
-from train.rollout import TRAINING, seed_of
-from train.run import RunArgs, check_args, command_line, replace_text
-from train.settings import settings_of
+from train.rollout import NO_SCORES, TRAINING, SamplingArgs, seed_of
+from train.run import LogArgs, RunArgs, command_line
+from train.settings import check_at_least, settings_of
 from train.world.rows import world_rows
 
 WORLD_ROWS = 256  # of the synthetic world, where neither --data nor --rows says how many
@@ -57,9 +61,10 @@ EXAMPLE = "--model DIR --out runs/rft --data rows.jsonl --steps 250"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(RunArgs, VoteArgs):
+class Args(RunArgs):
     """Rejective fine-tuning of a judge on its own judgements of labelled rows."""
 
+    command: ClassVar[str] = "train.rft"
     model: Path = POCKET
     out: Path = Path("runs/rft")
     data: Path | None = None  # a JSONL file of labelled rows; the synthetic world when left out
@@ -67,19 +72,21 @@ class Args(RunArgs, VoteArgs):
     samples: int = 3  # judgements per row, without the hinted one
     hinted: bool = True  # one more judgement with the best response as a hint
     keep_hint: bool = False  # learn from hinted judgements with the hint in their prompt
-    temperature: float = 1.0  # of the judgements
-    orders: Literal["rotate", "random", "fixed"] = "rotate"  # in which responses are shown
     chunk_rows: int = 32  # rows judged together; what a killed run may have to judge again
     sample_only: bool = False  # no training
-    steps: int = 50
     step_rows: int = 16  # trajectories per step
     micro_rows: int = 16  # trajectories whose gradients are computed together
-    lr: float = 2e-5
-    warmup: int = 5
-    weight_decay: float = 0.0
     autocast: bool = False  # bf16 matmuls over fp32 weights, in training
-    log_every: int = 10
-    save_every: int = 50
+    sampling: SamplingArgs = SamplingArgs()
+    learning: LearnerArgs = LearnerArgs(steps=50, lr=2e-5, warmup=5, weight_decay=0.0)
+    evaluation: EvalArgs = EvalArgs()
+    logging: LogArgs = LogArgs(log_every=10, save_every=50)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, self, "samples", "chunk_rows", "step_rows", "micro_rows")
+        if self.rows is not None:
+            check_at_least(1, self, "rows")
 
     @property
     def trajectories(self) -> Path:
@@ -92,28 +99,22 @@ class Args(RunArgs, VoteArgs):
         return self.out / JUDGEMENTS
 
     @property
-    def sampling(self) -> dict[str, Any]:
+    def deciding(self) -> dict[str, Any]:
         """All that decides what is kept, besides the model."""
-        names = (
-            "data", "rows", "samples", "hinted", "keep_hint", "temperature", "max_new_tokens",
-            "orders", "deterministic", "dtype", "seed",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        names = "data", "rows", "samples", "hinted", "keep_hint"
+        learning = {name: getattr(self.learning, name) for name in ("dtype", "seed")}
+        own = {name: getattr(self, name) for name in names}
+        return own | learning | vars(self.sampling) | vars(self.prompts)
 
     @property
     def fine_tuning(self) -> sft.Args:
         """The settings of `train.sft`."""
-        shared = {f.name: getattr(self, f.name) for base in (RunArgs, VoteArgs)
-                  for f in fields(base)}  # fmt: skip
-        own = {"out": self.out / "model", "data": self.trajectories, "rows": self.step_rows,
-               "micro_rows": self.micro_rows, "autocast": self.autocast}  # fmt: skip
-        return sft.Args(**shared | own)
-
-
-# -- what is kept ----------------------------------------------------------------------------------
-
-
-# -- sampling --------------------------------------------------------------------------------------
+        return sft.Args(
+            model=self.model, out=self.out / "model", data=self.trajectories, rows=self.step_rows,
+            micro_rows=self.micro_rows, autocast=self.autocast, prompts=self.prompts,
+            sampling=self.sampling, learning=self.learning, evaluation=self.evaluation,
+            logging=self.logging,
+        )  # fmt: skip
 
 
 def entries(data: Path | None, rows: int | None, seed: int) -> Iterator[Row | BadRow]:
@@ -141,17 +142,14 @@ def judged(judge: Judge, chunk: Sequence[Row | BadRow], args: Args) -> Iterator[
     """What becomes of each row of a chunk, and its lines."""
 
     def draw(rows: Sequence[Row], **more: Any) -> dict[str, Verdict | RowFailure]:
-        outcomes = judge.rows(
-            rows, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-            orders=args.orders, deterministic=args.deterministic, stop="eos", **more,
-        )  # fmt: skip
+        outcomes = judge.rows(rows, stop="eos", **vars(args.sampling), **more)
         return dict(zip([row.id for row in rows], outcomes, strict=True))
 
     asked = [row for row in chunk if isinstance(row, Row) and has_best(row.label)]
-    plain = draw(asked, k=args.samples, seed=args.seed)
+    plain = draw(asked, k=args.samples, seed=args.learning.seed)
     several = [row for row in asked if args.hinted and len(row.responses) > 1]
     hard = [row for row in several if not _too_easy(judge, row, plain[row.id])]
-    hinted = draw(hard, k=1, seed=hinted_seed(args.seed), hint=best_hint)
+    hinted = draw(hard, k=1, seed=hinted_seed(args.learning.seed), hint=best_hint)
     for row in chunk:
         if isinstance(row, BadRow):
             yield (
@@ -213,26 +211,30 @@ def sample(args: Args) -> Counts:
 
     Raises ValueError for settings other than those of the earlier run.
     """
-    args.out.mkdir(parents=True, exist_ok=True)
     counts = Counts()
     with ExitStack() as stack:
-        files = (
-            stack.enter_context(closing(RejectionLog(args.out))) if parallel.is_first() else None
-        )
-        settings = settings_of(args.sampling, args.model)
+        files: RejectionLog | None = None
+        if parallel.is_first():
+            stack.enter_context(closing(RunDirectory(args.out, args.command)))
+            files = stack.enter_context(closing(RejectionLog(args.out)))
+        stopping = stack.enter_context(Stopping())
+        settings = settings_of(args.deciding, args.model)
         done = parallel.from_first(files.resume(settings) if files else [])
-        source = entries(args.data, args.rows, args.seed)
+        source = entries(args.data, args.rows, args.learning.seed)
         for each in done:
             entry = next(source, None)
             if entry is None or entry.id != each.id:
                 raise ValueError(f"row {each.id!r} of an earlier run is not in its place now")
             counts.add(each)
         judge: Judge | None = None
+        hidden = None if files else True  # None: but on a terminal
         bar = stack.enter_context(
-            tqdm(total=_total(args), initial=len(done), unit="row", disable=files is None)
+            tqdm(total=_total(args), initial=len(done), unit="row", disable=hidden)
         )
         while chunk := list(islice(source, args.chunk_rows)):
-            judge = judge or Judge.load(args.model, dtype=args.dtype, settings=TRAINING)
+            judge = judge or Judge.load(
+                args.model, dtype=args.learning.dtype, **args.prompts.for_load(**TRAINING)
+            )
             command.begin_work()
             own = list(judged(judge, parallel.share(chunk), args))
             for each, lines in parallel.gather(own):
@@ -243,6 +245,9 @@ def sample(args: Args) -> Counts:
                         bar.write(f"row {each.id!r}: {each.error}", file=sys.stderr)
                 bar.update()
             bar.set_postfix(kept=counts.kept)
+            if any(parallel.gather([stopping.number is not None])):
+                bar.write("stopped after a whole row: the same command continues", file=sys.stderr)
+                raise Stopped(stopping.number or signal.SIGTERM)
     if parallel.is_first():
         replace_text(args.out / "counts.json", json.dumps(counts.table(), indent=2) + "\n")
     parallel.barrier()
@@ -264,18 +269,15 @@ def train(args: Args) -> None:
     Raises ValueError for settings out of range or other than those of the earlier run, where there
     is no trajectory to train on, and as `train.sft.train` does.
     """
-    check_args(args, "samples", "chunk_rows", "step_rows", "micro_rows", "eval_rows", "eval_k")
-    if args.rows is not None and args.rows < 1:
-        raise ValueError(f"rows = {args.rows} is less than 1")
-    check_args(args.fine_tuning)
+    fine_tuning = args.fine_tuning
     counts = sample(args)
     if parallel.is_first():
         print(json.dumps(counts.table()), file=sys.stderr)
     if args.sample_only:
         return
     if not counts.kept:
-        raise ValueError(f"no trajectory was kept: {json.dumps(counts.table())}")
-    sft.train(args.fine_tuning)
+        raise ValueError(f"no trajectory was kept: {json.dumps(counts.table())}. {NO_SCORES}")
+    sft.train(fine_tuning)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.rft") -> int:

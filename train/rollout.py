@@ -9,6 +9,8 @@ group are equal it is 0.
 """
 
 import hashlib
+import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from engine.judge import Judge
 from engine.labels import is_right
-from engine.prompt import read_judge_template
+from engine.options import PromptOptions
+from engine.prompt import read_chat_template, read_judge_template
 from engine.request import Row
 from engine.settings import read_judge_settings
 from engine.verdict import RowFailure, Sample
@@ -27,10 +31,34 @@ from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from train import parallel
 from train.rewards import Reward, rule
+from train.settings import check_at_least, check_positive
 from train.trajectories import Trajectory, prompt_segments
 
 Scaling = Literal["none", "group", "batch"]
 _EPS = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgementArgs:
+    """The judgements that are sampled."""
+
+    max_new_tokens: int = 512  # longest judgement, in tokens
+    deterministic: bool = True  # what is sampled has the same bits in every run on a GPU too
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "max_new_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingArgs(JudgementArgs):
+    """The judgements that are sampled, and how."""
+
+    temperature: float = 1.0  # of the judgements
+    orders: Literal["rotate", "random", "fixed"] = "rotate"  # in which responses are shown
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "temperature")
 
 
 @dataclass(frozen=True)
@@ -64,6 +92,26 @@ def sample_groups(
     return parallel.gather(groups), parallel.gather(failures)
 
 
+def tell_if_none_is_valid(step: int, groups: Sequence[Group]) -> None:
+    """Say so where not one judgement of a step has scores, why, and what helps."""
+    reasons = Counter(sample.invalid for group in groups for sample in group.samples)
+    if None in reasons or not parallel.is_first():
+        return
+    counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    tqdm.write(
+        f"step {step}: no judgement has scores that could be read ({counted}), so there is nothing "
+        f"to learn. {NO_SCORES}",
+        file=sys.stderr,
+    )
+
+
+# What helps a model that does not write its scores.
+NO_SCORES = (
+    "Begin with train.sft on judgements in the form that the template asks for, or give another "
+    "--template or a larger --max-new-tokens."
+)
+
+
 def step_seed(seed: int, step: int) -> int:
     """The seed of a step's draws."""
     return seed_of(f"quorum-step-{seed}-{step}")
@@ -90,10 +138,20 @@ def advantages(rewards: Tensor, scaling: Scaling) -> Tensor:
 TRAINING = {"anchor_nonce": False}
 
 
-def judge_of(model: Transformer, tokenizer: Tokenizer, directory: Path) -> Judge:
-    """The judge that a model under training is, with the templates of where it began."""
-    template, settings = read_judge_template(directory), read_judge_settings(directory, TRAINING)
-    return Judge(model, tokenizer, judge_template=template, settings=settings)
+def judge_of(
+    model: Transformer, tokenizer: Tokenizer, directory: Path, prompts: PromptOptions
+) -> Judge:
+    """The judge that a model under training is, with the templates of where it began or those that
+    prompts are to have instead."""
+    return Judge(
+        model,
+        tokenizer,
+        judge_template=read_judge_template(directory, prompts.template),
+        chat_template=read_chat_template(directory, prompts.chat_template),
+        chat_template_kwargs=prompts.variables,
+        date=prompts.date,
+        settings=read_judge_settings(directory, prompts.settings | TRAINING),
+    )
 
 
 def trajectories_of(judge: Judge, group: Group) -> list[Trajectory]:

@@ -8,9 +8,10 @@
     OUT/*                the finished model, a Hugging Face directory
 
 A run continues from the newest whole checkpoint and ends as if it had never stopped: same
-parameters, same metrics. With other settings, model or data it is refused. Under torchrun the first
-rank writes. (With another number of ranks or threads, device or version of torch a run continues
-too, though not to the bit.)
+parameters, same metrics. With other settings, model or data it is refused; but one that is finished
+may go on to more steps. Whose directory OUT is, is told in train/directory.py. Under torchrun the
+first rank writes. (With another number of ranks or threads, device or version of torch a run
+continues too, though not to the bit.)
 """
 
 import json
@@ -18,115 +19,167 @@ import math
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TextIO, TypeVar
+from typing import Any, ClassVar, Generic, TextIO, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from engine import command
+from engine.options import PromptOptions
+from engine.stopping import Stopped, Stopping
 from models.config import read_json
 from models.weights import save_pretrained
 from train import checkpoint, parallel
+from train.directory import RunDirectory, replace_text
 from train.learner import Learner, LearnerArgs, M
-from train.settings import MODEL_FILES, differences, settings_of
+from train.settings import MODEL_FILES, check_at_least, differences, settings_of
 
-# The options of all training commands as their help shows them.
+# The options of training commands that are in no group of their own, as their help shows them.
 GROUPS = {
-    "model": ("model", "judge", "dtype", "lora_rank", "lora_alpha"),
-    "rows": ("data", "skip_easy", "judgements", "rows", "judged_rows", "split"),
-    "output": ("out", "log_every", "save_every", "keep"),
-    "sampling": (
-        "group", "samples", "hinted", "keep_hint", "sample_only", "chunk_rows", "temperature",
-        "max_new_tokens", "orders", "deterministic", "seed",
-    ),
-    "loss": (
-        "loss", "labels", "reward", "drop_zero_spread", "clip_low", "clip_high", "beta", "kl",
-        "scaling",
-    ),
-    "learning": (
-        "steps", "lr", "warmup", "weight_decay", "clip", "step_rows", "epochs", "minibatches",
-        "micro_rows", "recompute", "autocast",
-    ),
-    "evaluation": (
-        "eval_every", "eval_data", "eval_rows", "eval_k", "eval_samples", "eval_temperature",
-    ),
-}  # fmt: skip
+    "model": ("model", "judge"),
+    "rows": ("data", "skip_easy", "judgements", "rows", "judged_rows"),
+    "judgements": ("group", "samples", "hinted", "keep_hint", "chunk_rows", "sample_only"),
+    "loss": ("labels", "loss"),
+    "work": ("out", "step_rows", "micro_rows", "autocast"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunArgs(LearnerArgs):
-    """The settings of a run."""
+class LogArgs:
+    """When a run writes."""
 
-    model: Path  # directory in Hugging Face layout, which training begins with
-    out: Path  # directory of the finished model, the metrics and the checkpoints
     log_every: int = 20  # steps between lines of metrics
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints that are kept, the newest
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "log_every", "save_every", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArgs:
+    """The settings of a run."""
+
+    command: ClassVar[str]  # whose run it is
+    model: Path  # directory in Hugging Face layout, which training begins with
+    out: Path  # directory of the finished model, the metrics and the checkpoints
+    prompts: PromptOptions = PromptOptions()
+    learning: LearnerArgs = LearnerArgs()
+    logging: LogArgs = LogArgs()
+
+    def __post_init__(self) -> None:
+        if self.out.resolve() == self.model.resolve():
+            raise ValueError(f"out is the directory of the model itself, {self.model}")
 
 
 A = TypeVar("A", bound=RunArgs)
 
 
 class Run(Generic[M]):
-    """A run under way, as a context. `first` is the number of steps done, `state` what the newest
-    checkpoint was saved with, besides the learner's tensors, which are put back."""
+    """A run under way, as a context. `first` is the number of steps done."""
 
-    def __init__(self, args: RunArgs, learner: Learner[M]) -> None:
-        """Raises ValueError for settings other than those of the checkpoint."""
+    def __init__(self, args: RunArgs, learner: Learner[M], patience: int = 0) -> None:
+        """patience: after so many evaluations without a better score the run ends; 0: it does not.
+
+        Raises ValueError for settings other than those of the checkpoint, for a directory that is
+        not this run's, and for one whose checkpoints are gone.
+        """
         self._started = time.monotonic()
         self._args = args
         self._learner: Learner[M] = learner
-        self._settings = settings_of(asdict(args), args.model)
+        self._patience = patience
+        self._settings = settings_of(command.flat(args), args.model)
         self._checkpoints = args.out / "checkpoints"
-        self._checkpoints.mkdir(parents=True, exist_ok=True)
-        self.state: dict[str, Any] = {"step": 0}
-        if newest := checkpoint.latest(self._checkpoints):
-            made_with = checkpoint.read_state(newest)["settings"]
-            if made_with != self._settings:
-                differ = differences(made_with, self._settings)
-                raise ValueError(f"{newest} was made with other settings: {differ}")
-            self.state = checkpoint.restore(newest, learner.optimizer.tensors())
-            learner.loaded()
-        self.first: int = self.state["step"]
+        self._directory: RunDirectory | None = None
+        with ExitStack() as stack:
+            if parallel.is_first():
+                self._directory = RunDirectory(args.out, args.command)
+                stack.enter_context(closing(self._directory))
+            parallel.barrier()
+            state = self._resume()
+            self._stack = stack.pop_all()
+        self.first: int = state["step"]
         self.judge_settings: dict[str, Any] = {}  # for the judge.json of models that are written
-        self._best: dict[str, Any] | None = self.state.get("best")
+        self._best: dict[str, Any] | None = state.get("best")
+        self._since_best: int = state.get("since_best", 0)
         self._bar: Any = None
         self._files: list[TextIO] = []
         self._board: Any = None
+        self._stopping = Stopping()
+
+    def _resume(self) -> dict[str, Any]:
+        """Put the newest checkpoint's tensors back; returns its state, or that of a beginning."""
+        self._checkpoints.mkdir(exist_ok=True)
+        newest = checkpoint.latest(self._checkpoints)
+        if newest is None:
+            if self._directory is not None and self._directory.was_saved:
+                raise ValueError(
+                    f"{self._checkpoints} has no whole checkpoint any more: "
+                    "begin in another directory"
+                )
+            return {"step": 0}
+        state = checkpoint.read_state(newest)
+        self._check_settings(newest, state)
+        checkpoint.restore(newest, self._learner.optimizer.tensors())
+        self._learner.loaded()
+        return state
+
+    def _check_settings(self, newest: Path, state: dict[str, Any]) -> None:
+        made_with, now = state["settings"], self._settings
+        if made_with == now:
+            return
+        is_finished = state["step"] == made_with["steps"] < now["steps"]
+        if not (is_finished and made_with | {"steps": now["steps"]} == now):
+            differ = differences(made_with, now)
+            raise ValueError(f"{newest} was made with other settings: {differ}")
+        self._say(
+            f"a finished run of {made_with['steps']} steps goes on to {now['steps']}, "
+            "with the learning rates of a run of so many"
+        )
 
     def __enter__(self) -> "Run[M]":
         if parallel.is_first():
             out = self._args.out
-            if self._best is None:  # what is there is another run's, which left no checkpoint
+            if (
+                self._best is None
+            ):  # what a run has left that was killed before its first checkpoint
                 (out / "best.json").unlink(missing_ok=True)
-                shutil.rmtree(out / "best", ignore_errors=True)
             for path in (out / "metrics.jsonl", out / "timings.jsonl"):
                 _cut_metrics(path, self.first)
-                self._files.append(path.open("a", encoding="utf-8"))
+                self._files.append(self._stack.enter_context(path.open("a", encoding="utf-8")))
             self._board = _tensorboard(out / "tensorboard", self.first)
+            if self._board is not None:
+                self._stack.enter_context(closing(self._board))
+        self._stack.enter_context(self._stopping)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            file.close()
-        if self._board is not None:
-            self._board.close()
+        self._stack.close()
 
     def steps(self) -> Iterator[int]:
-        """The 0-based steps that are left, with a progress bar."""
-        total = self._args.steps
+        """The 0-based steps that are left, with a progress bar on a terminal."""
+        total = self._args.learning.steps
         command.begin_work()
         with tqdm(
-            initial=self.first, total=total, unit="step", disable=not parallel.is_first()
-        ) as self._bar:
+            initial=self.first, total=total, unit="step",
+            disable=None if parallel.is_first() else True,
+        ) as self._bar:  # fmt: skip
             for step in range(self.first, total):
+                if self._is_exhausted:
+                    return
                 yield step
                 self._bar.update()
+
+    @property
+    def _is_exhausted(self) -> bool:
+        return 0 < self._patience <= self._since_best
 
     def record(
         self,
@@ -136,33 +189,50 @@ class Run(Generic[M]):
         *,
         shown: tuple[str, ...] = ("loss",),
         score: float | None = None,
-        **state: Any,
     ) -> None:
         """After `step` steps: log and save, where it is time to.
 
-        timings: seconds by phase, and what else varies from run to run. shown: the metrics beside
-        the progress bar. score: what an evaluation has come to, higher is better. state: for the
-        checkpoint. All ranks have to call it.
+        timings: seconds by phase, and what else varies from run to run. shown: the metrics that a
+        person is told. score: what an evaluation has come to, higher is better. All ranks have to
+        call it. Raises Stopped, with all saved, after a signal.
         """
-        self._bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown})
-        if step % self._args.log_every == 0 or score is not None:
+        logging = self._args.logging
+        if step % logging.log_every == 0 or score is not None:
             self._log(step, metrics, timings | {"memory": peak_memory()})
-        if (
-            score is not None
-            and math.isfinite(score)
-            and (self._best is None or score > self._best["score"])
-        ):
+            told = {name: metrics[name] for name in shown if name in metrics}
+            told |= {name: metrics[name] for name in metrics if name.startswith("dev_")}
+            words = [f"{name} {value:.4g}" for name, value in told.items()]
+            passed = f"{time.monotonic() - self._started:.0f} s"
+            self._say(f"step {step}/{self._args.learning.steps}", *words, passed)
+        if score is not None:
+            self._rate(step, score)
+        stops = any(parallel.gather([self._stopping.number is not None]))
+        is_last = step == self._args.learning.steps or self._is_exhausted
+        if step and (step % logging.save_every == 0 or is_last or stops):
+            self._save(step)
+        if stops:
+            where = f"saved after step {step}" if step else "nothing is done yet"
+            self._say(f"stopped, {where}: the same command continues")
+            raise Stopped(self._stopping.number or signal.SIGTERM)
+
+    def _rate(self, step: int, score: float) -> None:
+        """Keep the model, if it is the best so far."""
+        self._since_best += 1
+        if math.isfinite(score) and (self._best is None or score > self._best["score"]):
             self._best = {"step": step, "score": score}
+            self._since_best = 0
             self._write_model(self._args.out / "best")
             if parallel.is_first():
-                text = json.dumps(self._best) + "\n"
-                replace_text(self._args.out / "best.json", text)
-        if step % self._args.save_every == 0 or step == self._args.steps:
-            for file in self._files:
-                os.fsync(file.fileno())
-            kept = {"settings": self._settings, "best": self._best, **state}
-            tensors = self._learner.optimizer.tensors()
-            checkpoint.save(self._checkpoints, step, tensors, kept, self._args.keep)
+                replace_text(self._args.out / "best.json", json.dumps(self._best) + "\n")
+
+    def _save(self, step: int) -> None:
+        for file in self._files:
+            os.fsync(file.fileno())
+        kept = {"settings": self._settings, "best": self._best, "since_best": self._since_best}
+        tensors = self._learner.optimizer.tensors()
+        checkpoint.save(self._checkpoints, step, tensors, kept, self._args.logging.keep)
+        if self._directory is not None:
+            self._directory.saved()
 
     def _log(self, step: int, metrics: dict[str, Any], timings: dict[str, float]) -> None:
         for file, values in zip(self._files, (metrics, timings), strict=False):
@@ -173,27 +243,40 @@ class Run(Generic[M]):
                 for name, value in values.items():
                     self._board.add_scalar(f"{group}/{name}", value, step)
 
+    def _say(self, *words: str) -> None:
+        if parallel.is_first():
+            tqdm.write("  ".join(words), file=sys.stderr)
+
     def finish(self, **summary: Any) -> None:
         """Write the finished model, with all that its directory holds besides weights; and a line
         of JSON that sums the run up, with what is given."""
         self._write_model(self._args.out)
-        steps = {"steps": self._args.steps, "steps_run": self._args.steps - self.first}
+        steps = {"steps": self._args.learning.steps, "first_step": self.first}
         seconds = {"seconds": round(time.monotonic() - self._started, 1)}
         if parallel.is_first():
-            print(json.dumps(steps | summary | seconds), file=sys.stderr)
+            print(json.dumps(steps | {"best": self._best} | summary | seconds), file=sys.stderr)
 
     def _write_model(self, directory: Path) -> None:
         self._learner.refresh()
         if parallel.is_first():
             directory.mkdir(exist_ok=True)
-            for name in MODEL_FILES:
-                if (self._args.model / name).exists():
-                    shutil.copyfile(self._args.model / name, directory / name)
+            args, prompts = self._args, self._args.prompts
+            sources = {name: args.model / name for name in MODEL_FILES}
+            sources |= {
+                name: path for name, path in (
+                    ("judge_template.jinja", prompts.template),
+                    ("chat_template.jinja", prompts.chat_template),
+                ) if path is not None
+            }  # fmt: skip
+            for name, path in sources.items():
+                if path.exists():
+                    shutil.copyfile(path, directory / name)
             # Without a judge.json a nonce would be asked for, which it has not learnt to write.
-            path, began_with = directory / "judge.json", self._args.model / "judge.json"
-            if self.judge_settings or not began_with.exists():
-                settings = read_json(began_with) if began_with.exists() else {}
-                replace_text(path, json.dumps(settings | self.judge_settings) + "\n")
+            began_with = args.model / "judge.json"
+            settings = read_json(began_with) if began_with.exists() else {}
+            settings |= prompts.settings | self.judge_settings
+            if settings or not began_with.exists():
+                replace_text(directory / "judge.json", json.dumps(settings) + "\n")
             save_pretrained(self._learner.plain, directory)
         parallel.barrier()
 
@@ -242,29 +325,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def check_args(args: RunArgs, *at_least_one: str) -> None:
-    """Raise ValueError where one of these fields is below 1, where a rate or a bound is no positive
-    number, or where `out` is the model's directory."""
-    for name in ("steps", "log_every", "save_every", "keep", *at_least_one):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} = {getattr(args, name)} is less than 1")
-    for name in ("lr", "clip"):
-        if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
-            raise ValueError(f"{name} = {getattr(args, name)} is not a positive number")
-    for name in ("warmup", "weight_decay", "lora_rank", "eval_every"):
-        if getattr(args, name, 0) < 0:
-            raise ValueError(f"{name} = {getattr(args, name)} is less than 0")
-    if args.out.resolve() == args.model.resolve():
-        raise ValueError(f"out is the directory of the model itself, {args.model}")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _tensorboard(directory: Path, step: int) -> Any:
     """A writer of what comes after `step`, or None where tensorboard is not installed."""
     try:
@@ -275,9 +335,20 @@ def _tensorboard(directory: Path, step: int) -> Any:
 
 
 def _cut_metrics(path: Path, step: int) -> None:
-    """Drop what a killed run logged after its last checkpoint, a torn line included."""
+    """Drop what a killed run logged after its last checkpoint, a torn line included. Raises
+    ValueError naming file and line where one is no line of a run."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    replace_text(path, "".join(kept))
+    kept = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            logged = json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}, is no line of a run") from None
+        if logged:
+            kept.append(line)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(b"".join(kept))
+    os.replace(temporary, path)

@@ -1,5 +1,6 @@
 """The settings that decide how a run ends, and how two runs differ in them."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,21 @@ MODEL_FILES = (
 )  # fmt: skip
 # What does not decide how a run ends: where its files are, how often it writes, how it saves room.
 _PLACES = frozenset({"model", "out", "log_every", "save_every", "keep", "recompute"})
+
+
+def check_at_least(least: float, args: object, *names: str) -> None:
+    """Raise ValueError where one of these settings is less."""
+    for name in names:
+        if getattr(args, name) < least:
+            raise ValueError(f"{name} = {getattr(args, name)} is less than {least}")
+
+
+def check_positive(args: object, *names: str) -> None:
+    """Raise ValueError where one of these settings is no positive number."""
+    for name in names:
+        value = getattr(args, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} = {value} is not a positive number")
 
 
 def settings_of(args: Mapping[str, Any], model: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,11 +22,13 @@ from kernels.logprob import linear_logprob
 from models import load
 from models.transformer import Transformer
 from train import parallel
-from train.evaluation import VoteArgs, dev_votes, evaluation_rows
+from train.evaluation import EvalArgs, dev_votes, evaluation_rows
 from train.learner import Learner
+from train.loop import Trainer, loop
 from train.packing import PackedBatch, hidden_states, pack
-from train.rollout import judge_of
-from train.run import Clock, Run, RunArgs, check_args, command_line
+from train.rollout import JudgementArgs, judge_of
+from train.run import Clock, RunArgs, command_line
+from train.settings import check_at_least
 from train.trajectories import Batches, Trajectory, file_batches
 from train.world.rows import world_batches
 
@@ -33,13 +36,20 @@ EXAMPLE = "--model DIR --out runs/sft --data trajectories.jsonl --steps 500"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(RunArgs, VoteArgs):
+class Args(RunArgs):
     """Supervised training of a judge."""
 
+    command: ClassVar[str] = "train.sft"
     data: Path | None = None  # a JSONL file of trajectories; the synthetic world when left out
     rows: int = 20  # rows per step
     micro_rows: int = 32  # rows whose gradients are computed together
     autocast: bool = False  # bf16 matmuls over fp32 weights
+    sampling: JudgementArgs = JudgementArgs()
+    evaluation: EvalArgs = EvalArgs()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, self, "rows", "micro_rows")
 
 
 def loss_of(model: Transformer, batch: PackedBatch) -> Tensor:
@@ -69,47 +79,45 @@ def add_gradients(
     return sum(parallel.gather(losses)), sum(parallel.gather(tokens))
 
 
-def train(args: Args) -> None:
-    """Train to args.steps, resuming where a checkpoint stands; writes the model to args.out.
+class SftTrainer(Trainer[Transformer]):
+    """The model under training, the batches that it learns from, and its judge for evaluations."""
 
-    Raises ValueError for settings out of range or other than those of the checkpoint, and
-    FloatingPointError naming the step and its rows at which loss or gradients are not finite.
-    """
-    check_args(args, "rows", "micro_rows", "eval_rows", "eval_k")
-    model, tokenizer = load(args.model, dtype=args.dtype)
-    learner = Learner(model, args)
-    judge = judge_of(learner.plain, tokenizer, args.model)
-    batches = _batches(args, judge)
-    rows = evaluation_rows(args, "sft")
-    with Run(args, learner) as run:
-        tokens = run.state.get("tokens", 0)
-        for step in run.steps():
-            clock = Clock()
-            learner.optimizer.zero_grad()
-            batch = batches(step)
-            loss, num_tokens = add_gradients(learner.model, batch, args.micro_rows, args.autocast)
-            tokens += num_tokens
-            told = learner.update(step, loss, [each.name for each in batch])
-            metrics = {"tokens": tokens, "loss": loss, **told}
-            clock.lap("update")
-            speed = {"tokens_per_s": num_tokens / clock.seconds["update"]}
-            if args.is_due(step + 1):
-                learner.refresh()
-                metrics |= dev_votes(judge, rows, args)
-                clock.lap("evaluate")
-            run.record(
-                step + 1, metrics, clock.seconds | speed, score=metrics.get("dev_vote"),
-                tokens=tokens,
-            )  # fmt: skip
-        run.finish(tokens=tokens)
+    def __init__(self, args: Args) -> None:
+        super().__init__()
+        model, tokenizer = load(args.model, dtype=args.learning.dtype)
+        self.args, self.learner = args, Learner(model, args.learning)
+        self.judge = judge_of(self.learner.plain, tokenizer, args.model, args.prompts)
+        self.batches = _batches(args, self.judge)
+        self.dev = evaluation_rows(args.evaluation, "sft")
+
+    def step(self, number: int) -> tuple[dict[str, float], dict[str, float]]:
+        args, learner = self.args, self.learner
+        clock = Clock()
+        learner.optimizer.zero_grad()
+        batch = self.batches(number)
+        loss, tokens = add_gradients(learner.model, batch, args.micro_rows, args.autocast)
+        told = learner.update(number, loss, [each.name for each in batch])
+        clock.lap("update")
+        speed = {"tokens_per_s": tokens / clock.seconds["update"]}
+        return {"tokens": tokens, "loss": loss, **told}, clock.seconds | speed
+
+    def evaluate(self) -> dict[str, float]:
+        self.learner.refresh()
+        return dev_votes(self.judge, self.dev, self.args.evaluation, self.args.sampling)
+
+
+def train(args: Args) -> None:
+    """Train to the last step, as `train.loop.loop` does."""
+    loop(args, args.evaluation, SftTrainer(args), always_last=False)
 
 
 def _batches(args: Args, judge: Judge) -> Batches:
     end_id = judge.tokenizer.end_id(judge.model.config.eos_token_ids)
+    seed = args.learning.seed
     if args.data:
         longest = judge.model.config.max_position_embeddings
-        return file_batches(judge.prompts, end_id, args.data, args.rows, args.seed, longest)
-    return world_batches(judge.prompts, end_id, args.rows, args.seed)
+        return file_batches(judge.prompts, end_id, args.data, args.rows, seed, longest)
+    return world_batches(judge.prompts, end_id, args.rows, seed)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.sft") -> int:

@@ -30,6 +30,7 @@ from models.tokenizer import BYTE_OF_LETTER, UTF8_BYTES
 from models.transformer import Transformer
 from models.weights import save_pretrained
 from train import sft
+from train.learner import LearnerArgs
 from train.world.cases import cases, judge, list_criteria
 
 SPECIAL_TOKENS = ("<|user|>", "<|judge|>", "<|end|>")
@@ -200,12 +201,8 @@ def _train(arguments: Sequence[str] | None, prog: str) -> None:
         sft.Args(
             model=untrained,
             out=args.out / "model",
-            steps=args.steps,
             rows=20,
-            lr=2e-3,
-            warmup=150,
-            save_every=500,
-            seed=args.seed,
+            learning=LearnerArgs(steps=args.steps, lr=2e-3, warmup=150, seed=args.seed),
         )
     )
 
