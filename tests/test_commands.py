@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from engine.command import help_of, parts_of
+from tests.args import option_names
 from train.commands import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
@@ -30,11 +30,8 @@ def test_the_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert error.value.code == 0
     shown = capsys.readouterr().out
     settings = settings_of(name)
-    parts = parts_of(settings)
-    names = [field.name for field in fields(settings) if field.name not in parts]
-    texts = help_of(settings)
-    for part in parts.values():
-        names += vars(part)
+    names, texts = option_names(settings), help_of(settings)
+    for part in parts_of(settings).values():
         texts |= help_of(type(part))
     assert set(names) <= texts.keys() and len(set(names)) == len(names)
     flags = [f"--{name.replace('_', '-')}" for name in names]

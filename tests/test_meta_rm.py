@@ -289,9 +289,7 @@ def test_it_begins_as_its_decoder_and_says_nothing(args: meta_rm.Args) -> None:
 
 def test_no_valid_judgement_is_an_error(args: meta_rm.Args) -> None:
     trainer = meta_rm.MetaTrainer(with_values(args, max_new_tokens=3))
-    with pytest.raises(
-        ValueError, match=r"step 0: no judgement was valid .*\. Begin with train"
-    ):
+    with pytest.raises(ValueError, match=r"step 0: no judgement was valid .*\. Begin with train"):
         trainer.step(0)
 
 

@@ -7,10 +7,11 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from tests.args import option_names
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -82,7 +83,7 @@ def options_of(module: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
     found = importlib.import_module(module)
     settings = getattr(found, "Args", None) or getattr(found, "Options", None)
     if settings is not None:
-        return {field.name.replace("_", "-") for field in fields(settings)}
+        return {name.replace("_", "-") for name in option_names(settings)}
     with pytest.raises(SystemExit):
         found.main(["--help"])
     return options_in(capsys.readouterr().out)

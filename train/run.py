@@ -109,6 +109,7 @@ class Run(Generic[M]):
         self.judge_settings: dict[str, Any] = {}  # for the judge.json of models that are written
         self._best: dict[str, Any] | None = state.get("best")
         self._since_best: int = state.get("since_best", 0)
+        self._steps_run = 0
         self._bar: Any = None
         self._files: list[TextIO] = []
         self._board: Any = None
@@ -174,6 +175,7 @@ class Run(Generic[M]):
             for step in range(self.first, total):
                 if self._is_exhausted:
                     return
+                self._steps_run += 1
                 yield step
                 self._bar.update()
 
@@ -251,7 +253,7 @@ class Run(Generic[M]):
         """Write the finished model, with all that its directory holds besides weights; and a line
         of JSON that sums the run up, with what is given."""
         self._write_model(self._args.out)
-        steps = {"steps": self._args.learning.steps, "first_step": self.first}
+        steps = {"steps": self._args.learning.steps, "steps_run": self._steps_run}
         seconds = {"seconds": round(time.monotonic() - self._started, 1)}
         if parallel.is_first():
             print(json.dumps(steps | {"best": self._best} | summary | seconds), file=sys.stderr)
