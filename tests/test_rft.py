@@ -489,6 +489,11 @@ def test_other_data_and_damaged_files_are_refused(
     path.write_bytes(header + lines[0] + b'{"id": "x", "row": "lost"}\n')
     with pytest.raises(ValueError, match=r"progress\.jsonl, line 3: .*lost"):
         rft.train(args)
+    for ends in ([-1, 0], [7, 0]):  # before the file, and within a line
+        first = json.dumps(json.loads(lines[0]) | {"ends": ends}).encode() + b"\n"
+        path.write_bytes(header + first)
+        with pytest.raises(ValueError, match=r"line 2: -?\d is not where a line of .*traj.* ends"):
+            rft.train(args)
     path.unlink()
     with pytest.raises(ValueError, match=r"trajectories\.jsonl is not empty"):
         rft.train(args)

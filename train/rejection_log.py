@@ -5,6 +5,7 @@ continues with the next row.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,17 +113,31 @@ class RejectionLog:
         if read[0].settings != settings:
             differ = differences(read[0].settings, settings)
             raise ValueError(f"{path} was made with other settings: {differ}")
-        # After a kill all ends are within the files; after a power cut they may not be.
-        done = [
-            each
-            for each in read[1:]
-            if all(end <= size for end, size in zip(each.ends, sizes, strict=True))
-        ]
+        done = self._whole(read[1:], sizes)
         self._ends = done[-1].ends if done else (0, 0)
         for file, end in zip(self._files, self._ends, strict=True):
             file.cut(end)
         self._progress.cut(sum(map(len, lines[: len(done) + 1])))
         return done
+
+    def _whole(self, done: Sequence[Done], sizes: Sequence[int]) -> list[Done]:
+        """Those whose lines are in the files: after a kill all are, after a power cut some may not
+        be. Raises ValueError where ends are none of lines."""
+        found, last = [], (0, 0)
+        with ExitStack() as stack:
+            files = [stack.enter_context(Path(file.path).open("rb")) for file in self._files]
+            for number, each in enumerate(done, 2):
+                for file, end, before, size in zip(files, each.ends, last, sizes, strict=True):
+                    file.seek(max(0, end - 1))
+                    if end < before or (0 < end <= size and file.read(1) != b"\n"):
+                        raise ValueError(
+                            f"{self._progress.path}, line {number}: "
+                            f"{end} is not where a line of {file.name} ends"
+                        )
+                last = each.ends
+                if all(end <= size for end, size in zip(each.ends, sizes, strict=True)):
+                    found.append(each)
+        return found
 
     def write(self, done: Done, lines: Lines) -> None:
         """Append a row: its lines, then its line of progress."""
