@@ -123,8 +123,8 @@ def agrees(scores: tuple[int, ...] | None, label: Any) -> bool:
 def test_rejection_is_that_of_a_plain_oracle() -> None:
     seen: Counter[str] = Counter()
 
-    @given(rows_of_samples())
-    def check(case: tuple[Any, list[Any]]) -> None:
+    @given(rows_of_samples(), st.booleans())
+    def check(case: tuple[Any, list[Any]], rejects: bool) -> None:
         label, drawn = case
         expected = []
         for scores, finish, body in drawn:
@@ -132,15 +132,16 @@ def test_rejection_is_that_of_a_plain_oracle() -> None:
                 expected.append("truncated")
             elif scores is None:
                 expected.append("invalid")
-            elif not agrees(scores, label):
+            elif rejects and not agrees(scores, label):
                 expected.append("wrong")
             else:
                 expected.append("kept" if body == "text" else "garbled")
         made = [fabricated(*each) for each in drawn]
-        assert [rft.fate(each, label, 5.5, TOKENIZER) for each in made] == expected
-        if all(agrees(scores, label) for scores, _, _ in drawn):
+        rule = rft.Rule(label, 5.5, rejects)
+        assert [rft.fate(each, rule, TOKENIZER) for each in made] == expected
+        if rejects and all(agrees(scores, label) for scores, _, _ in drawn):
             expected = ["too_easy"] * len(expected)
-        assert rft.fates(made, label, 5.5, TOKENIZER) == expected
+        assert rft.fates(made, rule, TOKENIZER) == expected
         seen.update(expected)
 
     check()

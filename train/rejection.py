@@ -5,11 +5,13 @@ too_easy     as all others of its row it is right
 truncated    it did not end by itself, whatever it says
 invalid      it has no valid scores
 wrong        its scores do not agree with the label
-garbled      right, but its text is not what was sampled: it holds control tokens, or no UTF-8
+garbled      it would be kept, but its text is not what was sampled: it holds control tokens, or is
+             no UTF-8
 """
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.labels import gold_index, is_right
@@ -49,24 +51,33 @@ def best_hint(row: Row, order: Sequence[int]) -> str:
     return hint_at(list(order).index(gold_index(row.label)))
 
 
-def fates(
-    samples: Sequence[Sample], label: int | Sequence[float], threshold: float, tokenizer: Tokenizer
-) -> list[Fate]:
+@dataclass(frozen=True)
+class Rule:
+    """What decides over the judgements of a row: its label, the threshold for a single response,
+    and whether any are rejected for what they say."""
+
+    label: int | Sequence[float]
+    threshold: float
+    rejects: bool = True
+
+    def is_right(self, sample: Sample) -> bool:
+        return is_right(sample.scores, self.label, self.threshold)
+
+
+def fates(samples: Sequence[Sample], rule: Rule, tokenizer: Tokenizer) -> list[Fate]:
     """What becomes of a row's judgements without a hint."""
-    if all(is_right(sample.scores, label, threshold) for sample in samples):
+    if rule.rejects and all(map(rule.is_right, samples)):
         return ["too_easy"] * len(samples)
-    return [fate(sample, label, threshold, tokenizer) for sample in samples]
+    return [fate(sample, rule, tokenizer) for sample in samples]
 
 
-def fate(
-    sample: Sample, label: int | Sequence[float], threshold: float, tokenizer: Tokenizer
-) -> Fate:
+def fate(sample: Sample, rule: Rule, tokenizer: Tokenizer) -> Fate:
     """What becomes of one judgement of a row that is not too easy."""
     if sample.finish == "length":
         return "truncated"
     if sample.scores is None:
         return "invalid"
-    if not is_right(sample.scores, label, threshold):
+    if rule.rejects and not rule.is_right(sample):
         return "wrong"
     body = sample.token_ids[:-1]  # without the end token
     if not all(t < tokenizer.size and t not in tokenizer.control_ids for t in body):

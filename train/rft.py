@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from engine import command
 from engine.judge import Judge
-from engine.labels import has_best, is_right
+from engine.labels import has_best
 from engine.reading import open_rows, read_rows
 from engine.request import BadRow, Row
 from engine.sample import POCKET
@@ -46,7 +46,7 @@ from train import parallel, sft
 from train.directory import RunDirectory, replace_text
 from train.evaluation import EvalArgs
 from train.learner import LearnerArgs
-from train.rejection import best_hint, fate, fates, judgement_line
+from train.rejection import Rule, best_hint, fate, fates, judgement_line
 from train.rejection_log import JUDGEMENTS, TRAJECTORIES, Counts, Done, Lines, RejectionLog
 from train.rollout import NO_SCORES, TRAINING, SamplingArgs, seed_of
 from train.run import LogArgs, RunArgs, command_line
@@ -72,6 +72,7 @@ class Args(RunArgs):
     samples: int = 3  # judgements per row, without the hinted one
     hinted: bool = True  # one more judgement with the best response as a hint
     keep_hint: bool = False  # learn from hinted judgements with the hint in their prompt
+    rejection: bool = True  # no: judgements are kept whether they are right or not
     chunk_rows: int = 32  # rows judged together; what a killed run may have to judge again
     sample_only: bool = False  # no training
     step_rows: int = 16  # trajectories per step
@@ -101,7 +102,7 @@ class Args(RunArgs):
     @property
     def deciding(self) -> dict[str, Any]:
         """All that decides what is kept, besides the model."""
-        names = "data", "rows", "samples", "hinted", "keep_hint"
+        names = "data", "rows", "samples", "hinted", "keep_hint", "rejection"
         learning = {name: getattr(self.learning, name) for name in ("dtype", "seed")}
         own = {name: getattr(self, name) for name in names}
         return own | learning | vars(self.sampling) | vars(self.prompts)
@@ -148,7 +149,7 @@ def judged(judge: Judge, chunk: Sequence[Row | BadRow], args: Args) -> Iterator[
     asked = [row for row in chunk if isinstance(row, Row) and has_best(row.label)]
     plain = draw(asked, k=args.samples, seed=args.learning.seed)
     several = [row for row in asked if args.hinted and len(row.responses) > 1]
-    hard = [row for row in several if not _too_easy(judge, row, plain[row.id])]
+    hard = [row for row in several if not _too_easy(judge, row, plain[row.id], args.rejection)]
     hinted = draw(hard, k=1, seed=hinted_seed(args.learning.seed), hint=best_hint)
     for row in chunk:
         if isinstance(row, BadRow):
@@ -159,14 +160,18 @@ def judged(judge: Judge, chunk: Sequence[Row | BadRow], args: Args) -> Iterator[
         elif not has_best(row.label):
             yield Done(id=row.id, row="no_label"), Lines([], [])
         else:
-            yield _decide(judge, row, plain[row.id], hinted.get(row.id), args.keep_hint)
+            yield _decide(judge, row, plain[row.id], hinted.get(row.id), args)
 
 
-def _too_easy(judge: Judge, row: Row, outcome: Verdict | RowFailure) -> bool:
-    """Whether there is nothing that a hint could add: a row that fails counts, too."""
+def _rule(judge: Judge, row: Row, rejects: bool) -> Rule:
     assert row.label is not None
+    return Rule(row.label, judge.settings.threshold, rejects)
+
+
+def _too_easy(judge: Judge, row: Row, outcome: Verdict | RowFailure, rejects: bool) -> bool:
+    """Whether there is nothing that a hint could add: a row that fails counts, too."""
     return isinstance(outcome, RowFailure) or "too_easy" in fates(
-        outcome.samples, row.label, judge.settings.threshold, judge.tokenizer
+        outcome.samples, _rule(judge, row, rejects), judge.tokenizer
     )
 
 
@@ -175,20 +180,19 @@ def _decide(
     row: Row,
     plain: Verdict | RowFailure,
     hinted: Verdict | RowFailure | None,
-    keep_hint: bool,
+    args: Args,
 ) -> tuple[Done, Lines]:
     if isinstance(plain, RowFailure):
         return Done(id=row.id, row="failed", error=plain.error), Lines([], [])
-    assert row.label is not None
-    rule = row.label, judge.settings.threshold, judge.tokenizer
-    found = fates(plain.samples, *rule)
+    rule = _rule(judge, row, args.rejection)
+    found = fates(plain.samples, rule, judge.tokenizer)
     kept = [
         judgement_line(row, sample)
         for sample, each in zip(plain.samples, found, strict=True)
         if each == "kept"
     ]
     valid = [
-        judgement_line(row, sample, right=is_right(sample.scores, *rule[:2]))
+        judgement_line(row, sample, right=rule.is_right(sample))
         for sample in plain.samples
         if sample.scores is not None
     ]
@@ -197,9 +201,9 @@ def _decide(
         done.hinted, done.error = "failed", f"with the hint: {hinted.error}"
     elif hinted is not None:
         (sample,) = hinted.samples
-        done.hinted = fate(sample, *rule)
+        done.hinted = fate(sample, rule, judge.tokenizer)
         if done.hinted == "kept":
-            hint = best_hint(row, sample.order) if keep_hint else None
+            hint = best_hint(row, sample.order) if args.keep_hint else None
             kept.append(judgement_line(row, sample, hint=hint))
     if "too_easy" not in found:
         done.row = "kept" if kept else "none_kept"

@@ -45,10 +45,18 @@ from train.settings import MODEL_FILES, check_at_least, differences, settings_of
 GROUPS = {
     "model": ("model", "judge"),
     "rows": ("data", "skip_easy", "judgements", "rows", "judged_rows"),
-    "judgements": ("group", "samples", "hinted", "keep_hint", "chunk_rows", "sample_only"),
+    "judgements": (
+        "group",
+        "samples",
+        "hinted",
+        "keep_hint",
+        "rejection",
+        "chunk_rows",
+        "sample_only",
+    ),
     "loss": ("labels", "loss"),
     "work": ("out", "step_rows", "micro_rows", "autocast"),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
