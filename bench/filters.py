@@ -73,9 +73,14 @@ class Args:
 
 
 def row_curves(
-    verdict: Verdict, k: int, threshold: float, rng: np.random.Generator, meta_scale: float = 1.0
+    verdict: Verdict,
+    k: int,
+    threshold: float,
+    rng: np.random.Generator,
+    meta_scale: float = 1.0,
+    names: Sequence[str] = NAMES,
 ) -> dict[str, dict[int, float]]:
-    """way to vote -> j -> the row's chance to be right."""
+    """way to vote -> j -> the row's chance to be right, of the ways with these names."""
     label = verdict.label
     assert label is not None
     samples = [sample for sample in verdict.samples if sample.scores is not None]
@@ -89,23 +94,25 @@ def row_curves(
         "oracle": lambda sample: is_right(sample.scores, label, threshold),
     }
     valid = {id(sample) for sample in samples}
-    found: dict[str, dict[int, float]] = {name: {} for name in NAMES}
+    found: dict[str, dict[int, float]] = {name: {} for name in names}
     for size in [1 << i for i in range(k.bit_length()) if 1 << i < k] + [k]:
         subsets = 1 if size == k else SUBSETS
-        chances = dict.fromkeys(NAMES, 0.0)
+        chances = dict.fromkeys(names, 0.0)
         for _ in range(subsets):
             chosen = [verdict.samples[i] for i in rng.choice(k, size, replace=False)]
             voting = [sample for sample in chosen if id(sample) in valid]
-            for name in FILTERS:
+            for name in [name for name in FILTERS if name in chances]:
                 kept = voting
                 if name != "all":
                     kept = sorted(voting, key=values[name], reverse=True)[: (size + 1) // 2]
                 scores = [sample.scores for sample in kept if sample.scores is not None]
                 chances[name] += chance_correct(scores, label, threshold) / subsets
             for name, (rule, weighs) in RULES.items():
+                if name not in chances:
+                    continue
                 means = mean_points(voting, rule, meta_scale if weighs else 0.0)
                 chances[name] += chance_right(means, label, threshold) / subsets if means else 0.0
-        for name in NAMES:
+        for name in names:
             found[name][size] = chances[name]
     return found
 

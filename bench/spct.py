@@ -1,18 +1,20 @@
 """The paper's chain on the synthetic world: rejective fine-tuning, GRPO, a meta reward model, and
 what votes come to after each.
 
-    python -m bench.spct [--out runs/spct] [--smoke] [--seed 0]
+    python -m bench.spct [--out runs/spct] [--seeds 0] [--smoke] [--rows 2000] [--k 32]
 
     rft     from the pocket model, on its own right judgements of fresh rows
-    grpo    from that, on the rule reward
+    grpo    from that; the best model of dev votes
     meta    a meta model, from the GRPO model, of that model's judgements
-    then    base, rft and grpo judge the same final rows, greedily once and k times
+    then    base, rft and grpo judge the same final rows, greedily and k times; the meta model
+            scores the judgements of grpo
 
-Every stage is a folder of OUT. A stage that was stopped continues, one that is done is not done
-again, and one of other settings is refused (train/run.py). OUT/results.json has the accuracies with
-95 % intervals over rows, OUT/table.md shows them, and OUT/curve.png draws accuracy against tokens
-that were generated or read by the meta model. --smoke does all of it in small, to see that it runs:
-its figures mean nothing. Ends in one JSON line.
+Every stage is a folder of OUT/seed-N, made with that seed of training. A stage that was stopped
+continues, one that is done is not done again, and one of other settings is refused (train/run.py,
+and `engine.sample --resume` for verdicts). OUT/results.json has accuracies and differences with
+95 % intervals over seeds and rows, OUT/table.md shows them, and OUT/curve.png draws accuracy
+against tokens. --smoke does all of it in small, to see that it runs: its figures mean nothing. Ends
+in one JSON line.
 """
 
 import json
@@ -22,28 +24,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from bench.filters import NAMES, row_curves, table
+from bench import study
 from bench.provenance import print_json
-from bench.voting import interval
-from engine import command
+from engine import command, sample
 from engine.command import with_values
-from engine.judge import Judge
-from engine.key import line_key, model_fingerprint
-from engine.request import Row
 from engine.sample import POCKET
-from engine.verdict import Verdict
+from engine.settings import read_judge_settings
 from train import grpo, meta_rm, rft
 from train.directory import replace_text
 from train.evaluation import EvalArgs
 from train.learner import LearnerArgs
 from train.policy_step import LossArgs
 from train.rollout import SamplingArgs
-from train.world.rows import split_rows
+from train.world import cases
 
-SHOWN = ("all", "meta", "weighed", "standardised", "borda", "borda, weighed")
+LONGEST = 400  # tokens of a judgement
+META = "borda, weighed"
+# Of two points, a judge, a way to vote and the number of votes, the first less the second.
+ORDERINGS: dict[str, tuple[study.Point, study.Point]] = {
+    "Voting@8 over greedy": (("grpo", "all", 8), ("grpo", "greedy", 1)),
+    "Voting@32 over Voting@8": (("grpo", "all", 32), ("grpo", "all", 8)),
+    **{
+        f"{way}@{size} over {plain}@{size}": (("grpo", way, size), ("grpo", plain, size))
+        for size in (8, 32)
+        for way, plain in (("meta", "all"), ("weighed", "all"), (META, "borda"), (META, "all"))
+    },
+    **{
+        f"{one} over {other} @{size}": ((one, "all", size), (other, "all", size))
+        for one, other in (("rft", "base"), ("grpo", "rft"), ("grpo", "base"))
+        for size in (1, 8, 32)
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -51,18 +62,22 @@ class Args:
     """Reproduce the paper's chain on the synthetic world."""
 
     out: Path = Path("runs/spct")
+    seeds: tuple[int, ...] = (0,)  # of training: the chain is run with each
     smoke: bool = False  # all of it in small
-    seed: int = 0  # of training
     rows: int = 2000  # final rows that are judged
     k: int = 32  # judgements of each
 
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("seeds: there is none")
 
-def stages(args: Args) -> tuple[rft.Args, grpo.Args, meta_rm.Args]:
-    """The settings of the three trainings."""
-    out, sampling = args.out, SamplingArgs(max_new_tokens=400)
+
+def stages(out: Path, seed: int, smoke: bool) -> tuple[rft.Args, grpo.Args, meta_rm.Args]:
+    """The settings of a seed's three trainings."""
+    sampling = SamplingArgs(max_new_tokens=LONGEST)
 
     def learning(**own: Any) -> LearnerArgs:
-        return LearnerArgs(weight_decay=0.0, seed=args.seed, **own)
+        return LearnerArgs(weight_decay=0.0, seed=seed, **own)
 
     first = rft.Args(
         out=out / "rft", rows=4000, sampling=sampling,
@@ -74,150 +89,88 @@ def stages(args: Args) -> tuple[rft.Args, grpo.Args, meta_rm.Args]:
         learning=learning(steps=120, lr=3e-5, warmup=5),
     )  # fmt: skip
     third = meta_rm.Args(
-        model=out / "grpo", out=out / "meta", samples=8, loss="pairwise", labels="ties",
+        model=out / "grpo" / "best", out=out / "meta", samples=8, loss="pairwise", labels="ties",
         sampling=sampling, evaluation=EvalArgs(eval_every=50, eval_rows=100),
         learning=learning(steps=400, lr=5e-4, warmup=15),
     )  # fmt: skip
-    if not args.smoke:
+    if not smoke:
         return first, second, third
-    few = {"steps": 1, "eval_every": 0}
+    few = {"steps": 1, "eval_every": 1, "eval_rows": 2, "eval_k": 2}
     return (
         with_values(first, rows=4, steps=1, step_rows=2),
         with_values(second, rows=2, **few),
-        with_values(third, rows=2, samples=3, eval_rows=2, eval_k=2, **few),
+        with_values(third, rows=2, samples=3, **few),
     )
 
 
-def evaluate(
-    name: str, directory: Path, meta: Path, rows: Sequence[Row], k: int, out: Path
-) -> dict[str, Any]:
-    """The accuracies of a judge on rows, greedy and of votes, kept in OUT/NAME.json."""
-    path = out / f"{name}.json"
-    prints = f"{model_fingerprint(directory)} {model_fingerprint(meta)}"
-    key = line_key(rows[0], {"rows": len(rows), "k": k}, prints)
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["key"] == key:
-            return found
-    judge = Judge.load(directory, meta=meta)
-    assert judge.meta is not None
-    threshold, scale = judge.settings.threshold, judge.meta.settings.meta_scale
-    rng = np.random.default_rng(0)
-    curves, greedy, samples, tokens = [], [], 0, 0
-    for outcome in tqdm(
-        judge.rows(rows, k=k, temperature=1.0, max_new_tokens=400), total=len(rows), desc=name
-    ):
-        assert isinstance(outcome, Verdict), outcome
-        curves.append(row_curves(outcome, k, threshold, rng, scale))
-        samples += len(outcome.samples)
-        tokens += outcome.decode_tokens
-    meta_tokens = judge.usage.meta_tokens
-    for outcome in judge.rows(rows, k=1, temperature=0.0, max_new_tokens=400):
-        assert isinstance(outcome, Verdict), outcome
-        greedy.append(float(bool(outcome.correct)))
-    right = np.array(greedy)
-    found = {
-        "key": key,
-        "judge": name,
-        "rows": len(rows),
-        "tokens_per_sample": tokens / samples,
-        "meta_tokens_per_sample": meta_tokens / samples,
-        "greedy": {"mean": float(right.mean()), "ci95": interval(right)},
-        "votes": table(curves),
-    }
-    replace_text(path, json.dumps(found) + "\n")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The accuracies, a line for each judge and way to vote, with intervals at the largest k."""
-    sizes = list(results[0]["votes"]["all"])
-    lines = [
-        "| judge | vote | greedy | " + " | ".join(f"@{size}" for size in sizes) + " | 95 % |",
-        "|---" * (len(sizes) + 4) + "|",
-    ]
-    for found in results:
-        for way in SHOWN:
-            entries = found["votes"][way]
-            means = " | ".join(f"{entries[size]['mean']:.3f}" for size in sizes)
-            low, high = entries[sizes[-1]]["ci95"]
-            lines.append(
-                f"| {found['judge']} | {way} | {found['greedy']['mean']:.3f} | {means} | "
-                f"{low:.3f} to {high:.3f} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy against the tokens of a row, of all votes and of weighed ones."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for found in results:
-        for way, style in (("all", "-"), ("borda, weighed", "--")):
-            cost = found["tokens_per_sample"]
-            if way != "all":
-                cost += found["meta_tokens_per_sample"]
-            sizes = [int(size) for size in found["votes"][way]]
-            entries = list(found["votes"][way].values())
-            means = np.array([entry["mean"] for entry in entries])
-            bounds = np.array([entry["ci95"] for entry in entries]).T
-            axes.errorbar(
-                [size * cost for size in sizes], means, abs(bounds - means), linestyle=style,
-                marker="o", markersize=3, capsize=2, label=f"{found['judge']}, {way}",
-            )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_xlabel("tokens of a row, those that the meta model reads included")
-    axes.set_ylabel("accuracy")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def judge_rows(
+    out: Path, name: str, model: Path, rows: Path, k: int, meta: Path | None = None
+) -> tuple[Path, Path]:
+    """Verdict lines of rows: of k samples, and greedy. Raises Stopped where a signal has come."""
+    out.mkdir(parents=True, exist_ok=True)
+    votes, greedy = out / f"{name}.jsonl", out / f"{name}-greedy.jsonl"
+    shared = ["--model", model, "--data", rows, "--resume", "--max-new-tokens", LONGEST]
+    asked = [*shared, "--k", k, "--temperature", 1.0, "--out", votes]
+    asked += [] if meta is None else ["--meta-model", meta]
+    for words in (asked, [*shared, "--k", 1, "--temperature", 0.0, "--out", greedy]):
+        if status := sample.main([str(word) for word in words]):
+            raise SystemExit(status)
+    return votes, greedy
 
 
 def run(args: Args) -> None:
-    """Train, evaluate, write the results down."""
-    assert set(SHOWN) <= set(NAMES)
-    first, second, third = stages(args)
+    """Train, judge, write the results down."""
     args.out.mkdir(parents=True, exist_ok=True)
     command.begin_work()
-    rft.train(first)
-    grpo.train(second)
-    meta_rm.train(third)
-    size, k = (2, 2) if args.smoke else (args.rows, args.k)
-    rows = split_rows("spct", "final", size, "final")
-    judges = {"base": POCKET, "rft": first.out / "model", "grpo": second.out}
-    results = [
-        evaluate(name, directory, third.out, rows, k, args.out)
-        for name, directory in judges.items()
-    ]
-    replace_text(args.out / "results.json", json.dumps(results) + "\n")
-    replace_text(args.out / "table.md", markdown(results))
-    plot(results, args.out / "curve.png")
-    print(markdown(results), file=sys.stderr)
+    count, k = (3, 2) if args.smoke else (args.rows, args.k)
+    rows = args.out / "final.jsonl"
+    words = ["--rows", str(count), "--split", "final", "--seed", "0", "--out", str(rows)]
+    if status := cases.main(words):
+        raise SystemExit(status)
+    files: dict[str, list[tuple[Path, Path]]] = {"base": [], "rft": [], "grpo": []}
+    files["base"].append(judge_rows(args.out, "base", POCKET, rows, k))
+    scales = []
+    for seed in args.seeds:
+        out = args.out / f"seed-{seed}"
+        first, second, third = stages(out, seed, args.smoke)
+        rft.train(first)
+        grpo.train(second)
+        meta_rm.train(third)
+        files["rft"].append(judge_rows(out, "rft-verdicts", first.out / "model", rows, k))
+        best, meta = second.out / "best", third.out / "best"
+        files["grpo"].append(judge_rows(out, "grpo-verdicts", best, rows, k, meta))
+        scales.append(read_judge_settings(meta).meta_scale)
+    threshold = read_judge_settings(POCKET).threshold
+    judges = {
+        name: study.judged(paths, threshold, scales if name == "grpo" else None)
+        for name, paths in files.items()
+    }
+    found = study.results(judges)
+    differences = study.orderings(judges, ORDERINGS)
+    text = study.markdown(found, differences)
+    replace_text(
+        args.out / "results.json", json.dumps({"judges": found, "differences": differences}) + "\n"
+    )
+    replace_text(args.out / "table.md", text)
+    study.plot(found, args.out / "curve.png")
+    print(text, file=sys.stderr)
     print_json(
         {
             "out": str(args.out),
             "smoke": args.smoke,
-            "rows": size,
-            **{
-                found["judge"]: {way: list(found["votes"][way].values())[-1] for way in SHOWN}
-                for found in results
-            },
+            "rows": count,
+            "seeds": args.seeds,
+            "differences": differences,
         }
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; its exit status."""
-    example = "--out runs/spct"
+    example = "--out runs/spct --seeds 0 1 2"
 
     def work() -> None:
-        groups = {"study": ("out", "smoke", "seed", "rows", "k")}
+        groups = {"study": ("out", "seeds", "smoke", "rows", "k")}
         run(
             command.parse(
                 Args, groups, prog="python -m bench.spct", example=example, arguments=arguments

@@ -1,33 +1,117 @@
-"""The paper's chain in small: every stage runs, and none runs twice."""
+"""The paper's chain in small: every stage runs, and none runs twice; and what its figures are."""
 
 import json
+import math
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from bench import spct
+from bench import filters, spct, study
+from engine.verdict import Sample, Verdict, to_line
+
+WAYS = {"base": study.PLAIN, "rft": study.PLAIN, "grpo": study.PLAIN + study.GUIDED}
 
 
 def test_the_whole_chain_in_small(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["--smoke", "--out", str(tmp_path)]
     assert spct.main(words) == 0
-    told = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert told["smoke"] and set(told["grpo"]) == set(spct.SHOWN)
+    out, err = capfd.readouterr()
+    told = json.loads(out.splitlines()[-1])
+    assert told["smoke"] and told["seeds"] == [0]
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [found["judge"] for found in results] == ["base", "rft", "grpo"]
-    for found in results:
-        assert found["tokens_per_sample"] > 20 and found["meta_tokens_per_sample"] > 20
-        assert set(found["votes"]["all"]) == {"1", "2"}
-        for way in spct.SHOWN:  # one vote is a vote, whoever weighs it
-            assert found["votes"][way]["1"]["mean"] == found["votes"]["all"]["1"]["mean"]
+    assert results["differences"] == told["differences"]
+    for name, found in results["judges"].items():
+        assert found["tokens_per_judgement"] > 20 and 0 <= found["invalid"] <= 1
+        assert set(found["accuracy"]) == {*WAYS[name], "greedy"}
+        for way in WAYS[name]:  # one vote is a vote, whoever weighs it
+            assert found["accuracy"][way]["1"] == found["accuracy"]["all"]["1"]
+            assert set(found["accuracy"][way]) == {"1", "2"}
+            assert len(found["accuracy"][way]["2"]["seeds"]) == 1
     table = (tmp_path / "table.md").read_text()
-    assert table.count("\n") == 2 + 3 * len(spct.SHOWN) and "| grpo | borda, weighed |" in table
+    assert "| grpo | borda, weighed |" in table and "| grpo over base @1 |" in table
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert sum("steps_run" in line for line in err.splitlines()) == 3
 
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    names = {"base.json", "rft.json", "grpo.json"}
+    judged = {path: path.read_bytes() for path in tmp_path.rglob("*verdicts*.jsonl")}
+    assert len(judged) == 4
     assert spct.main(words) == 0
     lines = [json.loads(x) for x in capfd.readouterr().err.splitlines() if x.startswith("{")]
     assert [line["steps_run"] for line in lines if "steps_run" in line] == [0, 0, 0]
-    assert {path.name for path, time in before.items() if path.stat().st_mtime_ns == time} == names
+    assert sum(line["usage"]["decode_tokens"] for line in lines if "usage" in line) == 0
+    assert all(path.read_bytes() == content for path, content in judged.items())
     assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def verdict(row: int, samples: list[tuple[int, int] | None]) -> Verdict:
+    """Of judgements of two responses, the first of which is the best."""
+    made = [
+        Sample((0, 1), f"c{i % 2}\nx", scores, None if scores else "none", float(i), 7, "box",
+               [], [], [])
+        for i, scores in enumerate(samples)
+    ]  # fmt: skip
+    return Verdict(str(row), "", 0, [1, 2], [1.0, 2.0], False, len(made), 0, 1, made, 9, 5,
+                   7 * len(made), label=0)  # fmt: skip
+
+
+def test_figures_of_verdict_lines(tmp_path: Path) -> None:
+    """The same as of the verdicts themselves, read again from what is kept beside them."""
+    rows = [verdict(0, [(9, 1), (1, 9), None, (5, 5)]), verdict(1, [(9, 1), (8, 1), (7, 1), None])]
+    path = tmp_path / "verdicts.jsonl"
+    path.write_bytes(b"".join(map(to_line, rows)))
+    rng = np.random.default_rng(0)
+    names = study.PLAIN + study.GUIDED
+    curves = [filters.row_curves(row, 4, 5.5, rng, 0.5, names) for row in rows]
+    for _ in range(2):
+        found = study.chances(path, 5.5, 0.5)
+        assert list(found) == list(names)
+        for name, sizes in found.items():
+            assert list(sizes) == [1, 2, 4]
+            for size, values in sizes.items():
+                assert values.tolist() == [curve[name][size] for curve in curves]
+    kept = (tmp_path / "verdicts.npz").stat().st_mtime_ns
+    assert set(study.chances(path, 5.5, None)) == set(study.PLAIN)  # no meta model: another key
+    assert (tmp_path / "verdicts.npz").stat().st_mtime_ns > kept
+    greedy = tmp_path / "greedy.jsonl"
+    singles = [verdict(0, [(5, 5)]), verdict(1, [None]), verdict(2, [(9, 1)])]
+    greedy.write_bytes(b"".join(map(to_line, singles)))
+    assert study.greedy_of(greedy, 5.5).tolist() == [0.5, 0.0, 1.0]
+    facts = study.facts_of(rows, 5.5)
+    assert facts["invalid"] == 2 / 8 and facts["right"] == 4 / 8
+    assert facts["criteria_entropy"] == pytest.approx(math.log(2))
+    greedy.write_text('{"id": "x", "error": "too long"}\n')
+    with pytest.raises(ValueError, match=r"greedy\.jsonl: row x: too long"):
+        study.read_verdicts(greedy)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=2, max_size=5), min_size=1, max_size=4))
+def test_the_correlation_of_errors(rights: list[list[bool]]) -> None:
+    """Of all pairs of a row's samples, by brute force."""
+    single = np.mean([np.mean(own) for own in rights])
+    both = np.mean([np.mean([a and b for a, b in combinations(own, 2)]) for own in rights])
+    found = study.error_correlation(rights)
+    if single in (0, 1):
+        assert math.isnan(found)
+    else:
+        assert found == pytest.approx((both - single**2) / (single - single**2))
+
+
+def test_differences_are_paired() -> None:
+    """Two judges that differ by a tenth on every row: no interval is left of the rows' spread."""
+    rows = np.linspace(0, 1, 50)[None]
+    first = study.Judged({"all": {1: rows + 0.1}}, 1.0, 1.0, {})
+    second = study.Judged({"all": {1: np.repeat(rows, 3, 0)}}, 1.0, 1.0, {})
+    judges = {"a": first, "b": second}
+    pairs: dict[str, tuple[study.Point, study.Point]] = {
+        "a over b": (("a", "all", 1), ("b", "all", 1)),
+        "a over none": (("a", "all", 1), ("c", "all", 1)),
+        "a at 2": (("a", "all", 2), ("b", "all", 1)),
+    }
+    ((name, found),) = study.orderings(judges, pairs).items()
+    assert name == "a over b" and found["seeds"] == pytest.approx([0.1] * 3)
+    assert found["ci95"] == pytest.approx((0.1, 0.1))
+    low, high = study.interval(rows)
+    assert 0.3 < low < 0.5 < high < 0.7

@@ -1,0 +1,277 @@
+"""What the runs of a study come to: verdict lines to accuracies, differences, a table, a figure.
+
+A judge's accuracy is an array over seeds and rows: the chance that a row's verdict is right, ties
+being drawn, a mean over subsets of its samples (bench/filters.py). A difference of two judges or
+two ways to vote is taken row by row and seed by seed; its interval is a bootstrap over both.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.filters import row_curves
+from engine.labels import chance_correct, is_right
+from engine.verdict import Sample, Verdict
+
+PLAIN = ("all", "standardised", "borda")  # what votes count, without a meta model
+GUIDED = ("meta", "weighed", "standardised, weighed", "borda, weighed")
+BOOTSTRAPS = 2000
+Chances = dict[str, dict[int, np.ndarray]]  # way to vote -> votes -> (rows,) float64
+
+
+def read_verdicts(path: Path) -> list[Verdict]:
+    """The verdicts of lines that `engine.sample` has written, with what votes need of samples.
+    Raises ValueError for a row that failed."""
+    found = []
+    with path.open(encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            if "error" in line:
+                raise ValueError(f"{path}: row {line.get('id')}: {line['error']}")
+            samples = [
+                Sample(
+                    tuple(each["order"]), each["text"],
+                    None if each["scores"] is None else tuple(each["scores"]), each["invalid"],
+                    each["meta"], each["tokens"], each["finish"], [], [], [],
+                )
+                for each in line["samples"]
+            ]  # fmt: skip
+            usage = line["usage"]
+            found.append(
+                Verdict(
+                    line["id"], line["key"], line["best"], line["scores"], line["mean_scores"],
+                    line["tie"], line["k"], line["valid"], line["votes"], samples,
+                    usage["prompt_tokens"], usage["tree_tokens"], usage["decode_tokens"],
+                    label=line["label"],
+                )
+            )  # fmt: skip
+    return found
+
+
+def chances(path: Path, threshold: float, meta_scale: float | None) -> Chances:
+    """Of the verdicts of a file; kept beside it, since it takes minutes. meta_scale: None where no
+    meta model has scored the samples."""
+    names = PLAIN if meta_scale is None else PLAIN + GUIDED
+    key = f"{names} {meta_scale} {threshold} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    kept = path.with_suffix(".npz")
+    if kept.exists():
+        with np.load(kept) as file:
+            if str(file["key"]) == key:
+                found: Chances = {name: {} for name in names}
+                for entry in set(file.files) - {"key"}:
+                    name, size = entry.split(" @")
+                    found[name][int(size)] = file[entry]
+                return {name: dict(sorted(sizes.items())) for name, sizes in found.items()}
+    verdicts = read_verdicts(path)
+    rng = np.random.default_rng(0)
+    k = max(verdict.k for verdict in verdicts)
+    curves = [row_curves(each, k, threshold, rng, meta_scale or 1.0, names) for each in verdicts]
+    found = {
+        name: {size: np.array([curve[name][size] for curve in curves]) for size in curves[0][name]}
+        for name in names
+    }
+    arrays: dict[str, Any] = {
+        f"{name} @{size}": values for name, sizes in found.items() for size, values in sizes.items()
+    }
+    np.savez_compressed(kept, key=np.array(key), **arrays)
+    return found
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A judge's accuracy on the same rows, seed by seed: (seeds, rows) arrays, by way and votes;
+    `greedy` is a way of one vote."""
+
+    arrays: Mapping[str, Mapping[int, np.ndarray]]
+    tokens: float  # of a judgement
+    prompt: float  # tokens of a row's prompts, those that are shared counted once
+    facts: Mapping[str, float]
+
+
+def judged(
+    paths: Sequence[tuple[Path, Path]], threshold: float, scales: Sequence[float] | None
+) -> Judged:
+    """From the files of verdicts and of greedy verdicts, a pair for each seed, and the scale of
+    each seed's meta model, if any has scored the judgements."""
+    per_seed = [
+        chances(votes, threshold, None if scales is None else scales[i])
+        for i, (votes, _) in enumerate(paths)
+    ]
+    arrays = {
+        way: {size: np.stack([each[way][size] for each in per_seed]) for size in sizes}
+        for way, sizes in per_seed[0].items()
+    }
+    arrays["greedy"] = {1: np.stack([greedy_of(path, threshold) for _, path in paths])}
+    verdicts = [each for votes, _ in paths for each in read_verdicts(votes)]
+    samples = sum(len(each.samples) for each in verdicts)
+    return Judged(
+        arrays,
+        sum(each.decode_tokens for each in verdicts) / samples,
+        sum(each.tree_tokens for each in verdicts) / len(verdicts),
+        facts_of(verdicts, threshold),
+    )
+
+
+def greedy_of(path: Path, threshold: float) -> np.ndarray:
+    """(rows,): the chance that a single judgement is right, a tie being drawn."""
+    found = []
+    for verdict in read_verdicts(path):
+        (sample,) = verdict.samples
+        assert verdict.label is not None
+        votes = [] if sample.scores is None else [sample.scores]
+        found.append(chance_correct(votes, verdict.label, threshold))
+    return np.array(found)
+
+
+def facts_of(verdicts: Sequence[Verdict], threshold: float) -> dict[str, float]:
+    """Over samples: the shares that are invalid, and strictly right; over rows: the correlation of
+    the samples' errors (0: independent, 1: all err together) and the entropy, in nats, of the first
+    line, which lists the criteria."""
+    rights, entropies, invalid, total = [], [], 0, 0
+    for verdict in verdicts:
+        assert verdict.label is not None
+        own = [is_right(sample.scores, verdict.label, threshold) for sample in verdict.samples]
+        rights.append(own)
+        total += len(own)
+        invalid += sum(sample.scores is None for sample in verdict.samples)
+        lines = Counter(sample.text.split("\n", 1)[0] for sample in verdict.samples)
+        shares = np.array(list(lines.values())) / len(own)
+        entropies.append(float(-(shares * np.log(shares)).sum()))
+    return {
+        "invalid": invalid / total,
+        "right": sum(map(sum, rights)) / total,
+        "error_correlation": error_correlation(rights),
+        "criteria_entropy": float(np.mean(entropies)),
+    }
+
+
+def error_correlation(rights: Sequence[Sequence[bool]]) -> float:
+    """Of two different samples of a row, over rows: the chance that both are right, less that of
+    independent ones, over the variance of one. NaN where none or all are right, or a row has one
+    sample."""
+    counts = [(sum(own), len(own)) for own in rights]
+    if min(k for _, k in counts) < 2:
+        return float("nan")
+    single = np.mean([m / k for m, k in counts])
+    both = np.mean([m * (m - 1) / (k * (k - 1)) for m, k in counts])
+    variance = single * (1 - single)
+    return float((both - single**2) / variance) if variance else float("nan")
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of (seeds, rows) values, by a bootstrap over seeds and rows."""
+    rng = np.random.default_rng(0)
+    seeds, rows = values.shape
+    means = []
+    for _ in range(BOOTSTRAPS):
+        some = values[rng.integers(seeds, size=seeds)].mean(0)
+        means.append(some[rng.integers(rows, size=rows)].mean())
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def entry(values: np.ndarray) -> dict[str, Any]:
+    """The mean of (seeds, rows) values, its interval, and the mean of each seed."""
+    return {
+        "mean": float(values.mean()),
+        "ci95": interval(values),
+        "seeds": [float(each) for each in values.mean(1)],
+    }
+
+
+def results(judges: Mapping[str, Judged]) -> dict[str, Any]:
+    """All accuracies, and what else is known of each judge."""
+    return {
+        name: {
+            "tokens_per_judgement": each.tokens,
+            "prompt_tokens_per_row": each.prompt,
+            **each.facts,
+            "accuracy": {
+                way: {size: entry(values) for size, values in sizes.items()}
+                for way, sizes in each.arrays.items()
+            },
+        }
+        for name, each in judges.items()
+    }
+
+
+Point = tuple[str, str, int]  # a judge, a way to vote, votes
+
+
+def orderings(judges: Mapping[str, Judged], pairs: Mapping[str, tuple[Point, Point]]) -> Any:
+    """By name: the first of two points less the second. A judge of one seed stands beside each seed
+    of another. Pairs of which a judge is not there are left out."""
+
+    def values(point: Point) -> np.ndarray:
+        judge, way, size = point
+        return judges[judge].arrays[way][size]
+
+    return {
+        name: entry(values(first) - values(second))
+        for name, (first, second) in pairs.items()
+        if all(
+            judge in judges and size in judges[judge].arrays.get(way, {})
+            for judge, way, size in (first, second)
+        )
+    }
+
+
+def markdown(found: Mapping[str, Any], differences: Mapping[str, Any]) -> str:
+    """The accuracies, a line for each judge and way to vote, with the interval at the most votes;
+    then the differences."""
+    sizes = sorted({size for each in found.values() for size in each["accuracy"]["all"]})
+    lines = [
+        "| judge | vote | greedy | " + " | ".join(f"@{size}" for size in sizes) + " | 95 % |",
+        "|---" * (len(sizes) + 4) + "|",
+    ]
+    for judge, each in found.items():
+        greedy = each["accuracy"]["greedy"][1]["mean"]
+        for way, entries in each["accuracy"].items():
+            if way == "greedy":
+                continue
+            means = " | ".join(f"{entries[size]['mean']:.3f}" for size in sizes)
+            low, high = entries[sizes[-1]]["ci95"]
+            lines.append(f"| {judge} | {way} | {greedy:.3f} | {means} | {low:.3f} to {high:.3f} |")
+    lines += ["", "| difference | mean | 95 % | seeds |", "|---|---|---|---|"]
+    for name, each in differences.items():
+        low, high = each["ci95"]
+        seeds = ", ".join(f"{mean:+.3f}" for mean in each["seeds"])
+        lines.append(f"| {name} | {each['mean']:+.3f} | {low:+.3f} to {high:+.3f} | {seeds} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: Mapping[str, Any], path: Path) -> None:
+    """Accuracy against the tokens of a row, as PNG: of votes by the sum of scores and, where there
+    is a meta model, of weighed ranks, whose tokens it reads once more."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for judge, each in found.items():
+        for way, style, reads in (("all", "-", 1), ("borda, weighed", "--", 2)):
+            entries = each["accuracy"].get(way)
+            if entries is None:
+                continue
+            per_row, per_vote = each["prompt_tokens_per_row"], each["tokens_per_judgement"]
+            cost = [reads * (per_row + int(size) * per_vote) for size in entries]
+            means = np.array([point["mean"] for point in entries.values()])
+            bounds = np.array([point["ci95"] for point in entries.values()]).T
+            axes.errorbar(
+                cost, means, abs(bounds - means), linestyle=style, marker="o", markersize=3,
+                capsize=2, label=f"{judge}, {'sum' if way == 'all' else 'ranks by meta weights'}",
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens of a row: its prompts, and judgements (twice where a meta model reads)")
+    axes.set_ylabel("accuracy")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
