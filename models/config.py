@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -529,17 +530,39 @@ def _dtype(reader: _Reader) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def hf_config(config: ModelConfig, scalar: bool = False) -> dict[str, Any]:
+def hf_config(
+    config: ModelConfig, scalar: bool = False, base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The contents of a `config.json` that reads back as `config`, here and in transformers; scalar
-    as for `read_config`."""
+    as for `read_config`.
+
+    base: the contents of the one that the decoder was read from, be it of a language model or of a
+    scalar one. All of it stays, in its own spelling, but for the dtype and what a scalar model has
+    other than a language model.
+    """
+    known = SCALAR_ARCHITECTURES if scalar else ARCHITECTURES
+    name = next(k for k, v in known.items() if v == config.architecture)
+    values = _decoder_values(config) if base is None else dict(base)
+    if scalar and values.get("architectures") != [name]:
+        for key in ("num_labels", "problem_type"):  # of a head that is gone
+            values.pop(key, None)
+        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        values["pad_token_id"] = config.pad_token_id
+    values["architectures"] = [name]
+    if config.dtype is not None:
+        spelt = [key for key in ("dtype", "torch_dtype") if key in values] or ["dtype"]
+        values |= dict.fromkeys(spelt, str(config.dtype).removeprefix("torch."))
+    return values
+
+
+def _decoder_values(config: ModelConfig) -> dict[str, Any]:
+    """What a `config.json` has to say of a decoder, but for its dtype."""
     windows = [layer.window for layer in config.attention]
     rope: dict[str, Any] = {"rope_theta": config.rope.theta, "rope_type": "default"}
     if config.rope.scaling is not None:
         rope |= {"rope_type": config.rope.scaling.rope_type, **vars(config.rope.scaling)}
-    known = SCALAR_ARCHITECTURES if scalar else ARCHITECTURES
-    name = next(k for k, v in known.items() if v == config.architecture)
     values: dict[str, Any] = {
-        "architectures": [name],
+        "architectures": None,
         "model_type": config.architecture,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -554,11 +577,6 @@ def hf_config(config: ModelConfig, scalar: bool = False) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         "eos_token_id": sorted(config.eos_token_ids),
     }
-    if scalar:
-        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        values["pad_token_id"] = config.pad_token_id
-    if config.dtype is not None:
-        values["dtype"] = str(config.dtype).removeprefix("torch.")
     if config.architecture != "llama":
         values["layer_types"] = [
             "full_attention" if window is None else "sliding_attention" for window in windows

@@ -137,19 +137,26 @@ def _loaded_as(stored: torch.dtype) -> torch.dtype:
     return torch.float32 if stored == torch.float64 else stored
 
 
-def save_pretrained(model: Transformer | ScalarModel, directory: str | os.PathLike[str]) -> None:
+def save_pretrained(
+    model: Transformer | ScalarModel,
+    directory: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+) -> None:
     """Write `config.json` and one `model.safetensors`, which transformers opens as well.
 
-    Weights keep the dtype of the model, which config.json then names. Each file is written beside
-    its place, synced and renamed, the weights last. Tokenizer and generation settings are the
-    caller's to write.
+    base: the model directory that the decoder was loaded from; what its config.json says is kept,
+    fields included that nothing here reads (see `hf_config`). Without one the file holds what this
+    decoder needs to know. Weights keep the dtype of the model, which config.json then names. Each
+    file is written beside its place, synced and renamed, the weights last. Tokenizer and generation
+    settings are the caller's to write. Raises ValueError as `read_json` does.
     """
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     decoder = decoder_of(model)
     config = replace(decoder.config, dtype=decoder.embed_tokens.weight.dtype)
-    text = json.dumps(hf_config(config, isinstance(model, ScalarModel)), indent=2) + "\n"
+    began_as = None if base is None else read_json(Path(base) / "config.json")
+    text = json.dumps(hf_config(config, isinstance(model, ScalarModel), began_as), indent=2) + "\n"
     tensors = {name: slot.of(parameters).cpu().contiguous() for name, slot in _slots(model)}
     _write(root / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
     _write(root / _SINGLE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))

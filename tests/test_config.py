@@ -1,6 +1,7 @@
 import json
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, Gemma2Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from models.config import ModelConfig, hf_config, parse_json, read_config, read_text
+from models.config import (
+    ARCHITECTURES,
+    SCALAR_ARCHITECTURES,
+    ModelConfig,
+    hf_config,
+    parse_json,
+    read_config,
+    read_text,
+)
 from models.rope import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
 from tests import tiny
 
@@ -345,6 +354,42 @@ def test_written_configs_read_back_equal_here_and_in_transformers(
         "tie_word_embeddings",
     ):
         assert getattr(theirs, key, None) == getattr(original, key, None), key
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [
+        QWEN3,
+        QWEN2 | {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28},
+        LLAMA | {"rope_scaling": SCALING, "attention_bias": False, "head_dim": None},
+        GEMMA2 | {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
+        QWEN3 | {"rope_scaling": YARN, "max_position_embeddings": 64, "torch_dtype": "auto"},
+        {k: v for k, v in QWEN3.items() if k not in ("architectures", "torch_dtype")},
+    ],
+)
+def test_a_config_keeps_what_the_one_that_it_began_as_says(
+    tmp_path: Path, values: dict[str, Any], scalar: bool
+) -> None:
+    """Of a language model with labels of another head, become a scalar one, too."""
+    began_as = values | {
+        "pad_token_id": 3, "bos_token_id": None, "transformers_version": "4.37.0", "num_labels": 3,
+        "problem_type": "single_label_classification", "nested": {"dtype": "int4", "list": [{}]},
+    }  # fmt: skip
+    config = replace(read_config(write(tmp_path, began_as)), dtype=torch.float16)
+    names = SCALAR_ARCHITECTURES if scalar else ARCHITECTURES
+    name = next(name for name, family in names.items() if family == values["model_type"])
+    spelling = "torch_dtype" if "torch_dtype" in values else "dtype"
+    expected = began_as | {"architectures": [name], spelling: "float16"}
+    if scalar:
+        config = replace(config, tied=True, pad_token_id=3)
+        expected |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        expected = {k: v for k, v in expected.items() if k not in ("num_labels", "problem_type")}
+    before = json.dumps(began_as)
+    written = hf_config(config, scalar, began_as)
+    assert written == expected and json.dumps(began_as) == before
+    assert read_config(write(tmp_path, written), scalar) == config
+    assert hf_config(config, scalar, written) == written
 
 
 def test_gemma_defaults_of_transformers_read_back(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from models.transformer import causal_attend
 from models.weights import load_scalar_weights, save_pretrained
 from tests import tiny
 from tests.rows import ROWS, check_rows
+from train.meta_rm import scalar_of
 
 PAD = 0
 LENGTHS = (1, 8, 12, 40)  # within and past the windows of 9 and 11
@@ -72,6 +73,28 @@ def test_logits_equal_transformers_before_and_after_saving(
     assert reloaded.model.config == ours.model.config
     for (name, a), (_, b) in zip(ours.named_parameters(), reloaded.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_what_began_as_a_language_model_opens_as_a_classifier(tmp_path: Path, family: str) -> None:
+    """Under the config of that model, whose labels were those of another head."""
+    tiny.write_model(tmp_path / "a", family)
+    path = tmp_path / "a" / "config.json"
+    labels = {"num_labels": 3, "id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0}}
+    values = json.loads(path.read_text()) | labels
+    path.write_text(json.dumps(values | {"problem_type": "single_label_classification"}))
+    ours, _ = scalar_of(tmp_path / "a")
+    torch.nn.init.normal_(ours.score.weight, generator=torch.Generator().manual_seed(0))
+    save_pretrained(ours, tmp_path / "b", tmp_path / "a")
+    theirs, told = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "b", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(told.values()) and theirs.config.num_labels == 1
+    expected = their_logits(theirs.eval(), sequences())
+    found = torch.tensor([logit(load(tmp_path / "b"), ids) for ids in sequences()])
+    assert (found - expected).abs().max() < 1e-5 < expected.std()
+    for key in ("transformers_version", "bos_token_id", "pad_token_id", "tie_word_embeddings"):
+        assert json.loads((tmp_path / "b" / "config.json").read_text())[key] == values[key]
 
 
 def test_without_a_pad_token_it_is_saved_without_one(tmp_path: Path) -> None:

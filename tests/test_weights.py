@@ -83,6 +83,29 @@ def test_saved_models_open_here_and_in_transformers(
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_what_the_config_of_the_base_says_is_kept(tmp_path: Path, family: str) -> None:
+    """So that transformers can generate with a padded batch, which takes a pad token."""
+    tiny.write_checkpoint(tmp_path / "a", family, dtype=torch.bfloat16)
+    path = tmp_path / "a" / "config.json"
+    values = json.loads(path.read_text()) | {"custom": {"dtype": "int4", "of": [{"a": None}]}}
+    values["torch_dtype"] = values.pop("dtype")
+    path.write_text(json.dumps(values))
+    save_pretrained(load(tmp_path / "a", torch.float32), tmp_path / "b", tmp_path / "a")
+    written = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert list(written.items()) == list((values | {"torch_dtype": "float32"}).items())
+    assert {"pad_token_id", "bos_token_id", "transformers_version", "use_cache"} <= set(written)
+
+    began_as, saved = (AutoModelForCausalLM.from_pretrained(tmp_path / d).float() for d in "ab")
+    ids, mask = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [1] * 4])
+    for model in (began_as, saved):
+        model.eval()
+    logits = [model(ids, attention_mask=mask).logits for model in (began_as, saved)]
+    assert torch.equal(*logits)
+    longer = saved.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert longer.shape == (2, 7)
+
+
 def test_dtypes(tmp_path: Path) -> None:
     single(tmp_path, dtype=torch.bfloat16)
     assert load(tmp_path).embed_tokens.weight.dtype == torch.bfloat16

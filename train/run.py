@@ -287,7 +287,7 @@ class Run(Generic[M]):
             settings |= prompts.settings | self.judge_settings
             if settings or not began_with.exists():
                 replace_text(directory / "judge.json", json.dumps(settings) + "\n")
-            save_pretrained(self._learner.plain, directory)
+            save_pretrained(self._learner.plain, directory, args.model)
         parallel.barrier()
 
 
