@@ -3,61 +3,107 @@
     y = x W^T + b + (alpha / r) (x A^T) B^T       A: (r, K)   B: (N, r)   W: (N, K), frozen
 
 B begins as zeros, so that an adapted model begins as the model itself; with its adapters off it
-stays that for ever. Fused projections (q, k, v; gate, up) share one A. Source: arXiv 2106.09685.
+stays that for ever. Fused projections (q, k, v; gate, up) share one A. Where only some of them are
+adapted, B has the rows of those alone. Source: arXiv 2106.09685.
 
 Adapters are for training: sampling in C++ and writing Hugging Face directories want whole weights
-(`merged_weight`).
+(`merged_weight`). `save_adapter` writes them as the `peft` package does.
 """
 
+import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from models.scalar_head import ScalarModel
 from models.transformer import Linear, Product, Transformer, linear
+from models.weights import fused_rows, replace_file, write_tensors
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class AdaptedLinear(Linear):
     """A frozen linear layer and its adapter, which `enabled` switches."""
 
+    places: Tensor  # (rows of B,) int64: which of the layer's rows have them
+
     def __init__(
-        self, base: Linear, rank: int, scale: float, generator: torch.Generator | None = None
+        self,
+        base: Linear,
+        rank: int,
+        alpha: float,
+        rows: Mapping[str, int],
+        targets: Collection[str] = TARGETS,
+        generator: torch.Generator | None = None,
     ) -> None:
-        """scale: alpha / r. A is drawn as Kaiming's uniform with a = sqrt(5) has it."""
+        """rows: by name, how many rows each of the layer's projections has, in order. targets: the
+        names of those that are adapted, among others. A is drawn as Kaiming's uniform with a =
+        sqrt(5) has it."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
+        self.targets = {name: count for name, count in rows.items() if name in targets}
         weight, bound = base.weight, base.in_features**-0.5
         drawn = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(drawn.to(weight))
-        self.lora_b = nn.Parameter(torch.zeros(len(weight), rank).to(weight))
-        self.scale = scale
+        self.lora_b = nn.Parameter(torch.zeros(sum(self.targets.values()), rank).to(weight))
+        is_adapted = torch.cat([torch.full((count,), name in targets)
+                                for name, count in rows.items()])  # fmt: skip
+        places = is_adapted.nonzero()[:, 0].to(weight.device)
+        self.register_buffer("places", places, persistent=False)
+        self.rank, self.alpha = rank, alpha
         self.enabled = True
+
+    @property
+    def scale(self) -> float:
+        """alpha / r"""
+        return self.alpha / self.rank
+
+    def spread(self, lora_b: Tensor) -> Tensor:
+        """B with a row for each of the layer's: zeros for those that are not adapted."""
+        if len(lora_b) == self.out_features:
+            return lora_b
+        return lora_b.new_zeros(self.out_features, self.rank).index_copy(0, self.places, lora_b)
 
     def forward(self, x: Tensor, product: Product = linear) -> Tensor:
         out = product(x, self.weight, self.bias)
         if not self.enabled:
             return out
         low = product(x, self.lora_a, None)
-        return out + self.scale * product(low, self.lora_b, None)
+        return out + self.scale * product(low, self.spread(self.lora_b), None)
 
 
-def add_adapters(model: Transformer, rank: int, alpha: float, seed: int = 0) -> None:
-    """Freeze a decoder, in place, and give every linear layer of its blocks an adapter.
+def add_adapters(
+    model: Transformer, rank: int, alpha: float, seed: int = 0, targets: Collection[str] = TARGETS
+) -> None:
+    """Freeze a decoder, in place, and give the linear layers of its blocks adapters.
 
-    Raises ValueError for a rank or an alpha that is not positive.
+    targets: the projections that are adapted, some of TARGETS. Raises ValueError for other names or
+    none, and for a rank or an alpha that is not positive.
     """
     if rank < 1 or not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"an adapter of rank {rank} and alpha {alpha}")
+    unknown = [name for name in targets if name not in TARGETS]
+    if unknown or not targets:
+        known = ", ".join(TARGETS)
+        raise ValueError(f"adapters of {', '.join(unknown) or 'nothing'}: known are {known}")
     model.requires_grad_(False)
+    fused = fused_rows(model.config)
     generator = torch.Generator().manual_seed(seed)
     for layer in model.layers:
         for parent in layer.modules():
             for name, child in list(parent.named_children()):
-                if type(child) is Linear:
-                    setattr(parent, name, AdaptedLinear(child, rank, alpha / rank, generator))
+                if type(child) is not Linear:
+                    continue
+                rows = fused.get(name, {name: child.out_features})
+                if not rows.keys().isdisjoint(targets):
+                    adapted = AdaptedLinear(child, rank, alpha, rows, targets, generator)
+                    setattr(parent, name, adapted)
 
 
 @contextmanager
@@ -74,6 +120,58 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """The weight (N, K) of one layer that does the same, in the dtype of `weight`, rounded once."""
+    """The weight (N, K) of one layer that does the same, in the dtype of `weight`, rounded once.
+    lora_b: (N, r)."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(wide) + scale * (lora_b.to(wide) @ lora_a.to(wide))).to(weight.dtype)
+
+
+def save_adapter(
+    model: Transformer | ScalarModel,
+    parameters: Mapping[str, Tensor],
+    directory: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    dtype: torch.dtype,
+) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, which `peft` loads.
+
+    model: an adapted one; of a scalar model the score goes with its adapters. parameters: those of
+    the model that learn, by its names for them, whole, as they are not in a model that is divided
+    among ranks. base: the model directory that they belong to, as adapter_config.json is to name
+    it. dtype: of what is written. The shared A of fused projections is written for each of them.
+    """
+    scalar = isinstance(model, ScalarModel)
+    prefix = "base_model.model." if scalar else "base_model.model.model."
+    adapted = {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    assert adapted, "a model without adapters"
+    tensors: dict[str, Tensor] = {}
+    targets: set[str] = set()
+    for name, layer in adapted.items():
+        low, high = parameters[f"{name}.lora_a"], parameters[f"{name}.lora_b"]
+        for target, own in zip(layer.targets, high.split([*layer.targets.values()]), strict=True):
+            place = f"{prefix}{name.rpartition('.')[0]}.{target}"
+            tensors |= {f"{place}.lora_A.weight": low, f"{place}.lora_B.weight": own}
+            targets.add(target)
+    if scalar:
+        tensors["base_model.model.score.weight"] = parameters["score.weight"]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
+        "base_model_name_or_path": os.fspath(base),
+        "r": layer.rank,
+        "lora_alpha": layer.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": [name for name in TARGETS if name in targets],
+        "modules_to_save": ["score"] if scalar else None,
+        "inference_mode": True,
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    shapes = {name: (dtype, tensor.shape) for name, tensor in tensors.items()}
+    root = Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    replace_file(root / "adapter_config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(
+        root / "adapter_model.safetensors",
+        lambda path: write_tensors(path, shapes, tensors.__getitem__),
+    )

@@ -11,17 +11,18 @@ not in a scalar model, whose only head is `score.weight`.
 It does not read pickles, quantised or integer tensors.
 """
 
+import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from models.config import ModelConfig, hf_config, parse_json, read_json
@@ -38,6 +39,7 @@ _STORED_DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _STORED_DTYPES.items()}
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SCORE = "score.weight"
@@ -137,32 +139,84 @@ def _loaded_as(stored: torch.dtype) -> torch.dtype:
     return torch.float32 if stored == torch.float64 else stored
 
 
+def stored_dtype(directory: str | os.PathLike[str]) -> torch.dtype:
+    """The dtype of a checkpoint's embedding, float32 for float64. Raises ValueError for a directory
+    whose files cannot be read as `load_weights` reads them."""
+    return _loaded_as(_stored_tensors(Path(directory))[_EMBEDDING].dtype)
+
+
 def save_pretrained(
     model: Transformer | ScalarModel,
     directory: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write `config.json` and one `model.safetensors`, which transformers opens as well.
 
     base: the model directory that the decoder was loaded from; what its config.json says is kept,
     fields included that nothing here reads (see `hf_config`). Without one the file holds what this
-    decoder needs to know. Weights keep the dtype of the model, which config.json then names. Each
-    file is written beside its place, synced and renamed, the weights last. Tokenizer and generation
-    settings are the caller's to write. Raises ValueError as `read_json` does.
+    decoder needs to know. dtype: of the written weights, which config.json names; None: the
+    model's. Each file is written beside its place, synced and renamed, the weights last. Tokenizer
+    and generation settings are the caller's to write. Raises ValueError as `read_json` does.
     """
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     decoder = decoder_of(model)
-    config = replace(decoder.config, dtype=decoder.embed_tokens.weight.dtype)
+    kind = dtype or decoder.embed_tokens.weight.dtype
+    config = replace(decoder.config, dtype=kind)
     began_as = None if base is None else read_json(Path(base) / "config.json")
     text = json.dumps(hf_config(config, isinstance(model, ScalarModel), began_as), indent=2) + "\n"
-    tensors = {name: slot.of(parameters).cpu().contiguous() for name, slot in _slots(model)}
-    _write(root / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-    _write(root / _SINGLE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    slots = dict(_slots(model))
+    shapes = {name: (kind, slot.shape) for name, slot in slots.items()}
+    replace_file(root / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(
+        root / _SINGLE,
+        lambda path: write_tensors(path, shapes, lambda name: slots[name].of(parameters)),
+    )
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_tensors(
+    path: Path,
+    shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensor_of: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """Write a safetensors file, one tensor after another, and return its SHA-256 in hex.
+
+    shapes: the dtype and the shape that each tensor has in the file, by name. tensor_of: gives one
+    of them, of any dtype and on any device, when its turn has come. So there is never a copy of
+    more than one. metadata: of the file, for its readers.
+    """
+    # The widest come first: then each begins at a multiple of its width.
+    names = sorted(shapes, key=lambda name: -shapes[name][0].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in names:
+        dtype, shape = shapes[name]
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {
+            "dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def put(data: Any) -> None:
+            file.write(data)
+            digest.update(data)
+
+        put(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            dtype, shape = shapes[name]
+            tensor = tensor_of(name).detach()
+            assert tensor.shape == torch.Size(shape), name
+            put(tensor.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Replace a file by what `write` puts into a temporary one, durably or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -179,23 +233,30 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def fused_rows(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """Of each fused projection the ones that checkpoints store by themselves, in order, with the
+    number of their rows."""
+    return {
+        "qkv_proj": {
+            "q_proj": config.num_heads * config.head_dim,
+            "k_proj": config.num_kv_heads * config.head_dim,
+            "v_proj": config.num_kv_heads * config.v_head_dim,
+        },
+        "gate_up_proj": {
+            "gate_proj": config.intermediate_size,
+            "up_proj": config.intermediate_size,
+        },
+    }
+
+
 def _slots(model: Transformer | ScalarModel) -> Iterator[tuple[str, _Slot]]:
     """Every Hugging Face tensor name of a model with its place in the fused parameters."""
-    config = decoder_of(model).config
-    q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    v = config.num_kv_heads * config.v_head_dim
-    fused = {
-        "qkv_proj": (("q_proj", q), ("k_proj", k), ("v_proj", v)),
-        "gate_up_proj": (
-            ("gate_proj", config.intermediate_size),
-            ("up_proj", config.intermediate_size),
-        ),
-    }
+    fused = fused_rows(decoder_of(model).config)
     for name, parameter in model.named_parameters():
         prefix = "" if name == _HEAD or isinstance(model, ScalarModel) else "model."
         module = name.split(".")[-2]
         start = 0
-        for part, rows in fused.get(module, ((module, len(parameter)),)):
+        for part, rows in fused.get(module, {module: len(parameter)}).items():
             shape = (rows, *parameter.shape[1:])
             yield prefix + name.replace(module, part), _Slot(name, start, shape)
             start += rows

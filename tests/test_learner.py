@@ -4,19 +4,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models import load
+from models.config import DTYPES, read_config
+from models.scalar_head import decoder_of
 from models.transformer import Transformer
+from models.weights import stored_dtype
 from tests.tiny import FAMILIES, write_model
 from train.learner import Learner, LearnerArgs
+from train.meta_rm import scalar_of
 from train.packing import pack
 from train.sft import loss_of
 from train.trajectories import Trajectory
 
+WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH = [Trajectory([(5, 6, 7)], list(range(10, 60))), Trajectory([(5, 6, 7)], [8, 9, 2])]
 
@@ -84,6 +91,58 @@ def test_the_plain_copy_is_the_adapted_model(tmp_path: Path, dtype: str) -> None
     untouched = loss_of(load(tmp_path, dtype=dtype)[0], pack(BATCH)).item()
     apart = abs(losses[0] - losses[1])
     assert apart < (1e-5 if dtype == "float32" else 2e-2) < abs(losses[0] - untouched)
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("trained", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
+def test_under_adapters_the_dtype_of_the_base_is_written(
+    tmp_path: Path, stored: torch.dtype, trained: str, scalar: bool
+) -> None:
+    """The merged model is the plain one, rounded once; the adapters say what they say in training.
+    What none of them adapts is as the base has it, to the bit."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    write_model(base, dtype=stored, max_shard_size="1GB")
+    args = LearnerArgs(lora_rank=2, lora_targets=("v_proj",), dtype=trained, warmup=0)  # type: ignore[arg-type]
+    learner: Learner[Any]
+    if scalar:
+        learner = Learner(scalar_of(base, trained)[0], args)
+    else:
+        learner = Learner(load(base, dtype=trained)[0], args)
+    learning = [p for p in learner.model.parameters() if p.requires_grad]
+    torch.stack([parameter.float().sum() for parameter in learning]).sum().backward()
+    learner.update(0, 1.0)
+    learner.save(out, base)
+    kept = torch.float32 if stored == torch.float64 else stored
+    config = read_config(out, scalar)
+    merged, adapter = load_file(out / WEIGHTS), load_file(out / "adapter" / ADAPTER)
+    assert config.dtype == kept == stored_dtype(out) == stored_dtype(base)
+    assert {tensor.dtype for tensor in (*merged.values(), *adapter.values())} == {kept}
+    plain = dict(decoder_of(learner.plain).named_parameters())
+    v_rows = -config.num_kv_heads * config.v_head_dim
+    for i in range(config.num_layers):
+        value = plain[f"layers.{i}.self_attn.qkv_proj.weight"][v_rows:]
+        assert merged[f"model.layers.{i}.self_attn.v_proj.weight"].equal(value.to(kept))
+    for name, tensor in load_file(base / WEIGHTS).items():
+        if name != "lm_head.weight" or not scalar:
+            rounded = tensor.to(DTYPES[trained]).to(kept)
+            assert merged[name].equal(rounded) == ("v_proj" not in name), name
+    for name, parameter in learner.model.named_parameters():
+        if name.endswith("lora_a"):
+            layer = name.removeprefix("model.").removesuffix("qkv_proj.lora_a")
+            found = adapter[f"base_model.model.model.{layer}v_proj.lora_A.weight"]
+            assert found.equal(parameter.to(kept))
+    assert ("base_model.model.score.weight" in adapter) == ("score.weight" in merged) == scalar
+
+
+def test_without_adapters_the_dtype_of_training_is_written(tmp_path: Path) -> None:
+    model = model_of(tmp_path / "base")
+    write_model(tmp_path / "base", dtype=torch.bfloat16)
+    Learner(model, LearnerArgs()).save(tmp_path / "out", tmp_path / "base")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / WEIGHTS).values()} == {
+        torch.float32
+    }
+    assert not (tmp_path / "out" / "adapter").exists()
 
 
 def test_bfloat16_weights_follow_float32_ones(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from train.run import RunArgs
 ROOT = Path(__file__).parent.parent
 POCKET = ROOT / "models" / "pocket"
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("resume")]
-WEIGHTS = "model.safetensors"
+WEIGHTS, ADAPTER = "model.safetensors", "adapter/adapter_model.safetensors"
 LONGEST = 220  # tokens of most judgements of the world
 
 # Of rows and micro-batches there are so many that one rank has fewer than the other.
@@ -44,7 +44,8 @@ RUNS: dict[str, RunArgs] = {
     ),
     "adapters": args_of(grpo.Args,
         out=Path("adapters"), steps=3, rows=3, group=2, micro_rows=1, lora_rank=4, recompute=True,
-        lr=1e-4, warmup=1, save_every=1, max_new_tokens=LONGEST,
+        lora_targets=("q_proj", "v_proj", "up_proj"), lr=1e-4, warmup=1, save_every=1,
+        max_new_tokens=LONGEST,
     ),
 }  # fmt: skip
 TRAIN: dict[str, Any] = {"sft": sft.train, "grpo": grpo.train, "meta_rm": meta_rm.train}
@@ -63,8 +64,10 @@ def options(args: RunArgs) -> list[str]:
     """A run's settings as its command line has them."""
     given = {name.replace("_", "-"): value for name, value in flat(args).items()}
     words = [f"--{name}={value}" for name, value in given.items()
-             if value is not None and not isinstance(value, bool)]  # fmt: skip
-    return words + [f"--{name}" for name, value in given.items() if value is True]
+             if value is not None and not isinstance(value, bool | tuple)]  # fmt: skip
+    words += [f"--{name}" for name, value in given.items() if value is True]
+    several = {name: value for name, value in given.items() if isinstance(value, tuple)}
+    return words + [word for name, value in several.items() for word in (f"--{name}", *value)]
 
 
 def outcome(out: Path) -> dict[str, bytes]:
@@ -106,6 +109,8 @@ def test_what_a_run_leaves_behind(whole: dict[str, Path]) -> None:
                  if key in first and not value.equal(first[key])}  # fmt: skip
         assert "layers.0.self_attn.q_proj.weight" in moved
         assert ("embed_tokens.weight" in moved) == (name != "adapters")
+        assert ("layers.0.mlp.gate_proj.weight" in moved) == (name != "adapters")
+        assert (out / ADAPTER).exists() == (name == "adapters")
         assert set(os.listdir(out)) >= {"config.json", "tokenizer.json", "judge_template.jinja"}
 
 
@@ -193,10 +198,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_are_one_process(name: str, whole: dict[str, Path], ranks: Path) -> None:
-    ours, theirs = (load_file(root / WEIGHTS) for root in (ranks / name, whole[name]))
-    assert ours.keys() == theirs.keys()
-    for key, value in ours.items():
-        assert (value - theirs[key]).abs().max() < 1e-6
+    for file in (WEIGHTS, *([ADAPTER] if name == "adapters" else [])):
+        ours, theirs = (load_file(root / file) for root in (ranks / name, whole[name]))
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert (value - theirs[key]).abs().max() < 1e-6
     for mine, other in zip(metrics_of(ranks / name), metrics_of(whole[name]), strict=True):
         assert mine.keys() == other.keys()
         for key, figure in mine.items():

@@ -1,12 +1,18 @@
+import hashlib
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -14,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import models
 from models.config import read_config
 from models.transformer import Transformer
-from models.weights import load_weights, save_pretrained
+from models.weights import load_weights, save_pretrained, write_tensors
 from tests import tiny
 
 INDEX = "model.safetensors.index.json"
@@ -130,11 +136,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     file = single(tmp_path)
     model, before = load(tmp_path), file.read_bytes()
 
-    def full_disk(tensors: object, path: Path, metadata: object) -> None:
+    def full_disk(path: Path, *_: object) -> None:
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("models.weights.save_file", full_disk)
+    monkeypatch.setattr("models.weights.write_tensors", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_pretrained(model, tmp_path)
     assert file.read_bytes() == before
@@ -426,3 +432,44 @@ def test_a_vocabulary_smaller_than_the_tokenizer(tmp_path: Path) -> None:
         models.load(tmp_path / "small")
     tiny.write_model(tmp_path / "large", vocab_size=273)
     models.load(tmp_path / "large", device="cpu")
+
+
+SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+KINDS = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+
+
+@given(st.dictionaries(st.text(min_size=1).filter("__metadata__".__ne__), st.tuples(KINDS, SHAPES)))
+def test_files_of_tensors_are_read_by_safetensors(
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+) -> None:
+    """Transposed ones and those of another dtype too, with the hash of what was written."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(shape[::-1], generator=generator).mT if len(shape) == 2
+        else torch.randn(shape, generator=generator)
+        for name, (_, shape) in shapes.items()
+    }  # fmt: skip
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        digest = write_tensors(path, shapes, tensors.__getitem__, {"a": "ä"})
+        found = load_file(path)
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt", "a": "ä"}
+        assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert found.keys() == tensors.keys()
+    for name, (dtype, _) in shapes.items():
+        assert found[name].dtype == dtype and found[name].equal(tensors[name].to(dtype))
+
+
+def test_a_file_of_tensors_takes_one_of_them_at_a_time(tmp_path: Path) -> None:
+    handed: list[weakref.ref[Tensor]] = []
+
+    def fresh(name: str) -> Tensor:
+        assert not any(each() is not None for each in handed[:-1])
+        tensor = torch.full((4, 3), float(name))
+        handed.append(weakref.ref(tensor))
+        return tensor
+
+    write_tensors(tmp_path / "file", {str(i): (torch.float16, (4, 3)) for i in range(5)}, fresh)
+    assert len(handed) == 5
+    assert load_file(tmp_path / "file")["3"].equal(torch.full((4, 3), 3.0).half())

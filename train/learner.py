@@ -9,13 +9,15 @@ else `plain` is a copy, which `refresh` brings up to date.
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 import torch
 
-from models.lora import AdaptedLinear, add_adapters, merged_weight
+from models.lora import TARGETS, AdaptedLinear, add_adapters, merged_weight, save_adapter
 from models.scalar_head import ScalarModel, decoder_of
 from models.transformer import Transformer
+from models.weights import save_pretrained, stored_dtype
 from train import parallel
 from train.optimizer import Optimizer, cosine_lr
 from train.settings import check_at_least, check_positive
@@ -35,6 +37,7 @@ class LearnerArgs:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights; optimizer state is float32
     lora_rank: int = 0  # of adapters on the linear layers, the base frozen; 0: all weights learn
     lora_alpha: float = 16.0  # adapters are scaled by this over their rank
+    lora_targets: tuple[str, ...] = TARGETS  # the projections that have adapters
     recompute: bool = False  # activations, layer by layer in the backward: less memory, more time
     seed: int = 0  # of all draws
 
@@ -45,7 +48,12 @@ class LearnerArgs:
 
 
 class Learner(Generic[M]):
-    """A model under training and its optimizer."""
+    """A model under training and its optimizer.
+
+    Without adapters training in float32 takes the memory of the weights four times: themselves,
+    gradients and two moments. With adapters it takes it twice, for the frozen base that gradients
+    go through and the whole merged copy that samples, and what learns is small beside them.
+    """
 
     def __init__(self, model: M, args: LearnerArgs) -> None:
         """model: whole, in the dtype of the settings; it becomes `plain`. Its parameters that
@@ -58,7 +66,7 @@ class Learner(Generic[M]):
             self.plain.requires_grad_(False)
         decoder = decoder_of(self.model)
         if args.lora_rank:
-            add_adapters(decoder, args.lora_rank, args.lora_alpha, args.seed)
+            add_adapters(decoder, args.lora_rank, args.lora_alpha, args.seed, args.lora_targets)
         decoder.recompute = args.recompute
         parallel.shard(self.model)
         self.optimizer = Optimizer(self.model, args.weight_decay)
@@ -99,6 +107,27 @@ class Learner(Generic[M]):
             source = parallel.whole(getattr(module, leaf))
             if is_adapted:
                 low, high = parallel.whole(module.lora_a), parallel.whole(module.lora_b)
-                source = merged_weight(source, low, high, module.scale)
+                source = merged_weight(source, low, module.spread(high), module.scale)
             target.copy_(source)
         self._is_stale = False
+
+    def save(self, directory: Path, base: Path) -> None:
+        """Write `plain`, brought up to date, with the config of `base`, the model directory that it
+        was loaded from; all ranks together, of which the first writes.
+
+        With adapters the weights are written in the dtype in which those of `base` are stored, not
+        the one of training, and the adapters beside them, as `peft` reads them, in `adapter`. What
+        bfloat16 rounds away of a merged weight, the adapters still have.
+        """
+        self.refresh()
+        dtype = None
+        if self.args.lora_rank:
+            dtype = stored_dtype(base)
+            learnt = {
+                name: parallel.whole(parameter.detach())
+                for name, parameter in self.model.named_parameters() if parameter.requires_grad
+            }  # fmt: skip
+            if parallel.is_first():
+                save_adapter(self.model, learnt, directory / "adapter", base, dtype)
+        if parallel.is_first():
+            save_pretrained(self.plain, directory, base, dtype)

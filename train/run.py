@@ -6,6 +6,7 @@
     OUT/checkpoints/     the last few, see train/checkpoint.py
     OUT/best/            the best model of all evaluations so far, and OUT/best.json which that was
     OUT/*                the finished model, a Hugging Face directory
+    OUT/adapter/         with --lora-rank: its adapters, as peft loads them
 
 A run continues from the newest whole checkpoint and ends as if it had never stopped: same
 parameters, same metrics. With other settings, model or data it is refused; but one that is finished
@@ -35,7 +36,6 @@ from engine import command
 from engine.options import PromptOptions
 from engine.stopping import Stopped, Stopping
 from models.config import read_json
-from models.weights import save_pretrained
 from train import checkpoint, parallel
 from train.directory import RunDirectory, replace_text
 from train.learner import Learner, LearnerArgs, M
@@ -267,7 +267,6 @@ class Run(Generic[M]):
             print(json.dumps(steps | {"best": self._best} | summary | seconds), file=sys.stderr)
 
     def _write_model(self, directory: Path) -> None:
-        self._learner.refresh()
         if parallel.is_first():
             directory.mkdir(exist_ok=True)
             args, prompts = self._args, self._args.prompts
@@ -287,7 +286,7 @@ class Run(Generic[M]):
             settings |= prompts.settings | self.judge_settings
             if settings or not began_with.exists():
                 replace_text(directory / "judge.json", json.dumps(settings) + "\n")
-            save_pretrained(self._learner.plain, directory, args.model)
+        self._learner.save(directory, self._args.model)
         parallel.barrier()
 
 

@@ -38,6 +38,7 @@ def settings_of(args: Mapping[str, Any], model: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, value in args.items():
         if name not in _PLACES:
+            value = list(value) if isinstance(value, tuple) else value  # as JSON reads it back
             settings[name] = _digest(value) if isinstance(value, Path) else value
     for path in sorted(model.iterdir()):
         if path.name in MODEL_FILES or ".safetensors" in path.suffixes:
