@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -29,6 +29,7 @@ _UTF8_BOM = b"\xef\xbb\xbf"
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 _CHUNK_BYTES = 1 << 16
 _ARRAY_BYTES = 1 << 30  # an array is held whole
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -206,34 +207,40 @@ def read_rows(
 ) -> Iterator[Row | BadRow]:
     """Read rows one at a time, as the consumer asks for them.
 
-    Of lines: a byte-order mark at the start, CRLF and blank lines are accepted, and so is a last
-    line without its newline if it is whole. A line of more than `max_row_bytes` bytes is read past
-    in pieces and never held. An id that an earlier entry has, whether given or the content's hash,
-    makes a BadRow. Warns once of columns and keys that no template shows.
+    Lines and arrays are read as `parse_lines` does. An id that an earlier entry has, whether given
+    or the content's hash, makes a BadRow. Warns once of columns and keys that no template shows.
     """
     first_lines: dict[bytes, int] = {}  # digest of an id -> the line that has it
     warned = False
     convert = None if columns is None else columns.row
-    for entry in _entries(stream, max_row_bytes, partial(parse_row, convert=convert)):
+    for line, entry in parse_lines(stream, partial(parse_row, convert=convert), max_row_bytes):
+        if isinstance(entry, Row):
+            entry = replace(entry, line=line)
         if entry.id is not None:
-            assert entry.line is not None
-            first = first_lines.setdefault(_id_digest(entry.id), entry.line)
-            if first != entry.line and isinstance(entry, Row):
+            first = first_lines.setdefault(_id_digest(entry.id), line)
+            if first != line and isinstance(entry, Row):
                 error = f"the id {quote(entry.id)} is that of line {first}"
-                entry = BadRow(entry.id, entry.line, error, entry.digest)
+                entry = BadRow(entry.id, line, error, entry.digest)
         if isinstance(entry, Row) and entry.unread and not warned:
             warned = True
             warnings.warn(
-                f"line {entry.line}: the judge does not see {', '.join(entry.unread)}",
+                f"line {line}: the judge does not see {', '.join(entry.unread)}",
                 UserWarning,
                 stacklevel=2,
             )
         yield entry
 
 
-def _entries(
-    stream: BinaryIO | Pipe, max_row_bytes: int, parse: Callable[[bytes], Row]
-) -> Iterator[Row | BadRow]:
+def parse_lines(
+    stream: BinaryIO | Pipe, parse: Callable[[bytes], T], max_row_bytes: int = MAX_ROW_BYTES
+) -> Iterator[tuple[int, T | BadRow]]:
+    """What `parse` makes of each line of a file, or of each element of its array, and its number
+    from 1; a BadRow for what `parse` refuses with a RowError.
+
+    Of lines: a byte-order mark at the start, CRLF and blank lines are accepted, and so is a last
+    line without its newline if it is whole. A line of more than `max_row_bytes` bytes is read past
+    in pieces and never held.
+    """
     number = 0
     # Room for a byte-order mark and \r\n: what comes without a line end is then over the limit.
     while line := stream.readline(max_row_bytes + 5):
@@ -246,39 +253,39 @@ def _entries(
         torn = not line.endswith(b"\n")
         content = line.removesuffix(b"\n").removesuffix(b"\r")
         if len(content) > max_row_bytes:
-            yield _read_past(stream, line, number, max_row_bytes)
+            yield number, _read_past(stream, line, number, max_row_bytes)
         elif content.strip():
             entry = _entry(content, number, parse)
             if torn and isinstance(entry, BadRow):
                 end = " (the last line, without its newline)"
                 entry = replace(entry, error=entry.error + end)
-            yield entry
+            yield number, entry
 
 
-def _entry(content: bytes, number: int, parse: Callable[[bytes], Row]) -> Row | BadRow:
+def _entry(content: bytes, number: int, parse: Callable[[bytes], T]) -> T | BadRow:
     try:
-        return replace(parse(content), line=number)
+        return parse(content)
     except RowError as refusal:
         return BadRow(refusal.id, number, str(refusal), hashlib.sha256(content).hexdigest())
 
 
 def _array(
-    content: bytes, max_row_bytes: int, parse: Callable[[bytes], Row]
-) -> Iterator[Row | BadRow]:
+    content: bytes, max_row_bytes: int, parse: Callable[[bytes], T]
+) -> Iterator[tuple[int, T | BadRow]]:
     """The elements of a JSON array, counted from 1 as lines are."""
     try:
         elements = msgspec.json.decode(content, type=list[msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         digest = hashlib.sha256(content).hexdigest()
-        yield BadRow(None, 1, f"not a JSON array: {error}", digest)
+        yield 1, BadRow(None, 1, f"not a JSON array: {error}", digest)
         return
     for number, element in enumerate(elements, 1):
         row = bytes(element)
         if len(row) > max_row_bytes:
             reason = f"the row has {len(row)} bytes, more than max_row_bytes = {max_row_bytes}"
-            yield BadRow(None, number, reason, hashlib.sha256(row).hexdigest())
+            yield number, BadRow(None, number, reason, hashlib.sha256(row).hexdigest())
         else:
-            yield _entry(row, number, parse)
+            yield number, _entry(row, number, parse)
 
 
 def _read_past(stream: BinaryIO | Pipe, start: bytes, number: int, max_row_bytes: int) -> BadRow:

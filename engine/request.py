@@ -142,7 +142,7 @@ def make_row(
             for message in prompt
         ]
     fields = {"prompt": turns, "responses": responses, "id": id, "label": label}
-    return _build(fields | {"reference": reference, "principles": principles, "meta": meta})
+    return build_row(fields | {"reference": reference, "principles": principles, "meta": meta})
 
 
 def parse_row(
@@ -150,6 +150,16 @@ def parse_row(
 ) -> Row:
     """Read one line of UTF-8 JSON, of other columns that `convert` makes fields of; raises RowError
     naming what is wrong with it."""
+    fields = parse_fields(line)
+    try:
+        return build_row(fields if convert is None else convert(fields))
+    except RowError as error:
+        error.id = _readable_id(fields.get("id"))
+        raise
+
+
+def parse_fields(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line of UTF-8; raises RowError naming what is wrong with it."""
     try:
         fields = json.loads(
             line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
@@ -164,14 +174,11 @@ def parse_row(
         raise RowError(f"not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise RowError(f"a row is a JSON object, not {quote(fields)}")
-    try:
-        return _build(fields if convert is None else convert(fields))
-    except RowError as error:
-        error.id = _readable_id(fields.get("id"))
-        raise
+    return fields
 
 
-def _build(fields: Mapping[str, Any]) -> Row:
+def build_row(fields: Mapping[str, Any]) -> Row:
+    """The row of an object as a line holds it; raises RowError naming what is wrong with it."""
     _check_json(fields, "row", 1)
     sides = [fields[name] for name in ("chosen", "rejected") if name in fields]
     pair = any(side is not None for side in sides) or (sides != [] and "responses" not in fields)
