@@ -286,6 +286,22 @@ class PromptBuilder:
         """The row's nonce, where rows have one; see `draw_nonce`."""
         return draw_nonce(row, seed) if self.uses_nonce else None
 
+    def write_chat(
+        self, turns: Sequence[tuple[str, str]], generation: bool, long: LongText | None = None
+    ) -> str:
+        """The text that the chat template makes of turns (role and content), with `generation` up
+        to where the model is to write the next. Contents stand in it as they are, so it is no text
+        for `encode_template`. Raises ValueError where the template fails."""
+        variables = {
+            **self.tokenizer.special_tokens,
+            **self.chat_template_kwargs,
+            "messages": [{"role": role, "content": content} for role, content in turns],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": generation,
+        }
+        return self._chat.render(variables, long=long)
+
     def _make_layout(self, shape: _Shape) -> _Layout:
         fields = shape.fields()
         written = self._write(shape, _Sentinels(secrets.token_hex(4)))
@@ -314,20 +330,11 @@ class PromptBuilder:
             prefill = turns.pop()[1]
         if not turns:
             raise ValueError("the judge template has no turn before the assistant's")
-        variables = {
-            **self.tokenizer.special_tokens,
-            **self.chat_template_kwargs,
-            "messages": [{"role": role, "content": content} for role, content in turns],
-            "tools": None,
-            "documents": None,
-        }
-        text = self._chat.render(variables | {"add_generation_prompt": True}, long=sentinels.long)
+        text = self.write_chat(turns, True, sentinels.long)
         begin = open_thinking(text)
         if begin is not None:
             begun = text[: begin + len("<think>")]
-            shorter = self._chat.render(
-                variables | {"add_generation_prompt": False}, long=sentinels.long
-            )
+            shorter = self.write_chat(turns, False, sentinels.long)
             if shorter.startswith(begun):
                 begin = None  # a turn says it, not what comes after the turns
         continuation = sentinels.split(("" if begin is None else text[begin:]) + prefill)

@@ -108,6 +108,7 @@ class Tokenizer:
                 control = index in self.control_ids
                 self.token_bytes[index] = _content_bytes(content, byte_level, control)
         self._template = template
+        self._added = _only_added(template)
         whitespace = [
             token
             for token in data.get("added_tokens") or []
@@ -133,6 +134,15 @@ class Tokenizer:
         if not self.control_ids.isdisjoint(ids):
             raise ValueError(f"text yields control ids {sorted(self.control_ids & set(ids))}")
         return ids
+
+    def control_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """Of each control token that `encode_template` finds in the text: its id, and where in the
+        text it begins and ends."""
+        _require_unicode(text)
+        with _library("the tokenizer fails on this text"):
+            found = self._added.encode(text, add_special_tokens=False)
+        spans = zip(map(self._template.token_to_id, found.tokens), found.offsets, strict=True)
+        return [(index, *span) for index, span in spans if index in self.control_ids]
 
     def _encode(self, tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
         _require_unicode(text)
@@ -265,6 +275,16 @@ def _chat_template(config_path: Path, config: dict[str, Any]) -> str | None:
     if template is not None and not isinstance(template, str):
         raise ValueError(f"{config_path}: chat_template must be text, got {template!r}")
     return template
+
+
+def _only_added(built: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """One that finds the same added tokens, and takes all text between two for one unknown word."""
+    unknown = secrets.token_hex(16)
+    finder = tokenizers.Tokenizer(tokenizers.models.WordLevel({unknown: 0}, unk_token=unknown))
+    if built.normalizer is not None:
+        finder.normalizer = built.normalizer
+    finder.add_tokens(list(built.get_added_tokens_decoder().values()))
+    return finder
 
 
 def _steps(step: Any) -> list[dict[str, Any]]:

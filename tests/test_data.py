@@ -1,5 +1,6 @@
 """Batches of trajectories: addressed by number, from the world and from files."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -101,12 +102,12 @@ def test_file_trajectories_follow_the_line(builder: PromptBuilder, tmp_path: Pat
         1, order=[1, 0], hint="look", reference="ref", principles="calm 5", id="x", label=0,
         meta={"any": "thing"},
     )  # fmt: skip
-    (shown,) = file_batches(builder, END, write_lines(tmp_path / "a", full), 1, 0, 4096)(0)
+    (shown,) = file_batches(builder, {END}, write_lines(tmp_path / "a", full), 1, 0, 4096)(0)
     row = make_row("p1", ["a", "b"], reference="ref", principles="calm 5")
     assert flat(shown) == builder.render(row, [1, 0], "look")
     assert shown.completion == [*builder.tokenizer.encode_text("Scores: \\boxed{1, 1}"), END]
     pair = {"prompt": "p", "chosen": "c", "rejected": "r", "judgement": "<|im_end|>"}
-    (shown,) = file_batches(builder, END, write_lines(tmp_path / "b", pair), 1, 0, 4096)(0)
+    (shown,) = file_batches(builder, {END}, write_lines(tmp_path / "b", pair), 1, 0, 4096)(0)
     assert flat(shown) == builder.render(make_row("p", ["c", "r"]), [0, 1])
     assert shown.completion.count(END) == 1  # the text of a control token is only text
 
@@ -116,14 +117,14 @@ def test_every_epoch_holds_each_line_once_in_a_new_order(
 ) -> None:
     lines = [line(number) for number in range(7)]
     path = write_lines(tmp_path / "a", *lines)
-    batch = file_batches(builder, END, path, 3, seed=5, longest=4096)
+    batch = file_batches(builder, {END}, path, 3, seed=5, longest=4096)
     stream = [t for number in range(14) for t in batch(number)]  # 42 trajectories, 6 epochs
-    alone = file_batches(builder, END, path, 7, seed=5, longest=4096)(0)
+    alone = file_batches(builder, {END}, path, 7, seed=5, longest=4096)(0)
     epochs = [[alone.index(t) for t in stream[7 * e : 7 * e + 7]] for e in range(6)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert file_batches(builder, END, path, 3, seed=5, longest=4096)(9) == batch(9)
-    assert [file_batches(builder, END, path, 3, seed=6, longest=4096)(n) for n in range(3)] != [
+    assert file_batches(builder, {END}, path, 3, seed=5, longest=4096)(9) == batch(9)
+    assert [file_batches(builder, {END}, path, 3, seed=6, longest=4096)(n) for n in range(3)] != [
         batch(n) for n in range(3)
     ]
 
@@ -147,8 +148,8 @@ def test_every_epoch_holds_each_line_once_in_a_new_order(
         ({"responses": ["a"], "judgement": "j"}, "prompt"),
         ([1], "object"),
         ("{", "not JSON"),
-        ("", "not JSON"),
-        ('{"judgement": "a", "judgement": "b"}', "repeated key"),
+        (line(1, messages=[]), "judgement beside a conversation"),
+        ('{"judgement": "a", "judgement": "b"}', "the key 'judgement' is repeated"),
     ],
     ids=str,
 )
@@ -157,18 +158,50 @@ def test_a_bad_line_is_named(
 ) -> None:
     path = write_lines(tmp_path / "bad.jsonl", line(0), bad, line(2))
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2: .*{message}"):
-        file_batches(builder, END, path, 1, 0, 4096)
+        file_batches(builder, {END}, path, 1, 0, 4096)
+
+
+def test_files_are_read_as_those_of_rows(builder: PromptBuilder, tmp_path: Path) -> None:
+    """Blank lines are passed over and counted; arrays and gzip are read, damage is told."""
+    lines = [json.dumps(line(number)).encode() for number in range(2)]
+    path = tmp_path / "any"
+
+    def read() -> list[Trajectory]:
+        return file_batches(builder, {END}, path, 2, 0, 4096)(0)
+
+    path.write_bytes(b"\xef\xbb\xbf" + lines[0] + b"\r\n\n" + lines[1])
+    found = {each.name: each for each in read()}
+    assert set(found) == {"line 1", "line 3"}
+    packed = gzip.compress(b"\n".join(lines))
+    for data in (b"[" + b",".join(lines) + b"]", packed):
+        path.write_bytes(data)
+        again = {each.name: each for each in read()}
+        assert again["line 1"] == found["line 1"]
+        assert flat(again["line 2"]) == flat(found["line 3"])
+    path.write_bytes(packed[:-9])
+    with pytest.raises(OSError, match="any is damaged"):
+        read()
+    path.write_bytes(lines[0] + b"\n" + lines[1].replace(b"p1", b"\xff"))
+    with pytest.raises(ValueError, match="any, line 2: not UTF-8: invalid start byte at byte 12 "):
+        read()
+    for name in ("rows.gz", "rows.jsonl"):  # what a file is is seen in it, not in its name
+        path = tmp_path / name
+        path.write_bytes(lines[0])
+        assert [each.name for each in read()] == ["line 1"] * 2
+        path.write_bytes(b"PK\x03\x04\x8c")
+        with pytest.raises(ValueError, match=f"{name}, line 1: not UTF-8"):
+            read()
 
 
 def test_an_empty_file_is_refused(builder: PromptBuilder, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("")
     with pytest.raises(ValueError, match="no trajectory"):
-        file_batches(builder, END, tmp_path / "empty", 1, 0, 4096)
+        file_batches(builder, {END}, tmp_path / "empty", 1, 0, 4096)
 
 
 def test_a_line_beyond_the_context_is_named_at_once(tmp_path: Path, builder: PromptBuilder) -> None:
     path = write_lines(tmp_path / "long", line(0), line(1) | {"judgement": "w " * 300})
-    (first,) = file_batches(builder, END, write_lines(tmp_path / "a", line(0)), 1, 0, 4096)(0)
+    (first,) = file_batches(builder, {END}, write_lines(tmp_path / "a", line(0)), 1, 0, 4096)(0)
     tokens = sum(map(len, first.prompt)) + len(first.completion)
     with pytest.raises(ValueError, match=rf"long, line 2: it has \d+ tokens, the context {tokens}"):
-        file_batches(builder, END, path, 1, 0, tokens)
+        file_batches(builder, {END}, path, 1, 0, tokens)

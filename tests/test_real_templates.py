@@ -27,6 +27,7 @@ from engine.settings import JudgeSettings
 from engine.templates import DATE, Template, TemplateError
 from models.tokenizer import Tokenizer
 from tests.oracles.turns import judge_turns
+from train.chat import learnt_turns, read_chat
 
 pytestmark = pytest.mark.soak
 
@@ -145,6 +146,49 @@ def test_prompts_of_published_tokenizers(directory: Path) -> None:
     text = oracle.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + prefill
     assert builder.show(row, [0, 1]) == text
     assert builder.render(row, [0, 1]) == oracle.encode(text, add_special_tokens=False)
+
+
+def test_chat_turns_of_published_tokenizers(directory: Path) -> None:
+    """Tokens of the turns that supervised training learns."""
+    try:
+        tokenizer = Tokenizer(directory)
+    except ValueError as error:
+        pytest.skip(f"it is refused: {error}")
+    if tokenizer.chat_template is None:
+        pytest.skip("it has no chat template")
+    judge_template = DEFAULT_TEMPLATE.read_text(encoding="utf-8")
+    builder = PromptBuilder(tokenizer, judge_template, JudgeSettings())
+    oracle = AutoTokenizer.from_pretrained(directory)
+    ends = tokenizer.control_ids - set(tokenizer.encode_template("<think></think>"))
+    compared = 0
+    for messages in chats():
+        if theirs(builder.chat_template, messages, **tokenizer.special_tokens) is None:
+            continue  # it has no system message
+        for turn in learnt_turns(builder, ends, read_chat({"messages": messages})):
+            number = int(turn.place.removeprefix("messages[").removesuffix("]"))
+            prompt, whole = (
+                oracle.apply_chat_template(
+                    messages[:count], add_generation_prompt=generation, return_dict=False
+                )
+                for count, generation in ((number, True), (number + 1, False))
+            )
+            assert [token for segment in turn.prompt for token in segment] == prompt
+            length = len(prompt) + len(turn.completion)
+            assert prompt + turn.completion == whole[:length]
+            assert turn.completion[-1] in ends and len(turn.completion) > 1
+            compared += 1
+    assert compared >= 4
+
+
+def chats() -> Iterator[list[dict[str, str]]]:
+    said = ["Yes.", "<think>\nhm\n</think>\n\nNo, é.", "  1.\n\n2. 漢"]
+    system = {"role": "system", "content": "Be brief."}
+    for text in said:
+        # No tag of HTML: such are added tokens of Gemma, which are text for us.
+        turns = [{"role": "user", "content": "Is 7 < 9, é?\n\nSay why. "},
+                 {"role": "assistant", "content": text}]  # fmt: skip
+        yield turns + turns
+        yield [system, *turns]
 
 
 @cache

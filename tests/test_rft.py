@@ -266,15 +266,15 @@ def test_the_file_is_read_back_with_the_prompt_that_was_asked_for(
     for number, (line, (row, hinted)) in enumerate(zip(lines, shown, strict=True)):
         alone = tmp_path / f"{number}.jsonl"
         alone.write_text(json.dumps(line) + "\n")
-        ((trajectory,),) = [file_batches(judge.prompts, end, alone, 1, 0, 4096)(0)]
+        (trajectory,) = file_batches(judge.prompts, {end}, alone, 1, 0, 4096)(0)
         hint = rft.best_hint(row, line["order"]) if hinted and keep_hint else None
         prompt = [token for segment in trajectory.prompt for token in segment]
         assert prompt == judge.prompts.render(row, line["order"], hint)
         assert trajectory.completion[-1] == end
         assert judge.tokenizer.decode(trajectory.completion[:-1]) == line["judgement"]
-    assert len(file_batches(judge.prompts, end, args.trajectories, len(lines), 0, 4096)(0)) == len(
-        lines
-    )
+    assert len(
+        file_batches(judge.prompts, {end}, args.trajectories, len(lines), 0, 4096)(0)
+    ) == len(lines)
 
 
 def test_counts_add_up_to_everything_read_and_sampled(

@@ -109,6 +109,39 @@ def test_a_few_steps_learn_a_fixed_batch(args: sft.Args) -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
+def test_chat_lines_are_learnt(args: sft.Args, tmp_path: Path) -> None:
+    """The assistant's turns, with their end tokens, and nothing else; a step has whole lines."""
+    said = [f"word {i}" for i in range(4)]
+    turns = [[{"role": "user", "content": f"task {i}"}, {"role": "assistant", "content": text}]
+             for i, text in enumerate(said)]  # fmt: skip
+    data = tmp_path / "chat.jsonl"
+    with data.open("w") as file:
+        for messages in (turns[0] + turns[1], turns[2], turns[3]):
+            file.write(json.dumps({"messages": messages}) + "\n")
+    targets: list[str] = []
+
+    def spy(batch: list[Trajectory], *rest: object) -> PackedBatch:
+        packed = pack(batch)
+        targets.append(tokenizer.show(packed.target.tolist()))
+        return packed
+
+    _, tokenizer = load(args.model)
+    args = replace(args, data=data, steps=30, rows=3, lr=1e-2, log_every=1, save_every=1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "pack", spy)
+        sft.train(args)
+    for target in targets:
+        assert sorted(target.split("<|im_end|>")) == ["", *(f"\n{text}" for text in said)]
+    losses = [json.loads(line)["loss"] for line in (args.out / "metrics.jsonl").open()]
+    assert len(losses) == 30 and losses[-1] < 0.3 * losses[0]
+    model, _ = load(args.out)
+    shown = "<|im_start|>user\ntask 3<|im_end|><|im_start|>assistant"
+    ids = tokenizer.encode_template(shown)
+    for token in (expected := [*tokenizer.encode_text("\nword 3"), 2]):
+        assert model.logits(ids)[-1].argmax() == token, expected
+        ids.append(token)
+
+
 def test_metrics_say_what_happened(args: sft.Args, monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[PackedBatch] = []
 

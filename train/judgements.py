@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from engine.request import Row
 from train.sources import epochs
-from train.trajectories import JudgementLine, order_of, read_lines
+from train.trajectories import judgement_of, order_of, read_lines
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ def file_judgements(path: Path, rows: int, seed: int) -> Callable[[int], list[Ju
     Raises ValueError naming file and line for a line that is no such judgement.
     """
 
-    def judgement(row: Row, line: JudgementLine) -> tuple[Row, Judgement]:
+    def judgement(fields: dict[str, Any]) -> tuple[Row, Judgement]:
+        row, line = judgement_of(fields)
         if line.right is None:
             raise ValueError("it does not say whether its judgement is right")
         return row, Judgement(order_of(row, line), line.judgement, line.right, float(line.right))
 
-    lines = groupby(read_lines(path, judgement), key=lambda line: (line[0].id, line[0].digest))
+    made = [each for _, each in read_lines(path, judgement)]
+    lines = groupby(made, key=lambda line: (line[0].id, line[0].digest))
     judged_rows = []
     for _, group in lines:
         found = list(group)

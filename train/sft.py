@@ -112,11 +112,13 @@ def train(args: Args) -> None:
 
 
 def _batches(args: Args, judge: Judge) -> Batches:
-    end_id = judge.tokenizer.end_id(judge.model.config.eos_token_ids)
-    seed = args.learning.seed
+    config, seed = judge.model.config, args.learning.seed
     if args.data:
-        longest = judge.model.config.max_position_embeddings
-        return file_batches(judge.prompts, end_id, args.data, args.rows, seed, longest)
+        return file_batches(
+            judge.prompts, config.eos_token_ids, args.data, args.rows, seed,
+            config.max_position_embeddings,
+        )  # fmt: skip
+    end_id = judge.tokenizer.end_id(config.eos_token_ids)
     return world_batches(judge.prompts, end_id, args.rows, seed)
 
 

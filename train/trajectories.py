@@ -1,20 +1,25 @@
 """Trajectories to learn from: prompt tokens, and the tokens of a judgement that ends by itself.
 
 Batches of them are addressed by number, so that a resumed run continues with the very next one:
-of a JSONL file of rows, each with a `judgement` and perhaps the `order` in which the responses were
-shown and a `hint`, shuffled anew each epoch, or of the synthetic world (`train/world/rows.py`).
+of a file, whose lines are shuffled anew each epoch, or of the synthetic world
+(`train/world/rows.py`). A line is a row with its `judgement`, and perhaps the `order` in which the
+responses were shown and a `hint`; or a conversation (`train/chat.py`), which makes a trajectory of
+each turn of the assistant.
 """
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
+from tqdm import tqdm
 
 from engine.prompt import PromptBuilder
-from engine.request import Row, parse_row
-from models.config import parse_json
+from engine.reading import open_rows, parse_lines
+from engine.request import BadRow, Row, RowError, build_row, parse_fields
+from train import parallel
+from train.chat import is_chat, learnt_turns, read_chat
 from train.sources import T, epochs
 
 
@@ -48,43 +53,87 @@ class JudgementLine(msgspec.Struct, kw_only=True):
 
 
 def file_batches(
-    builder: PromptBuilder, end_id: int, path: Path, rows: int, seed: int, longest: int
+    builder: PromptBuilder,
+    eos_token_ids: Collection[int],
+    path: Path,
+    rows: int,
+    seed: int,
+    longest: int,
 ) -> Batches:
-    """Batches from a JSONL file; every epoch is a new seeded permutation of all its lines.
+    """Batches of the trajectories of `rows` lines of a JSONL file; every epoch is a new seeded
+    permutation of all its lines.
 
-    Raises ValueError naming file and line for a line without a judgement, with a bad row, or with
-    more than `longest` tokens.
+    A judgement ends with the tokenizer's end token, a turn of a conversation with what the chat
+    template ends it with; both are of `eos_token_ids`. Raises ValueError naming file and line for a
+    line with neither, with a bad row or conversation, or with more than `longest` tokens.
     """
 
-    def trajectory(row: Row, line: JudgementLine) -> Trajectory:
-        prompt = prompt_segments(builder, row, order_of(row, line), line.hint)
-        completion = [*builder.tokenizer.encode_text(line.judgement), end_id]
-        if (tokens := sum(map(len, prompt)) + len(completion)) > longest:
-            raise ValueError(f"it has {tokens} tokens, the context {longest}")
-        return Trajectory(prompt, completion)
+    def trajectories(fields: dict[str, Any]) -> list[Trajectory]:
+        if not is_chat(fields):
+            return [judged_trajectory(builder, eos_token_ids, fields)]
+        turns = learnt_turns(builder, eos_token_ids, read_chat(fields))
+        return [Trajectory(turn.prompt, turn.completion, turn.place) for turn in turns]
 
-    made = read_lines(path, trajectory)
-    trajectories = [replace(each, name=f"line {i}") for i, each in enumerate(made, 1)]
-    if not trajectories:
+    def checked(fields: dict[str, Any]) -> list[Trajectory]:
+        made = trajectories(fields)
+        for each in made:
+            if (tokens := sum(map(len, each.prompt)) + len(each.completion)) > longest:
+                it = f"up to {each.name} it" if each.name else "it"
+                raise ValueError(f"{it} has {tokens} tokens, the context {longest}")
+        return made
+
+    lines = [
+        [replace(each, name=f"line {number} {each.name}".rstrip()) for each in made]
+        for number, made in read_lines(path, checked)
+    ]
+    if not lines:
         raise ValueError(f"{path} holds no trajectory")
 
-    return lambda number: epochs(trajectories, number, rows, seed)
+    return lambda number: [each for line in epochs(lines, number, rows, seed) for each in line]
 
 
-def read_lines(path: Path, make: Callable[[Row, JudgementLine], T]) -> list[T]:
-    """What is made of each line of a JSONL file, which holds a row and its judgement."""
+def judged_trajectory(
+    builder: PromptBuilder, eos_token_ids: Collection[int], fields: Mapping[str, Any]
+) -> Trajectory:
+    """Of a line with a judgement. Raises ValueError and msgspec.ValidationError."""
+    row, line = judgement_of(fields)
+    prompt = prompt_segments(builder, row, order_of(row, line), line.hint)
+    end_id = builder.tokenizer.end_id(eos_token_ids)
+    return Trajectory(prompt, [*builder.tokenizer.encode_text(line.judgement), end_id])
+
+
+def read_lines(path: Path, make: Callable[[dict[str, Any]], T]) -> list[tuple[int, T]]:
+    """The number of each line, and what is made of its JSON object, in a file that is read as
+    `engine/reading.py` does. Raises ValueError naming file and line for the first that is no
+    object, or that `make` refuses."""
+
+    def parse(line: bytes) -> T:
+        fields = parse_fields(line)
+        try:
+            return make(fields)
+        except (ValueError, msgspec.ValidationError) as error:
+            raise RowError(str(error)) from error
+
     made = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            place = f"{path}, line {number}"
-            fields = parse_json(Path(place), line)
-            own = {key: fields.pop(key) for key in JudgementLine.__struct_fields__ if key in fields}
-            try:
-                judged = msgspec.convert(own, JudgementLine)
-                made.append(make(parse_row(json.dumps(fields).encode()), judged))
-            except (ValueError, msgspec.ValidationError) as error:
-                raise ValueError(f"{place}: {error}") from error
+    with open_rows(path) as stream:
+        lines = tqdm(
+            parse_lines(stream, parse), desc=path.name, unit="line", delay=2, leave=False,
+            disable=None if parallel.is_first() else True,
+        )  # fmt: skip
+        for number, entry in lines:
+            if isinstance(entry, BadRow):
+                raise ValueError(f"{path}, line {number}: {entry.error}")
+            made.append((number, entry))
     return made
+
+
+def judgement_of(fields: Mapping[str, Any]) -> tuple[Row, JudgementLine]:
+    """A line's row, and what it holds beside it. Raises ValueError and msgspec.ValidationError."""
+    if fields.get("judgement") is None:
+        raise ValueError("it has no judgement, no messages, and no prompt with a completion")
+    own = {key: fields[key] for key in JudgementLine.__struct_fields__ if key in fields}
+    row = build_row({key: value for key, value in fields.items() if key not in own})
+    return row, msgspec.convert(own, JudgementLine)
 
 
 def order_of(row: Row, line: JudgementLine) -> Sequence[int]:
