@@ -14,7 +14,8 @@ from engine.settings import JudgeSettings
 from kernels.score_grammar import Reason, ScoreRules, parse_scores
 from models.tokenizer import Tokenizer
 from tests.tiny import write_tokenizer
-from train.trajectories import Trajectory, file_batches
+from train.sources import conversation_of
+from train.trajectories import Trajectory, file_batches, labelled_trajectory_rows
 from train.world.cases import CRITERIA, cases
 from train.world.pocket import JUDGE_TEMPLATE
 from train.world.rows import world_batches
@@ -159,6 +160,28 @@ def test_a_bad_line_is_named(
     path = write_lines(tmp_path / "bad.jsonl", line(0), bad, line(2))
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2: .*{message}"):
         file_batches(builder, {END}, path, 1, 0, 4096)
+
+
+def test_lines_of_a_conversation_are_held_out(builder: PromptBuilder, tmp_path: Path) -> None:
+    """All judgements of its rows, whatever their order and responses."""
+    chat = {"messages": [{"role": "user", "content": "p0"}, {"role": "assistant", "content": "a"}]}
+    again = line(0, order=[1, 0], label=1)
+    other = line(0, responses=["c", "d"], label=[3, 2])
+    tied, bare = line(7, label="tie"), line(8)
+    path = write_lines(tmp_path / "a", line(0, label=1), line(1, label=0), again, other, chat, tied,
+                       bare)  # fmt: skip
+    rows = labelled_trajectory_rows(path)
+    assert [(row.messages[0].content, row.responses) for row in rows] == [
+        ("p0", ("a", "b")), ("p1", ("a", "b")), ("p0", ("c", "d"))
+    ]  # fmt: skip
+    held_out = {conversation_of(rows[0])}
+    assert held_out == {conversation_of(rows[2])} != {conversation_of(rows[1])}
+    kept = file_batches(builder, {END}, path, 4, 0, 4096, held_out)(0)
+    names = {"line 2", "line 5 messages[1]", "line 6", "line 7"}
+    assert {each.name for each in kept} == names
+    all_held = {conversation_of(row) for row in rows[:2]}
+    with pytest.raises(ValueError, match="no trajectory"):
+        file_batches(builder, {END}, write_lines(path, line(0), line(1)), 1, 0, 4096, all_held)
 
 
 def test_files_are_read_as_those_of_rows(builder: PromptBuilder, tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
+from engine.labels import has_best
 from engine.prompt import PromptBuilder
 from engine.reading import open_rows, parse_lines
 from engine.request import BadRow, Row, RowError, build_row, parse_fields
 from train import parallel
 from train.chat import is_chat, learnt_turns, read_chat
-from train.sources import T, epochs
+from train.sources import T, conversation_of, epochs
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ def file_batches(
     rows: int,
     seed: int,
     longest: int,
+    held_out: Collection[str] = (),
 ) -> Batches:
     """Batches of the trajectories of `rows` lines of a JSONL file; every epoch is a new seeded
-    permutation of all its lines.
+    permutation of all its lines, but for those with a row of a conversation (`conversation_of`)
+    that is held out.
 
     A judgement ends with the tokenizer's end token, a turn of a conversation with what the chat
     template ends it with; both are of `eos_token_ids`. Raises ValueError naming file and line for a
@@ -69,13 +72,14 @@ def file_batches(
     """
 
     def trajectories(fields: dict[str, Any]) -> list[Trajectory]:
-        if not is_chat(fields):
-            return [judged_trajectory(builder, eos_token_ids, fields)]
-        turns = learnt_turns(builder, eos_token_ids, read_chat(fields))
-        return [Trajectory(turn.prompt, turn.completion, turn.place) for turn in turns]
-
-    def checked(fields: dict[str, Any]) -> list[Trajectory]:
-        made = trajectories(fields)
+        if is_chat(fields):
+            turns = learnt_turns(builder, eos_token_ids, read_chat(fields))
+            made = [Trajectory(turn.prompt, turn.completion, turn.place) for turn in turns]
+        else:
+            row, line = judgement_of(fields)
+            if conversation_of(row) in held_out:
+                return []
+            made = [judged_trajectory(builder, eos_token_ids, row, line)]
         for each in made:
             if (tokens := sum(map(len, each.prompt)) + len(each.completion)) > longest:
                 it = f"up to {each.name} it" if each.name else "it"
@@ -84,7 +88,8 @@ def file_batches(
 
     lines = [
         [replace(each, name=f"line {number} {each.name}".rstrip()) for each in made]
-        for number, made in read_lines(path, checked)
+        for number, made in read_lines(path, trajectories)
+        if made
     ]
     if not lines:
         raise ValueError(f"{path} holds no trajectory")
@@ -92,11 +97,22 @@ def file_batches(
     return lambda number: [each for line in epochs(lines, number, rows, seed) for each in line]
 
 
+def labelled_trajectory_rows(path: Path) -> list[Row]:
+    """The rows with a label of such a file, each once, for `hold_out`. Raises ValueError as
+    `file_batches`."""
+
+    def row_of(fields: dict[str, Any]) -> Row | None:
+        return None if is_chat(fields) else judgement_of(fields)[0]
+
+    rows = [row for _, row in read_lines(path, row_of) if row is not None and has_best(row.label)]
+    return list({row.digest: row for row in rows}.values())
+
+
 def judged_trajectory(
-    builder: PromptBuilder, eos_token_ids: Collection[int], fields: Mapping[str, Any]
+    builder: PromptBuilder, eos_token_ids: Collection[int], row: Row, line: JudgementLine
 ) -> Trajectory:
-    """Of a line with a judgement. Raises ValueError and msgspec.ValidationError."""
-    row, line = judgement_of(fields)
+    """Of a line with a judgement. Raises ValueError where its order, or the model's own end token,
+    is none."""
     prompt = prompt_segments(builder, row, order_of(row, line), line.hint)
     end_id = builder.tokenizer.end_id(eos_token_ids)
     return Trajectory(prompt, [*builder.tokenizer.encode_text(line.judgement), end_id])
