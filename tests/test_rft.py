@@ -28,7 +28,7 @@ from models.tokenizer import Tokenizer
 from tests.args import args_of
 from train import rejection, rft
 from train.directory import RunDirectory
-from train.judgements import file_judgements
+from train.judgements import read_judgements
 from train.rft import Args
 from train.trajectories import file_batches
 
@@ -236,12 +236,11 @@ def test_every_valid_judgement_says_whether_it_is_right(
         valid = [s for s in verdict.samples if s.scores is not None]
         expected[row.id] = [(list(s.order), s.text, agrees(s.scores, row.label)) for s in valid]
     expected = {name: judgements for name, judgements in expected.items() if judgements}
-    found = file_judgements(args.judgements, len(expected), 0)(0)  # one epoch
+    found = read_judgements(args.judgements)
     told = {
         each.row.id: [(own.order, own.text, own.right) for own in each.judgements] for each in found
     }
     assert told == expected
-    assert [each.row.id for each in found] != list(expected)  # in another order
     assert {own.right for each in found for own in each.judgements} == {False, True}
 
 

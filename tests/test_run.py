@@ -16,8 +16,9 @@ from engine.stopping import Stopped, Stopping
 from models import load
 from tests.args import args_of
 from tests.tiny import write_model
-from train import checkpoint, grpo, sft
+from train import checkpoint, grpo, meta_rm, rft, sft
 from train.directory import RunDirectory
+from train.sources import labelled_rows
 from train.world.pocket import JUDGE_TEMPLATE
 
 ROOT = Path(__file__).parent.parent
@@ -204,6 +205,58 @@ def test_patience(args: sft.Args, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads((args.out / "best.json").read_text()) == {"step": 1, "score": 0.5}
     sft.train(patient)
     assert steps_of(args.out) == [0, 1, 2, 3] and next(votes) == 0.9
+
+
+# -- what a run is evaluated on --------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """Twenty rows of ten conversations; and each with a judgement."""
+    rows, judged = tmp_path / "rows.jsonl", tmp_path / "judged.jsonl"
+    lines = [
+        {"id": str(i), "prompt": f"p{i // 2}", "responses": ["a", "b"], "label": i % 2}
+        for i in range(20)
+    ]
+    more = {"judgement": "Scores: \\boxed{9, 1}", "right": True}
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judged.write_text("".join(json.dumps(line | more) + "\n" for line in lines))
+    return rows, judged
+
+
+@pytest.mark.parametrize("kind", ["grpo", "sft", "meta_rm", "meta_rm of judgements", "rft"])
+def test_evaluation_is_on_rows_that_are_not_learnt_from(
+    kind: str, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the data that is given, never of the toy world; by conversation, of which each has two
+    rows here."""
+    rows, judged = files
+    shared: dict[str, Any] = {"model": POCKET, "out": tmp_path / "out", "eval_every": 1}
+    if kind == "grpo":
+        trainer = grpo.GrpoTrainer(args_of(grpo.Args, data=rows, rows=16, **shared))
+        dev, learnt = trainer.dev, [row.id for row in trainer.rows(0)]
+    elif kind == "sft":
+        learner = sft.SftTrainer(args_of(sft.Args, data=judged, rows=16, **shared))
+        lines = [int(each.name.removeprefix("line ")) for each in learner.batches(0)]
+        dev, learnt = learner.dev, [str(number - 1) for number in lines]
+    elif kind == "rft":
+        args = args_of(rft.Args, data=rows, max_new_tokens=2, **shared)
+        with pytest.raises(ValueError, match="no trajectory was kept"):
+            rft.train(args)
+        dev = labelled_rows(args.out / "dev.jsonl")[0]
+        progress = (args.out / "progress.jsonl").read_text().splitlines()[1:]
+        learnt = [json.loads(line)["id"] for line in progress]
+    else:
+        given: dict[str, Any] = {"data": rows, "rows": 16}
+        if kind == "meta_rm of judgements":
+            given = {"judgements": judged, "rows": 0, "judged_rows": 16}
+        meta = meta_rm.MetaTrainer(args_of(meta_rm.Args, **given, **shared))
+        found = meta.rows(0) if meta.kept is None else [each.row for each in meta.kept(0)]
+        dev, learnt = meta.dev_rows, [row.id for row in found]
+    held = {int(row.id) for row in dev}
+    assert len(held) == 4 and {number ^ 1 for number in held} == held
+    assert sorted(map(int, learnt)) == sorted(set(range(20)) - held)
+    assert "held out for evaluation: 4 rows of " in capsys.readouterr().err
 
 
 # -- what a person is told, and what is written ----------------------------------------------------

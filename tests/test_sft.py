@@ -126,7 +126,7 @@ def test_chat_lines_are_learnt(args: sft.Args, tmp_path: Path) -> None:
         return packed
 
     _, tokenizer = load(args.model)
-    args = replace(args, data=data, steps=30, rows=3, lr=1e-2, log_every=1, save_every=1000)
+    args = with_values(args, data=data, steps=30, rows=3, lr=1e-2, log_every=1, save_every=1000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "pack", spy)
         sft.train(args)

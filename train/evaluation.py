@@ -1,9 +1,12 @@
-"""Votes on labelled rows while a judge is trained: of the synthetic world's dev split, or a file's.
+"""Votes on labelled rows while a judge is trained: on rows that are held out of its data, on those
+of another file or, where it learns from the synthetic world, on that world's dev split.
 
 Every evaluation draws with the same seed on the same rows, so that what changes is the model. Watch
 the vote, not the single judgement alone: training can raise the one and lower the other.
 """
 
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from engine.verdict import RowFailure
 from train import parallel
 from train.rollout import JudgementArgs
 from train.settings import check_at_least
-from train.sources import labelled_rows
+from train.sources import hold_out, labelled_rows
 from train.world.rows import dev_rows
 
 
@@ -23,8 +26,8 @@ class EvalArgs:
     """Evaluation by votes; the best model of all evaluations is kept as OUT/best."""
 
     eval_every: int = 0  # steps between votes on dev rows, from step 0 on; 0: never
-    eval_data: Path | None = None  # a JSONL file of labelled rows; the synthetic world's, left out
-    eval_rows: int = 200  # rows of an evaluation
+    eval_data: Path | None = None  # a JSONL file of labelled rows; else some of --data's, held out
+    eval_rows: int = 200  # rows of an evaluation, at most
     eval_k: int = 8  # judgements of each, which vote
     eval_temperature: float = 1.0  # of those judgements
     patience: int = 0  # evaluations without a better vote after which training ends; 0: never
@@ -38,20 +41,39 @@ class EvalArgs:
         return self.eval_every > 0 and (step % self.eval_every == 0 or step == steps)
 
 
+def divide(
+    data: Path | None, args: EvalArgs, name: str, *, evaluates: bool
+) -> tuple[list[Row] | None, list[Row], Counter[str]]:
+    """The labelled rows of a file to train on, or None for those of the synthetic world; the rows
+    of a run's evaluations; and how many lines were left out, by reason.
+
+    evaluates: whether there are any evaluations. They are on the rows of `eval_data`, or else on
+    rows of the file that are then not trained on, or on the dev rows NAME of the world. Raises
+    ValueError where a file has no labelled row, or too few to hold some out.
+    """
+    if data is None:
+        return None, evaluation_rows(args, name) if evaluates else [], Counter()
+    found, left_out = labelled_rows(data)
+    if not evaluates:
+        return found, [], left_out
+    if args.eval_data is not None:
+        return found, evaluation_rows(args, name), left_out
+    rows, dev = hold_out(found, args.eval_rows)
+    tell_held_out(len(dev), data)
+    return rows, dev, left_out
+
+
+def tell_held_out(rows: int, path: Path) -> None:
+    """Say how many rows of a file are evaluated on, and not trained on."""
+    if parallel.is_first():
+        print(f"held out for evaluation: {rows} rows of {path}", file=sys.stderr)
+
+
 def evaluation_rows(args: EvalArgs, name: str) -> list[Row]:
-    """The rows of a run's evaluations: none where there are no evaluations. Raises ValueError for a
-    file with fewer labelled rows than are asked for, saying what the other lines are."""
-    if not args.eval_every:
-        return []
+    """The first `eval_rows` labelled rows of `eval_data`, or dev rows NAME of the world."""
     if args.eval_data is None:
         return dev_rows(name, args.eval_rows)
-    rows, left_out = labelled_rows(args.eval_data)
-    if len(rows) < args.eval_rows:
-        raise ValueError(
-            f"{args.eval_data} holds {len(rows)} labelled rows, fewer than eval_rows = "
-            f"{args.eval_rows}; left out: {dict(left_out)}"
-        )
-    return rows[: args.eval_rows]
+    return labelled_rows(args.eval_data)[0][: args.eval_rows]
 
 
 def dev_votes(

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from engine.request import Row
 from engine.sample import POCKET
 from models import load
 from models.transformer import Transformer
 from train import parallel
-from train.evaluation import EvalArgs, dev_votes, evaluation_rows
+from train.evaluation import EvalArgs, dev_votes, divide
 from train.learner import Learner, LearnerArgs
 from train.loop import Trainer, loop
 from train.policy_step import LossArgs, Reference, add_gradients, window_metrics, windows
@@ -42,7 +43,7 @@ from train.rollout import (
 )
 from train.run import Clock, LogArgs, RunArgs, command_line
 from train.settings import check_at_least
-from train.sources import Rows, file_rows
+from train.sources import Rows, batches_of
 from train.world.rows import world_rows
 
 EXAMPLE = """\
@@ -96,11 +97,23 @@ class GrpoTrainer(Trainer[Transformer]):
             self.reference = Reference(frozen, adapted=False)
         self.judge = judge_of(self.learner.plain, tokenizer, args.model, args.prompts)
         self.reward = reward_of(args.policy.reward)
-        self.rows: Rows = world_rows("grpo", args.learning.seed, args.rows)
-        if args.data is not None:
-            skip = easy_rows(args.skip_easy, args.data) if args.skip_easy else frozenset()
-            self.rows, self.left_out = file_rows(args.data, args.learning.seed, args.rows, skip)
-        self.dev = evaluation_rows(args.evaluation, "grpo")
+        found, self.dev, self.left_out = divide(
+            args.data, args.evaluation, "grpo", evaluates=args.evaluation.eval_every > 0
+        )
+        self.rows = self._rows(found)
+
+    def _rows(self, found: list[Row] | None) -> Rows:
+        """Batches of the rows of a file that are not too easy, or of the world."""
+        args = self.args
+        if found is None or args.data is None:
+            return world_rows("grpo", args.learning.seed, args.rows)
+        skip = easy_rows(args.skip_easy, args.data) if args.skip_easy else frozenset()
+        kept = [row for row in found if row.id not in skip]
+        if len(kept) < len(found):
+            self.left_out["too easy"] = len(found) - len(kept)
+        if not kept:
+            raise ValueError(f"{args.data}: all {len(found)} rows are to be skipped")
+        return batches_of(kept, args.rows, args.learning.seed)
 
     def step(self, number: int) -> tuple[dict[str, float], dict[str, float]]:
         args, learner = self.args, self.learner

@@ -35,12 +35,16 @@ class JudgedRow:
     judgements: list[Judgement]
 
 
-def file_judgements(path: Path, rows: int, seed: int) -> Callable[[int], list[JudgedRow]]:
-    """Batches of rows from a JSONL file of judgements, each of them with `right`; the lines of a
-    row lie together. Every epoch is a new seeded permutation of all rows.
+def batches_of_judgements(
+    judged: Sequence[JudgedRow], rows: int, seed: int
+) -> Callable[[int], list[JudgedRow]]:
+    """Batches of so many rows, in a new seeded permutation of all rows every epoch."""
+    return lambda number: epochs(judged, number, rows, seed)
 
-    Raises ValueError naming file and line for a line that is no such judgement.
-    """
+
+def read_judgements(path: Path) -> list[JudgedRow]:
+    """The rows of a JSONL file of judgements, each of them with `right`; the lines of a row lie
+    together. Raises ValueError naming file and line for a line that is no such judgement."""
 
     def judgement(fields: dict[str, Any]) -> tuple[Row, Judgement]:
         row, line = judgement_of(fields)
@@ -56,4 +60,4 @@ def file_judgements(path: Path, rows: int, seed: int) -> Callable[[int], list[Ju
         judged_rows.append(JudgedRow(found[0][0], [own for _, own in found]))
     if not judged_rows:
         raise ValueError(f"{path} holds no judgement")
-    return lambda number: epochs(judged_rows, number, rows, seed)
+    return judged_rows

@@ -14,9 +14,9 @@ All judgements of a row are packed as one tree. Losses:
     pairwise    -log sigmoid(better - worse), over all pairs of a row with different labels
 
 Without --data the rows are fresh ones of the synthetic world. OUT is a sequence classifier with one
-label, which `engine.sample --meta-model` and transformers load. Evaluation is on dev rows of the
-world, sampled once. What decides is the weighed vote; AUCs are beside it, within rows that have
-right and wrong judgements and pooled, where telling hard rows from easy ones counts too.
+label, which `engine.sample --meta-model` and transformers load. Rows of evaluations are not trained
+on, and are sampled once. What decides is the weighed vote; AUCs are beside it, within rows that
+have right and wrong judgements and pooled, where telling hard rows from easy ones counts too.
 """
 
 import sys
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from engine.judge import Judge
+from engine.labels import has_best
 from engine.meta import MetaModel
 from engine.prompt import read_chat_template, read_judge_template
 from engine.request import Row
@@ -40,8 +41,8 @@ from models.config import read_json
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
 from train import parallel
-from train.evaluation import EvalArgs
-from train.judgements import JudgedRow, Judgement, file_judgements
+from train.evaluation import EvalArgs, divide, tell_held_out
+from train.judgements import JudgedRow, Judgement, batches_of_judgements, read_judgements
 from train.learner import Learner, LearnerArgs
 from train.loop import Trainer, loop
 from train.packing import pack, packed_attention
@@ -59,9 +60,9 @@ from train.rewards import REWARDS
 from train.rollout import NO_SCORES, TRAINING, Group, SamplingArgs, sample_groups, step_seed
 from train.run import Clock, LogArgs, RunArgs, command_line
 from train.settings import check_at_least
-from train.sources import Rows, file_rows
+from train.sources import Rows, batches_of, conversation_of, hold_out
 from train.trajectories import Trajectory
-from train.world.rows import dev_rows, world_rows
+from train.world.rows import world_rows
 
 EXAMPLE = """\
 --model DIR --out runs/meta_rm \\
@@ -158,12 +159,22 @@ class MetaTrainer(Trainer[ScalarModel]):
         self.judge = Judge.load(
             args.judge or args.model, dtype=dtype, **prompts.for_load(**TRAINING)
         )
+        found, self.dev_rows, self.left_out = divide(
+            args.data, args.evaluation, "meta", evaluates=True
+        )
         self.rows: Rows = world_rows("meta", seed, args.rows)
-        if args.data is not None:
-            self.rows, self.left_out = file_rows(args.data, seed, args.rows)
+        if found is not None:
+            self.rows = batches_of(found, args.rows, seed)
         self.kept: Callable[[int], list[JudgedRow]] | None = None
         if args.judgements is not None:
-            self.kept = file_judgements(args.judgements, args.judged_rows, seed)
+            judged = read_judgements(args.judgements)
+            if not args.rows and args.data is None and args.evaluation.eval_data is None:
+                labelled = [each.row for each in judged if has_best(each.row.label)]
+                _, self.dev_rows = hold_out(labelled, args.evaluation.eval_rows)
+                tell_held_out(len(self.dev_rows), args.judgements)
+            held = set(map(conversation_of, self.dev_rows))
+            learnt = [each for each in judged if conversation_of(each.row) not in held]
+            self.kept = batches_of_judgements(learnt, args.judged_rows, seed)
         self._dev: list[ReadRow] | None = None
 
     def judge_rows(
@@ -242,16 +253,14 @@ class MetaTrainer(Trainer[ScalarModel]):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """On judgements of dev rows of the synthetic world, which are sampled once: AUCs, the scale
+        """On judgements of the rows of evaluations, which are sampled once: AUCs, the scale
         that makes log-odds of the logits, which the model's judge.json gets, and what votes come to
         with the model and without."""
         args = self.args
         self.learner.refresh()
         if self._dev is None:
-            rows = dev_rows("meta", args.evaluation.eval_rows)
-            found, _ = self.judge_rows(
-                rows, step_seed(args.learning.seed, -1), args.evaluation.eval_k
-            )
+            seed = step_seed(args.learning.seed, -1)
+            found, _ = self.judge_rows(self.dev_rows, seed, args.evaluation.eval_k)
             self._dev, _ = self.read(found)
         scores: list[float] = []
         own = parallel.share(self._dev)

@@ -90,6 +90,11 @@ def judgement_line(
     row: Row, sample: Sample, *, hint: str | None = None, right: bool | None = None
 ) -> bytes:
     """A row with one of its judgements, newline included."""
+    return row_line(row, judgement=sample.text, order=sample.order, hint=hint, right=right)
+
+
+def row_line(row: Row, **more: Any) -> bytes:
+    """A row as a line of JSON, newline included, with more fields, but for those that are None."""
     (first, *others) = row.messages
     prompt: Any = first.content
     if others:
@@ -102,10 +107,7 @@ def judgement_line(
         "reference": row.reference,
         "principles": row.principles,
         "meta": row.meta,
-        "judgement": sample.text,
-        "order": sample.order,
-        "hint": hint,
-        "right": right,
+        **more,
     }
     there = {name: value for name, value in fields.items() if value is not None}
     return (json.dumps(there, ensure_ascii=False, separators=(",", ":")) + "\n").encode()

@@ -14,6 +14,7 @@ hinted sample of a row that is too easy, which would go with its row, is not dra
     OUT/progress.jsonl       the settings; then a line for each row: the fates of its judgements,
                              the hinted one's by itself, and where its lines in the files end
     OUT/counts.json          how many rows and judgements had which fate
+    OUT/dev.jsonl            the rows of evaluations, which are not sampled
     OUT/model                the model fine-tuned on them by `train.sft`, with its checkpoints
 
 A row's lines in a file are one write, its line of progress another, after them. A killed run
@@ -25,7 +26,7 @@ a hint to the finished judge.
 import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import count, islice
@@ -35,6 +36,7 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from engine import command
+from engine.command import with_values
 from engine.judge import Judge
 from engine.labels import has_best
 from engine.reading import open_rows, read_rows
@@ -44,17 +46,19 @@ from engine.stopping import Stopped, Stopping
 from engine.verdict import RowFailure, Verdict
 from train import parallel, sft
 from train.directory import RunDirectory, replace_text
-from train.evaluation import EvalArgs
+from train.evaluation import EvalArgs, divide
 from train.learner import LearnerArgs
-from train.rejection import Rule, best_hint, fate, fates, judgement_line
+from train.rejection import Rule, best_hint, fate, fates, judgement_line, row_line
 from train.rejection_log import JUDGEMENTS, TRAJECTORIES, Counts, Done, Lines, RejectionLog
 from train.rollout import NO_SCORES, TRAINING, SamplingArgs, seed_of
 from train.run import LogArgs, RunArgs, command_line
 from train.settings import check_at_least, settings_of
+from train.sources import conversation_of
 from train.world.rows import world_rows
 
 WORLD_ROWS = 256  # of the synthetic world, where neither --data nor --rows says how many
 _WORLD_BATCH = 64
+DEV = "dev.jsonl"
 
 
 EXAMPLE = "--model DIR --out runs/rft --data rows.jsonl --steps 250"
@@ -118,8 +122,11 @@ class Args(RunArgs):
         )  # fmt: skip
 
 
-def entries(data: Path | None, rows: int | None, seed: int) -> Iterator[Row | BadRow]:
-    """The rows to sample, up to so many with a label, and what lies between them."""
+def entries(
+    data: Path | None, rows: int | None, seed: int, held_out: Set[str] = frozenset()
+) -> Iterator[Row | BadRow]:
+    """The rows to sample, up to so many with a label, and what lies between them; without those of
+    conversations that are held out."""
     if data is None:
         batch = world_rows("rft", seed, _WORLD_BATCH)
         fresh = (row for number in count() for row in batch(number))
@@ -128,6 +135,8 @@ def entries(data: Path | None, rows: int | None, seed: int) -> Iterator[Row | Ba
     labelled = 0
     with open_rows(data) as stream:
         for entry in read_rows(stream):
+            if isinstance(entry, Row) and conversation_of(entry) in held_out:
+                continue
             yield entry
             labelled += isinstance(entry, Row) and has_best(entry.label)
             if labelled == rows:
@@ -210,21 +219,26 @@ def _decide(
     return done, Lines(kept, valid)
 
 
-def sample(args: Args) -> Counts:
-    """Sample all rows, continuing where an earlier run stopped; writes all but OUT/model.
+def sample(args: Args, dev: Sequence[Row] = ()) -> Counts:
+    """Sample all rows but those of the conversations of `dev`, continuing where an earlier run
+    stopped; writes all but OUT/model.
 
     Raises ValueError for settings other than those of the earlier run.
     """
     counts = Counts()
+    held_out = set(map(conversation_of, dev))
     with ExitStack() as stack:
         files: RejectionLog | None = None
         if parallel.is_first():
             stack.enter_context(closing(RunDirectory(args.out, args.command)))
             files = stack.enter_context(closing(RejectionLog(args.out)))
+            if dev:
+                text = b"".join(map(row_line, dev)).decode()
+                replace_text(args.out / DEV, text)
         stopping = stack.enter_context(Stopping())
-        settings = settings_of(args.deciding, args.model)
+        settings = settings_of(args.deciding, args.model) | {"held_out": len(held_out)}
         done = parallel.from_first(files.resume(settings) if files else [])
-        source = entries(args.data, args.rows, args.learning.seed)
+        source = entries(args.data, args.rows, args.learning.seed, held_out)
         for each in done:
             entry = next(source, None)
             if entry is None or entry.id != each.id:
@@ -274,7 +288,11 @@ def train(args: Args) -> None:
     is no trajectory to train on, and as `train.sft.train` does.
     """
     fine_tuning = args.fine_tuning
-    counts = sample(args)
+    dev: list[Row] = []
+    if args.evaluation.eval_every and args.evaluation.eval_data is None:
+        _, dev, _ = divide(args.data, args.evaluation, "sft", evaluates=True)
+        fine_tuning = with_values(fine_tuning, eval_data=args.out / DEV)
+    counts = sample(args, dev)
     if parallel.is_first():
         print(json.dumps(counts.table()), file=sys.stderr)
     if args.sample_only:

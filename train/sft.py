@@ -18,18 +18,20 @@ import torch
 from torch import Tensor
 
 from engine.judge import Judge
+from engine.request import Row
 from kernels.logprob import linear_logprob
 from models import load
 from models.transformer import Transformer
 from train import parallel
-from train.evaluation import EvalArgs, dev_votes, evaluation_rows
+from train.evaluation import EvalArgs, dev_votes, evaluation_rows, tell_held_out
 from train.learner import Learner
 from train.loop import Trainer, loop
 from train.packing import PackedBatch, hidden_states, pack
 from train.rollout import JudgementArgs, judge_of
 from train.run import Clock, RunArgs, command_line
 from train.settings import check_at_least
-from train.trajectories import Batches, Trajectory, file_batches
+from train.sources import conversation_of, hold_out
+from train.trajectories import Batches, Trajectory, file_batches, labelled_trajectory_rows
 from train.world.rows import world_batches
 
 EXAMPLE = "--model DIR --out runs/sft --data trajectories.jsonl --steps 500"
@@ -87,8 +89,16 @@ class SftTrainer(Trainer[Transformer]):
         model, tokenizer = load(args.model, dtype=args.learning.dtype)
         self.args, self.learner = args, Learner(model, args.learning)
         self.judge = judge_of(self.learner.plain, tokenizer, args.model, args.prompts)
-        self.batches = _batches(args, self.judge)
-        self.dev = evaluation_rows(args.evaluation, "sft")
+        self.dev: list[Row] = []
+        held_out: frozenset[str] = frozenset()
+        if args.evaluation.eval_every and args.data and not args.evaluation.eval_data:
+            rows = labelled_trajectory_rows(args.data)
+            _, self.dev = hold_out(rows, args.evaluation.eval_rows)
+            tell_held_out(len(self.dev), args.data)
+            held_out = frozenset(map(conversation_of, self.dev))
+        elif args.evaluation.eval_every:
+            self.dev = evaluation_rows(args.evaluation, "sft")
+        self.batches = _batches(args, self.judge, held_out)
 
     def step(self, number: int) -> tuple[dict[str, float], dict[str, float]]:
         args, learner = self.args, self.learner
@@ -111,12 +121,12 @@ def train(args: Args) -> None:
     loop(args, args.evaluation, SftTrainer(args), always_last=False)
 
 
-def _batches(args: Args, judge: Judge) -> Batches:
+def _batches(args: Args, judge: Judge, held_out: frozenset[str]) -> Batches:
     config, seed = judge.model.config, args.learning.seed
     if args.data:
         return file_batches(
             judge.prompts, config.eos_token_ids, args.data, args.rows, seed,
-            config.max_position_embeddings,
+            config.max_position_embeddings, held_out,
         )  # fmt: skip
     end_id = judge.tokenizer.end_id(config.eos_token_ids)
     return world_batches(judge.prompts, end_id, args.rows, seed)

@@ -20,20 +20,6 @@ Rows = Callable[[int], list[Row]]  # batch number -> its rows
 MIN_CONVERSATIONS = 5  # for some to be held out; a fifth of the rows is, at most
 
 
-def file_rows(
-    path: Path, seed: int, rows: int, skip: frozenset[str] = frozenset()
-) -> tuple[Rows, Counter[str]]:
-    """Rows of a JSONL file, in a new seeded permutation every epoch, without those whose ids are in
-    `skip`; and how many lines were left out for which reason. Raises ValueError where no row is
-    left."""
-    found, left_out = labelled_rows(path)
-    kept = [row for row in found if row.id not in skip]
-    left_out["too easy"] = len(found) - len(kept)
-    if not kept:
-        raise ValueError(f"{path}: all {len(found)} rows are to be skipped")
-    return lambda number: epochs(kept, number, rows, seed), +left_out
-
-
 def tell_left_out(left_out: Counter[str]) -> None:
     """Say what lines of a file were left out, and why."""
     for reason, count in left_out.most_common() if parallel.is_first() else ():
@@ -100,6 +86,11 @@ def hold_out(labelled: Sequence[Row], rows: int) -> tuple[list[Row], list[Row]]:
 
 
 T = TypeVar("T")
+
+
+def batches_of(rows: Sequence[Row], size: int, seed: int) -> Rows:
+    """Batches of so many rows, in a new seeded permutation of all rows every epoch."""
+    return lambda number: epochs(rows, number, size, seed)
 
 
 def epochs(items: Sequence[T], number: int, size: int, seed: int) -> list[T]:
