@@ -215,8 +215,8 @@ def test_judgements_of_a_file_are_learnt_from_too(args: meta_rm.Args, tmp_path: 
     row = {"prompt": "p", "responses": ["a", "b"], "label": 0}
     texts = [("Scores: \\boxed{9, 1}", True), ("Scores: \\boxed{1, 9}", False)]
     lines = [
-        row | {"id": f"r{i}", "judgement": text, "order": [1, 0], "right": right}
-        for i in range(3)
+        row | {"prompt": f"p{i}", "judgement": text, "order": [1, 0], "right": right}
+        for i in range(6)
         for text, right in texts
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

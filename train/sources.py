@@ -65,7 +65,7 @@ def hold_out(labelled: Sequence[Row], rows: int) -> tuple[list[Row], list[Row]]:
     of_conversation = defaultdict(list)
     for row in labelled:
         of_conversation[conversation_of(row)].append(row)
-    advice = "name other rows with --eval-data FILE, or do without with --eval-every 0"
+    advice = "name other rows with --eval-data FILE"
     if len(of_conversation) < MIN_CONVERSATIONS:
         raise ValueError(
             f"{len(of_conversation)} distinct prompts are too few to hold some out for evaluation, "
