@@ -442,7 +442,8 @@ KINDS = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.flo
 def test_files_of_tensors_are_read_by_safetensors(
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]],
 ) -> None:
-    """Transposed ones and those of another dtype too, with the hash of what was written."""
+    """Transposed ones and those of another dtype too, each aligned to its width, with the hash of
+    what was written."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(shape[::-1], generator=generator).mT if len(shape) == 2
@@ -456,8 +457,11 @@ def test_files_of_tensors_are_read_by_safetensors(
         with safe_open(path, "pt") as file:
             assert file.metadata() == {"format": "pt", "a": "ä"}
         assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+        text, _ = header(path)
     assert found.keys() == tensors.keys()
     for name, (dtype, _) in shapes.items():
+        start = json.loads(text)[name]["data_offsets"][0]
+        assert (8 + len(text) + start) % dtype.itemsize == 0
         assert found[name].dtype == dtype and found[name].equal(tensors[name].to(dtype))
 
 
