@@ -51,6 +51,7 @@ OPENED = """{%- for m in messages -%}
 {%- else -%}{{ m.content }}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|><think>\n' }}{%- endif -%}"""
+DROPPED = OPENED.replace("<think>\n", "")
 # As the first Mistrals': the system message stands in the last turn of the user, if it is the last.
 LATE = """{%- for m in messages if m.role != 'system' -%}
 {%- if m.role == 'user' -%}[{{ messages[0].content + ': ' if loop.last and
@@ -141,7 +142,7 @@ def test_tokens_are_those_of_transformers(
         assert oracle.decode(whole[length:]).strip() == ""
 
 
-@pytest.mark.parametrize("template", [OPENED, LATE], ids=["opened", "late"])
+@pytest.mark.parametrize("template", [OPENED, DROPPED, LATE], ids=["opened", "dropped", "late"])
 def test_a_last_turn_that_is_rewritten_is_learnt_as_it_was_written(
     directory: Path, tokenizer: Tokenizer, template: str
 ) -> None:

@@ -14,6 +14,7 @@ from engine.settings import JudgeSettings
 from kernels.score_grammar import Reason, ScoreRules, parse_scores
 from models.tokenizer import Tokenizer
 from tests.tiny import write_tokenizer
+from train.judgements import file_judgements
 from train.sources import conversation_of
 from train.trajectories import Trajectory, file_batches, labelled_trajectory_rows
 from train.world.cases import CRITERIA, cases
@@ -160,6 +161,29 @@ def test_a_bad_line_is_named(
     path = write_lines(tmp_path / "bad.jsonl", line(0), bad, line(2))
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2: .*{message}"):
         file_batches(builder, {END}, path, 1, 0, 4096)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (line(1), "does not say whether its judgement is right"),
+        (line(1, right=2), "right"),
+        (line(1, right=True, order=[0]), "order"),
+        ({"messages": []}, "judgement"),
+        (b'{"right": true, "right": false}', "the key 'right' is repeated"),
+        (b"\xc3", "not UTF-8: unexpected end of data at byte 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_bad_line_of_judgements_is_named(tmp_path: Path, bad: Any, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    text = bad if isinstance(bad, bytes) else json.dumps(bad).encode()
+    path.write_bytes(json.dumps(line(0, right=True)).encode() + b"\n\n" + text)
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: .*{message}"):
+        file_judgements(path, 1, 0)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"bad\.jsonl holds no judgement"):
+        file_judgements(path, 1, 0)
 
 
 def test_lines_of_a_conversation_are_held_out(builder: PromptBuilder, tmp_path: Path) -> None:

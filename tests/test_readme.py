@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from engine.judge import Judge
+from engine.sample import POCKET
 from tests.args import option_names
+from train.trajectories import file_batches
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -30,7 +33,7 @@ def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_and_the_row_work(tmp_path: Path) -> None:
-    (row,) = blocks("json")
+    row, _ = blocks("json")
     (tmp_path / "rows.jsonl").write_text(row)
     command = next(line for line in README.splitlines() if "--data rows.jsonl" in line)
     words = shlex.split(command.replace("DIR", str(ROOT / "models" / "pocket")))
@@ -55,6 +58,17 @@ def test_the_command_and_the_row_work(tmp_path: Path) -> None:
     ):
         assert key in verdict and f'"{key}":' in shown
     assert verdict["id"] == "r1" and len(verdict["samples"]) == 32
+
+
+def test_the_chat_line_is_learnt(tmp_path: Path) -> None:
+    _, line = blocks("json")
+    (tmp_path / "chat.jsonl").write_text(line)
+    judge = Judge.load(POCKET)
+    ends = judge.model.config.eos_token_ids
+    (found,) = file_batches(judge.prompts, ends, tmp_path / "chat.jsonl", 1, 0, 100)(0)
+    (prompt,) = found.prompt
+    shown = judge.tokenizer.show([*prompt, *found.completion])
+    assert shown == "<|user|>What is 2 + 2?<|end|><|judge|>4<|end|>"
 
 
 def test_the_output_shown_is_the_output_seen() -> None:

@@ -75,6 +75,8 @@ def file_batches(
         if is_chat(fields):
             turns = learnt_turns(builder, eos_token_ids, read_chat(fields))
             made = [Trajectory(turn.prompt, turn.completion, turn.place) for turn in turns]
+        elif fields.get("judgement") is None:
+            raise ValueError("it has no judgement, no messages, and no prompt with a completion")
         else:
             row, line = judgement_of(fields)
             if conversation_of(row) in held_out:
@@ -145,11 +147,9 @@ def read_lines(path: Path, make: Callable[[dict[str, Any]], T]) -> list[tuple[in
 
 def judgement_of(fields: Mapping[str, Any]) -> tuple[Row, JudgementLine]:
     """A line's row, and what it holds beside it. Raises ValueError and msgspec.ValidationError."""
-    if fields.get("judgement") is None:
-        raise ValueError("it has no judgement, no messages, and no prompt with a completion")
     own = {key: fields[key] for key in JudgementLine.__struct_fields__ if key in fields}
-    row = build_row({key: value for key, value in fields.items() if key not in own})
-    return row, msgspec.convert(own, JudgementLine)
+    line = msgspec.convert(own, JudgementLine)
+    return build_row({key: value for key, value in fields.items() if key not in own}), line
 
 
 def order_of(row: Row, line: JudgementLine) -> Sequence[int]:
