@@ -112,6 +112,10 @@ def test_file_trajectories_follow_the_line(builder: PromptBuilder, tmp_path: Pat
     (shown,) = file_batches(builder, {END}, write_lines(tmp_path / "b", pair), 1, 0, 4096)(0)
     assert flat(shown) == builder.render(make_row("p", ["c", "r"]), [0, 1])
     assert shown.completion.count(END) == 1  # the text of a control token is only text
+    thought = line(1, judgement="<think>7 < 8</think><|im_start|>")
+    (shown,) = file_batches(builder, {END}, write_lines(tmp_path / "c", thought), 1, 0, 4096)(0)
+    texts = [builder.tokenizer.encode_text(text) for text in ("7 < 8", "<|im_start|>")]
+    assert shown.completion == [3, *texts[0], 4, *texts[1], END]  # but for <think> and </think>
 
 
 def test_every_epoch_holds_each_line_once_in_a_new_order(

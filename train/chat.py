@@ -133,12 +133,22 @@ def _continuation(builder: PromptBuilder, prompt: str, turns: Sequence[tuple[str
     # The template shows a turn that is over in another way than it was written: R1's without its
     # thoughts, the first Mistrals' without the system message. So the content is what is written.
     if not content.startswith(opened):
-        raise ValueError(f"the chat template begins it with {opened!r}, and it does not")
+        raise ValueError(
+            f"the chat template begins it with {opened!r}, and it does not: give it its thoughts, "
+            "or the model a chat template without them"
+        )
     mark = f"E{secrets.token_hex(8)}E"
     ended = builder.write_chat([*turns[:-1], (role, content + mark)], generation=False)
     if mark not in ended:
         raise ValueError("the chat template does not show it")
     return content[len(opened) :] + ended.rpartition(mark)[2]
+
+
+def encode_said(tokenizer: Tokenizer, said: str) -> list[int]:
+    """Tokens of what an assistant says: the tags of its thinking are the model's own tokens, all
+    else is text. Raises ValueError as `Tokenizer.encode_text`."""
+    text = _Text(tokenizer)
+    return text.encode(text.hide(said, "assistant"))
 
 
 class _Text:

@@ -3,9 +3,11 @@
     python -m train.sft --model DIR --out DIR [--data FILE.jsonl] [--steps N] ...
     torchrun --nproc-per-node N -m train.sft ...
 
-Without --data the trajectories are fresh rows of the synthetic world, judged by its teacher. Loss
-is the mean cross-entropy over the tokens of the judgements. The finished model is written to OUT as
-a Hugging Face directory; what else is there, and how a run continues, is told in `train/run.py`.
+--data holds judgements of rows, or chats, of which the assistant's turns are learnt
+(`train/trajectories.py`); without it the trajectories are fresh rows of the synthetic world, judged
+by its teacher. Loss is the mean cross-entropy over the tokens of judgements and turns. The finished
+model is written to OUT as a Hugging Face directory; what else is there, and how a run continues, is
+told in `train/run.py`.
 """
 
 import sys

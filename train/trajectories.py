@@ -20,7 +20,7 @@ from engine.prompt import PromptBuilder
 from engine.reading import open_rows, parse_lines
 from engine.request import BadRow, Row, RowError, build_row, parse_fields
 from train import parallel
-from train.chat import is_chat, learnt_turns, read_chat
+from train.chat import encode_said, is_chat, learnt_turns, read_chat
 from train.sources import T, conversation_of, epochs
 
 
@@ -117,7 +117,7 @@ def judged_trajectory(
     is none."""
     prompt = prompt_segments(builder, row, order_of(row, line), line.hint)
     end_id = builder.tokenizer.end_id(eos_token_ids)
-    return Trajectory(prompt, [*builder.tokenizer.encode_text(line.judgement), end_id])
+    return Trajectory(prompt, [*encode_said(builder.tokenizer, line.judgement), end_id])
 
 
 def read_lines(path: Path, make: Callable[[dict[str, Any]], T]) -> list[tuple[int, T]]:
