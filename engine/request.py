@@ -179,7 +179,7 @@ def parse_fields(line: bytes) -> dict[str, Any]:
 
 def build_row(fields: Mapping[str, Any]) -> Row:
     """The row of an object as a line holds it; raises RowError naming what is wrong with it."""
-    _check_json(fields, "row", 1)
+    check_json(fields, "row")
     sides = [fields[name] for name in ("chosen", "rejected") if name in fields]
     pair = any(side is not None for side in sides) or (sides != [] and "responses" not in fields)
     form: type[_Request] | type[_Preference] = _Preference if pair else _Request
@@ -318,8 +318,9 @@ def _texts(side: str | list[str | _Turn]) -> list[str] | None:
     return texts if side and len(texts) == len(side) else None
 
 
-def _check_json(value: object, path: str, depth: int) -> None:
-    """Refuse what JSON or UTF-8 cannot say; `path` names the place, `depth` counts from 1."""
+def check_json(value: object, path: str, depth: int = 1) -> None:
+    """Raise RowError for what JSON or UTF-8 cannot say, and for deep nesting; `path` names the
+    place, `depth` counts from 1."""
     if depth > MAX_DEPTH:
         raise RowError(f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, str):
@@ -332,11 +333,11 @@ def _check_json(value: object, path: str, depth: int) -> None:
         for key, item in value.items():
             if not isinstance(key, str):
                 raise RowError(f"{path}: the key {quote(key)} is not a string")
-            _check_json(key, f"{path}: key", depth)
-            _check_json(item, f"{path}.{quote(key)}", depth + 1)
+            check_json(key, f"{path}: key", depth)
+            check_json(item, f"{path}.{quote(key)}", depth + 1)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            _check_json(item, f"{path}[{index}]", depth + 1)
+            check_json(item, f"{path}[{index}]", depth + 1)
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise RowError(f"{path}: {value} is not a finite number")

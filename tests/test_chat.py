@@ -213,6 +213,10 @@ def test_turns_of_a_conversation_share_their_prompts(chatml: PromptBuilder) -> N
     assert batch.lengths == tuple(len(turn.completion) for turn in turns)
 
 
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth else []
+
+
 def lines_of(path: Path, *lines: Any) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -275,6 +279,7 @@ def test_a_file_holds_lines_of_both_kinds(chatml: PromptBuilder, tmp_path: Path)
         ({"messages": [USER, SAID | {"content": "w " * 500}]},
          r"up to messages\[1\] it has \d+ tokens, the context 400"),
         ({"messages": [USER, SAID] * 12}, r"up to messages\[\d+\] it has \d+ tokens, the context"),
+        ({"messages": nested(900)}, "nested deeper than 64 levels"),
         ({"responses": ["a"], "prompt": "p"}, "it has no judgement, no messages, and no prompt"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -285,6 +290,29 @@ def test_a_bad_line_is_named(
     path = lines_of(tmp_path / "bad.jsonl", {"messages": [USER, SAID]}, line)
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2: .*{message}"):
         file_batches(chatml, ENDS, path, 1, 0, 400)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+NAMES = st.sampled_from(["messages", "prompt", "completion", "role", "content", "judgement", "x"])
+VALUES = st.recursive(
+    SCALARS | st.sampled_from(["user", "assistant", "tool"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=12,
+)
+MESSAGES = st.lists(st.sampled_from([USER, SAID]) | VALUES, max_size=4)
+
+
+@given(line=st.dictionaries(NAMES, VALUES | MESSAGES, max_size=4) | VALUES)
+def test_any_line_is_learnt_or_refused(
+    chatml: PromptBuilder, tmp_path_factory: Any, line: Any
+) -> None:
+    path = lines_of(tmp_path_factory.getbasetemp() / "any.jsonl", {"messages": [USER, SAID]}, line)
+    try:
+        batch = file_batches(chatml, ENDS, path, 2, 0, 4096)(0)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}, line 2: ")
+    else:
+        assert len(batch) > 1 and all(each.completion[-1] in ENDS for each in batch)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from engine.labels import quote
 from engine.prompt import PromptBuilder
+from engine.request import check_json
 from engine.thinking import open_thinking
 from models.tokenizer import Tokenizer
 
@@ -55,6 +56,7 @@ def is_chat(fields: Mapping[str, Any]) -> bool:
 def read_chat(fields: Mapping[str, Any]) -> list[ChatMessage]:
     """The messages of a line. Raises ValueError for what is no conversation of system, user and
     assistant in plain text, and for one in which there is nothing to learn."""
+    check_json(fields, "line")
     for name in _UNREAD:
         if fields.get(name):
             raise ValueError(f"it has {name} beside a conversation, which is not read")
