@@ -109,6 +109,12 @@ class Tokenizer:
                 self.token_bytes[index] = _content_bytes(content, byte_level, control)
         self._template = template
         self._added = _only_added(template)
+        control_names = {template.id_to_token(index): index for index in self.control_ids}
+        self._control_of = {  # its ids -> control ids
+            own: control_names[token.content]
+            for own, token in self._added.get_added_tokens_decoder().items()
+            if token.content in control_names
+        }
         whitespace = [
             token
             for token in data.get("added_tokens") or []
@@ -137,12 +143,13 @@ class Tokenizer:
 
     def control_spans(self, text: str) -> list[tuple[int, int, int]]:
         """Of each control token that `encode_template` finds in the text: its id, and where in the
-        text it begins and ends."""
+        text it begins and ends, with the blanks that it takes."""
         _require_unicode(text)
         with _library("the tokenizer fails on this text"):
             found = self._added.encode(text, add_special_tokens=False)
-        spans = zip(map(self._template.token_to_id, found.tokens), found.offsets, strict=True)
-        return [(index, *span) for index, span in spans if index in self.control_ids]
+        spans = zip(found.ids, found.offsets, strict=True)
+        known = self._control_of
+        return [(known[own], begin, end) for own, (begin, end) in spans if own in known]
 
     def _encode(self, tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
         _require_unicode(text)

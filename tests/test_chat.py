@@ -204,6 +204,27 @@ def test_control_spans_are_those_of_the_template_encoder(tokenizer: Tokenizer, t
     assert all(text[begin:end] == tokenizer.token(index) for index, begin, end in spans)
 
 
+@pytest.mark.parametrize(
+    "flags", [{"lstrip": True}, {"rstrip": True}, {"normalized": True}], ids=str
+)
+def test_control_tokens_that_take_blanks_with_them(tmp_path: Path, flags: dict[str, bool]) -> None:
+    """As Phi-3's; the tokens are those of the template encoder where no content holds a control
+    token."""
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    data = json.loads(path.read_text())
+    for token in data["added_tokens"]:
+        token.update(flags)
+    path.write_text(json.dumps(data))
+    tokenizer = Tokenizer(tmp_path)
+    said = "the  <think> a \n</think>\n\n b "
+    turns = turns_of(builder(tokenizer, CHAT_TEMPLATE), [USER, SAID | {"content": said}])
+    prompt = f"<|im_start|>user\n{USER['content']}<|im_end|><|im_start|>assistant"
+    assert flat(turns[0]) == tokenizer.encode_template(prompt)
+    assert turns[0].completion == tokenizer.encode_template(f"\n{said}<|im_end|>")
+    assert {THINK, THOUGHT, END} < set(turns[0].completion)
+
+
 def test_turns_of_a_conversation_share_their_prompts(chatml: PromptBuilder) -> None:
     turns = turns_of(chatml, [USER, SAID, USER, THOUGHTFUL, USER, SAID])
     first, second, third = map(flat, turns)

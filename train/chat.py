@@ -165,8 +165,8 @@ class _Text:
     def hide(self, content: str, role: str) -> str:
         """The content with a mark in place of each control token, but the assistant's thinking."""
         pieces, place = [], 0
-        for _, begin, end in self._tokenizer.control_spans(content):
-            if role == "assistant" and content[begin:end] in _THINKING:
+        for token, begin, end in self._tokenizer.control_spans(content):
+            if role == "assistant" and self._tokenizer.token(token) in _THINKING:
                 continue
             pieces += [content[place:begin], f"C{self._name}N{len(self._hidden)}Z"]
             self._hidden.append(content[begin:end])
