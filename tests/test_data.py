@@ -14,7 +14,7 @@ from engine.settings import JudgeSettings
 from kernels.score_grammar import Reason, ScoreRules, parse_scores
 from models.tokenizer import Tokenizer
 from tests.tiny import write_tokenizer
-from train.judgements import file_judgements
+from train.judgements import read_judgements
 from train.sources import conversation_of
 from train.trajectories import Trajectory, file_batches, labelled_trajectory_rows
 from train.world.cases import CRITERIA, cases
@@ -184,10 +184,10 @@ def test_a_bad_line_of_judgements_is_named(tmp_path: Path, bad: Any, message: st
     text = bad if isinstance(bad, bytes) else json.dumps(bad).encode()
     path.write_bytes(json.dumps(line(0, right=True)).encode() + b"\n\n" + text)
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: .*{message}"):
-        file_judgements(path, 1, 0)
+        read_judgements(path)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"bad\.jsonl holds no judgement"):
-        file_judgements(path, 1, 0)
+        read_judgements(path)
 
 
 def test_lines_of_a_conversation_are_held_out(builder: PromptBuilder, tmp_path: Path) -> None:

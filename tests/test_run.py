@@ -84,7 +84,9 @@ def test_a_directory_is_one_commands(args: sft.Args) -> None:
 
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(args: sft.Args) -> None:
     """It would have emptied the metrics and replaced the models."""
-    args = with_values(args, eval_every=2, eval_rows=1, eval_k=1)
+    dev = args.out.with_name("dev.jsonl")
+    dev.write_text(json.dumps({"prompt": "p", "responses": ["a", "b"], "label": 0}) + "\n")
+    args = with_values(args, eval_every=2, eval_data=dev, eval_k=1)
     sft.train(args)
     for name in ("best/notes.txt", "notes.txt"):  # a person's, among the run's
         (args.out / name).write_text("mine")
@@ -195,11 +197,13 @@ def test_a_finished_run_goes_on(args: sft.Args, capsys: pytest.CaptureFixture[st
 
 def test_patience(args: sft.Args, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training ends after two evaluations that are no better than the best, and stays ended."""
+    dev = args.out.with_name("dev.jsonl")
+    dev.write_text(json.dumps({"prompt": "p", "responses": ["a", "b"], "label": 0}) + "\n")
     votes = iter([0.2, 0.5, 0.5, 0.4, 0.9])
     monkeypatch.setattr(
         sft.SftTrainer, "evaluate", lambda self: {"dev_vote": next(votes), "dev_single": 0.0}
     )
-    patient = with_values(args, eval_every=1, patience=2, steps=9)
+    patient = with_values(args, eval_every=1, eval_data=dev, patience=2, steps=9)
     sft.train(patient)
     assert steps_of(args.out) == [0, 1, 2, 3]
     assert json.loads((args.out / "best.json").read_text()) == {"step": 1, "score": 0.5}

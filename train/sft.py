@@ -44,7 +44,7 @@ class Args(RunArgs):
     """Supervised training of a judge."""
 
     command: ClassVar[str] = "train.sft"
-    data: Path | None = None  # a JSONL file of trajectories; the synthetic world when left out
+    data: Path | None = None  # JSONL of trajectories or chats; the synthetic world when left out
     rows: int = 20  # rows per step
     micro_rows: int = 32  # rows whose gradients are computed together
     autocast: bool = False  # bf16 matmuls over fp32 weights
