@@ -26,7 +26,9 @@ from engine.verdict import Sample, Verdict
 from models import load
 from models.tokenizer import Tokenizer
 from tests.args import args_of
+from tests.tiny import write_tokenizer
 from train import rejection, rft
+from train.chat import encode_said
 from train.directory import RunDirectory
 from train.judgements import read_judgements
 from train.rft import Args
@@ -146,6 +148,19 @@ def test_rejection_is_that_of_a_plain_oracle() -> None:
 
     check()
     assert set(seen) == set(rejection.FATES)
+
+
+def test_thinking_is_no_garbage(tmp_path: Path) -> None:
+    """Where a model's own tokens of thinking are text; the trajectory has them again."""
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    text = "<think>a</think>b"
+    ids = encode_said(tokenizer, text)
+    assert len(tokenizer.control_ids & set(ids)) == 2
+    end = tokenizer.encode_template("<|im_end|>")
+    for body, expected in ((ids, "kept"), ([*ids, *end], "garbled")):
+        sample = Sample((0,), text, (9,), None, None, 9, "eos", [*body, *end], [], [])
+        assert rft.fate(sample, rft.Rule(1, 5.5), tokenizer) == expected
 
 
 # -- the hint --------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ too_easy     as all others of its row it is right
 truncated    it did not end by itself, whatever it says
 invalid      it has no valid scores
 wrong        its scores do not agree with the label
-garbled      it would be kept, but its text is not what was sampled: it holds control tokens, or is
-             no UTF-8
+garbled      it would be kept, but its text is not what was sampled: it holds control tokens other
+             than those of thinking, or is no UTF-8
 """
 
 import json
@@ -18,6 +18,8 @@ from engine.labels import gold_index, is_right
 from engine.request import Row
 from engine.verdict import Sample
 from models.tokenizer import Tokenizer
+
+_THINKING = (b"<think>", b"</think>")  # control tokens that a judge may write, and learns to
 
 
 def hint_at(place: int) -> str:
@@ -80,7 +82,9 @@ def fate(sample: Sample, rule: Rule, tokenizer: Tokenizer) -> Fate:
     if rule.rejects and not rule.is_right(sample):
         return "wrong"
     body = sample.token_ids[:-1]  # without the end token
-    if not all(t < tokenizer.size and t not in tokenizer.control_ids for t in body):
+    thinking = {t for t in tokenizer.control_ids if tokenizer.token_bytes[t] in _THINKING}
+    control = tokenizer.control_ids - thinking
+    if not all(t < tokenizer.size and t not in control for t in body):
         return "garbled"
     written = b"".join(tokenizer.token_bytes[t] for t in body)
     return "kept" if written == sample.text.encode() else "garbled"
