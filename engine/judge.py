@@ -32,12 +32,13 @@ from engine.generate import (
 from engine.key import line_key, model_fingerprint
 from engine.labels import agrees, is_correct
 from engine.memory import cache_budget
-from engine.meta import CACHE_SHARE, MetaModel, MetaScorer
+from engine.meta import MetaModel, MetaScorer
 from engine.options import MAX_SHOWN, JudgeOptions
 from engine.orders import draw_orders, parts_of, seen_by
 from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
 from engine.request import BadRow, Message, Row, make_row
 from engine.score_reader import ScoreReader
+from engine.sequence_scorer import CACHE_SHARE
 from engine.settings import JudgeSettings, read_judge_settings
 from engine.templates import DATE, Template
 from engine.thinking import open_thinking

@@ -14,8 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine import meta as meta_module
 from engine import sample as command_line
+from engine import sequence_scorer
 from engine.judge import Judge
 from engine.kv_cache import cell_bytes
 from engine.meta import MetaModel, MetaScorer
@@ -124,7 +124,7 @@ def test_scores_equal_transformers_on_each_sequence_alone(
                 exact.append(float(theirs(torch.tensor([sequence(meta, row, order, text)])).logits))
     assert len(set(exact)) == len(exact)
     for piece in (4096, 48):
-        monkeypatch.setattr(meta_module, "PREFILL_TOKENS", piece)
+        monkeypatch.setattr(sequence_scorer, "PREFILL_TOKENS", piece)
         for backend in (None, "torch"):
             scorer = MetaScorer(meta, prefill_backend=backend)
             found = [score for each in rows for score in scorer.scores(*each)]
@@ -161,7 +161,7 @@ def test_no_bit_depends_on_company_or_memory(
     assert [one.scores(*each) for each in reversed(rows)] == together[::-1]
     row, samples = rows[0]
     assert [MetaScorer(meta).scores(row, [sample])[0] for sample in samples] == together[0]
-    monkeypatch.setattr(meta_module, "PREFILL_TOKENS", 100)
+    monkeypatch.setattr(sequence_scorer, "PREFILL_TOKENS", 100)
     assert MetaScorer(meta).scores(row, samples) == together[0]
     before = torch.get_num_threads()
     try:
@@ -195,10 +195,12 @@ def test_a_small_cache_changes_no_bit(meta: MetaModel, cells: int, keeps: bool) 
 def test_a_cache_that_holds_no_sequence(meta: MetaModel) -> None:
     row, samples = row_of(1), samples_of(1)
     small = scorer_with(meta, 400)
-    with pytest.raises(ValueError, match=r"needs [0-9]{4} tokens of cache, there are 384"):
+    with pytest.raises(
+        ValueError, match=r"of [0-9]{4} tokens does not fit the cache, which holds 384"
+    ):
         small.scores(row, samples)
     small.forest.check([])
-    with pytest.raises(ValueError, match="too few for the meta model"):
+    with pytest.raises(ValueError, match="too few for the scalar model"):
         scorer_with(meta, 16)
 
 
@@ -215,10 +217,10 @@ def test_equal_texts_have_equal_scores_and_cost_once(meta: MetaModel) -> None:
 def test_a_sequence_that_is_a_head_is_read_anew(meta: MetaModel) -> None:
     """Templates may show nothing of a row: then all there is lies in the cache from rows before."""
     scorer = MetaScorer(meta)
-    (first,) = scorer._score([[(7, 8, END)]])
+    (first,) = scorer.score([[(7, 8, END)]])
     assert math.isfinite(first)
-    assert scorer._score([[(7, 8, END)]]) == [pytest.approx(first, abs=1e-5)]
-    assert scorer.usage.meta_tokens == 3 + 1
+    assert scorer.score([[(7, 8, END)]]) == [pytest.approx(first, abs=1e-5)]
+    assert scorer.tokens == 3 + 1
 
 
 def test_where_the_end_token_is_the_pad_token_it_is_not_read(tmp_path: Path) -> None:
