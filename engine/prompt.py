@@ -172,12 +172,14 @@ class PromptBuilder:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         date: str = DATE,
+        is_answered: bool = False,
     ) -> None:
         """Parse both templates. chat_template: in place of the tokenizer's own;
         chat_template_kwargs: further variables for it, plain JSON values; date (YYYY-MM-DD): what
-        templates take for today. Raises ValueError for a template that does not parse or is
-        missing, for variables that are not plain or have a name of the judge's own, for a date in
-        another form."""
+        templates take for today. is_answered: a last turn of the assistant is whole, with what the
+        chat template puts after it, not the beginning of what is to be written. Raises ValueError
+        for a template that does not parse or is missing, for variables that are not plain or have a
+        name of the judge's own, for a date in another form."""
         if chat_template is None:
             chat_template = tokenizer.chat_template
         if chat_template is None:
@@ -187,6 +189,7 @@ class PromptBuilder:
         self.judge_template = judge_template
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.date = date
+        self._is_answered = is_answered
         check_variables(self.chat_template_kwargs)
         self._judge = Template("judge", judge_template, date)
         self._chat = Template("chat", chat_template, date)
@@ -326,11 +329,13 @@ class PromptBuilder:
         """Both templates rendered with these sentinels, and cut at them."""
         turns = self._turns(shape, sentinels)
         prefill = ""
-        if turns and turns[-1][0] == "assistant":
+        if turns and turns[-1][0] == "assistant" and not self._is_answered:
             prefill = turns.pop()[1]
         if not turns:
             raise ValueError("the judge template has no turn before the assistant's")
-        text = self.write_chat(turns, True, sentinels.long)
+        text = self.write_chat(turns, not self._is_answered, sentinels.long)
+        if self._is_answered:
+            return _Written(sentinels.split(text), ())
         begin = open_thinking(text)
         if begin is not None:
             begun = text[: begin + len("<think>")]
