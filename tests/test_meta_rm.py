@@ -23,7 +23,6 @@ from models import load
 from tests.args import args_of
 from train import meta_rm
 from train.judgements import Judgement
-from train.meta_rm import logits_of
 from train.ranking import (
     Labelled,
     ReadRow,
@@ -35,6 +34,7 @@ from train.ranking import (
     vote_accuracies,
 )
 from train.rewards import REWARDS
+from train.scalar import logits_of, scalar_of
 from train.world.rows import dev_rows
 
 ROOT = Path(__file__).parent.parent
@@ -174,7 +174,7 @@ def test_judgements_are_read_as_the_engine_reads_them(args: meta_rm.Args) -> Non
         valid = [(s.order, s.text) for s in verdict.samples if s.scores is not None]
         expected += scorer.scores(row, valid)
     assert 0 < len(expected) < 12 and len(judgements.right) == len(expected)
-    found = logits_of(trainer.learner.model, judgements)
+    found = logits_of(trainer.learner.model, judgements.trajectories)
     assert (found - torch.tensor(expected)).abs().max() < 1e-5
     assert len(set(judgements.row.tolist())) > 1
 
@@ -196,7 +196,7 @@ def test_it_learns_to_tell_judgements_apart(args: meta_rm.Args) -> None:
             assert abs(told["loss"] - math.log(2)) < 1e-6  # all logits are 0
             assert told["judgements"] == len(judgements.right)
             gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-        losses_of(logits_of(model, judgements), judgements, kind).mean().backward()
+        losses_of(logits_of(model, judgements.trajectories), judgements, kind).mean().backward()
         twice = [p.grad for p in model.parameters() if p.grad is not None]
         for one, other, added in zip(*gradients, twice, strict=True):
             assert (one - other).norm() <= 1e-5 * one.norm()
@@ -206,7 +206,7 @@ def test_it_learns_to_tell_judgements_apart(args: meta_rm.Args) -> None:
             loss = trainer.add_gradients(rows)["loss"]
             trainer.learner.update(step, loss)
         assert loss < math.log(2) / 3
-        told = auc(logits_of(model, judgements).detach(), judgements)
+        told = auc(logits_of(model, judgements.trajectories).detach(), judgements)
         assert told["auc_within_rows"] > 0.9
 
 
@@ -280,7 +280,7 @@ def test_what_does_not_fit_or_cannot_be_judged_is_counted(args: meta_rm.Args) ->
 
 
 def test_it_begins_as_its_decoder_and_says_nothing(args: meta_rm.Args) -> None:
-    model, _ = meta_rm.scalar_of(POCKET)
+    model, _ = scalar_of(POCKET)
     decoder, _ = load(POCKET)
     for ours, theirs in zip(model.model.parameters(), decoder.parameters(), strict=True):
         assert ours.equal(theirs)

@@ -21,12 +21,11 @@ have right and wrong judgements and pooled, where telling hard rows from easy on
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from engine.judge import Judge
 from engine.labels import has_best
@@ -36,29 +35,16 @@ from engine.request import Row
 from engine.sample import POCKET
 from engine.settings import read_judge_settings
 from engine.verdict import RowFailure
-from models import load
-from models.config import read_json
 from models.scalar_head import ScalarModel
-from models.tokenizer import Tokenizer
-from train import parallel
 from train.evaluation import EvalArgs, divide, tell_held_out
 from train.judgements import JudgedRow, Judgement, batches_of_judgements, read_judgements
 from train.learner import Learner, LearnerArgs
 from train.loop import Trainer, loop
-from train.packing import pack, packed_attention
-from train.ranking import (
-    Labelled,
-    ReadRow,
-    auc,
-    labelled,
-    log_odds_scale,
-    losses_of,
-    num_pairs,
-    vote_accuracies,
-)
+from train.ranking import ReadRow, auc, labelled, log_odds_scale, num_pairs, vote_accuracies
 from train.rewards import REWARDS
 from train.rollout import NO_SCORES, TRAINING, Group, SamplingArgs, sample_groups, step_seed
 from train.run import Clock, LogArgs, RunArgs, command_line
+from train.scalar import add_gradients, all_logits, scalar_of
 from train.settings import check_at_least
 from train.sources import Rows, batches_of, conversation_of, hold_out
 from train.trajectories import Trajectory
@@ -97,20 +83,6 @@ class Args(RunArgs):
             raise ValueError(f"rows = {self.rows}: there is nothing to learn from")
 
 
-def scalar_of(
-    directory: Path, dtype: str | torch.dtype = torch.float32
-) -> tuple[ScalarModel, Tokenizer]:
-    """A scalar model with the decoder of a causal language model; its score is 0."""
-    decoder, tokenizer = load(directory, dtype=dtype)
-    pad = read_json(directory / "config.json").get("pad_token_id")
-    model = ScalarModel(replace(decoder.config, tied=True, pad_token_id=pad))
-    model = model.to(decoder.head_weight)
-    weights = decoder.state_dict()
-    model.model.load_state_dict({k: v for k, v in weights.items() if k != "lm_head.weight"})
-    torch.nn.init.zeros_(model.score.weight)
-    return model, tokenizer
-
-
 def judged(groups: Sequence[Group]) -> list[JudgedRow]:
     """The valid judgements of groups."""
     return [
@@ -126,15 +98,6 @@ def judged(groups: Sequence[Group]) -> list[JudgedRow]:
         )
         for group in groups
     ]
-
-
-def logits_of(model: ScalarModel, judgements: Labelled) -> Tensor:
-    """(S,) float32, with gradient."""
-    batch = pack(judgements.trajectories, model.score.weight.device)
-    last = torch.tensor(batch.lengths, device=batch.predicting.device).cumsum(0) - 1
-    attend = packed_attention(model.model.config, batch)
-    logits: Tensor = model(batch.token_ids, batch.positions, attend, batch.predicting[last])
-    return logits
 
 
 class MetaTrainer(Trainer[ScalarModel]):
@@ -235,23 +198,15 @@ class MetaTrainer(Trainer[ScalarModel]):
         total = len(rights)
         if args.loss == "pairwise":
             total = sum(num_pairs(each) for each in rows)
-        losses, hits = [], []
-        for own, counts in parallel.micro_batches(rows, args.micro_rows):
-            judgements = labelled(own)
-            logits = logits_of(model, judgements)
-            loss = losses_of(logits, judgements, args.loss).sum() / max(1, total)
-            (loss * parallel.world_size() * counts).backward()
-            if counts:
-                losses.append(loss.item())
-                hits.append(((logits.detach().cpu() > 0) == judgements.right).sum().item())
+        loss, logits = add_gradients(model, rows, labelled, args.loss, args.micro_rows, total)
+        hits = (logits > 0) == torch.tensor(rights)
         return {
-            "loss": sum(parallel.gather(losses)),
+            "loss": loss,
             "judgements": len(rights),
             "right": sum(rights) / len(rights),
-            "accuracy": sum(parallel.gather(hits)) / len(rights),
+            "accuracy": hits.sum().item() / len(rights),
         }
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """On judgements of the rows of evaluations, which are sampled once: AUCs, the scale
         that makes log-odds of the logits, which the model's judge.json gets, and what votes come to
@@ -262,12 +217,8 @@ class MetaTrainer(Trainer[ScalarModel]):
             seed = step_seed(args.learning.seed, -1)
             found, _ = self.judge_rows(self.dev_rows, seed, args.evaluation.eval_k)
             self._dev, _ = self.read(found)
-        scores: list[float] = []
-        own = parallel.share(self._dev)
-        for first in range(0, len(own), args.micro_rows):
-            some = labelled(own[first : first + args.micro_rows])
-            scores += logits_of(self.learner.plain, some).tolist()
-        logits, dev = torch.tensor(parallel.gather(scores)), labelled(self._dev)
+        logits = all_logits(self.learner.plain, self._dev, labelled, args.micro_rows)
+        dev = labelled(self._dev)
         scale = log_odds_scale(logits, dev.right)
         self.judge_settings = {"meta_scale": scale}
         told = auc(logits, dev) | {"scale": scale}
