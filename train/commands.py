@@ -14,6 +14,7 @@ COMMANDS = {
     "rft": ("train.rft", "train a judge on those of its own judgements that are right"),
     "grpo": ("train.grpo", "train a judge by reinforcement learning on labelled rows"),
     "meta_rm": ("train.meta_rm", "train a meta reward model: which judgements are right"),
+    "scalar_rm": ("train.scalar_rm", "train a scalar reward model, the baseline: a number a text"),
     "world": ("train.world.cases", "write rows of the synthetic judging world"),
     "pocket": ("train.world.pocket", "train the bundled judge from nothing"),
 }

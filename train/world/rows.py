@@ -11,12 +11,13 @@ from train.trajectories import Batches, Trajectory, prompt_segments
 from train.world.cases import CRITERIA, Case, Split, cases, judge, list_criteria
 
 
-def world_rows(name: str, seed: int, rows: int) -> Rows:
-    """Fresh rows of the synthetic world's train split, the same for the same name and seed."""
+def world_rows(name: str, seed: int, rows: int, least: int = 1) -> Rows:
+    """Fresh rows of the synthetic world's train split, of at least so many responses, the same for
+    the same name and seed."""
 
     def batch(number: int) -> list[Row]:
         stream = f"{name}-{seed}-{number}"
-        return split_rows(stream, "train", rows, stream)
+        return split_rows(stream, "train", rows, stream, least)
 
     return batch
 
@@ -26,12 +27,15 @@ def dev_rows(name: str, rows: int) -> list[Row]:
     return split_rows(name, "dev", rows, "dev")
 
 
-def split_rows(stream: str | int, split: Split, rows: int, prefix: str) -> list[Row]:
-    """The first labelled rows of a stream of the synthetic world's cases; ids are PREFIX-NUMBER."""
-    drawn = (case.row() for case in islice(cases(stream, split), rows))
+def split_rows(
+    stream: str | int, split: Split, rows: int, prefix: str, least: int = 1
+) -> list[Row]:
+    """The first labelled rows, of at least so many responses, of a stream of the synthetic world's
+    cases; ids are PREFIX-NUMBER."""
+    fit = (case.row() for case in cases(stream, split) if len(case.responses) >= least)
     return [
         make_row(row["prompt"], row["responses"], id=f"{prefix}-{i}", label=row["label"])
-        for i, row in enumerate(drawn)
+        for i, row in enumerate(islice(fit, rows))
     ]
 
 

@@ -1,0 +1,223 @@
+"""Training of a scalar reward model by Bradley-Terry, the baseline of the field; resumable.
+
+    python -m train.scalar_rm [--model DIR] [--out DIR] [--data ROWS.jsonl] [--steps N] ...
+    torchrun --nproc-per-node N -m train.scalar_rm ...
+
+The model begins as the decoder of --model under a new score weight of zeros. It reads a
+conversation and one response as `engine/scalar_judge.py` does, and gives that a score r. Loss:
+
+    -log sigmoid(r(better) - r(worse)), the mean over all pairs of the step
+
+A pair is two responses of a row that its label puts in an order: the best and any other or, where
+the label is gold scores, any two that differ in theirs. All responses of a row are packed as one
+tree. A row of one response has no pair: in a file such rows are left out and counted, and of the
+synthetic world, which rows come from without --data, none are drawn.
+
+OUT is a sequence classifier with one label, which `ScalarJudge` and transformers load. What decides
+which model is best is `dev_accuracy`: in how many rows of evaluations, of several responses, the
+best has the highest score, a tie being drawn (half, of two).
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.command import flat
+from engine.labels import Label, chance_right
+from engine.options import PromptOptions
+from engine.prompt import read_chat_template
+from engine.request import Row
+from engine.sample import POCKET
+from engine.scalar_judge import ScalarJudge
+from engine.settings import read_judge_settings
+from models.scalar_head import ScalarModel
+from train.evaluation import EvalArgs, divide
+from train.learner import Learner, LearnerArgs
+from train.loop import Trainer, loop
+from train.ranking import Labelled, losses_of, pairs
+from train.run import Clock, LogArgs, RunArgs, command_line
+from train.scalar import add_gradients, all_logits, scalar_of
+from train.settings import check_at_least
+from train.sources import Rows, batches_of
+from train.trajectories import Trajectory
+from train.world.rows import world_rows
+
+EXAMPLE = "--model DIR --out runs/scalar_rm --data rows.jsonl --steps 200"
+# Options of all training that are about judgements in words.
+_OF_JUDGEMENTS = (
+    "template", "anchor", "score_min", "score_max", "threshold", "format", "eval_k",
+    "eval_temperature",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(RunArgs):
+    """Training of a scalar reward model by Bradley-Terry."""
+
+    command: ClassVar[str] = "train.scalar_rm"
+    model: Path = POCKET  # what it begins as: a causal language model
+    out: Path = Path("runs/scalar_rm")
+    data: Path | None = None  # a JSONL file of labelled rows; the synthetic world when left out
+    rows: int = 32  # per step
+    micro_rows: int = 16  # rows whose gradients are computed together
+    learning: LearnerArgs = LearnerArgs(steps=300, lr=5e-4, warmup=20)
+    evaluation: EvalArgs = EvalArgs(eval_every=50, eval_rows=400)
+    logging: LogArgs = LogArgs(log_every=10, save_every=50)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, self, "rows", "micro_rows")
+        given, default = flat(self), {**vars(PromptOptions()), **vars(EvalArgs())}
+        for name in _OF_JUDGEMENTS:
+            if given[name] != default[name]:
+                raise ValueError(
+                    f"{name} = {given[name]} has no meaning for a model that gives only a score"
+                )
+
+
+class ReadRow(NamedTuple):
+    """A labelled row of several responses, and what is read of each."""
+
+    row: Row
+    trajectories: list[Trajectory]
+
+
+def gold_scores(row: Row) -> list[float]:
+    """What a row's label says of each of its responses, of which there are several."""
+    label: Label | None = row.label
+    assert label is not None and len(row.responses) > 1
+    if isinstance(label, int):
+        return [float(place == label) for place in range(len(row.responses))]
+    return list(label)
+
+
+def labelled(rows: Sequence[ReadRow]) -> Labelled:
+    """The responses of rows, side by side."""
+    gold = [gold_scores(each.row) for each in rows]
+    return Labelled(
+        [own for each in rows for own in each.trajectories],
+        torch.tensor([score == max(own) for own in gold for score in own]),
+        torch.tensor([score for own in gold for score in own], dtype=torch.float64),
+        torch.tensor([number for number, own in enumerate(gold) for _ in own]),
+    )
+
+
+class ScalarTrainer(Trainer[ScalarModel]):
+    """The scalar model under training, and the rows that it reads."""
+
+    shown = ("loss", "accuracy")
+    score = "dev_accuracy"
+
+    def __init__(self, args: Args) -> None:
+        super().__init__()
+        model, tokenizer = scalar_of(args.model, args.learning.dtype)
+        self.args, self.learner = args, Learner(model, args.learning)
+        prompts = args.prompts
+        self.judge = ScalarJudge(
+            self.learner.plain,
+            tokenizer,
+            chat_template=read_chat_template(args.model, prompts.chat_template),
+            chat_template_kwargs=prompts.variables,
+            date=prompts.date,
+            settings=read_judge_settings(args.model),
+        )
+        found, dev, self.left_out = divide(
+            args.data, args.evaluation, "scalar", evaluates=args.evaluation.eval_every > 0
+        )
+        self.rows = self._rows(found)
+        self.dev, _ = self.read([row for row in dev if len(row.responses) > 1])
+        if dev and not self.dev:
+            raise ValueError(f"none of {len(dev)} rows of evaluations has two responses that fit")
+
+    def _rows(self, found: list[Row] | None) -> Rows:
+        """Batches of the rows of a file that have pairs, or of the world."""
+        args = self.args
+        if found is None:
+            return world_rows("scalar", args.learning.seed, args.rows, least=2)
+        kept = [row for row in found if len(row.responses) > 1]
+        if len(kept) < len(found):
+            self.left_out["one response, which is better than none"] = len(found) - len(kept)
+        if not kept:
+            raise ValueError(f"{args.data}: all {len(found)} labelled rows have one response")
+        return batches_of(kept, args.rows, args.learning.seed)
+
+    def read(self, rows: Sequence[Row]) -> tuple[list[ReadRow], list[str]]:
+        """Those rows that the model can read, and for each of the others why not."""
+        found: list[ReadRow] = []
+        errors: list[str] = []
+        for row in rows:
+            try:
+                sequences = self.judge.sequences(row)
+            except ValueError as error:
+                errors.append(f"row {row.id}: {error}")
+                continue
+            # The last token of a completion is a target only; it is not read.
+            found.append(ReadRow(row, [Trajectory(each, (0,)) for each in sequences]))
+        return found, errors
+
+    def step(self, number: int) -> tuple[dict[str, float], dict[str, float]]:
+        clock = Clock()
+        rows, errors = self.read(self.rows(number))
+        if not rows:
+            raise ValueError(f"step {number}: no row can be read: {errors[0]}")
+        self.learner.optimizer.zero_grad()
+        metrics: dict[str, float] = {"failed_rows": len(errors)}
+        metrics |= self.add_gradients(rows)
+        named = [each.row.id for each in rows]
+        metrics |= self.learner.update(number, metrics["loss"], named)
+        clock.lap("update")
+        return metrics, clock.seconds
+
+    def add_gradients(self, rows: Sequence[ReadRow]) -> dict[str, float]:
+        """Add the gradients of the mean loss over the pairs of rows; a rank takes its share.
+        Returns that loss, and the share of pairs that the scores put in the right order."""
+        everyone = labelled(rows)
+        better, worse = pairs(everyone)
+        loss, scores = add_gradients(
+            self.learner.model, rows, labelled, "pairwise", self.args.micro_rows, len(better)
+        )
+        ordered = (scores[better] > scores[worse]).double()
+        ordered += (scores[better] == scores[worse]).double() / 2
+        return {"loss": loss, "pairs": len(better), "accuracy": ordered.mean().item()}
+
+    def evaluate(self) -> dict[str, float]:
+        """On those rows of evaluations that have several responses and can be read: the loss, how
+        many they are, and the accuracy."""
+        self.learner.refresh()
+        scores = all_logits(self.learner.plain, self.dev, labelled, self.args.micro_rows)
+        return {
+            "dev_loss": losses_of(scores, labelled(self.dev), "pairwise").mean().item(),
+            "dev_rows": len(self.dev),
+            "dev_accuracy": accuracy([each.row for each in self.dev], scores),
+        }
+
+
+def accuracy(rows: Sequence[Row], scores: Tensor) -> float:
+    """The chance that the response with the highest score is the best, a mean over rows of several
+    responses, ties being drawn. scores: of all responses, one row after another."""
+    found = []
+    own = scores.split([len(row.responses) for row in rows])
+    for row, each in zip(rows, own, strict=True):
+        assert row.label is not None
+        found.append(chance_right(each.tolist(), row.label, math.nan))
+    return sum(found) / len(found)
+
+
+def train(args: Args) -> None:
+    """Train to the last step, as `train.loop.loop` does."""
+    loop(args, args.evaluation, ScalarTrainer(args), always_last=False)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.scalar_rm") -> int:
+    """Run the command line and return its exit status."""
+    return command_line(Args, train, prog=prog, example=EXAMPLE, arguments=arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
