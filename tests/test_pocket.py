@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench import filters
+from engine.command import help_of
 from engine.judge import Judge
 from engine.prompt import PromptBuilder
 from engine.request import make_row
@@ -117,6 +118,28 @@ def test_the_seed_decides_the_weights_and_nothing_else(tmp_path: Path) -> None:
         assert (tmp_path / "0" / path.name).read_bytes() == path.read_bytes()
         same = (tmp_path / "1" / path.name).read_bytes() == path.read_bytes()
         assert same == (path.name != "model.safetensors")
+
+
+def test_a_large_model_differs_in_its_shape_alone(tmp_path: Path) -> None:
+    """It has three to four times the parameters; both counts are those that the help states."""
+    raw, _, folder = small()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pocket, "build_tokenizer", lambda: raw)
+        write_untrained(tmp_path, size="large")
+    for path in Path(folder.name).iterdir():
+        same = (tmp_path / path.name).read_bytes() == path.read_bytes()
+        assert same == (path.name not in ("config.json", "model.safetensors"))
+    layers = [
+        sum(p.numel() for layer in load(directory)[0].layers for p in layer.parameters())
+        for directory in (Path(folder.name), tmp_path)
+    ]
+    counts = [  # with the shipped vocabulary
+        read_config(directory).hidden_size * (475 + 1) + layers[i]
+        for i, directory in enumerate((Path(folder.name), tmp_path))
+    ]
+    assert 3 < counts[1] / counts[0] < 4
+    stated = help_of(pocket.Args)["size"]
+    assert all(f"{count / 1e6:.2f} million" in stated for count in counts)
 
 
 def test_the_bundled_meta_model_knows_good_judgements_of_the_bundled_judge() -> None:

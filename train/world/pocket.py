@@ -4,10 +4,12 @@ The tokenizer is a Unigram model over byte-level pieces: every byte that UTF-8 t
 the whole words of the judging world. Unigram, since a BPE vocabulary must also hold the steps
 towards each word, tokens that no text ever shows.
 
-    python -m train.world.pocket [--out DIR] [--steps N] [--seed S]
+    python -m train.world.pocket [--out DIR] [--size large] [--steps N] [--seed S]
 
 OUT/untrained holds the model as it starts, OUT/model the trained one with its checkpoints and
-metrics. Running it again continues where it stopped. Not done here: RL, the model card.
+metrics. Running it again continues where it stopped. A large model is wider and deeper, and the
+same in all else: one judgement of it costs as much as several of the small one, which may vote. Not
+done here: RL, the model card.
 """
 
 import json
@@ -18,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -93,6 +95,16 @@ CONFIG: dict[str, Any] = {
     "torch_dtype": "float32",
     "initializer_range": 0.02,
 }
+Size = Literal["small", "large"]
+# What differs from CONFIG: 1.67 million parameters, and 5.45 million.
+SIZES: dict[Size, dict[str, Any]] = {
+    "small": {},
+    "large": {
+        "hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6,
+        "num_attention_heads": 9, "num_key_value_heads": 3,
+    },
+}  # fmt: skip
+LEARNING_RATES: dict[Size, float] = {"small": 2e-3, "large": 1.3e-3}  # less for more width
 
 
 def build_tokenizer(sample_rows: int = 6000, seed: int = 0) -> Tokenizer:
@@ -130,16 +142,16 @@ def build_tokenizer(sample_rows: int = 6000, seed: int = 0) -> Tokenizer:
     return tokenizer
 
 
-def write_untrained(directory: Path, seed: int = 0) -> None:
+def write_untrained(directory: Path, seed: int = 0, size: Size = "small") -> None:
     """Write an untrained pocket model as an ordinary Hugging Face directory.
 
-    seed: of the weights; the tokenizer is the same for all.
+    seed: of the weights; the tokenizer is the same for all, and for all sizes.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
     end = ids["<|end|>"]
-    config = CONFIG | {"vocab_size": tokenizer.get_vocab_size()}
+    config = CONFIG | SIZES[size] | {"vocab_size": tokenizer.get_vocab_size()}
     config |= {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
     files = {
         "config.json": config,
@@ -164,7 +176,7 @@ def write_untrained(directory: Path, seed: int = 0) -> None:
         if parameter.dim() == 1:
             torch.nn.init.ones_(parameter)
             continue
-        depth_scale = (2 * CONFIG["num_hidden_layers"]) ** -0.5
+        depth_scale = (2 * config["num_hidden_layers"]) ** -0.5
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = 0.02 if "embed" in name else parameter.shape[-1] ** -0.5 * 0.6
         torch.nn.init.normal_(
@@ -182,6 +194,7 @@ class Args:
     """Train the pocket model from nothing; run again to continue."""
 
     out: Path = Path("runs/pocket")  # directory of the untrained model and the trained one
+    size: Size = "small"  # of the model: 1.67 million parameters (small) or 5.45 million (large)
     steps: int = 3000  # of training
     seed: int = 0  # of the first weights and of all draws
 
@@ -193,16 +206,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.wo
 
 def _train(arguments: Sequence[str] | None, prog: str) -> None:
     args = command.parse(
-        Args, {"run": ("out", "steps", "seed")}, prog=prog, example=EXAMPLE, arguments=arguments
-    )
+        Args, {"run": ("out", "size", "steps", "seed")}, prog=prog, example=EXAMPLE,
+        arguments=arguments,
+    )  # fmt: skip
     untrained = args.out / "untrained"
-    write_untrained(untrained, args.seed)  # the same bytes every time
+    write_untrained(untrained, args.seed, args.size)  # the same bytes every time
     sft.train(
         sft.Args(
             model=untrained,
             out=args.out / "model",
             rows=20,
-            learning=LearnerArgs(steps=args.steps, lr=2e-3, warmup=150, seed=args.seed),
+            learning=LearnerArgs(
+                steps=args.steps, lr=LEARNING_RATES[args.size], warmup=150, seed=args.seed
+            ),
         )
     )
 
