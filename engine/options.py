@@ -136,6 +136,8 @@ class PromptOptions:
         names = ("score_min", "score_max", "threshold", "anchor", "format")
         given = {name: getattr(self, name) for name in names}
         changes = {name: value for name, value in given.items() if value is not None}
+        if self.format not in (None, "boxed"):
+            changes["stop"] = "eos"  # there is no box to stop at
         return changes | {"anchor": None} if self.anchor == "" else changes
 
     def for_load(self, **settings: Any) -> dict[str, Any]:

@@ -24,6 +24,9 @@ from engine.settings import JudgeSettings, read_judge_settings
 from engine.verdict import Verdict
 from models import Tokenizer, load
 from models.config import read_config
+from tests.args import args_of
+from train import sft
+from train.world import cases as world
 from train.world import pocket
 from train.world.cases import cases, list_criteria
 from train.world.cases import judge as teach
@@ -140,6 +143,22 @@ def test_a_large_model_differs_in_its_shape_alone(tmp_path: Path) -> None:
     assert 3 < counts[1] / counts[0] < 4
     stated = help_of(pocket.Args)["size"]
     assert all(f"{count / 1e6:.2f} million" in stated for count in counts)
+
+
+@pytest.mark.parametrize("kind", ["direct", "index"])
+def test_shorter_judgements_are_learnt_and_read(kind: str, tmp_path: Path) -> None:
+    """`train.sft` reads them, and the judge that it writes says in which form it writes scores."""
+    _, _, folder = small()
+    data = tmp_path / "rows.jsonl"
+    assert world.main(["--rows", "6", "--judgements", kind, "--out", str(data)]) == 0
+    form = "rating" if kind == "index" else None
+    out = tmp_path / "out"
+    sft.train(args_of(sft.Args,
+        model=Path(folder.name), out=out, data=data, rows=6, steps=1, format=form, log_every=1,
+    ))  # fmt: skip
+    settings = Judge.load(out).settings
+    expected = ("rating", "eos") if kind == "index" else ("boxed", "box")
+    assert (settings.format, settings.stop) == expected
 
 
 def test_the_bundled_meta_model_knows_good_judgements_of_the_bundled_judge() -> None:

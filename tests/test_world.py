@@ -12,9 +12,11 @@ from dataclasses import replace
 from functools import cache
 from itertools import islice, permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from engine.formats import read_verdict
 from engine.request import parse_row
 from kernels.score_grammar import Reason, ScoreRules, parse_scores
 from train.world import cases as world
@@ -288,6 +290,42 @@ def test_the_command_line_writes_rows(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert [list(row.responses) for row in rows] == [row["responses"] for row in expected]
         assert [row.label for row in rows] == [row["label"] for row in expected]
         assert [row.meta for row in rows] == [row["meta"] for row in expected]
+
+
+def test_judgements_beside_rows_are_one_judgement_in_three_forms(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The rows are those without judgements. Scores read from the direct form and the best response
+    from the index are those of the full form; of several that are best the index names any."""
+    options = ("--rows", "120", "--seed", "4", "--split", "train")
+    run_main(monkeypatch, *options, "--out", str(tmp_path / "rows"))
+    forms: dict[str, list[dict[str, Any]]] = {}
+    for kind in ("full", "direct", "index"):
+        run_main(monkeypatch, *options, "--judgements", kind, "--out", str(tmp_path / kind))
+        lines = (tmp_path / kind).read_text().splitlines()
+        forms[kind] = [json.loads(line) for line in lines]
+    plain = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    ties = Counter[bool]()
+    for row, *lines in zip(plain, *forms.values(), strict=True):
+        full, direct, index = (line.pop("judgement") for line in lines)
+        assert lines == [row] * 3
+        n = len(row["responses"])
+        reason, scores = parse_scores(full.encode(), n, ScoreRules(first=True), True)
+        assert reason == Reason.VALID
+        assert full.startswith("Specific Criteria: ") and full.endswith("\n" + direct)
+        assert direct == f"Scores: \\boxed{{{', '.join(map(str, scores))}}}"
+        assert index.split("\n")[:-1] == full.split("\n")[:-1]
+        reason, read = read_verdict("rating", index, n, 1, 10, True)
+        assert reason == Reason.VALID
+        if n == 1:
+            assert read == scores
+            continue
+        assert sorted(read) == [1] * (n - 1) + [10]
+        best = [i for i in range(n) if scores[i] == max(scores)]
+        assert read.index(10) in best
+        if len(best) > 1:
+            ties[read.index(10) == best[0]] += 1
+    assert min(ties.values()) > 3 and len(ties) == 2
 
 
 def test_the_command_line_writes_to_standard_output_in_any_locale(tmp_path: Path) -> None:

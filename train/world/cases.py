@@ -17,6 +17,8 @@ The split of a row (train, dev, final) is a hash of its content. One in nine com
 words is kept out of train; in the other splits `meta.novel` tells these rows.
 
     python -m train.world.cases --rows 1000 --seed 0 --split final --out rows.jsonl
+
+With --judgements each row has the teacher's judgement beside it, as `train.sft --data` reads it.
 """
 
 import hashlib
@@ -34,6 +36,7 @@ from tqdm import tqdm
 from engine import command
 
 Split = Literal["train", "dev", "final"]
+Judgements = Literal["full", "direct", "index"]
 
 CRITERIA = ("answer", "opening", "closing", "brackets", "name", "color", "calm", "polite")
 LISTED = 3
@@ -319,6 +322,24 @@ def judge(case: Case, listed: list[tuple[str, int]]) -> tuple[str, list[int]]:
     return "\n".join(lines), scores
 
 
+def short_judgement(case: Case, kind: Judgements, rng: random.Random) -> str:
+    """The teacher's judgement by criteria that it draws: all of it, or a shorter form of the same.
+
+    full: criteria, analysis, scores. direct: the line of scores alone. index: criteria and
+    analysis, then which response is best, in place of their scores (drawn where several are) or,
+    of one response, its score: the format `rating` of `engine/formats.py`.
+    """
+    text, scores = judge(case, list_criteria(case, rng))
+    analysis, _, line = text.rpartition("\n")
+    if kind == "full":
+        return text
+    if kind == "direct":
+        return line
+    best = rng.choice([place for place, score in enumerate(scores) if score == max(scores)])
+    verdict = str(scores[0]) if len(scores) == 1 else "ABCD"[best]
+    return f"{analysis}\n[RESULT] {verdict}"
+
+
 def cases(seed: int | str, split: Split) -> Iterator[Case]:
     """An endless, seeded stream of the split's cases."""
     rng = random.Random(f"quorum-world-{seed}")
@@ -339,6 +360,10 @@ class Args:
     seed: int = 0  # of all draws
     split: Split = "final"  # which rows: those to train on, to tune by or to measure with
     out: Path | None = None  # standard output when left out
+    judgements: Judgements | None = None
+    """The teacher's judgement beside each row, which train.sft learns from: criteria, analysis and
+    scores (full), scores alone (direct), or criteria, analysis and the best response's letter
+    (index), which a judge with --format rating writes."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.world.cases") -> int:
@@ -347,7 +372,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.wo
 
 
 def _write(arguments: Sequence[str] | None, prog: str) -> None:
-    groups = {"rows": ("rows", "split", "seed", "out")}
+    groups = {"rows": ("rows", "split", "seed", "judgements", "out")}
     args = command.parse(Args, groups, prog=prog, example=EXAMPLE, arguments=arguments)
     if args.rows < 1:
         raise ValueError(f"rows = {args.rows} is less than 1")
@@ -357,7 +382,11 @@ def _write(arguments: Sequence[str] | None, prog: str) -> None:
     with args.out.open("wb") if args.out else nullcontext(sys.stdout.buffer) as sink:
         command.begin_work()
         for index in tqdm(range(args.rows), disable=None, unit="row"):
-            row = {"id": f"{args.split}-{args.seed}-{index}", **next(stream).row()}
+            case, name = next(stream), f"{args.split}-{args.seed}-{index}"
+            row = {"id": name, **case.row()}
+            if args.judgements is not None:
+                rng = random.Random(f"quorum-judgement-{name}")
+                row["judgement"] = short_judgement(case, args.judgements, rng)
             sink.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
