@@ -32,7 +32,8 @@ from models import load_scalar
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
 
-_TURNS = (
+# A judge template: the row's own turns, and the one response as the last.
+TURNS = (
     "{% for message in messages %}{{ turn(message.role) }}{{ message.content }}{% endfor %}"
     "{{ turn('assistant') }}{{ responses[0] }}"
 )
@@ -56,7 +57,7 @@ class ScalarJudge:
         self.model = model
         self.tokenizer = tokenizer
         self.prompts = PromptBuilder(
-            tokenizer, _TURNS, settings or JudgeSettings(), chat_template=chat_template,
+            tokenizer, TURNS, settings or JudgeSettings(), chat_template=chat_template,
             chat_template_kwargs=chat_template_kwargs, date=date, is_answered=True,
         )  # fmt: skip
 

@@ -23,6 +23,7 @@ from transformers.utils import chat_template_utils
 
 from engine.prompt import DEFAULT_TEMPLATE, PromptBuilder
 from engine.request import make_row
+from engine.scalar_judge import TURNS
 from engine.settings import JudgeSettings
 from engine.templates import DATE, Template, TemplateError
 from models.tokenizer import Tokenizer
@@ -146,6 +147,24 @@ def test_prompts_of_published_tokenizers(directory: Path) -> None:
     text = oracle.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + prefill
     assert builder.show(row, [0, 1]) == text
     assert builder.render(row, [0, 1]) == oracle.encode(text, add_special_tokens=False)
+
+
+def test_responses_of_published_tokenizers(directory: Path) -> None:
+    """Tokens of a conversation and one response, as a scalar model reads them."""
+    try:
+        tokenizer = Tokenizer(directory)
+    except ValueError as error:
+        pytest.skip(f"it is refused: {error}")
+    if tokenizer.chat_template is None:
+        pytest.skip("it has no chat template")
+    oracle = AutoTokenizer.from_pretrained(directory)
+    builder = PromptBuilder(tokenizer, TURNS, JudgeSettings(), is_answered=True)
+    said = [{"role": "user", "content": "Is 7 < 9, é?\n\nSay why."}]
+    for history in ([], [*said, {"role": "assistant", "content": "Yes."}]):
+        messages, text = [*history, *said], "Since 9 - 7 = 2, größer als 0."
+        whole = [*messages, {"role": "assistant", "content": text}]
+        expected = oracle.apply_chat_template(whole, return_dict=False)
+        assert builder.render(make_row(messages, [text]), [0]) == expected
 
 
 def test_chat_turns_of_published_tokenizers(directory: Path) -> None:

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import models
 from engine.command import flat, with_values
 from tests.args import args_of
-from train import checkpoint, grpo, meta_rm, rft, sft
+from train import checkpoint, grpo, meta_rm, rft, scalar_rm, sft
 from train.run import RunArgs
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +42,10 @@ RUNS: dict[str, RunArgs] = {
         out=Path("meta_rm"), steps=3, rows=3, samples=3, micro_rows=1, lr=2e-5, warmup=1,
         save_every=1, eval_every=2, eval_rows=3, eval_k=3, max_new_tokens=LONGEST,
     ),
+    "scalar_rm": args_of(scalar_rm.Args,
+        out=Path("scalar_rm"), steps=3, rows=3, micro_rows=1, lr=2e-5, warmup=1, log_every=1,
+        save_every=1, eval_every=2, eval_rows=5,
+    ),
     "adapters": args_of(grpo.Args,
         out=Path("adapters"), steps=3, rows=3, group=2, micro_rows=1, lora_rank=4, recompute=True,
         lora_targets=("q_proj", "v_proj", "up_proj"), lr=1e-4, warmup=1, save_every=1,
@@ -49,7 +53,7 @@ RUNS: dict[str, RunArgs] = {
     ),
 }  # fmt: skip
 TRAIN: dict[str, Any] = {"sft": sft.train, "grpo": grpo.train, "meta_rm": meta_rm.train}
-TRAIN["adapters"] = grpo.train
+TRAIN |= {"scalar_rm": scalar_rm.train, "adapters": grpo.train}
 ROUNDED = args_of(sft.Args,
     model=POCKET, out=Path("rounded"), steps=2, rows=3, micro_rows=1, lr=1e-3, warmup=1,
     dtype="bfloat16",
@@ -138,12 +142,13 @@ def test_tensorboard_shows_what_is_logged(whole: dict[str, Path]) -> None:
 
 
 def test_the_best_of_all_evaluations_is_kept(whole: dict[str, Path]) -> None:
-    for name, figure in (("sft", "dev_vote"), ("meta_rm", "dev_weighed_vote")):
+    figures = {"sft": "dev_vote", "meta_rm": "dev_weighed_vote", "scalar_rm": "dev_accuracy"}
+    for name, figure in figures.items():
         scores = {m["step"]: m[figure] for m in metrics_of(whole[name]) if figure in m}
         best = json.loads((whole[name] / "best.json").read_text())
         assert best == {"step": best["step"], "score": max(scores.values())}
         assert best["step"] == min(step for step in scores if scores[step] == best["score"])
-        load = models.load_scalar if name == "meta_rm" else models.load
+        load = models.load if name == "sft" else models.load_scalar
         load(whole[name] / "best")
         last = load_file(whole[name] / WEIGHTS)
         kept = load_file(whole[name] / "best" / WEIGHTS)

@@ -19,6 +19,7 @@ from engine.scalar_judge import ScalarJudge
 from models import load
 from tests.args import args_of
 from train import scalar_rm
+from train.packing import pack
 from train.ranking import losses_of
 from train.scalar import all_logits, logits_of
 from train.scalar_rm import ReadRow, accuracy, labelled
@@ -74,6 +75,13 @@ def test_it_begins_as_its_decoder_and_learns(args: scalar_rm.Args) -> None:
     rows, errors = trainer.read(some_rows(3))
     pairs = sum(len(each.trajectories) - 1 for each in rows)
     assert not errors and pairs > 3
+    everyone = labelled(rows)
+    paths = {
+        tuple(each.prompt[: i + 1]): len(segment)
+        for each in everyone.trajectories
+        for i, segment in enumerate(each.prompt)
+    }
+    assert pack(everyone.trajectories).num_tokens == sum(paths.values())  # conversations once
     gradients = []
     for micro_rows in (3, 1):
         trainer.args = with_values(trainer.args, micro_rows=micro_rows)
@@ -82,7 +90,6 @@ def test_it_begins_as_its_decoder_and_learns(args: scalar_rm.Args) -> None:
         assert abs(told["loss"] - math.log(2)) < 1e-6 and told["accuracy"] == 0.5  # scores are 0
         assert told["pairs"] == pairs
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    everyone = labelled(rows)
     losses_of(logits_of(model, everyone.trajectories), everyone, "pairwise").mean().backward()
     twice = [p.grad for p in model.parameters() if p.grad is not None]
     for one, other, added in zip(*gradients, twice, strict=True):

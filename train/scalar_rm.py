@@ -66,7 +66,7 @@ class Args(RunArgs):
     data: Path | None = None  # a JSONL file of labelled rows; the synthetic world when left out
     rows: int = 32  # per step
     micro_rows: int = 16  # rows whose gradients are computed together
-    learning: LearnerArgs = LearnerArgs(steps=300, lr=5e-4, warmup=20)
+    learning: LearnerArgs = LearnerArgs(steps=300, lr=1e-3, warmup=20)
     evaluation: EvalArgs = EvalArgs(eval_every=50, eval_rows=400)
     logging: LogArgs = LogArgs(log_every=10, save_every=50)
 
