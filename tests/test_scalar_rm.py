@@ -28,12 +28,23 @@ from train.world.rows import split_rows
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+ARGS = args_of(scalar_rm.Args,
+    steps=4, rows=3, micro_rows=2, lr=1e-3, warmup=1, log_every=1, eval_every=2, eval_rows=6,
+    save_every=2,
+)  # fmt: skip
+
+
 @pytest.fixture
 def args(tmp_path: Path) -> scalar_rm.Args:
-    return args_of(scalar_rm.Args,
-        out=tmp_path / "out", steps=4, rows=3, micro_rows=2, lr=1e-3, warmup=1, log_every=1,
-        eval_every=2, eval_rows=6, save_every=2,
-    )  # fmt: skip
+    return with_values(ARGS, out=tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """What a run leaves that nobody disturbs."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    scalar_rm.train(with_values(ARGS, out=out))
+    return out
 
 
 def some_rows(count: int) -> list[Row]:
@@ -103,18 +114,17 @@ def test_it_begins_as_its_decoder_and_learns(args: scalar_rm.Args) -> None:
 
 
 def test_what_is_written_scores_alike_in_training_the_engine_and_transformers(
-    args: scalar_rm.Args,
+    args: scalar_rm.Args, whole: Path
 ) -> None:
-    scalar_rm.train(args)
-    lines = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [("dev_accuracy" in line) for line in lines] == [True, False, True, False, True]
     assert all(line["pairs"] >= args.rows for line in lines[1:])
-    best = json.loads((args.out / "best.json").read_text())
+    best = json.loads((whole / "best.json").read_text())
     assert best["score"] == max(line.get("dev_accuracy", 0) for line in lines)
 
     rows = some_rows(4)
-    theirs = AutoModelForSequenceClassification.from_pretrained(args.out, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(args.out)
+    theirs = AutoModelForSequenceClassification.from_pretrained(whole, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(whole)
     exact = []
     for row in rows:
         turns = [{"role": message.role, "content": message.content} for message in row.messages]
@@ -123,22 +133,19 @@ def test_what_is_written_scores_alike_in_training_the_engine_and_transformers(
             ids = tokenizer.apply_chat_template(chat, return_dict=False)
             with torch.no_grad():
                 exact.append(theirs(torch.tensor([ids])).logits[0, 0].item())
-    found = list(ScalarJudge.load(args.out).rows(rows))
+    found = list(ScalarJudge.load(whole).rows(rows))
     assert [score for scores in found if isinstance(scores, list) for score in scores] == (
         pytest.approx(exact, rel=0, abs=1e-5)
     )
     assert len(set(exact)) == len(exact)
     trainer = scalar_rm.ScalarTrainer(args)
-    trained = ScalarJudge.load(args.out).model
-    packed = all_logits(trained, trainer.read(rows)[0], labelled, 3)
+    packed = all_logits(ScalarJudge.load(whole).model, trainer.read(rows)[0], labelled, 3)
     assert packed.tolist() == pytest.approx(exact, rel=0, abs=1e-5)
 
 
 def test_an_interrupted_run_ends_as_if_it_never_stopped(
-    args: scalar_rm.Args, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    args: scalar_rm.Args, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = with_values(args, out=tmp_path / "whole")
-    scalar_rm.train(whole)
     step = scalar_rm.ScalarTrainer.step
 
     def stop(self: scalar_rm.ScalarTrainer, number: int) -> Any:
@@ -153,7 +160,7 @@ def test_an_interrupted_run_ends_as_if_it_never_stopped(
     assert not (args.out / "model.safetensors").exists()
     scalar_rm.train(args)
     for name in ("model.safetensors", "metrics.jsonl", "best/model.safetensors"):
-        assert (args.out / name).read_bytes() == (whole.out / name).read_bytes()
+        assert (args.out / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_rows_without_a_pair_are_left_out_and_counted(

@@ -13,9 +13,9 @@ the label is gold scores, any two that differ in theirs. All responses of a row 
 tree. A row of one response has no pair: in a file such rows are left out and counted, and of the
 synthetic world, which rows come from without --data, none are drawn.
 
-OUT is a sequence classifier with one label, which `ScalarJudge` and transformers load. What decides
-which model is best is `dev_accuracy`: in how many rows of evaluations, of several responses, the
-best has the highest score, a tie being drawn (half, of two).
+OUT is a sequence classifier with one label, which `ScalarJudge` and transformers load. Which model
+is best, `dev_accuracy` decides: the share of evaluation rows of several responses in which the best
+one has the highest score. A tie counts as a draw would: half, of two.
 """
 
 import math
