@@ -1,20 +1,20 @@
 """The paper's chain on the synthetic world: rejective fine-tuning, GRPO, a meta reward model, and
-what votes come to after each.
+what votes come to after each; beside baselines of the same rows.
 
-    python -m bench.spct [--out runs/spct] [--seeds 0] [--smoke] [--rows 2000] [--k 32]
+    python -m bench.spct [--out runs/spct] [--seeds 0] [--large DIR] [--smoke] [--rows 2000]
 
-    rft     from the pocket model, on its own right judgements of fresh rows
+    rft     from the pocket model (base), on its own right judgements of fresh rows
     grpo    from that; the best model of dev votes
-    meta    a meta model, from the GRPO model, of that model's judgements
-    then    base, rft and grpo judge the same final rows, greedily and k times; the meta model
-            scores the judgements of grpo
+    meta    a meta model, from the GRPO model, of that model's judgements: scores those of grpo
+    scalar  from base: a reward model by Bradley-Terry, which has no say on a single response
+    direct  from base, on its teacher's scores without criteria or analysis: token probabilities
+    index   from base, on judgements that end in the best response: LLM-as-a-judge
 
-Every stage is a folder of OUT/seed-N, made with that seed of training. A stage that was stopped
-continues, one that is done is not done again, and one of other settings is refused (train/run.py,
-and `engine.sample --resume` for verdicts). OUT/results.json has accuracies and differences with
-95 % intervals over seeds and rows, OUT/table.md shows them, and OUT/curve.png draws accuracy
-against tokens. --smoke does all of it in small, to see that it runs: its figures mean nothing. Ends
-in one JSON line.
+All of them, base, and a larger judge (--large: `train.world.pocket --size large`) judge the same
+final rows, greedily and k times. What is trained is a folder of OUT/seed-N. A stage that was
+stopped continues, and one that is done is not done again (train/run.py, `engine.sample --resume`).
+OUT/results.json has accuracies and differences with 95 % intervals over seeds and rows,
+OUT/table.md and OUT/curve.png show them. Ends in one JSON line.
 """
 
 import json
@@ -24,35 +24,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench import study
 from bench.provenance import print_json
 from engine import command, sample
 from engine.command import with_values
+from engine.labels import chance_right
+from engine.options import PromptOptions
 from engine.sample import POCKET
+from engine.scalar_judge import ScalarJudge
 from engine.settings import read_judge_settings
-from train import grpo, meta_rm, rft
+from engine.verdict import RowFailure
+from train import grpo, meta_rm, rft, scalar_rm, sft
 from train.directory import replace_text
 from train.evaluation import EvalArgs
 from train.learner import LearnerArgs
 from train.policy_step import LossArgs
 from train.rollout import SamplingArgs
+from train.sources import labelled_rows
 from train.world import cases
 
 LONGEST = 400  # tokens of a judgement
-META = "borda, weighed"
+NO_VERDICT = 3  # the exit status where no row got one
+TEACHER_ROWS = 8000  # that direct and index learn from
+GUIDED = "borda, weighed"
 # Of two points, a judge, a way to vote and the number of votes, the first less the second.
 ORDERINGS: dict[str, tuple[study.Point, study.Point]] = {
-    "Voting@8 over greedy": (("grpo", "all", 8), ("grpo", "greedy", 1)),
-    "Voting@32 over Voting@8": (("grpo", "all", 32), ("grpo", "all", 8)),
+    "grpo: 8 votes over greedy": (("grpo", "all", 8), ("grpo", "greedy", 1)),
+    "grpo: 32 votes over 8": (("grpo", "all", 32), ("grpo", "all", 8)),
     **{
-        f"{way}@{size} over {plain}@{size}": (("grpo", way, size), ("grpo", plain, size))
+        f"grpo: {way} over {plain}, {size} votes": (("grpo", way, size), ("grpo", plain, size))
         for size in (8, 32)
-        for way, plain in (("meta", "all"), ("weighed", "all"), (META, "borda"), (META, "all"))
+        for way, plain in (("meta", "all"), ("weighed", "all"), (GUIDED, "borda"), (GUIDED, "all"))
     },
     **{
-        f"{one} over {other} @{size}": ((one, "all", size), (other, "all", size))
+        f"{one} over {other}, {size} votes": ((one, "all", size), (other, "all", size))
         for one, other in (("rft", "base"), ("grpo", "rft"), ("grpo", "base"))
         for size in (1, 8, 32)
+    },
+    **{
+        f"base, {size} votes, over large, greedy": (("base", "all", size), ("large", "greedy", 1))
+        for size in (2, 4, 8)
+    },
+    **{
+        f"grpo, 8 votes, over {other}": (("grpo", "all", 8), (other, way, size))
+        for other, way, size in (("scalar", "greedy", 1), ("direct", "all", 8), ("index", "all", 8))
     },
 }
 
@@ -63,6 +80,7 @@ class Args:
 
     out: Path = Path("runs/spct")
     seeds: tuple[int, ...] = (0,)  # of training: the chain is run with each
+    large: Path | None = None  # a larger judge that has learnt the same as base
     smoke: bool = False  # all of it in small
     rows: int = 2000  # final rows that are judged
     k: int = 32  # judgements of each
@@ -72,48 +90,119 @@ class Args:
             raise ValueError("seeds: there is none")
 
 
-def stages(out: Path, seed: int, smoke: bool) -> tuple[rft.Args, grpo.Args, meta_rm.Args]:
-    """The settings of a seed's three trainings."""
-    sampling = SamplingArgs(max_new_tokens=LONGEST)
+@dataclass(frozen=True)
+class Stages:
+    """The settings of a seed's trainings."""
+
+    rft: rft.Args
+    grpo: grpo.Args
+    meta: meta_rm.Args
+    scalar: scalar_rm.Args
+    direct: sft.Args
+    index: sft.Args
+
+    def train(self) -> None:
+        """All of them, one after another."""
+        rft.train(self.rft)
+        grpo.train(self.grpo)
+        meta_rm.train(self.meta)
+        scalar_rm.train(self.scalar)
+        sft.train(self.direct)
+        sft.train(self.index)
+
+    @property
+    def judges(self) -> dict[str, Path]:
+        """The directories of those that judge in words."""
+        return {
+            "rft": self.rft.out / "model",
+            "grpo": self.grpo.out / "best",
+            "direct": self.direct.out,
+            "index": self.index.out,
+        }
+
+
+def stages(root: Path, seed: int, smoke: bool) -> Stages:
+    """The settings of a seed; root: the study's directory, which has the teacher's judgements."""
+    out, sampling = root / f"seed-{seed}", SamplingArgs(max_new_tokens=LONGEST)
 
     def learning(**own: Any) -> LearnerArgs:
         return LearnerArgs(weight_decay=0.0, seed=seed, **own)
 
-    first = rft.Args(
-        out=out / "rft", rows=4000, sampling=sampling,
-        learning=learning(steps=250, lr=5e-5, warmup=5),
-    )  # fmt: skip
-    second = grpo.Args(
-        model=out / "rft" / "model", out=out / "grpo", rows=64, sampling=sampling,
-        policy=LossArgs(drop_zero_spread=True), evaluation=EvalArgs(eval_every=20),
-        learning=learning(steps=120, lr=3e-5, warmup=5),
-    )  # fmt: skip
-    third = meta_rm.Args(
-        model=out / "grpo" / "best", out=out / "meta", samples=8, loss="pairwise", labels="ties",
-        sampling=sampling, evaluation=EvalArgs(eval_every=50, eval_rows=100),
-        learning=learning(steps=400, lr=5e-4, warmup=15),
+    def taught(kind: str, **prompts: Any) -> sft.Args:
+        return sft.Args(
+            model=POCKET, out=out / kind, data=root / f"{kind}.jsonl", rows=32, sampling=sampling,
+            prompts=PromptOptions(**prompts), learning=learning(steps=500, lr=5e-4, warmup=20),
+        )  # fmt: skip
+
+    found = Stages(
+        rft.Args(
+            out=out / "rft", rows=4000, sampling=sampling,
+            learning=learning(steps=250, lr=5e-5, warmup=5),
+        ),
+        grpo.Args(
+            model=out / "rft" / "model", out=out / "grpo", rows=64, sampling=sampling,
+            policy=LossArgs(reward="ties", beta=0.04, drop_zero_spread=True),
+            evaluation=EvalArgs(eval_every=20, eval_rows=500),
+            learning=learning(steps=80, lr=1e-4, warmup=5),
+        ),
+        meta_rm.Args(
+            model=out / "grpo" / "best", out=out / "meta", samples=8, loss="pairwise",
+            labels="ties", sampling=sampling, evaluation=EvalArgs(eval_every=80, eval_rows=300),
+            learning=learning(steps=400, lr=4e-4, warmup=20),
+        ),
+        scalar_rm.Args(out=out / "scalar", learning=learning(steps=500, lr=1e-3, warmup=20)),
+        taught("direct"),
+        taught("index", format="rating"),
     )  # fmt: skip
     if not smoke:
-        return first, second, third
-    few = {"steps": 1, "eval_every": 1, "eval_rows": 2, "eval_k": 2}
-    return (
-        with_values(first, rows=4, steps=1, step_rows=2),
-        with_values(second, rows=2, **few),
-        with_values(third, rows=2, samples=3, **few),
+        return found
+    few = {"steps": 1, "warmup": 1}
+    some = few | {"rows": 2, "eval_every": 1, "eval_rows": 2}
+    return Stages(
+        with_values(found.rft, **few, rows=4, step_rows=2),
+        with_values(found.grpo, **some, eval_k=2),
+        with_values(found.meta, **some, eval_k=2, samples=3),
+        with_values(found.scalar, **some),
+        with_values(found.direct, **few, rows=2),
+        with_values(found.index, **few, rows=2),
     )
+
+
+def world(path: Path, count: int, split: str, judgements: str | None = None) -> Path:
+    """Rows of the synthetic world, with the teacher's judgements if they are named."""
+    words = ["--rows", str(count), "--split", split, "--out", str(path)]
+    words += [] if judgements is None else ["--judgements", judgements]
+    if status := cases.main(words):
+        raise SystemExit(status)
+    return path
+
+
+def scalar_chances(directory: Path, rows: Path) -> np.ndarray:
+    """(rows,): the chance that the response with the highest score is the best, of several drawn;
+    1/2 for a single response, on which such a model has no say."""
+    judge, labelled = ScalarJudge.load(directory), labelled_rows(rows)[0]
+    found = []
+    for row, scores in zip(labelled, judge.rows(labelled), strict=True):
+        if isinstance(scores, RowFailure):
+            raise ValueError(f"row {row.id}: {scores.error}")
+        assert row.label is not None
+        found.append(0.5 if len(scores) == 1 else chance_right(scores, row.label, 0.0))
+    return np.array(found)
 
 
 def judge_rows(
     out: Path, name: str, model: Path, rows: Path, k: int, meta: Path | None = None
 ) -> tuple[Path, Path]:
-    """Verdict lines of rows: of k samples, and greedy. Raises Stopped where a signal has come."""
+    """The files of verdict lines: of k samples, and greedy. Raises SystemExit after a signal, and
+    where a row has failed."""
     out.mkdir(parents=True, exist_ok=True)
     votes, greedy = out / f"{name}.jsonl", out / f"{name}-greedy.jsonl"
     shared = ["--model", model, "--data", rows, "--resume", "--max-new-tokens", LONGEST]
     asked = [*shared, "--k", k, "--temperature", 1.0, "--out", votes]
     asked += [] if meta is None else ["--meta-model", meta]
     for words in (asked, [*shared, "--k", 1, "--temperature", 0.0, "--out", greedy]):
-        if status := sample.main([str(word) for word in words]):
+        status = sample.main([str(word) for word in words])
+        if status not in (0, NO_VERDICT):
             raise SystemExit(status)
     return votes, greedy
 
@@ -123,28 +212,29 @@ def run(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     command.begin_work()
     count, k = (3, 2) if args.smoke else (args.rows, args.k)
-    rows = args.out / "final.jsonl"
-    words = ["--rows", str(count), "--split", "final", "--seed", "0", "--out", str(rows)]
-    if status := cases.main(words):
-        raise SystemExit(status)
-    files: dict[str, list[tuple[Path, Path]]] = {"base": [], "rft": [], "grpo": []}
-    files["base"].append(judge_rows(args.out, "base", POCKET, rows, k))
-    scales = []
+    rows = world(args.out / "final.jsonl", count, "final")
+    for kind in ("direct", "index"):
+        world(args.out / f"{kind}.jsonl", 20 if args.smoke else TEACHER_ROWS, "train", kind)
+    files = {"base": [judge_rows(args.out, "base", POCKET, rows, k)]}
+    if args.large is not None:
+        files["large"] = [judge_rows(args.out, "large", args.large, rows, k)]
+    scales, scalars = [], []
     for seed in args.seeds:
-        out = args.out / f"seed-{seed}"
-        first, second, third = stages(out, seed, args.smoke)
-        rft.train(first)
-        grpo.train(second)
-        meta_rm.train(third)
-        files["rft"].append(judge_rows(out, "rft-verdicts", first.out / "model", rows, k))
-        best, meta = second.out / "best", third.out / "best"
-        files["grpo"].append(judge_rows(out, "grpo-verdicts", best, rows, k, meta))
+        made = stages(args.out, seed, args.smoke)
+        made.train()
+        meta = made.meta.out / "best"
         scales.append(read_judge_settings(meta).meta_scale)
+        for name, model in made.judges.items():
+            guide = meta if name == "grpo" else None
+            verdicts = made.grpo.out.parent / "verdicts"
+            files.setdefault(name, []).append(judge_rows(verdicts, name, model, rows, k, guide))
+        scalars.append(scalar_chances(made.scalar.out / "best", rows))
     threshold = read_judge_settings(POCKET).threshold
     judges = {
         name: study.judged(paths, threshold, scales if name == "grpo" else None)
         for name, paths in files.items()
     }
+    judges["scalar"] = study.Judged({"greedy": {1: np.stack(scalars)}}, 0.0, 0.0, {})
     found = study.results(judges)
     differences = study.orderings(judges, ORDERINGS)
     text = study.markdown(found, differences)
@@ -170,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     example = "--out runs/spct --seeds 0 1 2"
 
     def work() -> None:
-        groups = {"study": ("out", "seeds", "smoke", "rows", "k")}
+        groups = {"study": ("out", "seeds", "large", "smoke", "rows", "k")}
         run(
             command.parse(
                 Args, groups, prog="python -m bench.spct", example=example, arguments=arguments

@@ -224,13 +224,15 @@ def orderings(judges: Mapping[str, Judged], pairs: Mapping[str, tuple[Point, Poi
 def markdown(found: Mapping[str, Any], differences: Mapping[str, Any]) -> str:
     """The accuracies, a line for each judge and way to vote, with the interval at the most votes;
     then the differences."""
-    sizes = sorted({size for each in found.values() for size in each["accuracy"]["all"]})
+    sizes = sorted({size for each in found.values() for size in each["accuracy"].get("all", ())})
     lines = [
         "| judge | vote | greedy | " + " | ".join(f"@{size}" for size in sizes) + " | 95 % |",
         "|---" * (len(sizes) + 4) + "|",
     ]
     for judge, each in found.items():
         greedy = each["accuracy"]["greedy"][1]["mean"]
+        if len(each["accuracy"]) == 1:
+            lines.append(f"| {judge} |  | {greedy:.3f} |{' |' * (len(sizes) + 1)}")
         for way, entries in each["accuracy"].items():
             if way == "greedy":
                 continue

@@ -11,36 +11,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import filters, spct, study
+from engine.sample import POCKET
 from engine.verdict import Sample, Verdict, to_line
 
-WAYS = {"base": study.PLAIN, "rft": study.PLAIN, "grpo": study.PLAIN + study.GUIDED}
+JUDGES = ("base", "large", "rft", "grpo", "direct", "index")
 
 
 def test_the_whole_chain_in_small(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["--smoke", "--out", str(tmp_path)]
+    words = ["--smoke", "--out", str(tmp_path), "--large", str(POCKET)]
     assert spct.main(words) == 0
     out, err = capfd.readouterr()
     told = json.loads(out.splitlines()[-1])
     assert told["smoke"] and told["seeds"] == [0]
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["differences"] == told["differences"]
-    for name, found in results["judges"].items():
-        assert found["tokens_per_judgement"] > 20 and 0 <= found["invalid"] <= 1
-        assert set(found["accuracy"]) == {*WAYS[name], "greedy"}
-        for way in WAYS[name]:  # one vote is a vote, whoever weighs it
+    judges = results["judges"]
+    assert set(judges) == {*JUDGES, "scalar"} and set(judges["scalar"]["accuracy"]) == {"greedy"}
+    for name in JUDGES:
+        found, ways = judges[name], study.PLAIN + (study.GUIDED if name == "grpo" else ())
+        assert found["tokens_per_judgement"] > 5 and 0 <= found["invalid"] <= 1
+        assert set(found["accuracy"]) == {*ways, "greedy"}
+        for way in ways:  # one vote is a vote, whoever weighs it
             assert found["accuracy"][way]["1"] == found["accuracy"]["all"]["1"]
             assert set(found["accuracy"][way]) == {"1", "2"}
             assert len(found["accuracy"][way]["2"]["seeds"]) == 1
     table = (tmp_path / "table.md").read_text()
-    assert "| grpo | borda, weighed |" in table and "| grpo over base @1 |" in table
+    assert "| grpo | borda, weighed |" in table and "| grpo over base, 1 votes |" in table
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert sum("steps_run" in line for line in err.splitlines()) == 3
+    assert sum("steps_run" in line for line in err.splitlines()) == 6
 
-    judged = {path: path.read_bytes() for path in tmp_path.rglob("*verdicts*.jsonl")}
-    assert len(judged) == 4
+    judged = {path: path.read_bytes() for path in (tmp_path / "seed-0" / "verdicts").iterdir()}
+    assert len(judged) == 8 + 4  # and what is kept of their figures
     assert spct.main(words) == 0
     lines = [json.loads(x) for x in capfd.readouterr().err.splitlines() if x.startswith("{")]
-    assert [line["steps_run"] for line in lines if "steps_run" in line] == [0, 0, 0]
+    assert [line["steps_run"] for line in lines if "steps_run" in line] == [0] * 6
     assert sum(line["usage"]["decode_tokens"] for line in lines if "usage" in line) == 0
     assert all(path.read_bytes() == content for path, content in judged.items())
     assert json.loads((tmp_path / "results.json").read_text()) == results
