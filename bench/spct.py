@@ -143,7 +143,7 @@ def stages(root: Path, seed: int, smoke: bool) -> Stages:
             model=out / "rft" / "model", out=out / "grpo", rows=64, sampling=sampling,
             policy=LossArgs(reward="ties", beta=0.04, drop_zero_spread=True),
             evaluation=EvalArgs(eval_every=20, eval_rows=500),
-            learning=learning(steps=80, lr=1e-4, warmup=5),
+            learning=learning(steps=120, lr=1e-4, warmup=5),
         ),
         meta_rm.Args(
             model=out / "grpo" / "best", out=out / "meta", samples=8, loss="pairwise",
