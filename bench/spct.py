@@ -14,12 +14,12 @@ All of them, base, and a larger judge (--large: `train.world.pocket --size large
 final rows, greedily and k times. What is trained is a folder of OUT/seed-N. A stage that was
 stopped continues, and one that is done is not done again (train/run.py, `engine.sample --resume`).
 OUT/results.json has accuracies and differences with 95 % intervals over seeds and rows,
-OUT/table.md and OUT/curve.png show them. Ends in one JSON line.
+OUT/results.md and OUT/curve.png show them. Ends in one JSON line.
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class Args:
     out: Path = Path("runs/spct")
     seeds: tuple[int, ...] = (0,)  # of training: the chain is run with each
     large: Path | None = None  # a larger judge that has learnt the same as base
+    ablations: bool = False  # those too, of the first seed and on dev rows
     smoke: bool = False  # all of it in small
     rows: int = 2000  # final rows that are judged
     k: int = 32  # judgements of each
@@ -168,11 +169,10 @@ def stages(root: Path, seed: int, smoke: bool) -> Stages:
     )
 
 
-def world(path: Path, count: int, split: str, judgements: str | None = None) -> Path:
-    """Rows of the synthetic world, with the teacher's judgements if they are named."""
+def world(path: Path, count: int, split: str, *more: str) -> Path:
+    """Rows of the synthetic world, by the options of `train.world.cases`."""
     words = ["--rows", str(count), "--split", split, "--out", str(path)]
-    words += [] if judgements is None else ["--judgements", judgements]
-    if status := cases.main(words):
+    if status := cases.main([*words, *more]):
         raise SystemExit(status)
     return path
 
@@ -191,20 +191,75 @@ def scalar_chances(directory: Path, rows: Path) -> np.ndarray:
 
 
 def judge_rows(
-    out: Path, name: str, model: Path, rows: Path, k: int, meta: Path | None = None
+    out: Path, name: str, model: Path, rows: Path, k: int, *more: str | Path
 ) -> tuple[Path, Path]:
     """The files of verdict lines: of k samples, and greedy. Raises SystemExit after a signal, and
     where a row has failed."""
     out.mkdir(parents=True, exist_ok=True)
     votes, greedy = out / f"{name}.jsonl", out / f"{name}-greedy.jsonl"
     shared = ["--model", model, "--data", rows, "--resume", "--max-new-tokens", LONGEST]
-    asked = [*shared, "--k", k, "--temperature", 1.0, "--out", votes]
-    asked += [] if meta is None else ["--meta-model", meta]
+    asked = [*shared, *more, "--k", k, "--temperature", 1.0, "--out", votes]
     for words in (asked, [*shared, "--k", 1, "--temperature", 0.0, "--out", greedy]):
         status = sample.main([str(word) for word in words])
         if status not in (0, NO_VERDICT):
             raise SystemExit(status)
     return votes, greedy
+
+
+def ablate(args: Args, made: Stages) -> None:
+    """Judge dev rows with one thing changed, on the chain of one seed; writes OUT/ablations.json
+    and OUT/ablations.md, whose differences are to what is not changed."""
+    count, k = (3, 2) if args.smoke else (500, 8)
+    out = made.grpo.out.parent
+    rows = {
+        kind: world(args.out / f"dev-{kind or 'rows'}.jsonl", count, "dev", *words)
+        for kind, words in (
+            ("", ()), ("fixed", ("--principles", "fixed")), ("oracle", ("--principles", "oracle")),
+        )
+    }  # fmt: skip
+    unhinted = with_values(made.rft, out=out / "rft-unhinted", hinted=False)
+    unrejected = with_values(made.rft, out=out / "rft-unrejected", rejection=False)
+    for each in (unhinted, unrejected):
+        rft.train(each)
+    best = made.grpo.out / "best"
+    asked: dict[str, tuple[Path, Path, tuple[str, ...]]] = {
+        "grpo": (best, rows[""], ()),
+        "grpo, fixed principles": (best, rows["fixed"], ()),
+        "grpo, oracle principles": (best, rows["oracle"], ()),
+        "grpo, random orders": (best, rows[""], ("--orders", "random")),
+        "grpo, one order": (best, rows[""], ("--orders", "fixed")),
+        "rft": (made.rft.out / "model", rows[""], ()),
+        "rft, no hints": (unhinted.out / "model", rows[""], ()),
+        "rft, no rejection": (unrejected.out / "model", rows[""], ()),
+    }
+    threshold = read_judge_settings(POCKET).threshold
+    judges = {
+        name: study.judged(
+            [judge_rows(out / "ablations", name.replace(", ", "-").replace(" ", "-"), model, data,
+                        k, *more)],
+            threshold, None,
+        )
+        for name, (model, data, more) in asked.items()
+    }  # fmt: skip
+    pairs = {
+        f"{name}, {size} votes": ((name, "all", size), (name.partition(",")[0], "all", size))
+        for name in asked for size in (1, 8) if "," in name
+    }  # fmt: skip
+    write(args.out, "ablations", judges, pairs)
+
+
+def write(
+    out: Path,
+    name: str,
+    judges: Mapping[str, study.Judged],
+    pairs: Mapping[str, tuple[study.Point, study.Point]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write accuracies and differences as OUT/NAME.json and OUT/NAME.md; returns them."""
+    found, differences = study.results(judges), study.orderings(judges, pairs)
+    text = json.dumps({"judges": found, "differences": differences}) + "\n"
+    replace_text(out / f"{name}.json", text)
+    replace_text(out / f"{name}.md", study.markdown(found, differences))
+    return found, differences
 
 
 def run(args: Args) -> None:
@@ -213,8 +268,9 @@ def run(args: Args) -> None:
     command.begin_work()
     count, k = (3, 2) if args.smoke else (args.rows, args.k)
     rows = world(args.out / "final.jsonl", count, "final")
+    taught = 20 if args.smoke else TEACHER_ROWS
     for kind in ("direct", "index"):
-        world(args.out / f"{kind}.jsonl", 20 if args.smoke else TEACHER_ROWS, "train", kind)
+        world(args.out / f"{kind}.jsonl", taught, "train", "--judgements", kind)
     files = {"base": [judge_rows(args.out, "base", POCKET, rows, k)]}
     if args.large is not None:
         files["large"] = [judge_rows(args.out, "large", args.large, rows, k)]
@@ -225,9 +281,9 @@ def run(args: Args) -> None:
         meta = made.meta.out / "best"
         scales.append(read_judge_settings(meta).meta_scale)
         for name, model in made.judges.items():
-            guide = meta if name == "grpo" else None
+            guide = ("--meta-model", meta) if name == "grpo" else ()
             verdicts = made.grpo.out.parent / "verdicts"
-            files.setdefault(name, []).append(judge_rows(verdicts, name, model, rows, k, guide))
+            files.setdefault(name, []).append(judge_rows(verdicts, name, model, rows, k, *guide))
         scalars.append(scalar_chances(made.scalar.out / "best", rows))
     threshold = read_judge_settings(POCKET).threshold
     judges = {
@@ -235,15 +291,11 @@ def run(args: Args) -> None:
         for name, paths in files.items()
     }
     judges["scalar"] = study.Judged({"greedy": {1: np.stack(scalars)}}, 0.0, 0.0, {})
-    found = study.results(judges)
-    differences = study.orderings(judges, ORDERINGS)
-    text = study.markdown(found, differences)
-    replace_text(
-        args.out / "results.json", json.dumps({"judges": found, "differences": differences}) + "\n"
-    )
-    replace_text(args.out / "table.md", text)
+    found, differences = write(args.out, "results", judges, ORDERINGS)
     study.plot(found, args.out / "curve.png")
-    print(text, file=sys.stderr)
+    print((args.out / "results.md").read_text(), file=sys.stderr)
+    if args.ablations:
+        ablate(args, stages(args.out, args.seeds[0], args.smoke))
     print_json(
         {
             "out": str(args.out),
@@ -260,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     example = "--out runs/spct --seeds 0 1 2"
 
     def work() -> None:
-        groups = {"study": ("out", "seeds", "large", "smoke", "rows", "k")}
+        groups = {"study": ("out", "seeds", "large", "ablations", "smoke", "rows", "k")}
         run(
             command.parse(
                 Args, groups, prog="python -m bench.spct", example=example, arguments=arguments

@@ -18,7 +18,7 @@ JUDGES = ("base", "large", "rft", "grpo", "direct", "index")
 
 
 def test_the_whole_chain_in_small(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["--smoke", "--out", str(tmp_path), "--large", str(POCKET)]
+    words = ["--smoke", "--out", str(tmp_path), "--large", str(POCKET), "--ablations"]
     assert spct.main(words) == 0
     out, err = capfd.readouterr()
     told = json.loads(out.splitlines()[-1])
@@ -35,16 +35,16 @@ def test_the_whole_chain_in_small(tmp_path: Path, capfd: pytest.CaptureFixture[s
             assert found["accuracy"][way]["1"] == found["accuracy"]["all"]["1"]
             assert set(found["accuracy"][way]) == {"1", "2"}
             assert len(found["accuracy"][way]["2"]["seeds"]) == 1
-    table = (tmp_path / "table.md").read_text()
+    table = (tmp_path / "results.md").read_text()
     assert "| grpo | borda, weighed |" in table and "| grpo over base, 1 votes |" in table
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert sum("steps_run" in line for line in err.splitlines()) == 6
+    assert sum("steps_run" in line for line in err.splitlines()) == 8
 
     judged = {path: path.read_bytes() for path in (tmp_path / "seed-0" / "verdicts").iterdir()}
     assert len(judged) == 8 + 4  # and what is kept of their figures
     assert spct.main(words) == 0
     lines = [json.loads(x) for x in capfd.readouterr().err.splitlines() if x.startswith("{")]
-    assert [line["steps_run"] for line in lines if "steps_run" in line] == [0] * 6
+    assert [line["steps_run"] for line in lines if "steps_run" in line] == [0] * 8
     assert sum(line["usage"]["decode_tokens"] for line in lines if "usage" in line) == 0
     assert all(path.read_bytes() == content for path, content in judged.items())
     assert json.loads((tmp_path / "results.json").read_text()) == results

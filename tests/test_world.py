@@ -20,7 +20,16 @@ from engine.formats import read_verdict
 from engine.request import parse_row
 from kernels.score_grammar import Reason, ScoreRules, parse_scores
 from train.world import cases as world
-from train.world.cases import CRITERIA, Case, Split, cases, judge, list_criteria, make_case
+from train.world.cases import (
+    CRITERIA,
+    LISTED_WEIGHTS,
+    Case,
+    Split,
+    cases,
+    judge,
+    list_criteria,
+    make_case,
+)
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "final")
 QUERY = re.compile(
@@ -326,6 +335,22 @@ def test_judgements_beside_rows_are_one_judgement_in_three_forms(
         if len(best) > 1:
             ties[read.index(10) == best[0]] += 1
     assert min(ties.values()) > 3 and len(ties) == 2
+
+
+def test_principles_of_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The oracle's weigh most of a case's hidden weights; the fixed ones are the same for all."""
+    options = ("--rows", "60", "--seed", "4", "--split", "dev")
+    found = {}
+    for kind in ("oracle", "fixed"):
+        run_main(monkeypatch, *options, "--principles", kind, "--out", str(tmp_path / kind))
+        lines = (tmp_path / kind).read_text().splitlines()
+        found[kind] = [json.loads(line)["principles"] for line in lines]
+    assert len(set(found["fixed"])) == 1 < len(set(found["oracle"]))
+    for case, text in zip(islice(cases(4, "dev"), 60), found["oracle"], strict=True):
+        listed = [(name, int(weight)) for name, weight in re.findall(r"(\w+) (\d)", text)]
+        hidden = dict(zip(CRITERIA, case.weights, strict=True))
+        assert [weight for _, weight in listed] == list(LISTED_WEIGHTS)
+        assert [hidden[name] for name, _ in listed] == sorted(case.weights, reverse=True)[:3]
 
 
 def test_the_command_line_writes_to_standard_output_in_any_locale(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from engine import command
 
 Split = Literal["train", "dev", "final"]
 Judgements = Literal["full", "direct", "index"]
+Principles = Literal["oracle", "fixed"]
 
 CRITERIA = ("answer", "opening", "closing", "brackets", "name", "color", "calm", "polite")
 LISTED = 3
@@ -322,6 +323,15 @@ def judge(case: Case, listed: list[tuple[str, int]]) -> tuple[str, list[int]]:
     return "\n".join(lines), scores
 
 
+def principles_of(case: Case, kind: Principles) -> str:
+    """Principles to judge a case by: the three criteria that weigh most (oracle), or for all cases
+    the same three (fixed)."""
+    weights = case.weights if kind == "oracle" else [1] * len(CRITERIA)
+    heaviest = sorted(range(len(CRITERIA)), key=lambda i: (-weights[i], i))[:LISTED]
+    listed = zip(heaviest, LISTED_WEIGHTS, strict=True)
+    return ", ".join(f"{CRITERIA[i]} {weight}" for i, weight in listed)
+
+
 def short_judgement(case: Case, kind: Judgements, rng: random.Random) -> str:
     """The teacher's judgement by criteria that it draws: all of it, or a shorter form of the same.
 
@@ -360,6 +370,9 @@ class Args:
     seed: int = 0  # of all draws
     split: Split = "final"  # which rows: those to train on, to tune by or to measure with
     out: Path | None = None  # standard output when left out
+    principles: Principles | None = None
+    """Principles that each row gives its judge: the criteria that weigh most there (oracle), or the
+    same ones for all rows (fixed)."""
     judgements: Judgements | None = None
     """The teacher's judgement beside each row, which train.sft learns from: criteria, analysis and
     scores (full), scores alone (direct), or criteria, analysis and the best response's letter
@@ -372,7 +385,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.wo
 
 
 def _write(arguments: Sequence[str] | None, prog: str) -> None:
-    groups = {"rows": ("rows", "split", "seed", "judgements", "out")}
+    groups = {"rows": ("rows", "split", "seed", "principles", "judgements", "out")}
     args = command.parse(Args, groups, prog=prog, example=EXAMPLE, arguments=arguments)
     if args.rows < 1:
         raise ValueError(f"rows = {args.rows} is less than 1")
@@ -384,6 +397,8 @@ def _write(arguments: Sequence[str] | None, prog: str) -> None:
         for index in tqdm(range(args.rows), disable=None, unit="row"):
             case, name = next(stream), f"{args.split}-{args.seed}-{index}"
             row = {"id": name, **case.row()}
+            if args.principles is not None:
+                row["principles"] = principles_of(case, args.principles)
             if args.judgements is not None:
                 rng = random.Random(f"quorum-judgement-{name}")
                 row["judgement"] = short_judgement(case, args.judgements, rng)
