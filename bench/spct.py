@@ -214,7 +214,8 @@ def ablate(args: Args, made: Stages) -> None:
     rows = {
         kind: world(args.out / f"dev-{kind or 'rows'}.jsonl", count, "dev", *words)
         for kind, words in (
-            ("", ()), ("fixed", ("--principles", "fixed")), ("oracle", ("--principles", "oracle")),
+            ("", ()),
+            *((kind, ("--principles", kind)) for kind in ("oracle", "fixed", "wrong")),
         )
     }  # fmt: skip
     unhinted = with_values(made.rft, out=out / "rft-unhinted", hinted=False)
@@ -224,8 +225,10 @@ def ablate(args: Args, made: Stages) -> None:
     best = made.grpo.out / "best"
     asked: dict[str, tuple[Path, Path, tuple[str, ...]]] = {
         "grpo": (best, rows[""], ()),
-        "grpo, fixed principles": (best, rows["fixed"], ()),
-        "grpo, oracle principles": (best, rows["oracle"], ()),
+        **{
+            f"grpo, {kind} principles": (best, rows[kind], ())
+            for kind in ("oracle", "fixed", "wrong")
+        },
         "grpo, random orders": (best, rows[""], ("--orders", "random")),
         "grpo, one order": (best, rows[""], ("--orders", "fixed")),
         "rft": (made.rft.out / "model", rows[""], ()),
@@ -243,8 +246,13 @@ def ablate(args: Args, made: Stages) -> None:
     }  # fmt: skip
     pairs = {
         f"{name}, {size} votes": ((name, "all", size), (name.partition(",")[0], "all", size))
-        for name in asked for size in (1, 8) if "," in name
+        for name in asked for size in (1, k) if "," in name
     }  # fmt: skip
+    control = "grpo, wrong principles"  # where all judgements err alike, votes should gain nothing
+    pairs |= {
+        f"{name}, {k} votes over one": ((name, "all", k), (name, "all", 1))
+        for name in ("grpo", control)
+    }
     write(args.out, "ablations", judges, pairs)
 
 

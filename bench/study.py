@@ -7,7 +7,6 @@ two ways to vote is taken row by row and seed by seed; its interval is a bootstr
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from bench.filters import row_curves
 from engine.labels import chance_correct, is_right
 from engine.verdict import Sample, Verdict
+from train.evaluation import criteria_entropy, error_correlation
 
 PLAIN = ("all", "standardised", "borda")  # what votes count, without a meta model
 GUIDED = ("meta", "weighed", "standardised, weighed", "borda, weighed")
@@ -130,8 +130,7 @@ def greedy_of(path: Path, threshold: float) -> np.ndarray:
 
 def facts_of(verdicts: Sequence[Verdict], threshold: float) -> dict[str, float]:
     """Over samples: the shares that are invalid, and strictly right; over rows: the correlation of
-    the samples' errors (0: independent, 1: all err together) and the entropy, in nats, of the first
-    line, which lists the criteria."""
+    the samples' errors, and the entropy of their criteria."""
     rights, entropies, invalid, total = [], [], 0, 0
     for verdict in verdicts:
         assert verdict.label is not None
@@ -139,28 +138,13 @@ def facts_of(verdicts: Sequence[Verdict], threshold: float) -> dict[str, float]:
         rights.append(own)
         total += len(own)
         invalid += sum(sample.scores is None for sample in verdict.samples)
-        lines = Counter(sample.text.split("\n", 1)[0] for sample in verdict.samples)
-        shares = np.array(list(lines.values())) / len(own)
-        entropies.append(float(-(shares * np.log(shares)).sum()))
+        entropies.append(criteria_entropy(verdict.samples))
     return {
         "invalid": invalid / total,
         "right": sum(map(sum, rights)) / total,
         "error_correlation": error_correlation(rights),
         "criteria_entropy": float(np.mean(entropies)),
     }
-
-
-def error_correlation(rights: Sequence[Sequence[bool]]) -> float:
-    """Of two different samples of a row, over rows: the chance that both are right, less that of
-    independent ones, over the variance of one. NaN where none or all are right, or a row has one
-    sample."""
-    counts = [(sum(own), len(own)) for own in rights]
-    if min(k for _, k in counts) < 2:
-        return float("nan")
-    single = np.mean([m / k for m, k in counts])
-    both = np.mean([m * (m - 1) / (k * (k - 1)) for m, k in counts])
-    variance = single * (1 - single)
-    return float((both - single**2) / variance) if variance else float("nan")
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

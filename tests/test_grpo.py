@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tests.args import args_of
 from tests.oracles.policy import oracle
 from tests.tiny import write_model
 from train import grpo, rft
-from train.evaluation import EvalArgs, dev_votes, evaluation_rows
+from train.evaluation import EvalArgs, dev_votes, error_correlation, evaluation_rows
 from train.learner import Learner
 from train.rewards import reward_of
 from train.rollout import Group, SamplingArgs, advantages, describe
@@ -368,12 +369,25 @@ def test_votes_on_rows_of_a_file(tmp_path: Path) -> None:
         singles += sum(is_right(s.scores, row.label, 5.5) for s in verdict.samples) / 3
     assert told["dev_vote"] == votes / 6 and votes > 0
     assert abs(told["dev_single"] - singles / 6) < 1e-12
+    assert -1 <= told["dev_error_correlation"] <= 1 and 0 < told["dev_criteria_entropy"] < 1.1
     path = tmp_path / "rows.jsonl"
     lines = [{"prompt": f"{i}", "responses": ["a", "b"], "label": i % 2} for i in range(4)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     from_file = replace(args, eval_data=path, eval_rows=3)
     assert [row.label for row in evaluation_rows(from_file, "")] == [0, 1, 0]
     assert len(evaluation_rows(replace(from_file, eval_rows=9), "")) == 4  # all there are
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=2, max_size=5), min_size=1, max_size=4))
+def test_the_correlation_of_errors(rights: list[list[bool]]) -> None:
+    """Of all pairs of a row's samples, by brute force."""
+    single = np.mean([np.mean(own) for own in rights])
+    both = np.mean([np.mean([a and b for a, b in combinations(own, 2)]) for own in rights])
+    found = error_correlation(rights)
+    if single in (0, 1):
+        assert found == 0
+    else:
+        assert found == pytest.approx((both - single**2) / (single - single**2))
 
 
 def test_rows_of_the_world_are_fresh_and_the_same_again() -> None:

@@ -2,13 +2,10 @@
 
 import json
 import math
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bench import filters, spct, study
 from engine.sample import POCKET
@@ -89,18 +86,6 @@ def test_figures_of_verdict_lines(tmp_path: Path) -> None:
     greedy.write_text('{"id": "x", "error": "too long"}\n')
     with pytest.raises(ValueError, match=r"greedy\.jsonl: row x: too long"):
         study.read_verdicts(greedy)
-
-
-@given(st.lists(st.lists(st.booleans(), min_size=2, max_size=5), min_size=1, max_size=4))
-def test_the_correlation_of_errors(rights: list[list[bool]]) -> None:
-    """Of all pairs of a row's samples, by brute force."""
-    single = np.mean([np.mean(own) for own in rights])
-    both = np.mean([np.mean([a and b for a, b in combinations(own, 2)]) for own in rights])
-    found = study.error_correlation(rights)
-    if single in (0, 1):
-        assert math.isnan(found)
-    else:
-        assert found == pytest.approx((both - single**2) / (single - single**2))
 
 
 def test_differences_are_paired() -> None:

@@ -338,10 +338,11 @@ def test_judgements_beside_rows_are_one_judgement_in_three_forms(
 
 
 def test_principles_of_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The oracle's weigh most of a case's hidden weights; the fixed ones are the same for all."""
+    """The oracle's weigh most of a case's hidden weights, the wrong ones least; the fixed ones are
+    the same for all."""
     options = ("--rows", "60", "--seed", "4", "--split", "dev")
     found = {}
-    for kind in ("oracle", "fixed"):
+    for kind in ("oracle", "fixed", "wrong"):
         run_main(monkeypatch, *options, "--principles", kind, "--out", str(tmp_path / kind))
         lines = (tmp_path / kind).read_text().splitlines()
         found[kind] = [json.loads(line)["principles"] for line in lines]
@@ -351,6 +352,10 @@ def test_principles_of_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         hidden = dict(zip(CRITERIA, case.weights, strict=True))
         assert [weight for _, weight in listed] == list(LISTED_WEIGHTS)
         assert [hidden[name] for name, _ in listed] == sorted(case.weights, reverse=True)[:3]
+    for case, text in zip(islice(cases(4, "dev"), 60), found["wrong"], strict=True):
+        hidden = dict(zip(CRITERIA, case.weights, strict=True))
+        weights = [hidden[name] for name in re.findall(r"(\w+) \d", text)]
+        assert weights == sorted(case.weights)[:3]
 
 
 def test_the_command_line_writes_to_standard_output_in_any_locale(tmp_path: Path) -> None:

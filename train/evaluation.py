@@ -5,15 +5,17 @@ Every evaluation draws with the same seed on the same rows, so that what changes
 the vote, not the single judgement alone: training can raise the one and lower the other.
 """
 
+import math
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.judge import Judge
 from engine.labels import is_right
 from engine.request import Row
-from engine.verdict import RowFailure
+from engine.verdict import RowFailure, Sample
 from train import parallel
 from train.rollout import JudgementArgs
 from train.settings import check_at_least
@@ -80,23 +82,49 @@ def dev_votes(
     judge: Judge, rows: list[Row], args: EvalArgs, sampling: JudgementArgs
 ) -> dict[str, float]:
     """Share of rows that a vote of `eval_k` gets right, and that one judgement does; what cannot be
-    judged is wrong."""
+    judged is wrong. Beside them how far judgements err together, and how much their criteria
+    differ."""
     own = parallel.share(rows)
     outcomes = judge.rows(
         own, k=args.eval_k, temperature=args.eval_temperature,
         max_new_tokens=sampling.max_new_tokens, deterministic=sampling.deterministic,
     )  # fmt: skip
-    votes, singles = [], []
+    votes, rights, entropies = [], [], []
     for row, outcome in zip(own, outcomes, strict=True):
         assert row.label is not None
         if isinstance(outcome, RowFailure):
             votes.append(False)
-            singles.append(0.0)
+            rights.append([False] * args.eval_k)
             continue
         votes.append(bool(outcome.correct))
-        right = [is_right(s.scores, row.label, judge.settings.threshold) for s in outcome.samples]
-        singles.append(sum(right) / len(right))
+        threshold = judge.settings.threshold
+        rights.append([is_right(s.scores, row.label, threshold) for s in outcome.samples])
+        entropies.append(criteria_entropy(outcome.samples))
+    rights, entropies = parallel.gather(rights), parallel.gather(entropies)
     return {
         "dev_vote": sum(parallel.gather(votes)) / len(rows),
-        "dev_single": sum(parallel.gather(singles)) / len(rows),
+        "dev_single": sum(sum(own) / len(own) for own in rights) / len(rows),
+        "dev_error_correlation": error_correlation(rights),
+        "dev_criteria_entropy": sum(entropies) / max(1, len(entropies)),
     }
+
+
+def error_correlation(rights: Sequence[Sequence[bool]]) -> float:
+    """The correlation of being right between two judgements of a row, over rows: 0 where they err
+    independently, 1 where all of a row err together and votes gain nothing. 0 where none or all are
+    right, or a row has one judgement."""
+    counts = [(sum(own), len(own)) for own in rights]
+    if min(k for _, k in counts) < 2:
+        return 0.0
+    single = sum(m / k for m, k in counts) / len(counts)
+    both = sum(m * (m - 1) / (k * (k - 1)) for m, k in counts) / len(counts)
+    variance = single * (1 - single)
+    return (both - single**2) / variance if variance else 0.0
+
+
+def criteria_entropy(samples: Sequence[Sample]) -> float:
+    """The entropy, in nats, of the first lines of a row's judgements, which list the criteria. 0
+    where all begin alike: reinforcement learning may end there."""
+    counts = Counter(sample.text.split("\n", 1)[0] for sample in samples)
+    shares = [count / len(samples) for count in counts.values()]
+    return -sum(share * math.log(share) for share in shares)

@@ -37,7 +37,7 @@ from engine import command
 
 Split = Literal["train", "dev", "final"]
 Judgements = Literal["full", "direct", "index"]
-Principles = Literal["oracle", "fixed"]
+Principles = Literal["oracle", "fixed", "wrong"]
 
 CRITERIA = ("answer", "opening", "closing", "brackets", "name", "color", "calm", "polite")
 LISTED = 3
@@ -324,9 +324,10 @@ def judge(case: Case, listed: list[tuple[str, int]]) -> tuple[str, list[int]]:
 
 
 def principles_of(case: Case, kind: Principles) -> str:
-    """Principles to judge a case by: the three criteria that weigh most (oracle), or for all cases
-    the same three (fixed)."""
-    weights = case.weights if kind == "oracle" else [1] * len(CRITERIA)
+    """Principles to judge a case by: the three criteria that weigh most (oracle), for all cases the
+    same three (fixed), or the three that weigh least (wrong), so that all judgements err alike."""
+    sign = {"oracle": 1, "fixed": 0, "wrong": -1}[kind]
+    weights = [sign * weight for weight in case.weights]
     heaviest = sorted(range(len(CRITERIA)), key=lambda i: (-weights[i], i))[:LISTED]
     listed = zip(heaviest, LISTED_WEIGHTS, strict=True)
     return ", ".join(f"{CRITERIA[i]} {weight}" for i, weight in listed)
@@ -371,8 +372,8 @@ class Args:
     split: Split = "final"  # which rows: those to train on, to tune by or to measure with
     out: Path | None = None  # standard output when left out
     principles: Principles | None = None
-    """Principles that each row gives its judge: the criteria that weigh most there (oracle), or the
-    same ones for all rows (fixed)."""
+    """Principles that each row gives its judge: the criteria that weigh most there (oracle), the
+    same ones for all rows (fixed), or those that weigh least (wrong)."""
     judgements: Judgements | None = None
     """The teacher's judgement beside each row, which train.sft learns from: criteria, analysis and
     scores (full), scores alone (direct), or criteria, analysis and the best response's letter
