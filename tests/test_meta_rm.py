@@ -18,6 +18,7 @@ from engine.judge import Judge
 from engine.meta import MetaModel, MetaScorer
 from engine.request import Row, make_row
 from engine.sample import POCKET
+from engine.settings import read_judge_settings
 from engine.verdict import Verdict
 from models import load
 from tests.args import args_of
@@ -245,6 +246,10 @@ def test_what_is_written_judges_in_the_engine_and_in_transformers(args: meta_rm.
     with torch.no_grad():
         logit = theirs(torch.tensor([ids])).logits[0, 0].item()
     assert abs(score - logit) < 1e-5 and score != 0
+    scale = meta.settings.meta_scale
+    assert scale == lines[-1]["dev_scale"] != 1
+    meta_rm.train(args)  # nothing is left to do, nor forgotten
+    assert read_judge_settings(args.out).meta_scale == scale
     judge = Judge.load(POCKET, meta=args.out)
     verdict = next(judge.rows([row], k=4, k_meta=2, max_new_tokens=220))
     assert isinstance(verdict, Verdict) and verdict.votes == min(2, verdict.valid)

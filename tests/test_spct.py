@@ -14,8 +14,14 @@ from engine.verdict import Sample, Verdict, to_line
 JUDGES = ("base", "large", "rft", "grpo", "direct", "index")
 
 
-def test_the_whole_chain_in_small(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["--smoke", "--out", str(tmp_path), "--large", str(POCKET), "--ablations"]
+@pytest.mark.parametrize(
+    "more", [[], pytest.param(["--ablations"], marks=pytest.mark.soak)], ids=str
+)
+def test_the_whole_chain_in_small(
+    more: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--smoke", "--out", str(tmp_path), "--large", str(POCKET), *more]
+    trainings = 8 if more else 6
     assert spct.main(words) == 0
     out, err = capfd.readouterr()
     told = json.loads(out.splitlines()[-1])
@@ -35,13 +41,14 @@ def test_the_whole_chain_in_small(tmp_path: Path, capfd: pytest.CaptureFixture[s
     table = (tmp_path / "results.md").read_text()
     assert "| grpo | borda, weighed |" in table and "| grpo over base, 1 votes |" in table
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert sum("steps_run" in line for line in err.splitlines()) == 8
+    assert sum("steps_run" in line for line in err.splitlines()) == trainings
 
+    assert (tmp_path / "ablations.md").exists() == bool(more)
     judged = {path: path.read_bytes() for path in (tmp_path / "seed-0" / "verdicts").iterdir()}
     assert len(judged) == 8 + 4  # and what is kept of their figures
     assert spct.main(words) == 0
     lines = [json.loads(x) for x in capfd.readouterr().err.splitlines() if x.startswith("{")]
-    assert [line["steps_run"] for line in lines if "steps_run" in line] == [0] * 8
+    assert [line["steps_run"] for line in lines if "steps_run" in line] == [0] * trainings
     assert sum(line["usage"]["decode_tokens"] for line in lines if "usage" in line) == 0
     assert all(path.read_bytes() == content for path, content in judged.items())
     assert json.loads((tmp_path / "results.json").read_text()) == results

@@ -114,7 +114,8 @@ class Run(Generic[M]):
             state = self._resume()
             self._stack = stack.pop_all()
         self.first: int = state["step"]
-        self.judge_settings: dict[str, Any] = {}  # for the judge.json of models that are written
+        # For the judge.json of models that are written.
+        self.judge_settings: dict[str, Any] = state.get("judge_settings", {})
         self._best: dict[str, Any] | None = state.get("best")
         self._since_best: int = state.get("since_best", 0)
         self._steps_run = 0
@@ -156,9 +157,8 @@ class Run(Generic[M]):
     def __enter__(self) -> "Run[M]":
         if parallel.is_first():
             out = self._args.out
-            if (
-                self._best is None
-            ):  # what a run has left that was killed before its first checkpoint
+            # A run that was killed before its first checkpoint may have left one.
+            if self._best is None:
                 (out / "best.json").unlink(missing_ok=True)
             for path in (out / "metrics.jsonl", out / "timings.jsonl"):
                 _cut_metrics(path, self.first)
@@ -238,7 +238,12 @@ class Run(Generic[M]):
     def _save(self, step: int) -> None:
         for file in self._files:
             os.fsync(file.fileno())
-        kept = {"settings": self._settings, "best": self._best, "since_best": self._since_best}
+        kept = {
+            "settings": self._settings,
+            "judge_settings": self.judge_settings,
+            "best": self._best,
+            "since_best": self._since_best,
+        }
         tensors = self._learner.optimizer.tensors()
         checkpoint.save(self._checkpoints, step, tensors, kept, self._args.logging.keep)
         if self._directory is not None:
