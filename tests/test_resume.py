@@ -32,7 +32,7 @@ LONGEST = 220  # tokens of most judgements of the world
 RUNS: dict[str, RunArgs] = {
     "sft": args_of(sft.Args,
         model=POCKET, out=Path("sft"), steps=4, rows=3, micro_rows=2, lr=2e-5, warmup=1,
-        log_every=1, save_every=2, eval_every=2, eval_rows=2, eval_k=2, max_new_tokens=LONGEST,
+        log_every=1, save_every=2, eval_every=4, eval_rows=2, eval_k=2, max_new_tokens=LONGEST,
     ),
     "grpo": args_of(grpo.Args,
         out=Path("grpo"), steps=3, rows=2, group=3, micro_rows=1, minibatches=2, epochs=2,
@@ -40,7 +40,7 @@ RUNS: dict[str, RunArgs] = {
     ),
     "meta_rm": args_of(meta_rm.Args,
         out=Path("meta_rm"), steps=3, rows=3, samples=3, micro_rows=1, lr=2e-5, warmup=1,
-        save_every=1, eval_every=2, eval_rows=3, eval_k=3, max_new_tokens=LONGEST,
+        save_every=1, eval_every=3, eval_rows=3, eval_k=3, max_new_tokens=LONGEST,
     ),
     "scalar_rm": args_of(scalar_rm.Args,
         out=Path("scalar_rm"), steps=3, rows=3, micro_rows=1, lr=2e-5, warmup=1, log_every=1,
