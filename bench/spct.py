@@ -36,6 +36,7 @@ from engine.sample import POCKET
 from engine.scalar_judge import ScalarJudge
 from engine.settings import read_judge_settings
 from engine.verdict import RowFailure
+from models import load
 from train import grpo, meta_rm, rft, scalar_rm, sft
 from train.directory import replace_text
 from train.evaluation import EvalArgs
@@ -206,6 +207,12 @@ def judge_rows(
     return votes, greedy
 
 
+def parameters_of(directory: Path | None) -> int:
+    """How many parameters a model has."""
+    assert directory is not None
+    return sum(parameter.numel() for parameter in load(directory)[0].parameters())
+
+
 def ablate(args: Args, made: Stages) -> None:
     """Judge dev rows with one thing changed, on the chain of one seed; writes OUT/ablations.json
     and OUT/ablations.md, whose differences are to what is not changed."""
@@ -240,7 +247,7 @@ def ablate(args: Args, made: Stages) -> None:
         name: study.judged(
             [judge_rows(out / "ablations", name.replace(", ", "-").replace(" ", "-"), model, data,
                         k, *more)],
-            threshold, None,
+            threshold, parameters_of(POCKET),
         )
         for name, (model, data, more) in asked.items()
     }  # fmt: skip
@@ -295,10 +302,13 @@ def run(args: Args) -> None:
         scalars.append(scalar_chances(made.scalar.out / "best", rows))
     threshold = read_judge_settings(POCKET).threshold
     judges = {
-        name: study.judged(paths, threshold, scales if name == "grpo" else None)
+        name: study.judged(
+            paths, threshold, parameters_of(args.large if name == "large" else POCKET),
+            scales if name == "grpo" else None,
+        )
         for name, paths in files.items()
-    }
-    judges["scalar"] = study.Judged({"greedy": {1: np.stack(scalars)}}, 0.0, 0.0, {})
+    }  # fmt: skip
+    judges["scalar"] = study.Judged({"greedy": {1: np.stack(scalars)}})
     found, differences = write(args.out, "results", judges, ORDERINGS)
     study.plot(found, args.out / "curve.png")
     print((args.out / "results.md").read_text(), file=sys.stderr)

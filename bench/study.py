@@ -8,7 +8,7 @@ two ways to vote is taken row by row and seed by seed; its interval is a bootstr
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,17 @@ class Judged:
     `greedy` is a way of one vote."""
 
     arrays: Mapping[str, Mapping[int, np.ndarray]]
-    tokens: float  # of a judgement
-    prompt: float  # tokens of a row's prompts, those that are shared counted once
-    facts: Mapping[str, float]
+    tokens: float = 0.0  # of a judgement
+    prompt: float = 0.0  # tokens of a row's prompts, those that are shared counted once
+    parameters: int = 0  # of the model
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 def judged(
-    paths: Sequence[tuple[Path, Path]], threshold: float, scales: Sequence[float] | None
+    paths: Sequence[tuple[Path, Path]],
+    threshold: float,
+    parameters: int,
+    scales: Sequence[float] | None = None,
 ) -> Judged:
     """From the files of verdicts and of greedy verdicts, a pair for each seed, and the scale of
     each seed's meta model, if any has scored the judgements."""
@@ -113,6 +117,7 @@ def judged(
         arrays,
         sum(each.decode_tokens for each in verdicts) / samples,
         sum(each.tree_tokens for each in verdicts) / len(verdicts),
+        parameters,
         facts_of(verdicts, threshold),
     )
 
@@ -174,6 +179,7 @@ def results(judges: Mapping[str, Judged]) -> dict[str, Any]:
         name: {
             "tokens_per_judgement": each.tokens,
             "prompt_tokens_per_row": each.prompt,
+            "parameters": each.parameters,
             **each.facts,
             "accuracy": {
                 way: {size: entry(values) for size, values in sizes.items()}
@@ -232,32 +238,48 @@ def markdown(found: Mapping[str, Any], differences: Mapping[str, Any]) -> str:
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
-    """Accuracy against the tokens of a row, as PNG: of votes by the sum of scores and, where there
-    is a meta model, of weighed ranks, whose tokens it reads once more."""
+    """Accuracy as PNG, against votes and against the FLOPs of a row: of votes by the sum of scores
+    and, where there is a meta model, of ranks by its weights. FLOPs are 2 x parameters x tokens; a
+    meta model of the judge's size reads the prompts and the judgements once more."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    ticks: set[int] = set()
     for judge, each in found.items():
         for way, style, reads in (("all", "-", 1), ("borda, weighed", "--", 2)):
             entries = each["accuracy"].get(way)
             if entries is None:
                 continue
+            votes = [int(size) for size in entries]
+            ticks.update(votes)
             per_row, per_vote = each["prompt_tokens_per_row"], each["tokens_per_judgement"]
-            cost = [reads * (per_row + int(size) * per_vote) for size in entries]
+            flops = 2 * reads * each["parameters"]
+            cost = [flops * (per_row + size * per_vote) for size in votes]
             means = np.array([point["mean"] for point in entries.values()])
             bounds = np.array([point["ci95"] for point in entries.values()]).T
-            axes.errorbar(
-                cost, means, abs(bounds - means), linestyle=style, marker="o", markersize=3,
-                capsize=2, label=f"{judge}, {'sum' if way == 'all' else 'ranks by meta weights'}",
-            )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_xlabel("tokens of a row: its prompts, and judgements (twice where a meta model reads)")
-    axes.set_ylabel("accuracy")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+            label = judge if way == "all" else f"{judge}, ranks by meta weights"
+            for panel, places in zip(panels, (votes, cost), strict=True):
+                panel.errorbar(
+                    places, means, abs(bounds - means), linestyle=style, marker="o", markersize=3,
+                    capsize=2, label=label,
+                )  # fmt: skip
+        if len(each["accuracy"]) == 1:  # of one answer, which is not drawn
+            for panel in panels:
+                panel.axhline(
+                    each["accuracy"]["greedy"][1]["mean"], color="gray", linestyle=":", label=judge
+                )
+    panels[0].set_xscale("log", base=2)
+    panels[0].set_xticks(sorted(ticks), [str(size) for size in sorted(ticks)])
+    panels[0].set_xlabel("votes")
+    panels[0].set_ylabel("accuracy")
+    panels[1].set_xscale("log")
+    panels[1].set_xlabel("FLOPs of a row")
+    panels[1].legend(fontsize=8)
+    for panel in panels:
+        panel.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

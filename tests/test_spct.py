@@ -98,8 +98,8 @@ def test_figures_of_verdict_lines(tmp_path: Path) -> None:
 def test_differences_are_paired() -> None:
     """Two judges that differ by a tenth on every row: no interval is left of the rows' spread."""
     rows = np.linspace(0, 1, 50)[None]
-    first = study.Judged({"all": {1: rows + 0.1}}, 1.0, 1.0, {})
-    second = study.Judged({"all": {1: np.repeat(rows, 3, 0)}}, 1.0, 1.0, {})
+    first = study.Judged({"all": {1: rows + 0.1}})
+    second = study.Judged({"all": {1: np.repeat(rows, 3, 0)}})
     judges = {"a": first, "b": second}
     pairs: dict[str, tuple[study.Point, study.Point]] = {
         "a over b": (("a", "all", 1), ("b", "all", 1)),
