@@ -150,7 +150,7 @@ def stages(root: Path, seed: int, smoke: bool) -> Stages:
         meta_rm.Args(
             model=out / "grpo" / "best", out=out / "meta", samples=8, loss="pairwise",
             labels="ties", sampling=sampling, evaluation=EvalArgs(eval_every=80, eval_rows=300),
-            learning=learning(steps=400, lr=4e-4, warmup=20),
+            learning=learning(steps=600, lr=4e-4, warmup=20),
         ),
         scalar_rm.Args(out=out / "scalar", learning=learning(steps=500, lr=1e-3, warmup=20)),
         taught("direct"),

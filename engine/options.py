@@ -56,7 +56,7 @@ class JudgeOptions:
     the judgement's mean, or how many responses it scores lower."""
     meta_vote: Literal["filter", "weight"] | None = None
     """With a meta model: only the k_meta votes that it scores highest (filter, the default), or all
-    of them, each by its odds of being right (weight)."""
+    of them, those that it scores higher with more weight (weight)."""
     k_meta: int | None = None
     """How many votes a meta model lets through, those it scores highest (half of k)."""
     until_decided: float | None = None

@@ -36,8 +36,8 @@ class JudgeSettings:
     writes its scores once and nothing after them: the first box decides and ends a sample; "eos"
     for any other. format: how scores are written, a box or a name of `engine/formats.py`.
     join_blanks: blanks of a template right before a text of the row are tokenized with that text,
-    as most models are trained; False: by themselves. meta_scale, of a meta model: its scores times
-    this are the log-odds that a judgement is right, up to a constant.
+    as most models are trained; False: by themselves. meta_scale, of a meta model: a vote's
+    weight is exp of its score times this.
     Raises ValueError for wrong types, scores whose sum over all votes could pass 2^63, an empty
     range of scores, a threshold that no score or every score passes, an anchor that cannot begin a
     line, a stop or nonce that a format has not, and a scale that is no positive number.

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
 from engine.command import with_values
@@ -29,10 +29,10 @@ from train.ranking import (
     ReadRow,
     auc,
     labelled,
-    log_odds_scale,
     losses_of,
     pairs,
     vote_accuracies,
+    vote_scale,
 )
 from train.rewards import REWARDS
 from train.scalar import logits_of, scalar_of
@@ -140,21 +140,30 @@ def test_labels_are_those_of_the_reward(args: meta_rm.Args, labels: Any) -> None
     assert len({own.target for each in found for own in each.judgements}) > 1
 
 
-def test_the_scale_of_log_odds() -> None:
-    """Of scores that are log-odds times a number; against a grid; where there is nothing to fit."""
-    generator = torch.Generator().manual_seed(0)
-    for a, b in ((0.5, 0.0), (1.0, 1.0), (3.0, -2.0)):
-        scores = torch.randn(20_000, generator=generator)
-        right = torch.rand(20_000, generator=generator) < torch.sigmoid(a * scores + b)
-        assert log_odds_scale(scores, right) == pytest.approx(a, abs=0.12)
-    scores, right = torch.tensor([0.3, -1.0, 2.0, 0.1, -0.4]), torch.tensor([1, 0, 1, 0, 1]).bool()
-    grid = torch.cartesian_prod(torch.linspace(-1, 3, 401), torch.linspace(-2, 2, 401)).double()
-    z = grid[:, :1] * scores.double() + grid[:, 1:]
-    loss = torch.where(right, -logsigmoid(z), -logsigmoid(-z)).sum(1) + (grid[:, 0] - 1) ** 2 / 2
-    assert log_odds_scale(scores, right) == pytest.approx(float(grid[loss.argmin(), 0]), abs=0.01)
-    assert 1 < log_odds_scale(scores, scores > 0.2) < 20
-    assert log_odds_scale(scores, scores > 9) == log_odds_scale(scores, scores < 9) == 1.0
-    assert log_odds_scale(scores, scores < 0.2) == 1e-3
+def test_the_scale_of_votes() -> None:
+    """Against a grid, of judgements that are righter where their logits are high; where there is
+    nothing to fit."""
+    rng = np.random.default_rng(0)
+    rows, logits = [], []
+    for i in range(40):
+        own = rng.normal(size=4)
+        good = rng.random(4) < 1 / (1 + np.exp(-own))
+        judged = [Judgement((0, 1), "", bool(g), float(g), (9, 4) if g else (5, 7)) for g in good]
+        rows.append(ReadRow(make_row(f"{i}", ["a", "b"], label=0), [], judged))
+        logits += own.tolist()
+    found = vote_scale(rows, torch.tensor(logits))
+    best, at = -math.inf, 0.0
+    z = np.array(logits).reshape(40, 4)
+    scores = np.array([[own.scores for own in each.judgements] for each in rows])
+    for a in np.exp(np.linspace(-2, 2, 201)):
+        weights = np.exp(a * z) / np.exp(a * z).sum(1, keepdims=True)
+        lead = (weights[:, :, None] * scores).sum(1) @ [1, -1]
+        for t in np.exp(np.linspace(-3, 3, 151)):
+            value = -np.log1p(np.exp(-t * lead)).sum() - (np.log(a) ** 2 + np.log(t) ** 2) / 2
+            best, at = max((best, at), (value, a))
+    assert 0.2 < found < 5 and found == pytest.approx(at, rel=0.03)
+    single = [ReadRow(make_row("x", ["a"], label=1), [], rows[0].judgements[:1])]
+    assert vote_scale(single, torch.tensor(logits[:1])) == vote_scale([], torch.tensor([])) == 1
 
 
 def test_judgements_are_read_as_the_engine_reads_them(args: meta_rm.Args) -> None:

@@ -40,7 +40,7 @@ from train.evaluation import EvalArgs, divide, tell_held_out
 from train.judgements import JudgedRow, Judgement, batches_of_judgements, read_judgements
 from train.learner import Learner, LearnerArgs
 from train.loop import Trainer, loop
-from train.ranking import ReadRow, auc, labelled, log_odds_scale, num_pairs, vote_accuracies
+from train.ranking import ReadRow, auc, labelled, num_pairs, vote_accuracies, vote_scale
 from train.rewards import REWARDS
 from train.rollout import NO_SCORES, TRAINING, Group, SamplingArgs, sample_groups, step_seed
 from train.run import Clock, LogArgs, RunArgs, command_line
@@ -209,7 +209,7 @@ class MetaTrainer(Trainer[ScalarModel]):
 
     def evaluate(self) -> dict[str, float]:
         """On judgements of the rows of evaluations, which are sampled once: AUCs, the scale
-        that makes log-odds of the logits, which the model's judge.json gets, and what votes come to
+        of the logits as weights, which the model's judge.json gets, and what votes come to
         with the model and without."""
         args = self.args
         self.learner.refresh()
@@ -219,7 +219,7 @@ class MetaTrainer(Trainer[ScalarModel]):
             self._dev, _ = self.read(found)
         logits = all_logits(self.learner.plain, self._dev, labelled, args.micro_rows)
         dev = labelled(self._dev)
-        scale = log_odds_scale(logits, dev.right)
+        scale = vote_scale(self._dev, logits)
         self.judge_settings = {"meta_scale": scale}
         told = auc(logits, dev) | {"scale": scale}
         told |= vote_accuracies(self._dev, logits, scale, self.judge.settings.threshold)

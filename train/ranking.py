@@ -1,4 +1,4 @@
-"""Scores of judgements beside which of them are right: losses, AUC, and the scale of log-odds."""
+"""Scores of judgements beside which of them are right: losses, AUC, and the scale of votes."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from engine.labels import chance_right
+from engine.labels import chance_right, gold_index
 from engine.request import Row
 from kernels.vote import vote
 from train.judgements import Judgement
@@ -122,21 +122,40 @@ def vote_accuracies(
     return {name: sum(values) / max(1, len(values)) for name, values in found.items()}
 
 
-def log_odds_scale(scores: Tensor, right: Tensor) -> float:
-    """The a for which sigmoid(a score + b) fits best which judgements are right: a logistic
-    regression by Newton's steps, in float64, with one observation's weight on a = 1 so that scores
-    that part the judgements cleanly have a finite one. scores: (S,), right: (S,) bool. 1 where all
-    are right or none is."""
-    target, z = right.double(), scores.double()
-    if right.all() or not right.any():
+def vote_scale(rows: Sequence[ReadRow], logits: Tensor) -> float:
+    """The a for which votes weighed by exp(a x logit) tell best which response is best.
+
+    With m the means of the scores so weighed it is the most likely a of softmax(T m), T fitted
+    beside it. Judgements of a row err together, so log-odds of being right would trust the best of
+    them too much. A normal prior on log a and log T, as wide as a factor of e, keeps both finite.
+    logits: (S,), of the rows' judgements, all of which have scores. 1 where no row has two
+    responses and two judgements.
+    """
+    votes = []
+    first = 0
+    for each in rows:
+        count = len(each.judgements)
+        own = logits[first : first + count].double()
+        first += count
+        if count > 1 and len(each.row.responses) > 1:
+            assert each.row.label is not None
+            scores = torch.tensor([judgement.scores for judgement in each.judgements]).double()
+            votes.append((scores, own, gold_index(each.row.label)))
+    if not votes:
         return 1.0
-    x = torch.stack([z, torch.ones_like(z)], 1)  # (S, 2)
-    theta = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    prior = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    for _ in range(50):
-        p = torch.sigmoid(x @ theta)
-        gradient = x.T @ (p - target) + prior * (theta - prior)
-        hessian = (x * (p * (1 - p))[:, None]).T @ x + torch.diag(prior)
-        hessian += 1e-9 * torch.eye(2, dtype=torch.float64)
-        theta = theta - torch.linalg.solve(hessian, gradient)
-    return max(float(theta[0]), 1e-3)
+    logs = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # of a and T
+    solver = torch.optim.LBFGS([logs], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        a, sharpness = logs.exp()
+        total = logs.square().sum() / 2
+        for scores, own, best in votes:
+            means = torch.softmax(a * own, 0) @ scores
+            total = total - torch.log_softmax(sharpness * means, 0)[best]
+        total.backward()
+        return total
+
+    with torch.enable_grad():
+        solver.step(loss)
+    return float(logs[0].detach().exp())
