@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from models.config import read_json
+from models.weights import replace_file
 
 MARK = "run.json"
 
@@ -70,6 +71,4 @@ class RunDirectory:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -36,6 +36,7 @@ from engine import command
 from engine.options import PromptOptions
 from engine.stopping import Stopped, Stopping
 from models.config import read_json
+from models.weights import replace_file
 from train import checkpoint, parallel
 from train.directory import RunDirectory, replace_text
 from train.learner import Learner, LearnerArgs, M
@@ -363,6 +364,4 @@ def _cut_metrics(path: Path, step: int) -> None:
             raise ValueError(f"{path}, line {number}, is no line of a run") from None
         if logged:
             kept.append(line)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
+    replace_file(path, lambda temporary: temporary.write_bytes(b"".join(kept)))
