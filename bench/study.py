@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from bench.filters import row_curves
+from bench.voting import BOOTSTRAPS
 from engine.labels import chance_correct, is_right
 from engine.verdict import Sample, Verdict
 from train.evaluation import criteria_entropy, error_correlation
 
 PLAIN = ("all", "standardised", "borda")  # what votes count, without a meta model
 GUIDED = ("meta", "weighed", "standardised, weighed", "borda, weighed")
-BOOTSTRAPS = 2000
 Chances = dict[str, dict[int, np.ndarray]]  # way to vote -> votes -> (rows,) float64
 
 

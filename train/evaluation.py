@@ -60,15 +60,16 @@ def divide(
         return found, [], left_out
     if args.eval_data is not None:
         return found, evaluation_rows(args, name), left_out
-    rows, dev = hold_out(found, args.eval_rows)
-    tell_held_out(len(dev), data)
-    return rows, dev, left_out
+    return *hold_out_of(data, found, args), left_out
 
 
-def tell_held_out(rows: int, path: Path) -> None:
-    """Say how many rows of a file are evaluated on, and not trained on."""
+def hold_out_of(path: Path, rows: Sequence[Row], args: EvalArgs) -> tuple[list[Row], list[Row]]:
+    """The rows of a file to train on, and those to evaluate on, as `hold_out` divides them; says
+    how many these are."""
+    kept, dev = hold_out(rows, args.eval_rows)
     if parallel.is_first():
-        print(f"held out for evaluation: {rows} rows of {path}", file=sys.stderr)
+        print(f"held out for evaluation: {len(dev)} rows of {path}", file=sys.stderr)
+    return kept, dev
 
 
 def evaluation_rows(args: EvalArgs, name: str) -> list[Row]:

@@ -27,7 +27,7 @@ from engine.sample import POCKET
 from models import load
 from models.transformer import Transformer
 from train import parallel
-from train.evaluation import EvalArgs, dev_votes, divide
+from train.evaluation import dev_votes, divide
 from train.learner import Learner, LearnerArgs
 from train.loop import Trainer, loop
 from train.policy_step import LossArgs, Reference, add_gradients, window_metrics, windows
@@ -65,7 +65,6 @@ class Args(RunArgs):
     sampling: SamplingArgs = SamplingArgs()
     policy: LossArgs = LossArgs()
     learning: LearnerArgs = LearnerArgs(steps=12, lr=2e-5, warmup=2, weight_decay=0.0)
-    evaluation: EvalArgs = EvalArgs()
     logging: LogArgs = LogArgs(log_every=1, save_every=50)
 
     def __post_init__(self) -> None:
@@ -149,7 +148,7 @@ class GrpoTrainer(Trainer[Transformer]):
 
 def train(args: Args) -> None:
     """Train to the last step, as `train.loop.loop` does."""
-    loop(args, args.evaluation, GrpoTrainer(args), always_last=False)
+    loop(args, GrpoTrainer(args))
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.grpo") -> int:

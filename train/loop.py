@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from typing import Any, ClassVar, Generic
 
-from train.evaluation import EvalArgs
 from train.learner import Learner, M
 from train.run import Clock, Run, RunArgs
 from train.sources import tell_left_out
@@ -15,6 +14,7 @@ class Trainer(ABC, Generic[M]):
 
     shown: ClassVar[tuple[str, ...]] = ("loss",)  # the metrics that a person is told
     score: ClassVar[str] = "dev_vote"  # the metric of an evaluation that tells the best model
+    always_last: ClassVar[bool] = False  # evaluate after the last step, whatever the settings say
     learner: Learner[M]
 
     def __init__(self) -> None:
@@ -34,31 +34,27 @@ class Trainer(ABC, Generic[M]):
         """Metrics of the model as it is, on the rows of evaluations."""
 
 
-def loop(args: RunArgs, evaluation: EvalArgs, trainer: Trainer[M], always_last: bool) -> None:
+def loop(args: RunArgs, trainer: Trainer[M]) -> None:
     """Train to the last step, resuming where a checkpoint stands; writes the model to args.out.
 
-    always_last: evaluate after the last step even if nothing else is evaluated. Raises ValueError
-    for a directory or settings that are not this run's, Stopped after a signal, and as
-    `Trainer.step` does.
+    Raises ValueError for a directory or settings that are not this run's, Stopped after a signal,
+    and as `Trainer.step` does.
     """
-    steps = args.learning.steps
+    evaluation, steps = args.evaluation, args.learning.steps
     tell_left_out(trainer.left_out)
     last: dict[str, float] = {}
 
-    with Run(args, trainer.learner, evaluation.patience) as run:
+    with Run(args, trainer.learner) as run:
 
         def record(step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
             nonlocal last
             score = None
-            if evaluation.is_due(step, steps) or (always_last and step == steps):
+            if evaluation.is_due(step, steps) or (trainer.always_last and step == steps):
                 clock = Clock()
                 last = trainer.evaluate()
                 clock.lap("evaluate")
-                metrics, timings, score = (
-                    metrics | last,
-                    timings | clock.seconds,
-                    last[trainer.score],
-                )
+                metrics, timings = metrics | last, timings | clock.seconds
+                score = last[trainer.score]
                 run.judge_settings = trainer.judge_settings
             run.record(step, metrics, timings, shown=trainer.shown, score=score)
 

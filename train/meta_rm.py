@@ -36,7 +36,7 @@ from engine.sample import POCKET
 from engine.settings import read_judge_settings
 from engine.verdict import RowFailure
 from models.scalar_head import ScalarModel
-from train.evaluation import EvalArgs, divide, tell_held_out
+from train.evaluation import EvalArgs, divide, hold_out_of
 from train.judgements import JudgedRow, Judgement, batches_of_judgements, read_judgements
 from train.learner import Learner, LearnerArgs
 from train.loop import Trainer, loop
@@ -46,7 +46,7 @@ from train.rollout import NO_SCORES, TRAINING, Group, SamplingArgs, sample_group
 from train.run import Clock, LogArgs, RunArgs, command_line
 from train.scalar import add_gradients, all_logits, scalar_of
 from train.settings import check_at_least
-from train.sources import Rows, batches_of, conversation_of, hold_out
+from train.sources import Rows, batches_of, conversation_of
 from train.trajectories import Trajectory
 from train.world.rows import world_rows
 
@@ -105,6 +105,7 @@ class MetaTrainer(Trainer[ScalarModel]):
 
     shown = ("loss", "accuracy", "right")
     score = "dev_weighed_vote"
+    always_last = True  # the scale of its weights is fitted there
 
     def __init__(self, args: Args) -> None:
         super().__init__()
@@ -133,8 +134,7 @@ class MetaTrainer(Trainer[ScalarModel]):
             judged = read_judgements(args.judgements)
             if not args.rows and args.data is None and args.evaluation.eval_data is None:
                 labelled = [each.row for each in judged if has_best(each.row.label)]
-                _, self.dev_rows = hold_out(labelled, args.evaluation.eval_rows)
-                tell_held_out(len(self.dev_rows), args.judgements)
+                _, self.dev_rows = hold_out_of(args.judgements, labelled, args.evaluation)
             held = set(map(conversation_of, self.dev_rows))
             learnt = [each for each in judged if conversation_of(each.row) not in held]
             self.kept = batches_of_judgements(learnt, args.judged_rows, seed)
@@ -228,7 +228,7 @@ class MetaTrainer(Trainer[ScalarModel]):
 
 def train(args: Args) -> None:
     """Train to the last step, as `train.loop.loop` does."""
-    loop(args, args.evaluation, MetaTrainer(args), always_last=True)
+    loop(args, MetaTrainer(args))
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.meta_rm") -> int:

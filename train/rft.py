@@ -46,7 +46,7 @@ from engine.stopping import Stopped, Stopping
 from engine.verdict import RowFailure, Verdict
 from train import parallel, sft
 from train.directory import RunDirectory, replace_text
-from train.evaluation import EvalArgs, divide
+from train.evaluation import divide
 from train.learner import LearnerArgs
 from train.rejection import Rule, best_hint, fate, fates, judgement_line, row_line
 from train.rejection_log import JUDGEMENTS, TRAJECTORIES, Counts, Done, Lines, RejectionLog
@@ -84,7 +84,6 @@ class Args(RunArgs):
     autocast: bool = False  # bf16 matmuls over fp32 weights, in training
     sampling: SamplingArgs = SamplingArgs()
     learning: LearnerArgs = LearnerArgs(steps=50, lr=2e-5, warmup=5, weight_decay=0.0)
-    evaluation: EvalArgs = EvalArgs()
     logging: LogArgs = LogArgs(log_every=10, save_every=50)
 
     def __post_init__(self) -> None:

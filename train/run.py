@@ -39,6 +39,7 @@ from models.config import read_json
 from models.weights import replace_file
 from train import checkpoint, parallel
 from train.directory import RunDirectory, replace_text
+from train.evaluation import EvalArgs
 from train.learner import Learner, LearnerArgs, M
 from train.settings import MODEL_FILES, check_at_least, differences, settings_of
 
@@ -81,6 +82,7 @@ class RunArgs:
     out: Path  # directory of the finished model, the metrics and the checkpoints
     prompts: PromptOptions = PromptOptions()
     learning: LearnerArgs = LearnerArgs()
+    evaluation: EvalArgs = EvalArgs()
     logging: LogArgs = LogArgs()
 
     def __post_init__(self) -> None:
@@ -94,16 +96,12 @@ A = TypeVar("A", bound=RunArgs)
 class Run(Generic[M]):
     """A run under way, as a context. `first` is the number of steps done."""
 
-    def __init__(self, args: RunArgs, learner: Learner[M], patience: int = 0) -> None:
-        """patience: after so many evaluations without a better score the run ends; 0: it does not.
-
-        Raises ValueError for settings other than those of the checkpoint, for a directory that is
-        not this run's, and for one whose checkpoints are gone.
-        """
+    def __init__(self, args: RunArgs, learner: Learner[M]) -> None:
+        """Raises ValueError for settings other than those of the checkpoint, for a directory that
+        is not this run's, and for one whose checkpoints are gone."""
         self._started = time.monotonic()
         self._args = args
         self._learner: Learner[M] = learner
-        self._patience = patience
         self._settings = settings_of(command.flat(args), args.model)
         self._checkpoints = args.out / "checkpoints"
         self._directory: RunDirectory | None = None
@@ -190,7 +188,7 @@ class Run(Generic[M]):
 
     @property
     def _is_exhausted(self) -> bool:
-        return 0 < self._patience <= self._since_best
+        return 0 < self._args.evaluation.patience <= self._since_best
 
     def record(
         self,

@@ -211,7 +211,7 @@ def accuracy(rows: Sequence[Row], scores: Tensor) -> float:
 
 def train(args: Args) -> None:
     """Train to the last step, as `train.loop.loop` does."""
-    loop(args, args.evaluation, ScalarTrainer(args), always_last=False)
+    loop(args, ScalarTrainer(args))
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m train.scalar_rm") -> int:

@@ -25,14 +25,14 @@ from kernels.logprob import linear_logprob
 from models import load
 from models.transformer import Transformer
 from train import parallel
-from train.evaluation import EvalArgs, dev_votes, evaluation_rows, tell_held_out
+from train.evaluation import dev_votes, evaluation_rows, hold_out_of
 from train.learner import Learner
 from train.loop import Trainer, loop
 from train.packing import PackedBatch, hidden_states, pack
 from train.rollout import JudgementArgs, judge_of
 from train.run import Clock, RunArgs, command_line
 from train.settings import check_at_least
-from train.sources import conversation_of, hold_out
+from train.sources import conversation_of
 from train.trajectories import Batches, Trajectory, file_batches, labelled_trajectory_rows
 from train.world.rows import world_batches
 
@@ -49,7 +49,6 @@ class Args(RunArgs):
     micro_rows: int = 32  # rows whose gradients are computed together
     autocast: bool = False  # bf16 matmuls over fp32 weights
     sampling: JudgementArgs = JudgementArgs()
-    evaluation: EvalArgs = EvalArgs()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,8 +94,7 @@ class SftTrainer(Trainer[Transformer]):
         held_out: frozenset[str] = frozenset()
         if args.evaluation.eval_every and args.data and not args.evaluation.eval_data:
             rows = labelled_trajectory_rows(args.data)
-            _, self.dev = hold_out(rows, args.evaluation.eval_rows)
-            tell_held_out(len(self.dev), args.data)
+            _, self.dev = hold_out_of(args.data, rows, args.evaluation)
             held_out = frozenset(map(conversation_of, self.dev))
         elif args.evaluation.eval_every:
             self.dev = evaluation_rows(args.evaluation, "sft")
@@ -120,7 +118,7 @@ class SftTrainer(Trainer[Transformer]):
 
 def train(args: Args) -> None:
     """Train to the last step, as `train.loop.loop` does."""
-    loop(args, args.evaluation, SftTrainer(args), always_last=False)
+    loop(args, SftTrainer(args))
 
 
 def _batches(args: Args, judge: Judge, held_out: frozenset[str]) -> Batches:
