@@ -195,7 +195,7 @@ Point = tuple[str, str, int]  # a judge, a way to vote, votes
 
 def orderings(judges: Mapping[str, Judged], pairs: Mapping[str, tuple[Point, Point]]) -> Any:
     """By name: the first of two points less the second. A judge of one seed stands beside each seed
-    of another. Pairs of which a judge is not there are left out."""
+    of another. A pair is left out where one of its points is not there."""
 
     def values(point: Point) -> np.ndarray:
         judge, way, size = point

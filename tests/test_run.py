@@ -248,6 +248,10 @@ def test_evaluation_is_on_rows_that_are_not_learnt_from(
         with pytest.raises(ValueError, match="no trajectory was kept"):
             rft.train(args)
         dev = labelled_rows(args.out / "dev.jsonl")[0]
+        before = contents(args.out)
+        with pytest.raises(ValueError, match="other settings: held_out = 2, not 1"):
+            rft.train(with_values(args, eval_rows=2))
+        assert contents(args.out) == before
         progress = (args.out / "progress.jsonl").read_text().splitlines()[1:]
         learnt = [json.loads(line)["id"] for line in progress]
     else:

@@ -231,12 +231,11 @@ def sample(args: Args, dev: Sequence[Row] = ()) -> Counts:
         if parallel.is_first():
             stack.enter_context(closing(RunDirectory(args.out, args.command)))
             files = stack.enter_context(closing(RejectionLog(args.out)))
-            if dev:
-                text = b"".join(map(row_line, dev)).decode()
-                replace_text(args.out / DEV, text)
         stopping = stack.enter_context(Stopping())
         settings = settings_of(args.deciding, args.model) | {"held_out": len(held_out)}
         done = parallel.from_first(files.resume(settings) if files else [])
+        if files is not None and dev:
+            replace_text(args.out / DEV, b"".join(map(row_line, dev)).decode())
         source = entries(args.data, args.rows, args.learning.seed, held_out)
         for each in done:
             entry = next(source, None)

@@ -141,8 +141,8 @@ TRAINING = {"anchor_nonce": False}
 def judge_of(
     model: Transformer, tokenizer: Tokenizer, directory: Path, prompts: PromptOptions
 ) -> Judge:
-    """The judge that a model under training is, with the templates of where it began or those that
-    prompts are to have instead."""
+    """The judge that a model under training is, with the templates of the directory where it began,
+    or with those of `prompts` in their place."""
     return Judge(
         model,
         tokenizer,
