@@ -35,7 +35,7 @@ PRIOR_SD = 0.2
 
 
 def samples_to_draw(
-    scores: Sequence[Sequence[int] | None],
+    scores: Sequence[Sequence[float] | None],
     k: int,
     cycle: int,
     until_decided: float,

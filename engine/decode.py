@@ -33,6 +33,7 @@ from engine.forward import CachedForward
 from engine.kv_cache import ALIGN, KVCache
 from kernels import cpp
 from kernels.accept_token import Cursor, LiveSamples, Records, accept_token
+from kernels.expected_score import NumberEdges, expected_score
 from kernels.extract_scores import ScoreAutomaton, scores_of
 from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, Suffixes, splits_of
 from kernels.forest_attention.schedule import HeadShape, StaticPlan, keys_per_partial
@@ -64,11 +65,13 @@ class Leaf(Protocol):
 
 @dataclass
 class Sampled:
-    """The result of a finished sample; `scores` in shown order, 0 where not valid."""
+    """The result of a finished sample; `scores` in shown order, 0 where not valid; `expected`, if
+    it is read, the expected score of each token."""
 
     token_ids: list[int]
     logprobs: list[float]
     sampling_logprobs: list[float]
+    expected: list[float] | None
     ended: bool
     decided: bool
     reason: Reason
@@ -143,12 +146,13 @@ class Decoder(CachedForward):
         max_scores: int,
         deterministic: bool = False,
         prefill_backend: Backend | None = None,
+        edges: NumberEdges | None = None,
     ) -> None:
         """deterministic: fixed tiles in matrix products and one partial per split of keys, so that
         on a GPU too a sample's bits do not depend on the rest of the batch. prefill_backend: see
-        `CachedForward`."""
+        `CachedForward`. edges: expected scores are read along these."""
         super().__init__(model, cache, deterministic, prefill_backend)
-        self.automaton = automaton
+        self.automaton, self.edges = automaton, edges
         self.options = options
         self.end_ids = end_ids
         self.stop_at_box = stop_at_box
@@ -163,7 +167,9 @@ class Decoder(CachedForward):
                 config.v_head_dim,
                 model.head_weight.dtype,
             )
-        self.records = Records.empty(cache.num_slots, max_new_tokens, self.device)
+        self.records = Records.empty(
+            cache.num_slots, max_new_tokens, self.device, expects=edges is not None
+        )
         self.leaves: tuple[Leaf, ...] = ()
         rows = self._rows(cache.num_slots)
         zeros = torch.zeros(rows, dtype=torch.int64)
@@ -240,6 +246,9 @@ class Decoder(CachedForward):
             longest = max(counts)
             tokens = self.records.tokens[live.slot, :longest].cpu()
             logprobs = self.records.logprobs[:, live.slot, :longest].cpu()
+            expected = self.records.expected
+            if expected is not None:
+                expected = expected[live.slot, :longest].cpu()
             flags = torch.stack([live.ended.long(), live.scores.decided.long(), reasons], 1)
             all_flags, all_scores = flags.tolist(), scores.tolist()
         results = []
@@ -252,6 +261,7 @@ class Decoder(CachedForward):
                     token_ids=tokens[i, : counts[i]].tolist(),
                     logprobs=logprob,
                     sampling_logprobs=sampling_logprob,
+                    expected=None if expected is None else expected[i, : counts[i]].tolist(),
                     ended=bool(ended),
                     decided=bool(decided),
                     reason=Reason(reason),
@@ -275,10 +285,18 @@ class Decoder(CachedForward):
         self, live: LiveSamples, logits: Tensor, uniform: Tensor, cursor: Cursor | None = None
     ) -> None:
         """Draw the next token of each sample from the model's raw logits, and accept it."""
-        drawn = sample_token(logits, uniform, self.options, self.config.final_softcap)
+        softcap, expected = self.config.final_softcap, None
+        token, logprob, sampling_logprob = sample_token(logits, uniform, self.options, softcap)
+        if self.edges is not None:
+            scores, rules = live.scores, self.automaton.rules
+            expected = expected_score(
+                logits, token, logprob, scores.control, scores.value, self.automaton.place,
+                self.edges, rules.score_min, rules.score_max, softcap,
+            )  # fmt: skip
         accept_token(
-            live, self.records, *drawn, self.automaton, self.end_ids, self.stop_at_box, cursor
-        )
+            live, self.records, token, logprob, sampling_logprob, self.automaton, self.end_ids,
+            self.stop_at_box, cursor, expected,
+        )  # fmt: skip
 
     # -- one step ----------------------------------------------------------------------------------
 

@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.thinking import open_thinking
-from kernels.score_grammar import ScoreRules
+from kernels.score_grammar import BEGINS, CONTINUES, NEGATIVE, ScoreRules
 from models.tokenizer import Tokenizer
 
-_MOST_SCORES = 1000  # different ones
+MOST_SCORES = 1000  # different ones
 
 
 @dataclass
 class _Node:
-    """A place in the tokens of a number; `score` where they are one."""
+    """A place in the tokens of a number: what they spell, and `score` where that is one."""
 
+    text: str = ""
     children: "dict[int, _Node]" = field(default_factory=dict)
     score: int | None = None
 
@@ -31,10 +32,10 @@ class ScoreForm:
     def __init__(self, tokenizer: Tokenizer, rules: ScoreRules) -> None:
         """ValueError for more scores than a form is made for."""
         scores = range(rules.score_min, rules.score_max + 1)
-        if len(scores) > _MOST_SCORES:
+        if len(scores) > MOST_SCORES:
             raise ValueError(
                 f"scores from {rules.score_min} to {rules.score_max} cannot be forced: "
-                f"{len(scores)} of them, at most {_MOST_SCORES}"
+                f"{len(scores)} of them, at most {MOST_SCORES}"
             )
         self._tokenizer, self._rules = tokenizer, rules
         self.between = tuple(tokenizer.encode_text(", "))
@@ -45,7 +46,8 @@ class ScoreForm:
             node, tokens = self.root, tokenizer.encode_text(str(score))
             longest = max(longest, len(tokens))
             for token in tokens:
-                node = node.children.setdefault(token, _Node())
+                text = node.text + tokenizer.token_bytes[token].decode("ascii", "replace").strip()
+                node = node.children.setdefault(token, _Node(text))
             node.score = score
         self._longest = longest + max(len(self.between), len(self.close))
         self._longest_opening = len(self.opening([], b"<think>", "0" * 9 if rules.nonce else None))
@@ -79,6 +81,14 @@ class ForcedScores:
     def is_full(self) -> bool:
         """Whether all n scores are there."""
         return len(self.scores) == self._n
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where in a number it is (`kernels/score_grammar.py`), and the number so far."""
+        text = self._node.text
+        if text in ("", "-"):
+            return (NEGATIVE if text else BEGINS), 0
+        return CONTINUES, int(text)
 
     def choices(self) -> list[int]:
         """The tokens that may follow, at least one; in ascending order."""

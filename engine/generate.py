@@ -17,6 +17,7 @@ rounding.
 Works on token ids; needs nothing of templates, requests or verdicts.
 """
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from engine.decode import DeviceEvent, Sampled, StatusPoll, make_decoder
+from engine.expected import expected_scores
 from engine.forced import ForcedScores, ScoreForm
 from engine.forest import Forest, Node, TokenIds, tree_tokens
 from engine.forward import Piece, last_rows, take_pieces
@@ -34,6 +36,7 @@ from engine.kv_cache import ALIGN, KVCache, cell_bytes, round_up, scratch_cells
 from engine.memory import cache_budget, is_out_of_memory
 from kernels.accept_token import LiveSamples
 from kernels.device import to_device
+from kernels.expected_score import NumberEdges, expected_score
 from kernels.extract_scores import ScoreAutomaton
 from kernels.forest_attention.plan import MAX_SPLIT, splits_of
 from kernels.sample_token import SamplingOptions, sample_token, uniforms
@@ -72,7 +75,8 @@ class Generation:
     """One sample: its tokens (with the end token, if it came) and their log-probs, natural, under
     the model and under the distribution sampled from; scores in shown order where VALID. forced: it
     was made to write its scores (`engine/forced.py`); tokens that were not drawn have 0 for a
-    log-prob."""
+    log-prob. expected: where it is read, the expected score of each token, NaN for most, and
+    expected_scores those of `scores`, in thousandths (`engine/expected.py`)."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -81,6 +85,8 @@ class Generation:
     reason: Reason
     scores: tuple[int, ...] | None
     forced: bool = False
+    expected: list[float] | None = None
+    expected_scores: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -225,6 +231,7 @@ class Generator:
         cache_bytes: int | None = None,
         usage: Usage | None = None,
         form: ScoreForm | None = None,
+        edges: NumberEdges | None = None,
     ) -> None:
         """max_batch: most samples decoded together. max_scores: most scores of any group. stop:
         "box" ends a sample as soon as its scores are decided, "eos" lets it end by itself.
@@ -232,9 +239,9 @@ class Generator:
         nothing. prefill_backend: whose attention a prefill runs, None for `forest_attention`.
         cache_bytes bounds the cache (default: what memory allows, `engine/memory.py`); samples that
         do not fit wait, some of them in the host's memory, beside it. form: a sample without valid
-        scores is made to write them (`engine/forced.py`). Raises ValueError for limits below 1, a
-        cache that cannot hold one sample, a backend that cannot prefill for this model, or a model
-        in float64."""
+        scores is made to write them (`engine/forced.py`). edges: expected scores are read along
+        these (`engine/expected.py`). Raises ValueError for limits below 1, a cache that cannot hold
+        one sample, a backend that cannot prefill for this model, or a model in float64."""
         for name, value in (("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
             if value < 1:
                 raise ValueError(f"{name} = {value} is less than 1")
@@ -246,6 +253,7 @@ class Generator:
         self.stop = stop
         self.usage = usage if usage is not None else Usage()
         self.form = form
+        self.edges = edges
         self._options = options
         weight = model.head_weight
         if weight.dtype not in DTYPES.values():
@@ -294,6 +302,7 @@ class Generator:
             max_scores=max_scores,
             deterministic=deterministic,
             prefill_backend=prefill_backend,
+            edges=edges,
         )
 
     @torch.inference_mode()
@@ -658,13 +667,14 @@ class Generator:
             token_ids=generation.token_ids[:kept],
             logprobs=generation.logprobs[:kept],
             sampling_logprobs=generation.sampling_logprobs[:kept],
+            expected=None if generation.expected is None else generation.expected[:kept],
             forced=True,
         )
         opening = self.form.opening(generation.token_ids, group.opening, group.nonce)
         scores = ForcedScores(self.form, group.num_scores[leaf.sample])
         forced = _Forced(generation, scores, leaf.end, None)
         leaf.pending.forced[leaf.sample] = forced
-        self._write(forced, opening, 0.0, 0.0)
+        self._write(forced, opening)
         forced.end = self.forest.below(leaf.end, tuple(forced.generation.token_ids))
         forced.held = leaf.end  # as the leaf held it
         waiting.appendleft((leaf.pending, leaf.sample))
@@ -686,8 +696,9 @@ class Generator:
             self.config.final_softcap,
         )
         index, logprob, sampling_logprob = (value.item() for value in drawn)
+        expected = self._expected_choice(forced, logits, *drawn[:2])
         taken = forced.scores.take(choices[int(index)])
-        self._write(forced, taken, logprob, sampling_logprob)
+        self._write(forced, taken, logprob, sampling_logprob, expected)
         if not forced.scores.is_full:
             forced.held, forced.end = forced.end, self.forest.below(forced.end, tuple(taken))
             waiting.appendleft((pending, sample))
@@ -696,16 +707,56 @@ class Generator:
         del pending.forced[sample]
         scores = tuple(forced.scores.scores)
         generation = replace(forced.generation, reason=Reason.VALID, scores=scores)
+        generation = self._with_expected(pending.group, generation)
         return self._complete(pending, sample, generation, waiting)
 
     def _write(
-        self, forced: _Forced, tokens: Sequence[int], logprob: float, sampling_logprob: float
+        self,
+        forced: _Forced,
+        tokens: Sequence[int],
+        logprob: float = 0.0,
+        sampling_logprob: float = 0.0,
+        expected: float = math.nan,
     ) -> None:
-        """Append tokens, of which the first was drawn."""
-        written, rest = forced.generation, [0.0] * (len(tokens) - 1)
+        """Append tokens, of which the first was drawn if any was."""
+        written, rest = forced.generation, len(tokens) - 1
         written.token_ids += tokens
-        written.logprobs += [logprob, *rest]
-        written.sampling_logprobs += [sampling_logprob, *rest]
+        written.logprobs += [logprob, *[0.0] * rest]
+        written.sampling_logprobs += [sampling_logprob, *[0.0] * rest]
+        if written.expected is not None:
+            written.expected += [expected, *[math.nan] * rest]
+
+    def _expected_choice(
+        self, forced: _Forced, logits: Tensor, index: Tensor, logprob: Tensor
+    ) -> float:
+        """The expected score where one of a form's choices was drawn, by their chances alone."""
+        if self.edges is None:
+            return math.nan
+        choices = self._tensor(forced.scores.choices())
+        allowed = torch.isin(self.edges.token, choices)
+        place, value = forced.scores.place
+        rules = self.automaton.rules
+        expected = expected_score(
+            logits[None], choices[index], logprob, self._tensor([0]), self._tensor([value]),
+            self._tensor([place]), NumberEdges(*(each[allowed] for each in self.edges)),
+            rules.score_min, rules.score_max, self.config.final_softcap,
+        )  # fmt: skip
+        return expected.item()
+
+    def _with_expected(self, group: Group, generation: Generation) -> Generation:
+        """With the expected scores of valid ones, where they are read."""
+        if generation.expected is None or generation.scores is None:
+            return generation
+        kept = len(generation.token_ids) - (generation.finish == "eos" and not generation.forced)
+        found = expected_scores(
+            self.automaton,
+            generation.token_ids[:kept],
+            generation.expected,
+            generation.scores,
+            group.opening,
+            None if group.nonce is None else int(group.nonce),
+        )
+        return replace(generation, expected_scores=found)
 
     def _take_times(self) -> None:
         """Count the seconds of what is over."""
@@ -716,14 +767,16 @@ class Generator:
     def _generation(self, leaf: _Leaf, sampled: Sampled) -> Generation:
         stopped = self.stop == "box" and sampled.decided and not sampled.ended
         scores = sampled.scores[: leaf.pending.group.num_scores[leaf.sample]]
-        return Generation(
+        generation = Generation(
             sampled.token_ids,
             sampled.logprobs,
             sampled.sampling_logprobs,
             "box" if stopped else "eos" if sampled.ended else "length",
             sampled.reason,
             tuple(scores) if sampled.reason == Reason.VALID else None,
+            expected=sampled.expected,
         )
+        return self._with_expected(leaf.pending.group, generation)
 
     def _select(self, live: LiveSamples, rows: Sequence[int]) -> None:
         """Keep of `leaves`, whose state `live` is, those at `rows`, in that order."""

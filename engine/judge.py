@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from engine.decided import samples_to_draw
+from engine.expected import UNIT
 from engine.generate import (
     PREFILL_TOKENS,
     Generation,
@@ -205,8 +206,12 @@ class Judge:
     def _options(self, given: dict[str, Any]) -> JudgeOptions:
         """The options, checked, with k_meta as it holds where there is a meta model."""
         options = JudgeOptions(**given)
-        if self.settings.format != "boxed" and (options.stop == "box" or options.force_scores):
-            raise ValueError(f"format {self.settings.format!r} has no box to stop at or to force")
+        needs_box = options.stop == "box" or options.force_scores or options.score == "expected"
+        if self.settings.format != "boxed" and needs_box:
+            raise ValueError(
+                f"format {self.settings.format!r} has no box to stop at, to force, or to expect "
+                "scores in"
+            )
         if self.meta is None:
             for name in ("k_meta", "meta_vote"):
                 if getattr(options, name) is not None:
@@ -267,15 +272,16 @@ class Judge:
         `forest_attention`, the others are the backends of `kernels/segment_attention.py`.
         until_decided, a probability: a row draws its samples in rounds and stops when it is this
         sure that the vote of all k would fall as it falls now (engine/decided.py); those that it
-        draws are the same. vote: what a judgement counts for each response (`kernels/vote.py`).
+        draws are the same. score: "drawn", or "expected", the mean of the distribution that each
+        score was drawn from (`engine/expected.py`). vote: what a judgement counts for each response
+        (`kernels/vote.py`).
         meta_vote, with a meta model: "filter" lets the k_meta valid samples vote that have the
         highest meta scores (the default, and by default k / 2 of them, rounded up); "weight" lets
         all vote, each by the odds that it is right: exp(meta score x the model's meta_scale). hint
-        gives
-        the text that the template's `hint` shows a sample, or None for no hint; a meta model sees
-        none. A row that cannot be judged comes out as a RowFailure in its place. Raises ValueError
-        for options out of range, for an attention that cannot run here, for until_decided with a
-        meta model, and for a box where the judge's format has none.
+        gives the text that the template's `hint` shows a sample, or None for no hint; a meta model
+        sees none. A row that cannot be judged comes out as a RowFailure in its place. Raises
+        ValueError for options out of range, for an attention that cannot run here, for
+        until_decided with a meta model, and for a box where the judge's format has none.
         """
         chosen = self._options(options)
         sampling = SamplingOptions(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
@@ -294,6 +300,7 @@ class Judge:
             max_scores=MAX_SHOWN,
             stop=chosen.stop or self.settings.stop,
             form=self._reader.form(rules) if chosen.force_scores else None,
+            edges=self._reader.edges(rules) if chosen.score == "expected" else None,
             deterministic=chosen.deterministic,
             prefill_backend=backend,
             cache_bytes=cache_bytes,
@@ -440,11 +447,15 @@ class Judge:
             scores = [math.nan if s.meta is None else s.meta * scale for s in samples]
             meta = torch.tensor([scores], dtype=torch.float32)
         n = len(row.responses)
-        blank = (0,) * n
+        expects = options.score == "expected"
+        counted = [
+            [round(score * UNIT) for score in s.expected or ()] if expects else s.scores
+            for s in samples
+        ]
         tie_key = torch.tensor([stream_key(options.seed, row.id, "tie")])
         zero = torch.zeros(1, dtype=torch.int64)
         votes = vote(
-            torch.tensor([[s.scores or blank for s in samples]]),
+            torch.tensor([[each or [0] * n for each in counted]]),
             torch.tensor([[range(n)] * len(samples)]),
             torch.tensor([[s.scores is not None for s in samples]]),
             torch.tensor([n]),
@@ -455,12 +466,15 @@ class Judge:
         )
         voted = int(votes.votes[0])
         best = int(votes.best[0]) if voted else None
-        means = votes.mean[0].tolist() if voted else None
+        # Other rules' points are of no unit, but a single response keeps its score.
+        unit = UNIT if expects and (options.vote == "sum" or n == 1) else 1
+        means = (votes.mean[0] / unit).tolist() if voted else None
+        totals = (votes.total[0].double() / unit if expects else votes.total[0]).tolist()
         return Verdict(
             id=row.id,
             key=flight.key,
             best=best,
-            scores=votes.total[0].tolist() if voted else None,
+            scores=totals if voted else None,
             mean_scores=means,
             tie=bool(votes.tie[0]),
             k=options.k,
@@ -473,6 +487,7 @@ class Judge:
             tree_tokens=result.tree_tokens,
             decode_tokens=sum(sample.tokens for sample in samples),
             k_used=None if options.until_decided is None else len(samples),
+            score=options.score,
             vote=options.vote,
             meta_vote=options.meta_vote,
             label=row.label,

@@ -51,6 +51,9 @@ class JudgeOptions:
     last box does (eos); none is what the model directory's judge.json says, or eos."""
     force_scores: bool = False
     """Make a sample that has ended without valid scores write them, by the model's own choice."""
+    score: Literal["drawn", "expected"] = "drawn"
+    """What a judgement's scores are: those that it drew, or the means of the distributions that it
+    drew them from (expected)."""
     vote: Literal["sum", "standardised", "borda"] = "sum"
     """What a judgement counts for each response: its score, its score in standard deviations from
     the judgement's mean, or how many responses it scores lower."""
@@ -85,6 +88,8 @@ class JudgeOptions:
             )
         if self.deterministic and self.attention != "auto":
             raise ValueError(f"deterministic needs attention = 'auto', not {self.attention!r}")
+        if self.score not in ("drawn", "expected"):
+            raise ValueError(f"score = {self.score!r} is not drawn or expected")
         if self.vote not in ("sum", "standardised", "borda"):
             raise ValueError(f"vote = {self.vote!r} is not sum, standardised or borda")
         if self.meta_vote not in ("filter", "weight", None):

@@ -4,12 +4,15 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 
 from engine.options import JudgeOptions
 from engine.request import Row
 from kernels.sample_token import stream_key, uniforms
+
+N = TypeVar("N", int, float)
 
 
 def draw_orders(row: Row, options: JudgeOptions) -> list[tuple[int, ...]]:
@@ -60,7 +63,7 @@ def draw_nonce(row: Row, seed: int) -> str:
     raise ValueError("the row holds every nonce that was drawn for it")
 
 
-def in_row_order(scores: Sequence[int] | None, order: Sequence[int]) -> tuple[int, ...] | None:
+def in_row_order(scores: Sequence[N] | None, order: Sequence[int]) -> tuple[N, ...] | None:
     """A sample's scores by response, from those by place; None where they are invalid."""
     if scores is None:
         return None

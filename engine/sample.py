@@ -55,6 +55,7 @@ GROUPS = {
     "output": ("out", "resume", "drain_seconds", "show_prompt"),
     "judging": (
         "k",
+        "score",
         "vote",
         "meta_vote",
         "k_meta",

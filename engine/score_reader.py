@@ -8,12 +8,14 @@ the whole text (`engine/formats.py`).
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from engine.expected import UNIT, number_edges
 from engine.forced import ScoreForm
 from engine.formats import read_verdict
 from engine.generate import Generation
 from engine.orders import in_row_order
 from engine.settings import JudgeSettings
 from engine.verdict import Sample
+from kernels.expected_score import NumberEdges
 from kernels.extract_scores import ScoreAutomaton
 from kernels.score_grammar import Reason, ScoreRules
 from models.tokenizer import Tokenizer
@@ -30,6 +32,7 @@ class ScoreReader:
         self._vocab_size, self._device = model.config.vocab_size, model.head_weight.device
         self._automata: dict[ScoreRules, ScoreAutomaton] = {}
         self._forms: dict[ScoreRules, ScoreForm] = {}
+        self._edges: dict[ScoreRules, NumberEdges] = {}
 
     def automaton(self, rules: ScoreRules) -> ScoreAutomaton:
         """The automaton of these rules, made when it is first needed."""
@@ -51,6 +54,12 @@ class ScoreReader:
             self._forms[rules] = ScoreForm(self.tokenizer, rules)
         return self._forms[rules]
 
+    def edges(self, rules: ScoreRules) -> NumberEdges:
+        """What expected scores are read along; ValueError for more scores than that is for."""
+        if rules not in self._edges:
+            self._edges[rules] = number_edges(self.tokenizer, rules, self._device)
+        return self._edges[rules]
+
     def samples(
         self,
         orders: Sequence[tuple[int, ...]],
@@ -66,10 +75,11 @@ class ScoreReader:
         orders: Sequence[tuple[int, ...]],
         shown: Sequence[tuple[int, ...]],
         judgements: Sequence[Generation],
-    ) -> list[tuple[int, ...] | None]:
-        """The scores of `samples`, by response, None where they are invalid."""
+    ) -> list[tuple[float, ...] | None]:
+        """The scores of `samples` that count, by response, None where they are invalid: the
+        expected ones where they are read."""
         whole = self._whole(orders, shown, judgements)
-        return [in_row_order(_joined(parts), order) for order, parts in whole]
+        return [in_row_order(_expected(parts) or _joined(parts), order) for order, parts in whole]
 
     def _whole(
         self,
@@ -104,6 +114,7 @@ class ScoreReader:
             order=order,
             text="\n\n".join(self._text(each) for each in judgements),
             scores=in_row_order(_joined(judgements), order),
+            expected=in_row_order(_expected(judgements), order),
             invalid=reasons[0].label if reasons else None,
             meta=None,
             tokens=sum(len(each.token_ids) for each in judgements),
@@ -126,4 +137,14 @@ def _joined(judgements: Sequence[Generation]) -> list[int] | None:
         if each.scores is None:
             return None
         scores += each.scores
+    return scores
+
+
+def _expected(judgements: Sequence[Generation]) -> list[float] | None:
+    """Their expected scores, likewise; None where one has none."""
+    scores: list[float] = []
+    for each in judgements:
+        if each.expected_scores is None:
+            return None
+        scores += (score / UNIT for score in each.expected_scores)
     return scores

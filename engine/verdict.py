@@ -22,7 +22,8 @@ class Sample:
     """One judgement.
 
     `order[j]` is the response shown in position j. `scores` are one integer per response, in the
-    row's own order, or None, and then `invalid` says why. `meta` is the meta RM's or the meta
+    row's own order, or None, and then `invalid` says why. `expected` are the means of the
+    distributions that they were drawn from, where those count. `meta` is the meta RM's or the meta
     head's score of a valid sample, NaN where it has none and so no vote; None without either.
     `tokens` counts generated tokens; `finish` says what ended them; `forced`, that it was then made
     to write its scores, whose tokens count. The log-probs, one per
@@ -41,6 +42,7 @@ class Sample:
     logprobs: list[float]
     sampling_logprobs: list[float]
     forced: bool = False
+    expected: tuple[float, ...] | None = None
 
 
 @dataclass
@@ -48,9 +50,10 @@ class Verdict:
     """The vote of a row's samples, k of them or, where it was decided early, fewer.
 
     `best` is a response's index; `scores` are the votes' sums and `mean_scores` their means, one
-    per response; all three are None where no sample voted. `vote` says what a sample counts for a
-    response, and `meta_vote` what a meta model did, None without (engine/options.py); sums are
-    integers where the scores themselves count, and all alike. `tie` says that `best` was drawn
+    per response; all three are None where no sample voted. `score` says which scores of a sample
+    count, `vote` what it counts for a response with them, and `meta_vote` what a meta model did,
+    None without (engine/options.py); sums are integers where the scores that were drawn count
+    themselves, and all alike. `tie` says that `best` was drawn
     among equals. `valid` counts samples with valid scores, `votes` those that were counted.
     `k_used` counts the samples drawn where a row may be decided before it has k, and is None
     elsewhere.
@@ -74,6 +77,7 @@ class Verdict:
     tree_tokens: int
     decode_tokens: int
     k_used: int | None = None
+    score: Literal["drawn", "expected"] = "drawn"
     vote: Literal["sum", "standardised", "borda"] = "sum"
     meta_vote: Literal["filter", "weight"] | None = None
     label: int | tuple[float, ...] | None = None
@@ -96,9 +100,9 @@ def to_line(outcome: Verdict | RowFailure) -> bytes:
     """The JSON line of a verdict or a failure, newline included.
 
     Fields that are optional in a line (a failure's id, line and key; k_used, label, correct,
-    agrees, row_meta; a sample's forced) are left out where they are None or false, vote where it is
-    the sum, and meta_vote where it filters. A meta score of
-    NaN, which JSON cannot say, is written as null.
+    agrees, row_meta; a sample's forced and expected) are left out where they are None or false,
+    score where it was drawn, vote where it is the sum, and meta_vote where it filters. A meta score
+    of NaN, which JSON cannot say, is written as null.
     """
     fields: dict[str, Any]
     if isinstance(outcome, RowFailure):
@@ -126,6 +130,8 @@ def to_line(outcome: Verdict | RowFailure) -> bytes:
                 "decode_tokens": outcome.decode_tokens,
             },
         }
+        if outcome.score != "drawn":
+            fields["score"] = outcome.score
         if outcome.vote != "sum":
             fields["vote"] = outcome.vote
         if outcome.meta_vote == "weight":
@@ -154,6 +160,7 @@ def _sample_fields(sample: Sample) -> dict[str, Any]:
         "order": sample.order,
         "text": sample.text,
         "scores": sample.scores,
+        **({} if sample.expected is None else {"expected": sample.expected}),
         "invalid": sample.invalid,
         "meta": None if meta is not None and math.isnan(meta) else meta,
         "tokens": sample.tokens,

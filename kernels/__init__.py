@@ -11,6 +11,7 @@
     packed_linear        packed_linear.py       C++
     sample_token         sample_token.py        torch, C++, Triton
     accept_token         accept_token.py        torch, C++, Triton
+    expected_score       expected_score.py      torch, C++, Triton
     log-probs, losses    logprob/               torch, Triton         torch, Triton
     vote                 vote.py                torch
 

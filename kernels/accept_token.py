@@ -3,7 +3,8 @@
 Dimension letters: B live samples, S slots, M tokens of a slot's records, E end tokens, J blocks.
 
 For every unfinished sample with slot s and c tokens so far:
-  1. tokens[s, c], logprobs[0, s, c], logprobs[1, s, c] = token, logprob, sampling_logprob
+  1. tokens[s, c], logprobs[0, s, c], logprobs[1, s, c] = token, logprob, sampling_logprob, and
+     expected[s, c] = its expected score, where there are any (`kernels/expected_score.py`)
   2. the score automaton reads the token, unless it is an end token: that has no bytes and must not
      reset the automaton as other special tokens do
   3. the token is the sample's last and its count c + 1; an end token (`ended`), the limit or, with
@@ -107,14 +108,25 @@ class Records:
 
     tokens: Tensor  # (S, M) int64
     logprobs: Tensor  # (2, S, M) float32: under the model, and under the distribution sampled from
+    expected: Tensor | None = None  # (S, M) float32, expected scores
 
     @staticmethod
-    def empty(num_slots: int, max_tokens: int, device: torch.device | str = "cpu") -> "Records":
-        """Room for `max_tokens` tokens in each slot."""
+    def empty(
+        num_slots: int,
+        max_tokens: int,
+        device: torch.device | str = "cpu",
+        expects: bool = False,
+    ) -> "Records":
+        """Room for `max_tokens` tokens in each slot; expects: and for their expected scores."""
         return Records(
             torch.zeros(num_slots, max_tokens, dtype=torch.int64, device=device),
             torch.zeros(2, num_slots, max_tokens, device=device),
+            torch.zeros(num_slots, max_tokens, device=device) if expects else None,
         )
+
+    def tensors(self) -> list[Tensor]:
+        """Those that there are."""
+        return [x for x in (self.tokens, self.logprobs, self.expected) if x is not None]
 
 
 def accept_token_ref(
@@ -127,6 +139,7 @@ def accept_token_ref(
     end_ids: Tensor,
     stop_at_box: bool,
     cursor: Cursor | None = None,
+    expected: Tensor | None = None,
 ) -> None:
     """The specification of `accept_token`, one sample at a time."""
     ends = set(end_ids.tolist())
@@ -137,6 +150,8 @@ def accept_token_ref(
         records.tokens[slot, count] = drawn
         records.logprobs[0, slot, count] = logprob[b]
         records.logprobs[1, slot, count] = sampling_logprob[b]
+        if expected is not None and records.expected is not None:
+            records.expected[slot, count] = expected[b]
         scores = ScoreState(*(getattr(live.scores, f.name)[b : b + 1] for f in fields(ScoreState)))
         if drawn not in ends:
             automaton.advance_ref(scores, token[b : b + 1])
@@ -158,6 +173,7 @@ def _accept_token_kernel(
     token_ptr,  # (B,) int64
     logprob_ptr,  # (B,) float32
     sampling_logprob_ptr,  # (B,) float32
+    expected_ptr,  # (B,) float32, or None
     last_token_ptr,  # (B,) int64, as the next three
     made_ptr,
     limit_ptr,
@@ -166,6 +182,7 @@ def _accept_token_kernel(
     ended_ptr,  # (B,) bool
     tokens_ptr,  # (S, M) int64
     logprobs_ptr,  # (2, S, M) float32
+    expected_scores_ptr,  # (S, M) float32, or None
     capacity,  # M
     num_recorded,  # S * M
     end_ids_ptr,  # (E,) int64
@@ -213,6 +230,9 @@ def _accept_token_kernel(
     tl.store(tokens_ptr + offset, token, mask=active)
     tl.store(logprobs_ptr + offset, logprob, mask=active)
     tl.store(logprobs_ptr + num_recorded + offset, sampling_logprob, mask=active)
+    if expected_ptr is not None:
+        expected = tl.load(expected_ptr + row, mask=active, other=0.0)
+        tl.store(expected_scores_ptr + offset, expected, mask=active)
 
     ended = row < 0
     for i in range(num_ends):
@@ -247,15 +267,16 @@ def _accept_token_kernel(
 def _run_triton(
     live: LiveSamples,
     records: Records,
-    drawn: Sequence[Tensor],
+    drawn: Sequence[Tensor | None],
     automaton: ScoreAutomaton,
     end_ids: Tensor,
     stop_at_box: bool,
     cursor: Cursor | None,
 ) -> None:
     vectors = (*drawn, *live.tensors().values())
-    check_triton("accept_token", *vectors, end_ids, *(cursor or ()))
-    for record in (records.tokens, records.logprobs):
+    given = [x for x in (*vectors, end_ids, *(cursor or ())) if x is not None]
+    check_triton("accept_token", *given)
+    for record in records.tensors():
         if not record.is_contiguous():
             raise ValueError(f"accept_token: records must be contiguous, got {record.stride()}")
     options = rows_launch(target_of(live.token))
@@ -263,7 +284,7 @@ def _run_triton(
     launch(
         _accept_token_kernel,
         (triton.cdiv(num_rows, options["ROWS"]),),
-        *vectors, records.tokens, records.logprobs, records.tokens.shape[1],
+        *vectors, records.tokens, records.logprobs, records.expected, records.tokens.shape[1],
         records.tokens.numel(), end_ids, len(end_ids), *_pointers(cursor), num_rows,
         live.scores.control, *live.scores.registers(), *automaton.tables(),
         SPLIT=MAX_SPLIT, STOP_AT_BOX=stop_at_box, **options,
@@ -280,7 +301,7 @@ def _pointers(cursor: Cursor | None) -> tuple[Tensor | int | None, ...]:
 def _run_cpp(
     live: LiveSamples,
     records: Records,
-    drawn: Sequence[Tensor],
+    drawn: Sequence[Tensor | None],
     automaton: ScoreAutomaton,
     end_ids: Tensor,
     stop_at_box: bool,
@@ -288,8 +309,8 @@ def _run_cpp(
 ) -> None:
     columns = () if cursor is None else cursor[:3]
     vectors = (*drawn, *live.tensors().values(), live.scores.control, end_ids, *columns)
-    for x in (*vectors, records.tokens, records.logprobs):
-        if not x.is_contiguous():
+    for x in (*vectors, *records.tensors()):
+        if x is not None and not x.is_contiguous():
             raise ValueError(f"accept_token: tensors must be contiguous, got {x.stride()}")
     state = cpp.structure("Automaton")(
         *(
@@ -299,26 +320,29 @@ def _run_cpp(
     )
     cpp.call(
         "accept_token", torch.float32, *drawn, *live.tensors().values(), records.tokens,
-        records.logprobs, records.tokens.shape[1], records.tokens.numel(), end_ids, len(end_ids),
-        *_pointers(cursor), MAX_SPLIT, len(live.token), live.scores.control, ctypes.byref(state),
-        int(stop_at_box),
+        records.logprobs, records.expected, records.tokens.shape[1], records.tokens.numel(),
+        end_ids, len(end_ids), *_pointers(cursor), MAX_SPLIT, len(live.token),
+        live.scores.control, ctypes.byref(state), int(stop_at_box),
     )  # fmt: skip
 
 
 def _run_torch(
     live: LiveSamples,
     records: Records,
-    drawn: Sequence[Tensor],
+    drawn: Sequence[Tensor | None],
     automaton: ScoreAutomaton,
     end_ids: Tensor,
     stop_at_box: bool,
     cursor: Cursor | None,
 ) -> None:
     token = drawn[0]
+    assert token is not None
     active = ~live.finished
     index = live.count.clamp_max(records.tokens.shape[1] - 1)  # a finished sample may be full
-    for record, value in zip((records.tokens, *records.logprobs), drawn, strict=True):
-        record[live.slot, index] = torch.where(active, value, record[live.slot, index])
+    kept = records.tokens, *records.logprobs, records.expected
+    for record, value in zip(kept, drawn, strict=True):
+        if record is not None and value is not None:
+            record[live.slot, index] = torch.where(active, value, record[live.slot, index])
     ended = active & torch.isin(token, end_ids)
     automaton.advance_ref(live.scores, torch.where(active & ~ended, token, automaton.vocab_size))
     live.token.copy_(torch.where(active, token, live.token))
@@ -345,15 +369,17 @@ def accept_token(
     end_ids: Tensor,
     stop_at_box: bool,
     cursor: Cursor | None = None,
+    expected: Tensor | None = None,
 ) -> None:
     """Append to every live sample its next token, in place (see the module's docstring).
 
     token: (B,) int64; logprob, sampling_logprob: (B,) float32, as `sample_token` returns them.
-    end_ids: (E,) int64. cursor: where the next tokens go; its first B rows advance. Slots are
-    distinct, limits are at most M, and blocks are there: this is not checked, since that would wait
-    for the device. Raises ValueError for other shapes and dtypes.
+    end_ids: (E,) int64. cursor: where the next tokens go; its first B rows advance. expected: (B,)
+    float32, where the records have room for it and nowhere else. Slots are distinct, limits are at
+    most M, and blocks are there: this is not checked, since that would wait for the device. Raises
+    ValueError for other shapes and dtypes.
     """
-    drawn = token, logprob, sampling_logprob
+    drawn = token, logprob, sampling_logprob, expected
     _check(live, records, drawn, end_ids, cursor)
     arguments = live, records, drawn, automaton, end_ids, stop_at_box, cursor
     if runs_triton(token):
@@ -367,18 +393,23 @@ def accept_token(
 def _check(
     live: LiveSamples,
     records: Records,
-    drawn: Sequence[Tensor],
+    drawn: tuple[Tensor, Tensor, Tensor, Tensor | None],
     end_ids: Tensor,
     cursor: Cursor | None,
 ) -> None:
     batch = len(live.token)
-    token, logprob, sampling_logprob = drawn
+    token, logprob, sampling_logprob, expected = drawn
     check("accept_token: token", token, (batch,), torch.int64)
     check("accept_token: logprob", logprob, (batch,), torch.float32)
     check("accept_token: sampling_logprob", sampling_logprob, (batch,), torch.float32)
     check("accept_token: records.tokens", records.tokens, "SM", torch.int64)
     shape = (2, *records.tokens.shape)
     check("accept_token: records.logprobs", records.logprobs, shape, torch.float32)
+    if (expected is None) != (records.expected is None):
+        raise ValueError("accept_token: expected scores and room for them go together")
+    if expected is not None and records.expected is not None:
+        check("accept_token: expected", expected, (batch,), torch.float32)
+        check("accept_token: records.expected", records.expected, shape[1:], torch.float32)
     check("accept_token: end_ids", end_ids, "E", torch.int64)
     for name, value in live.tensors().items():
         dtype = torch.bool if name in ("finished", "ended") else torch.int64

@@ -260,11 +260,12 @@ class ScoreAutomaton:
                 f"special ids must be below {len(token_bytes)}, got {sorted(special_ids)}"
             )
         self.rules = rules
+        self.token_bytes, self.special_ids = token_bytes, special_ids
         # Values saturate here, so integers may have any length; a nonce saturates at its own bound.
         largest = max(abs(rules.score_min), abs(rules.score_max)) + 1
         self._saturated = BOUND if rules.nonce else largest
         self.vocab_size = len(token_bytes)
-        table, self._start = transitions(rules)
+        table, self._start, place = transitions(rules)
 
         # Every token's symbols end in a PAD; one more token, of no bytes, fills short rows.
         texts: list[tuple[int, ...]] = [
@@ -280,6 +281,7 @@ class ScoreAutomaton:
         self._first = (last - torch.tensor([len(text) for text in texts])).to(device)  # (V + 1,)
         self._column = column.to(device)  # (V + 1,)
         self._table = columns.to(device)  # (C, K) int16
+        self.place = place.to(device)  # (C,), where in a number each state is
 
     def start(
         self,

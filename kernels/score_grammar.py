@@ -24,13 +24,15 @@ import re
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 RESET, PAD, ALPHABET = 256, 257, 258  # after the 256 bytes: a special token, the end of a token
 CLOSE, CLOSE_BAD, FORGET, CHECK_NONCE, CHECK_ROOM = 1, 2, 3, 4, 5  # events
+# Where a state is: where a number may begin, after digits of one, after its minus; elsewhere 0.
+BEGINS, CONTINUES, NEGATIVE = 1, 2, 3
 BOUND = 10**17  # of scores and nonces, so that ten times a value fits in int64
 _MAX_ANCHOR = 256  # bytes
 
@@ -120,6 +122,15 @@ _GAP = rb"(?:[ \t\r\[\](){$*~]|\\[,;:! ]|\\[A-Za-z]+)*"
 Outcome = tuple[Reason, tuple[int, ...]]
 
 
+class ReadScores(NamedTuple):
+    """The reason, and if it is VALID the n scores, with the bytes where each integer stands, from
+    its sign or first digit to behind its last."""
+
+    reason: Reason
+    scores: tuple[int, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
+
+
 def parse_scores(
     data: bytes, n: int, rules: ScoreRules, finished: bool, nonce: int | None = None
 ) -> Outcome:
@@ -128,39 +139,51 @@ def parse_scores(
     data: the bytes of the text (after the last special token); finished: the text ended by itself,
     so that an absent box is MISSING and not TRUNCATED; nonce: of the row, where rules have a nonce.
     """
-    absent = Reason.MISSING if finished else Reason.TRUNCATED
-    stretches = re.split(rb"</think>", data, flags=re.IGNORECASE)
-    for number, stretch in enumerate(stretches):
+    return read_scores(data, n, rules, finished, nonce)[:2]
+
+
+def read_scores(
+    data: bytes, n: int, rules: ScoreRules, finished: bool, nonce: int | None = None
+) -> ReadScores:
+    """What `parse_scores` finds, and where."""
+    absent = ReadScores(Reason.MISSING if finished else Reason.TRUNCATED)
+    begin = 0
+    for end in (*re.finditer(rb"</think>", data, flags=re.IGNORECASE), None):
+        stretch = data[begin : end.start() if end else None]
         text = re.split(rb"<think>", stretch, maxsplit=1, flags=re.IGNORECASE)[0]
-        is_last = number == len(stretches) - 1
         if rules.first:
             # A tag ends a box that is open: by its first byte no box can be read.
-            outcome = _parse(text if is_last and text == stretch else text + b"<", n, rules, nonce)
-            if outcome is not None:
-                return outcome
-        elif is_last:
-            return _parse(text, n, rules, nonce) or (absent, ())
-    return absent, ()
+            whole = end is None and text == stretch
+            found = _parse(text if whole else text + b"<", begin, n, rules, nonce)
+            if found is not None:
+                return found
+        elif end is None:
+            return _parse(text, begin, n, rules, nonce) or absent
+        begin = end.end() if end else begin
+    return absent
 
 
-def _parse(text: bytes, n: int, rules: ScoreRules, nonce: int | None) -> Outcome | None:
-    """What decides in a text without thinking; None for nothing."""
+def _parse(text: bytes, at: int, n: int, rules: ScoreRules, nonce: int | None) -> ReadScores | None:
+    """What decides in a text without thinking, which begins at byte `at`; None for nothing."""
     found = None
     reads_on = rules.anchor is None
-    for line in re.findall(rb"[^\n]*\n|[^\n]+", text):
+    for match in re.finditer(rb"[^\n]*\n|[^\n]+", text):
+        line, first = match[0], at + match.start()
         start = _after_anchor(line, rules, nonce)
         if start is None and not reads_on:
             continue
         if start is not None:
             reads_on = True
         for box in _BOXES.finditer(line, start or 0):
-            outcome = _read_box(box[1], bool(box[2]), box[2] == b"}", n, rules)
+            outcome = _read_box(
+                box[1], first + box.start(1), bool(box[2]), box[2] == b"}", n, rules
+            )
             found = outcome or found
             if rules.first and outcome:
                 return outcome
             if start is not None:
                 reads_on = reads_on and outcome is None
-            elif rules.anchor is not None and outcome and outcome[0] == Reason.VALID:
+            elif rules.anchor is not None and outcome and outcome.reason == Reason.VALID:
                 reads_on = False
                 break
     return found
@@ -185,12 +208,14 @@ def _after_anchor(line: bytes, rules: ScoreRules, nonce: int | None) -> int | No
 
 
 def _read_box(
-    content: bytes, ended: bool, complete: bool, n: int, rules: ScoreRules
-) -> Outcome | None:
-    """The outcome of a box; None for one that goes on past the end of the text."""
+    content: bytes, at: int, ended: bool, complete: bool, n: int, rules: ScoreRules
+) -> ReadScores | None:
+    """The outcome of a box whose content begins at byte `at`; None for one that goes on past the
+    end of the text."""
     largest = str(rules.score_max).encode()
     integer = rb"([+-]?[0-9]+)(?:\.0*)?(?:/" + re.escape(largest) + rb")?"
     items: list[int] = []
+    spans: list[tuple[int, int]] = []
     place, going = 0, re.fullmatch(_GAP, content) is None
     bad = ended and not complete
     while going:
@@ -203,18 +228,19 @@ def _read_box(
             bad = bad or ended or goes_on is None
             break
         items.append(_integer(item[1]))
+        spans.append((at + item.start(1), at + item.end(1)))
         place, going = item.end(), bool(item[2])
         if rules.first and going and len(items) >= n:
-            return Reason.COUNT, ()
+            return ReadScores(Reason.COUNT)
     if bad:
-        return (Reason.NOT_AN_INTEGER, ()) if ended or rules.first else None
+        return ReadScores(Reason.NOT_AN_INTEGER) if ended or rules.first else None
     if not ended:
         return None
     if len(items) != n:
-        return Reason.COUNT, ()
+        return ReadScores(Reason.COUNT)
     if not all(rules.score_min <= item <= rules.score_max for item in items):
-        return Reason.RANGE, ()
-    return Reason.VALID, tuple(items)
+        return ReadScores(Reason.RANGE)
+    return ReadScores(Reason.VALID, tuple(items), tuple(spans))
 
 
 def _integer(item: bytes) -> int:
@@ -234,8 +260,9 @@ _Edge = tuple[_State, tuple[int, ...], _State]  # next state, operations, the st
 
 
 @lru_cache(maxsize=16)
-def transitions(rules: ScoreRules) -> tuple[Tensor, int]:
-    """The table (C, ALPHABET, 7) int64 over control states and symbols, and the first state.
+def transitions(rules: ScoreRules) -> tuple[Tensor, int, Tensor]:
+    """The table (C, ALPHABET, 7) int64 over control states and symbols, the first state, and the
+    place of each state in a number, (C,) int64.
 
     Last dimension: next state; scale and digit of the value; scale and ended of the count; event;
     the next state if the event's check fails (CLOSE: the box is not valid; CHECK_NONCE: the value
@@ -257,7 +284,17 @@ def transitions(rules: ScoreRules) -> tuple[Tensor, int]:
                     states.append(other)
             edges.append((numbers[following], *operations, numbers[otherwise]))
         table.append(edges)
-    return torch.tensor(table)[:, torch.tensor(classes)], 1
+    places = torch.tensor([_place(state) for state in states])
+    return torch.tensor(table)[:, torch.tensor(classes)], 1, places
+
+
+def _place(state: _State) -> int:
+    """Where in a number a state is."""
+    if state[0] != "box":
+        return 0
+    places = dict.fromkeys(("first", "item", "plus"), BEGINS)
+    places |= {"digits": CONTINUES, "-digits": CONTINUES, "minus": NEGATIVE}
+    return places.get(state[2], 0)
 
 
 def _symbol_classes(rules: ScoreRules) -> tuple[list[int], list[int]]:

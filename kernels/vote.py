@@ -65,7 +65,7 @@ def unpermute(scores: Tensor, order: Tensor) -> Tensor:
     return padded.scatter(-1, target, scores)[..., :size]
 
 
-def points_of(scores: Sequence[int], rule: Rule) -> list[int] | list[float]:
+def points_of(scores: Sequence[float], rule: Rule) -> Sequence[float]:
     """The points of one judgement's scores, which are in the order of the responses."""
     n = len(scores)
     if rule == "sum":

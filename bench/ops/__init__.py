@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from bench.case import OpCase
 from bench.ops import (
     accept_token,
+    expected_score,
     forest_attention,
     gated_act,
     linear_logprob,
@@ -41,6 +42,7 @@ _SAMPLES = (1, 33, 64, 128)
 OPERATIONS = {
     "forest_attention": Operation(forest_attention.CASES, forest_attention.variants),
     "accept_token": Operation(accept_token.CASES, accept_token.variants, _SAMPLES),
+    "expected_score": Operation(expected_score.CASES, expected_score.variants, _SAMPLES),
     "sample_token": Operation(sample_token.CASES, sample_token.variants, _SAMPLES),
     "segment_attention": Operation(
         segment_attention.CASES, segment_attention.variants, PREFILL_ROWS

@@ -50,7 +50,8 @@ bool add_all(const std::string &suffix) {
            add_function("merge" + suffix, merge<T>) && add_function("pack" + suffix, pack<T>) &&
            add_function("linear" + suffix, linear_rows_of<T>) &&
            add_function("row_dots" + suffix, row_dots_of<T>) &&
-           add_function("sample_token" + suffix, sample_token<T>);
+           add_function("sample_token" + suffix, sample_token<T>) &&
+           add_function("expected_score" + suffix, expected_score<T>);
 }
 static const bool described =
     add_all<float>("_f32") && add_all<bf16>("_bf16") && add_function("uniforms_f32", uniforms) &&

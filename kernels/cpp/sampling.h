@@ -10,6 +10,9 @@
 
 namespace quorum {
 
+// Where in a number a control state is, as in kernels/score_grammar.py.
+constexpr int64_t NOWHERE = 0, BEGINS = 1, CONTINUES = 2;
+
 // Philox4x32-10: the first word of each (key, counter), as a uniform.
 inline void uniforms(const int64_t *keys, const int64_t *index, const int64_t *positions,
                      int64_t rows, int64_t columns, float *uniform, int64_t) {
@@ -144,6 +147,47 @@ void sample_token(const T *logits, int64_t batch, int64_t vocab, const float *un
         logprob[row] = x[chosen] - log_normalizer;
         sampling_logprob[row] = x[chosen] / temperature - log_total;
     });
+}
+
+// The expected score where a token was drawn: kernels/expected_score.py, edge after edge.
+template <class T>
+void expected_score(const T *logits, int64_t batch, int64_t vocab, const int64_t *token,
+                    const float *logprob, const int64_t *control, const int64_t *value,
+                    const int64_t *place, const int64_t *prefixes, const int64_t *edge_token,
+                    const int64_t *edge_value, const bool *open, int64_t edges, int64_t low,
+                    int64_t high, float softcap, int64_t first, int64_t minus, float *expected,
+                    int64_t) {
+    for (int64_t row = 0; row < batch; row++) {
+        expected[row] = std::numeric_limits<float>::quiet_NaN();
+        const int64_t at = place[control[row]];
+        if (at == NOWHERE) continue;
+        const int64_t prefix = at == BEGINS ? first : at == CONTINUES ? value[row] : minus;
+        const auto logit = [&](int64_t i) {
+            const float x = widen(logits[row * vocab + i]);
+            return softcap > 0 ? tanh(splat(x / softcap))[0] * softcap : x;
+        };
+        const float shift = logit(token[row]) - logprob[row];
+        float every = 0, closed = 0, total = 0;
+        bool any = false, known = false, pending = false;
+        for (int64_t i = 0; i < edges; i++) {
+            if (prefixes[i] != prefix) continue;
+            any = true;
+            const float chance = exp(splat(logit(edge_token[i]) - shift))[0];
+            every += chance;
+            if (!open[i]) {
+                closed += chance;
+                total = std::fma(chance, (float)edge_value[i], total);
+            }
+            if (edge_token[i] == token[row]) (open[i] ? pending : known) = true;
+        }
+        if (any && at == CONTINUES && low <= prefix && prefix <= high) {
+            const float rest = std::max(1 - every, 0.0f);
+            known = true;
+            closed += rest;
+            total = std::fma(rest, (float)prefix, total);
+        }
+        if (known && !pending) expected[row] = total / closed;
+    }
 }
 
 }  // namespace quorum

@@ -64,9 +64,9 @@ inline int64_t advance(const Automaton &a, int64_t row, int64_t state, int64_t t
 
 // On one thread: it is a few hundred samples at most.
 inline void accept_token(const int64_t *drawn, const float *logprob, const float *sampling_logprob,
-                         int64_t *token, int64_t *made, const int64_t *limit, const int64_t *slot,
+                         const float *expected, int64_t *token, int64_t *made, const int64_t *limit, const int64_t *slot,
                          bool *finished, bool *ended, int64_t *tokens, float *logprobs,
-                         int64_t capacity, int64_t num_recorded, const int64_t *end_ids,
+                         float *expected_scores, int64_t capacity, int64_t num_recorded, const int64_t *end_ids,
                          int64_t num_ends, int64_t *position, int64_t *length, int64_t *cell,
                          const int64_t *blocks, int64_t stride, int64_t max_split,
                          int64_t num_rows, int64_t *control, const Automaton *automaton,
@@ -77,6 +77,7 @@ inline void accept_token(const int64_t *drawn, const float *logprob, const float
         tokens[at] = token[row] = drawn[row];
         logprobs[at] = logprob[row];
         logprobs[num_recorded + at] = sampling_logprob[row];
+        if (expected) expected_scores[at] = expected[row];
         made[row]++;
         // An end token has no bytes, and must not reset the automaton as other special tokens do.
         ended[row] = std::find(end_ids, end_ids + num_ends, drawn[row]) != end_ids + num_ends;

@@ -40,15 +40,15 @@ def automaton(on: Implementation, rules: ScoreRules = FIRST) -> ScoreAutomaton:
 
 
 @pytest.mark.parametrize(
-    ("batch", "num_ends", "stop_at_box", "moves", "rules"),
+    ("batch", "num_ends", "stop_at_box", "moves", "rules", "expects"),
     [
-        (0, 3, True, True, FIRST),
-        (1, 3, True, True, FIRST),
-        (9, 2, True, True, ANY),
-        (31, 0, True, True, FIRST),
-        (32, 1, False, True, LAST),
-        (33, 1, False, False, ANY),
-        (70, 3, True, True, FIRST),
+        (0, 3, True, True, FIRST, True),
+        (1, 3, True, True, FIRST, True),
+        (9, 2, True, True, ANY, False),
+        (31, 0, True, True, FIRST, False),
+        (32, 1, False, True, LAST, True),
+        (33, 1, False, False, ANY, True),
+        (70, 3, True, True, FIRST, False),
     ],
 )
 def test_equals_its_reference(
@@ -58,11 +58,13 @@ def test_equals_its_reference(
     stop_at_box: bool,
     moves: bool,
     rules: ScoreRules,
+    expects: bool,
 ) -> None:
     """Every tensor after every step, until all are finished and beyond."""
     rng = random.Random(batch)
     scores = automaton(on, rules)
     live, records = make_live(batch, 9, scores, finished=batch > 1)
+    records.expected = records.logprobs[1].clone() if expects else None
     ends = END_IDS[:num_ends].to(on.device)
     cursor = make_cursor(batch + 5, on.device)
     theirs, their_records, their_cursor = deepcopy((live, records, cursor))
@@ -74,9 +76,10 @@ def test_equals_its_reference(
             walks = scores._table[live.scores.control, read] < 0
             walked |= {bool(block.any()) for block in walks.split(BLOCK)}
             arguments = scores, ends, stop_at_box
-            accept_token(live, records, *step, *arguments, cursor if moves else None)
+            expected = torch.rand(batch).to(on.device) if expects else None
+            accept_token(live, records, *step, *arguments, cursor if moves else None, expected)
             accept_token_ref(
-                theirs, their_records, *step, *arguments, their_cursor if moves else None
+                theirs, their_records, *step, *arguments, their_cursor if moves else None, expected
             )
             assert_same(live, records, theirs, their_records)
             assert all(a.equal(b) for a, b in zip(cursor, their_cursor, strict=True))
@@ -202,6 +205,10 @@ def test_bad_arguments_change_nothing(on: Implementation) -> None:
     refuse(good, r"end_ids must be .* got \(3,\) torch.int32", end_ids=END_IDS.int())
     short = Records(records.tokens, records.logprobs[:1])
     refuse(good, r"records.logprobs must be \(2, 7, 8\)", records=short)
+    refuse(good, "expected scores and room for them go together", expected=logprob)
+    roomy = Records(records.tokens, records.logprobs, records.logprobs[0])
+    refuse(good, "expected scores and room for them go together", records=roomy)
+    refuse(good, r"expected must be \(4,\)", records=roomy, expected=logprob[:3])
     blocks = token[:, None]
     short_cursor = Cursor(token[:3], token, token, blocks)
     refuse(good, r"\(at least 4,\) int64, .* got \(3,\)", cursor=short_cursor)

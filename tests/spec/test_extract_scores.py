@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import accept_token, extract_scores
 from kernels.extract_scores import ScoreAutomaton, extract_scores_ref
 from kernels.launch import INTERPRETED
-from kernels.score_grammar import Outcome, Reason, ScoreRules, parse_scores
+from kernels.score_grammar import Outcome, Reason, ScoreRules, _integer, parse_scores, read_scores
 from kernels.target import TARGETS
 from tests.implementations import Implementation
 from tests.live_samples import PIECES, SPECIAL_IDS
@@ -274,6 +274,9 @@ def parsed(pieces: Pieces, n: int, rules: ScoreRules, finished: bool) -> Outcome
     the first box does, else the last one."""
     nonce = NONCE if rules.nonce else None
     verdicts = [parse_scores(text, n, rules, finished, nonce) for text in segments(pieces)]
+    for text in segments(pieces):
+        _, scores, spans = read_scores(text, n, rules, finished, nonce)
+        assert [_integer(text[first:last]) for first, last in spans] == [*scores]
     absent = Reason.MISSING if finished else Reason.TRUNCATED
     deciding = [v for v in verdicts if v[0] != absent] if rules.first else []
     expected = deciding[0] if deciding else verdicts[-1]
