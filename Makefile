@@ -2,8 +2,9 @@
 # packages and needs no network. PYTHON=python3.12 picks another Python.
 PYTHON ?= python3
 PY := .venv/bin/python
-# A process for each processor, of one thread each: small models gain nothing from more.
-SUITE := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadgroup
+# A process for each processor, of one thread each: small models gain nothing from more. Tests start
+# many more, so bytecode is kept wherever they run.
+SUITE := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadgroup
 
 .PHONY: sample test check soak faults bench aot real gpu spct spct-smoke pocket clean
 

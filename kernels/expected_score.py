@@ -80,7 +80,7 @@ def expected_score_ref(
         mass = chances[~opens].sum() + rest
         total = (chances * values)[~opens].sum() + rest * (prefix if goes_on else 0)
         found.append(float(total / mass))
-    return torch.tensor(found, dtype=logprob.dtype)
+    return torch.tensor(found, dtype=logprob.dtype, device=logprob.device)
 
 
 @triton.jit

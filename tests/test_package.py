@@ -47,15 +47,11 @@ def test_all_files_are_there_and_no_others(installed: Path) -> None:
 def test_the_script_runs_in_any_folder(installed: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(installed)}
 
-    def quorum(*arguments: str) -> str:
-        done = subprocess.run(
-            [installed / "bin" / "quorum", *arguments],
-            cwd=tmp_path, env=environment, check=True, capture_output=True, text=True,
-        )  # fmt: skip
-        return done.stdout
-
-    assert "Best: [" in quorum("sample", "--k", "2")
-    assert '"responses"' in quorum("world", "--rows", "1")
+    done = subprocess.run(
+        [installed / "bin" / "quorum", "sample", "--k", "1", "--max-new-tokens", "200"],
+        cwd=tmp_path, env=environment, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "Best: [" in done.stdout
     assert not list(tmp_path.iterdir())
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,20 @@ ROUNDED = args_of(sft.Args,
 SAMPLED = args_of(
     rft.Args, out=Path("rft"), rows=5, chunk_rows=3, max_new_tokens=LONGEST, hinted=False
 )
-# One loop runs them all, so one of them is killed in the suite.
+# One loop runs them all: in the suite one of them is killed, and two are run by two ranks.
 KILLED = ["grpo", *(pytest.param(name, marks=pytest.mark.soak) for name in RUNS if name != "grpo")]
+SHARED = "sft", "grpo", "rounded", "rft"
+RANKS = [pytest.param(name, marks=[] if name in SHARED else pytest.mark.soak) for name in RUNS]
+
+
+def run_in(out: Path, name: str) -> None:
+    """One of all these runs."""
+    if name == "rft":
+        rft.sample(with_values(SAMPLED, out=out))
+    elif name == "rounded":
+        sft.train(with_values(ROUNDED, out=out))
+    else:
+        TRAIN[name](with_values(RUNS[name], out=out))
 
 
 def options(args: RunArgs) -> list[str]:
@@ -85,8 +98,8 @@ def outcome(out: Path) -> dict[str, bytes]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Where a run of each kind is that nobody disturbs."""
     root = tmp_path_factory.mktemp("whole")
-    for name, args in RUNS.items():
-        TRAIN[name](with_values(args, out=root / name))
+    for name in RUNS:
+        run_in(root / name, name)
     return {name: root / name for name in RUNS}
 
 
@@ -188,13 +201,11 @@ def test_a_killed_run_resumes_to_the_bit(name: str, whole: dict[str, Path], tmp_
     assert all(line["update"] > 0 for line in timed if line["step"])
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same runs, one after another, by two processes over gloo."""
-    root = tmp_path_factory.mktemp("ranks")
+def run_on_two_ranks(root: Path, names: Iterable[str]) -> Path:
+    """Those runs, one after another, by two processes over gloo."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "tests.two_ranks", str(root)],
+         "-m", "tests.two_ranks", str(root), *names],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
@@ -202,8 +213,22 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_ranks_are_one_process(name: str, whole: dict[str, Path], ranks: Path) -> None:
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_on_two_ranks(tmp_path_factory.mktemp("ranks"), SHARED)
+
+
+@pytest.fixture(scope="module")
+def more_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs that the suite leaves out."""
+    return run_on_two_ranks(tmp_path_factory.mktemp("more"), RUNS.keys() - {*SHARED})
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_two_ranks_are_one_process(
+    name: str, whole: dict[str, Path], request: pytest.FixtureRequest
+) -> None:
+    ranks: Path = request.getfixturevalue("ranks" if name in SHARED else "more_ranks")
     for file in (WEIGHTS, *([ADAPTER] if name == "adapters" else [])):
         ours, theirs = (load_file(root / file) for root in (ranks / name, whole[name]))
         assert ours.keys() == theirs.keys()

@@ -1,19 +1,16 @@
 """The runs of `test_resume.py`, as each of several processes runs them under torchrun:
 
-torchrun --nproc-per-node 2 -m tests.two_ranks DIR
+torchrun --nproc-per-node 2 -m tests.two_ranks DIR NAME...
 """
 
 import sys
 from pathlib import Path
 
-from engine.command import with_values
-from tests.test_resume import ROUNDED, RUNS, SAMPLED, TRAIN
-from train import parallel, rft, sft
+from tests.test_resume import run_in
+from train import parallel
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     with parallel.ranks():
-        for name, args in RUNS.items():
-            TRAIN[name](with_values(args, out=root / name))
-        sft.train(with_values(ROUNDED, out=root / "rounded"))
-        rft.sample(with_values(SAMPLED, out=root / "rft"))
+        for name in sys.argv[2:]:
+            run_in(root / name, name)

@@ -118,7 +118,7 @@ def test_replayed_steps_give_the_same_samples(ahead: int, monkeypatch: pytest.Mo
     """Over live sets of several sizes, with samples that end one by one. Both look equally late:
     where Triton merges partials may depend on the live set, and with it the last bit."""
     monkeypatch.setattr(generate, "SYNC_STEPS", 2)
-    model, groups = make_model(), make_groups(3, 2)
+    model, groups = make_model((20,)), make_groups(3, 2)
     with monkeypatch.context() as patch:
         patch.setattr(generate, "make_decoder", Decoder)
         generator = make_generator(model)
@@ -212,7 +212,7 @@ def test_many_rows_take_a_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     model, groups = make_model((None,)), make_groups(1, 17, longest=4)
     with monkeypatch.context() as patch:
         patch.setattr(generate, "make_decoder", Decoder)
-        options = {"max_new_tokens": 3, "max_batch": 17}
+        options = {"max_new_tokens": 2, "max_batch": 17}
         expected = sampled(make_generator(model, **options), groups, ())
     replaying(monkeypatch, Recorder())
     generator = make_generator(model, **options)
