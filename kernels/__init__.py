@@ -1,7 +1,7 @@
 """Operations of the transformer, the sampler, training and the vote, each beside its reference.
 
     operation            file                   implementations       gradient
-    forest_attention     forest_attention/      torch, C++, Triton    torch, Triton
+    forest_attention     forest_attention/      torch, C++, Triton    torch, C++, Triton
     merge_states         merge_states.py        torch, Triton
     segment_attention    segment_attention.py   forest_attention, flash-attn, xformers
     rms_norm, rope,      a file each            torch, C++, Triton    torch, Triton

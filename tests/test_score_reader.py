@@ -50,7 +50,7 @@ def test_a_judge_in_another_format_has_no_box_to_stop_at_or_force(judge: Judge) 
     )
     row = make_row("p", ["a"])
     for options in ({"stop": "box"}, {"force_scores": True}):
-        with pytest.raises(ValueError, match="format .rating. has no box to stop at, to force, or"):
+        with pytest.raises(ValueError, match="no box to stop at, to force, or"):
             rated.rows([row], **options)
     (verdict,) = rated.rows([row], k=2, max_new_tokens=5)
     assert {s.invalid for s in verdict.samples} == {"truncated"}  # type: ignore[union-attr]

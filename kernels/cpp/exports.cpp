@@ -1,6 +1,6 @@
 // What Python calls: every operation, for float32 and bfloat16.
 
-#include "attention.h"
+#include "attention_backward.h"
 #include "interface.h"
 #include "linear.h"
 #include "sampling.h"
@@ -47,6 +47,7 @@ bool add_all(const std::string &suffix) {
            add_function("write_kv" + suffix, write_kv<T>) &&
            add_function("attend_tiles" + suffix, attend_tiles_of<T>) &&
            add_function("attend_suffixes" + suffix, attend_suffixes_of<T>) &&
+           add_function("attend_backward" + suffix, attend_backward<T>) &&
            add_function("merge" + suffix, merge<T>) && add_function("pack" + suffix, pack<T>) &&
            add_function("linear" + suffix, linear_rows_of<T>) &&
            add_function("row_dots" + suffix, row_dots_of<T>) &&
@@ -60,6 +61,7 @@ static const bool described =
     add_function("distinct_slots_f32", distinct_slots) &&
     add_function("panel_columns_f32", panel_columns) &&
     add_struct("AttentionArguments", sizeof(AttentionArguments), AttentionArguments::describe()) &&
+    add_struct("Gradients", sizeof(Gradients), Gradients::describe()) &&
     add_struct("Suffixes", sizeof(Suffixes), Suffixes::describe()) &&
     add_struct("Automaton", sizeof(Automaton), Automaton::describe());
 

@@ -11,7 +11,7 @@ mask exists.
 
     plan.py         what to compute          reference.py        the specification
     torch_impl.py   forward and backward     triton_forward.py   with schedule.py
-    cpp_impl.py     forward                  triton_backward.py  with backward_schedule.py
+    cpp_impl.py     forward and backward     triton_backward.py  with backward_schedule.py
 
 It does not write the cache or choose what is shared.
 """
@@ -80,6 +80,8 @@ def _run(
 def _run_backward(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if runs_triton(q):
         return triton_backward.run_backward(q, *arguments)
+    if runs_cpp(q, *arguments[:2]):
+        return cpp_impl.run_backward(q, *arguments)
     return torch_impl.run_backward(q, *arguments)
 
 

@@ -1,8 +1,9 @@
-"""Forest attention on a CPU, in C++: a task is a work tile (or a split) and a key/value head.
+"""Forest attention on a CPU, in C++: a task is a work tile (or a split) and a key/value head; of
+the backward, a head.
 
 A plan is compiled once into the tables that C++ reads; nothing is gathered or padded in memory, and
 a suffix costs what it holds. There is one partial for every tile and query, merged in order. The
-C++ is in `kernels/cpp/attention.h`.
+C++ is in `kernels/cpp/attention.h` and `attention_backward.h`.
 """
 
 import ctypes
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpp
+from kernels.checks import without_gaps
 from kernels.forest_attention.options import AttentionOptions
 from kernels.forest_attention.plan import (
     MAX_SPLIT,
@@ -67,6 +69,51 @@ def run(
         )  # fmt: skip
     plan.executed += chunks.num_tiles
     return out, out_lse
+
+
+def run_backward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    d_o: Tensor,
+    d_lse: Tensor | None,
+    plan: ForestPlan,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q (T, Hq, D), k_cache (Hkv, N, D) and v_cache (Hkv, N, Dv) from those of o
+    (T, Hq, Dv) and lse (T, Hq), the results of `run`; sums are in float32. In memory the caches'
+    gradients are (N, Hkv, ...)."""
+    (_, heads, dim), (kv_heads, cells, v_dim) = q.shape, v_cache.shape
+    delta = (d_o.float() * o.float()).sum(-1)
+    if d_lse is not None:
+        delta -= d_lse
+    tiles = plan.compiled(
+        CompiledKey("cpp", "backward", options.window),
+        lambda: torch.from_numpy(np.ascontiguousarray(plan.needed(options.window))),
+    )
+    lanes = cpp.panel_columns() // 2
+    d_q = torch.zeros(q.shape)
+    d_k, d_v = (torch.zeros(kv_heads, cells, -(-size // lanes) * lanes) for size in (dim, v_dim))
+    arguments = cpp.structure("AttentionArguments")(
+        q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), *q.stride()[:2],
+        *k_cache.stride()[:2], *v_cache.stride()[:2], heads, kv_heads, dim, v_dim,
+        plan.positions.data_ptr(), float(options.scale), float(options.softcap or 0),
+        options.window or 0, None, None,
+    )  # fmt: skip
+    d_out = without_gaps(d_o.to(q.dtype))
+    lse = lse.contiguous()
+    gradients = cpp.structure("Gradients")(
+        d_out.data_ptr(), *d_out.stride()[:2], lse.data_ptr(), delta.data_ptr(), tiles.data_ptr(),
+        len(tiles), cells, d_q.data_ptr(), d_k.data_ptr(), d_v.data_ptr(),
+    )  # fmt: skip
+    cpp.call("attend_backward", q.dtype, ctypes.byref(arguments), ctypes.byref(gradients))
+
+    def by_cell(x: Tensor, channels: int) -> Tensor:
+        return x[..., :channels].transpose(0, 1).to(q.dtype).contiguous().transpose(0, 1)
+
+    return d_q.to(q.dtype), by_cell(d_k, dim), by_cell(d_v, v_dim)
 
 
 def suffixes_of(plan: ForestPlan) -> ctypes.Structure | None:

@@ -52,12 +52,13 @@ class CompiledKey(NamedTuple):
     | triton         | dkv           | cells, keys, queries     | `backward_schedule.TileList`
     | triton         | forward       | `schedule.HeadShape`     | list of `schedule.Schedule`
     | cpp            | forward       | partials of a chunk      | `cpp_impl.Chunks`
+    | cpp            | backward      | None                     | (tiles, 5) int64, those needed
     | cpp            | partials      | partials, heads, v_dim   | buffers of partial results
     | cpp            | last position | None                     | int, for tables of angles
     """
 
     implementation: Literal["torch", "cpp", "triton"]
-    stage: Literal["forward", "dq", "dkv", "partials", "last position"]
+    stage: Literal["forward", "backward", "dq", "dkv", "partials", "last position"]
     window: int | None = None
     shape: Hashable = None
 

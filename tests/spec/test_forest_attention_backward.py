@@ -1,5 +1,4 @@
-"""Gradients of forest attention, against autograd through dense attention. Those on a CPU are
-torch's, whether the forward was in torch or in C++."""
+"""Gradients of forest attention, against autograd through dense attention."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,7 +45,7 @@ def make(
 @contextmanager
 def spans_of_kernels(on: Implementation, full: bool) -> Iterator[None]:
     """In Triton each kernel of the backward runs once and has masked spans and, if asked for, full
-    ones; in C++ the forward runs."""
+    ones; in C++ forward and backward run."""
     found: dict[str, tuple[int, int]] = {}
 
     def run(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]) -> None:
@@ -64,7 +63,8 @@ def spans_of_kernels(on: Implementation, full: bool) -> Iterator[None]:
         assert set(found) == {"_forest_attention_dq_kernel", "_forest_attention_dkv_kernel"}
         assert all(masked and (unmasked or not full) for unmasked, masked in found.values())
     else:
-        assert counts is not None and bool(counts["attend_tiles"]) == (on.name == "cpp")
+        ran = {"attend_tiles", "merge", "attend_backward"} if on.name == "cpp" else set()
+        assert counts is not None and set(counts) == ran
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,18 @@ def test_the_same_bits_in_every_run(on: Implementation) -> None:
     assert all(a.equal(b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.implementations("cpp")
+def test_the_same_bits_with_any_number_of_threads(on: Implementation) -> None:
+    case = make(on, [((0, 70), (1, 9)), ((0, 70), (2, 65))], Shape(3, 2, 16, 24), WINDOWED)
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.append(case.gradients())
+    torch.set_num_threads(before)
+    assert all(a.equal(b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
 def test_half_types_keep_magnitude_and_direction(on: Implementation) -> None:
     """Sums over 200 queries of one sign, along the exact gradients and across them."""
     tokens = 200
@@ -238,7 +250,7 @@ def test_a_second_gradient_is_refused(on: Implementation) -> None:
         grad.sum().backward()
 
 
-# -- torch alone -----------------------------------------------------------------------------------
+# -- a CPU alone -----------------------------------------------------------------------------------
 
 
 @st.composite
@@ -267,7 +279,7 @@ OPTIONS = st.builds(
 def test_gradients_of_any_tree(
     paths: Paths, shape: Shape, options: AttentionOptions, d_lse: bool
 ) -> None:
-    """With the forward of this machine."""
+    """In C++, and in torch in float64."""
     case = make(ON_CPU, paths, shape, options, d_lse=d_lse)
     case.check(case.gradients())
 
