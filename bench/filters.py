@@ -16,7 +16,8 @@ a vote of j samples is taken over subsets as in `bench.voting`, by
                threshold), which needs no model
     oracle     the j / 2 that are right, as far as there are so many: what a perfect one comes to
 
-and by every valid one of the j with --vote standardised or borda, with --meta-vote weight, or both.
+and by every valid one of the j with --vote standardised or borda, with --meta-vote weight, or both,
+and with --score expected.
 Differences are to all j votes, on the same subsets; intervals are 95 %, by a bootstrap over rows.
 The AUC of the meta model, and that of the lead, is within rows which have right and wrong
 judgements. A tie is a wrong judgement, and a filter that drops ties tells right from wrong without
@@ -28,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,13 +47,24 @@ from train.ranking import chance_above
 from train.world.cases import Split
 
 FILTERS = ("all", "meta", "random", "shortest", "likeliest", "clearest", "oracle")
-# What all votes count for, and whether the meta model weighs them.
-RULES: dict[str, tuple[Rule, bool]] = {
-    "weighed": ("sum", True),
-    "standardised": ("standardised", False),
-    "standardised, weighed": ("standardised", True),
-    "borda": ("borda", False),
-    "borda, weighed": ("borda", True),
+
+
+class Way(NamedTuple):
+    """What all votes count for, whether the meta model weighs them, and whether it is their
+    expected scores that count."""
+
+    rule: Rule = "sum"
+    weighs: bool = False
+    expects: bool = False
+
+
+RULES = {
+    "weighed": Way(weighs=True),
+    "standardised": Way("standardised"),
+    "standardised, weighed": Way("standardised", weighs=True),
+    "borda": Way("borda"),
+    "borda, weighed": Way("borda", weighs=True),
+    "expected": Way(expects=True),
 }
 NAMES = (*FILTERS, *RULES)
 
@@ -107,24 +119,26 @@ def row_curves(
                     kept = sorted(voting, key=values[name], reverse=True)[: (size + 1) // 2]
                 scores = [sample.scores for sample in kept if sample.scores is not None]
                 chances[name] += chance_correct(scores, label, threshold) / subsets
-            for name, (rule, weighs) in RULES.items():
+            for name, way in RULES.items():
                 if name not in chances:
                     continue
-                means = mean_points(voting, rule, meta_scale if weighs else 0.0)
+                means = mean_points(voting, way, meta_scale)
                 chances[name] += chance_right(means, label, threshold) / subsets if means else 0.0
         for name in names:
             found[name][size] = chances[name]
     return found
 
 
-def mean_points(samples: Sequence[Sample], rule: Rule, meta_scale: float) -> list[float]:
-    """The mean points of valid samples, weighed by the exponential of their meta scores times
-    `meta_scale`; samples without a meta score count as 0 there. Empty where there are none."""
-    points = [points_of(sample.scores, rule) for sample in samples if sample.scores is not None]
+def mean_points(samples: Sequence[Sample], way: Way, meta_scale: float) -> list[float]:
+    """The mean points of valid samples, weighed, if at all, by the exponential of their meta scores
+    times `meta_scale`; samples without a meta score count as 0 there. Empty where there are none.
+    """
+    scores = [sample.expected if way.expects else sample.scores for sample in samples]
+    points = [points_of(each, way.rule) for each in scores if each is not None]
     metas = np.array([_meta(sample) for sample in samples])
-    if meta_scale and not np.isfinite(metas).any():
+    if way.weighs and not np.isfinite(metas).any():
         return []
-    powers = meta_scale * (metas - metas.max()) if meta_scale else np.zeros(len(samples))
+    powers = meta_scale * (metas - metas.max()) if way.weighs else np.zeros(len(samples))
     return np.average(points, axis=0, weights=np.exp(powers)).tolist() if points else []
 
 
@@ -179,7 +193,7 @@ def main() -> None:
     threshold, rng = judge.settings.threshold, np.random.default_rng(args.seed)
     outcomes = judge.rows(
         rows, k=args.k, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
+        seed=args.seed, score="expected",
     )  # fmt: skip
     curves: list[dict[str, dict[int, float]]] = []
     aucs: dict[str, list[float]] = {"meta": [], "clearest": []}

@@ -7,7 +7,8 @@ what votes come to after each; beside baselines of the same rows.
     grpo    from that; the best model of dev votes
     meta    a meta model, from the GRPO model, of that model's judgements: scores those of grpo
     scalar  from base: a reward model by Bradley-Terry, which has no say on a single response
-    direct  from base, on its teacher's scores without criteria or analysis: token probabilities
+    direct  from base, on its teacher's scores without criteria or analysis: token probabilities,
+            by expected scores
     index   from base, on judgements that end in the best response: LLM-as-a-judge
 
 All of them, base, and a larger judge (--large: `train.world.pocket --size large`) judge the same
@@ -72,6 +73,10 @@ ORDERINGS: dict[str, tuple[study.Point, study.Point]] = {
         f"grpo, 8 votes, over {other}": (("grpo", "all", 8), (other, way, size))
         for other, way, size in (("scalar", "greedy", 1), ("direct", "all", 8), ("index", "all", 8))
     },
+    "direct: expected scores over those drawn, 1 vote": (
+        ("direct", "expected", 1),
+        ("direct", "all", 1),
+    ),
 }
 
 
@@ -296,15 +301,18 @@ def run(args: Args) -> None:
         meta = made.meta.out / "best"
         scales.append(read_judge_settings(meta).meta_scale)
         for name, model in made.judges.items():
-            guide = ("--meta-model", meta) if name == "grpo" else ()
+            more: dict[str, tuple[str | Path, ...]] = {
+                "grpo": ("--meta-model", meta), "direct": ("--score", "expected"),
+            }  # fmt: skip
             verdicts = made.grpo.out.parent / "verdicts"
-            files.setdefault(name, []).append(judge_rows(verdicts, name, model, rows, k, *guide))
+            judged = judge_rows(verdicts, name, model, rows, k, *more.get(name, ()))
+            files.setdefault(name, []).append(judged)
         scalars.append(scalar_chances(made.scalar.out / "best", rows))
     threshold = read_judge_settings(POCKET).threshold
     judges = {
         name: study.judged(
             paths, threshold, parameters_of(args.large if name == "large" else POCKET),
-            scales if name == "grpo" else None,
+            scales if name == "grpo" else None, expects=name == "direct",
         )
         for name, paths in files.items()
     }  # fmt: skip

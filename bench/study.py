@@ -38,6 +38,7 @@ def read_verdicts(path: Path) -> list[Verdict]:
                     tuple(each["order"]), each["text"],
                     None if each["scores"] is None else tuple(each["scores"]), each["invalid"],
                     each["meta"], each["tokens"], each["finish"], [], [], [],
+                    expected=each.get("expected"),
                 )
                 for each in line["samples"]
             ]  # fmt: skip
@@ -53,10 +54,13 @@ def read_verdicts(path: Path) -> list[Verdict]:
     return found
 
 
-def chances(path: Path, threshold: float, meta_scale: float | None) -> Chances:
+def chances(
+    path: Path, threshold: float, meta_scale: float | None, expects: bool = False
+) -> Chances:
     """Of the verdicts of a file; kept beside it, since it takes minutes. meta_scale: None where no
-    meta model has scored the samples."""
+    meta model has scored the samples. expects: they have expected scores."""
     names = PLAIN if meta_scale is None else PLAIN + GUIDED
+    names = (*names, "expected") if expects else names
     key = f"{names} {meta_scale} {threshold} {hashlib.sha256(path.read_bytes()).hexdigest()}"
     kept = path.with_suffix(".npz")
     if kept.exists():
@@ -99,11 +103,12 @@ def judged(
     threshold: float,
     parameters: int,
     scales: Sequence[float] | None = None,
+    expects: bool = False,
 ) -> Judged:
     """From the files of verdicts and of greedy verdicts, a pair for each seed, and the scale of
-    each seed's meta model, if any has scored the judgements."""
+    each seed's meta model, if any has scored the judgements. expects: they have expected scores."""
     per_seed = [
-        chances(votes, threshold, None if scales is None else scales[i])
+        chances(votes, threshold, None if scales is None else scales[i], expects)
         for i, (votes, _) in enumerate(paths)
     ]
     arrays = {

@@ -240,6 +240,8 @@ class Judge:
             "dtype": str(weight.dtype),
             "device": weight.device.type,
         }
+        if options.score == "drawn":  # as it always was: those lines keep their keys
+            del everything["score"]
         if weight.device.type == "cpu":
             everything["implementation"] = cpp.implementation()
         if self.meta is not None:

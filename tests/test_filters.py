@@ -21,11 +21,12 @@ def verdict_of(
     samples: Sequence[tuple[tuple[int, ...] | None, float | None, int, float]],
 ) -> Verdict:
     """Of judgements of two responses, the first of which is the best: scores, meta score, tokens,
-    mean log-prob."""
+    mean log-prob. The first response's expected score is 2 above the one drawn."""
     made = [
-        Sample((0, 1), "", scores, None if scores else "none", meta, tokens, "box", [], [logp], [])
+        Sample((0, 1), "", scores, None if scores else "none", meta, tokens, "box", [], [logp], [],
+               expected=None if scores is None else (scores[0] + 2.0, *scores[1:]))
         for scores, meta, tokens, logp in samples
-    ]
+    ]  # fmt: skip
     return Verdict("x", "", None, None, None, False, len(made), 0, 0, made, 0, 0, 0, label=0)
 
 
@@ -52,6 +53,7 @@ def test_each_filter_keeps_its_half() -> None:
         "standardised, weighed": 1.0,
         "borda": 0.5,
         "borda, weighed": 1.0,
+        "expected": 1.0,  # 26 to 25
     }
     assert abs(found["all"][1] - 0.5) < 0.2  # one of four, two of which are right
     trusted = verdict_of([((9, 1), 2.0, 1, 0.0), ((1, 9), 1.0, 1, 0.0), (None, None, 1, 0.0),
@@ -108,17 +110,17 @@ def test_mean_points_are_those_of_the_vote() -> None:
     metas = [0.5, math.nan, -1.0, 2.0, math.nan]
     samples = verdict_of([(s, m, 1, 0.0) for s, m in zip(shown, metas, strict=True)]).samples
     voting = [sample for sample in samples if sample.scores is not None]
-    for rule, weighs in filters.RULES.values():
-        scale = 2.0 if weighs else 0.0
+    for way in filters.RULES.values():
+        more = 2 * way.expects
         expected = vote(
-            torch.tensor([[scores or (0, 0, 0) for scores in shown]]),
+            torch.tensor([[(s[0] + more, *s[1:]) if s else (0, 0, 0) for s in shown]]),
             torch.arange(3).expand(1, 5, 3),
             torch.tensor([[scores is not None for scores in shown]]),
             torch.tensor([3]),
             torch.zeros(1),
-            torch.tensor([metas]) * scale if weighs else None,
-            rule=rule,
+            torch.tensor([metas]) * 2.0 if way.weighs else None,
+            rule=way.rule,
         ).mean[0]
-        found = filters.mean_points(voting, rule, scale)
+        found = filters.mean_points(voting, way, 2.0)
         assert found == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-9)
-    assert filters.mean_points([], "sum", 1.0) == filters.mean_points([], "borda", 0.0) == []
+    assert all(filters.mean_points([], way, 1.0) == [] for way in filters.RULES.values())

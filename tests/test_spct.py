@@ -32,6 +32,7 @@ def test_the_whole_chain_in_small(
     assert set(judges) == {*JUDGES, "scalar"} and set(judges["scalar"]["accuracy"]) == {"greedy"}
     for name in JUDGES:
         found, ways = judges[name], study.PLAIN + (study.GUIDED if name == "grpo" else ())
+        ways += ("expected",) if name == "direct" else ()
         assert found["tokens_per_judgement"] > 5 and 0 <= found["invalid"] <= 1
         assert set(found["accuracy"]) == {*ways, "greedy"}
         for way in ways:  # one vote is a vote, whoever weighs it
@@ -58,7 +59,7 @@ def verdict(row: int, samples: list[tuple[int, int] | None]) -> Verdict:
     """Of judgements of two responses, the first of which is the best."""
     made = [
         Sample((0, 1), f"c{i % 2}\nx", scores, None if scores else "none", float(i), 7, "box",
-               [], [], [])
+               [], [], [], expected=scores and (scores[0] + 0.5, scores[1]))
         for i, scores in enumerate(samples)
     ]  # fmt: skip
     return Verdict(str(row), "", 0, [1, 2], [1.0, 2.0], False, len(made), 0, 1, made, 9, 5,
@@ -71,10 +72,10 @@ def test_figures_of_verdict_lines(tmp_path: Path) -> None:
     path = tmp_path / "verdicts.jsonl"
     path.write_bytes(b"".join(map(to_line, rows)))
     rng = np.random.default_rng(0)
-    names = study.PLAIN + study.GUIDED
+    names = (*study.PLAIN, *study.GUIDED, "expected")
     curves = [filters.row_curves(row, 4, 5.5, rng, 0.5, names) for row in rows]
     for _ in range(2):
-        found = study.chances(path, 5.5, 0.5)
+        found = study.chances(path, 5.5, 0.5, expects=True)
         assert list(found) == list(names)
         for name, sizes in found.items():
             assert list(sizes) == [1, 2, 4]
