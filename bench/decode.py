@@ -78,7 +78,7 @@ def config_of(shape: Shape, context: int) -> ModelConfig:
         v_head_dim=shape.head_dim,
         max_position_embeddings=context,
         rms_norm_eps=1e-6,
-        rope=Rope(10_000.0, None),
+        rope=(Rope(10_000.0, None),) * shape.num_layers,
         attention=tuple(layers),
         attention_bias=False,
         qk_norm=shape.qk_norm,

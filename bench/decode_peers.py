@@ -189,7 +189,7 @@ def write_gguf(model: Transformer, path: Path) -> None:
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.v_head_dim)
-    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_rope_freq_base(config.rope[0].theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")

@@ -1,11 +1,12 @@
 """The configuration of a decoder, read from a Hugging Face `config.json`.
 
-Qwen3, Qwen2 (and 2.5), Llama (3.x) and Gemma-2 become one `ModelConfig`, whose fields say what the
-decoder does rather than which family it is. Both spellings are read: `rope_theta` + `rope_scaling`
-and `rope_parameters`; `torch_dtype` and `dtype`. Sequence classifiers of one label, which are what
-`ScalarModel` loads, have a spelling of their own. Whatever the decoder does not implement raises a
-ValueError that names the file and the value: nothing is ignored that would change the logits. Of
-generation_config.json only the end tokens are read: how to sample is for the caller to say.
+Qwen3, Qwen2 (and 2.5), Llama (3.x), Gemma-2 and the text model of Gemma-3 become one `ModelConfig`,
+whose fields say what the decoder does rather than which family it is. Both spellings are read:
+`rope_theta` + `rope_scaling` and `rope_parameters`; `torch_dtype` and `dtype`. Sequence classifiers
+of one label, which are what `ScalarModel` loads, have a spelling of their own. Whatever the decoder
+does not implement raises a ValueError that names the file and the value: nothing is ignored that
+would change the logits. Of generation_config.json only the end tokens are read: how to sample is
+for the caller to say.
 
 It does not read `auto_map` code, quantised checkpoints, experts, or rope types other than those of
 `models/rope.py`.
@@ -15,7 +16,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,10 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",
     "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
 }
 SCALAR_ARCHITECTURES = {
-    name.replace("ForCausalLM", "ForSequenceClassification"): family
+    name.replace("Gemma3For", "Gemma3TextFor").replace("CausalLM", "SequenceClassification"): family
     for name, family in ARCHITECTURES.items()
 }
 MAX_LAYERS = 1024
@@ -53,6 +55,7 @@ DTYPES = {
 _SCALINGS: dict[str, type[RopeScaling]] = {
     kind.rope_type: kind for kind in (LinearScaling, DynamicScaling, Llama3Scaling, YarnScaling)
 }
+_KINDS = "full_attention", "sliding_attention"  # of layers
 _MAX_TEXT = 1 << 20  # characters of a template; real ones have at most some 30,000
 
 
@@ -60,8 +63,9 @@ _MAX_TEXT = 1 << 20  # characters of a template; real ones have at most some 30,
 class ModelConfig:
     """Everything that the decoder needs to know about a checkpoint.
 
-    architecture: "qwen3", "qwen2", "llama" or "gemma2". head_dim: channels of a query and a key;
-    v_head_dim: of a value. attention: one entry per layer. attention_bias: bias on q, k and v.
+    architecture: "qwen3", "qwen2", "llama", "gemma2" or "gemma3_text". head_dim: channels of a
+    query and a key; v_head_dim: of a value. rope, attention: one entry per layer. attention_bias:
+    bias on q, k and v.
     qk_norm: RMS norm over head_dim of q and k before rope. norm_plus_one: norms scale by 1 + w.
     sandwich_norms: norms also after attention and after the MLP. embedding_scale: factor on
     embeddings, rounded to the model's dtype, None for none. final_softcap: of the logits. tied: the
@@ -84,7 +88,7 @@ class ModelConfig:
     v_head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope: Rope
+    rope: tuple[Rope, ...]
     attention: tuple[AttentionOptions, ...]
     attention_bias: bool
     qk_norm: bool
@@ -189,9 +193,9 @@ class _Reader:
             raise self.error(f"{key} must be true or false, got {value!r}")
         return value
 
-    def cap(self, key: str) -> float | None:
-        """A positive number, or null; the key itself must be there."""
-        if key not in self.values:
+    def cap(self, key: str, architecture: str) -> float | None:
+        """A positive number, or null; in gemma2, which has caps, the key itself must be there."""
+        if key not in self.values and architecture == "gemma2":
             raise self.error(f"{key} is missing")
         return self.number(key) if self.has(key) else None
 
@@ -207,7 +211,7 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
     path = Path(directory) / "config.json"
     reader = _Reader(path, read_json(path))
     architecture = _architecture(reader, scalar)
-    gemma = architecture == "gemma2"
+    gemma = architecture in ("gemma2", "gemma3_text")
     if scalar:
         _require_one_label(reader)
     _refuse_unsupported(reader, architecture)
@@ -222,7 +226,7 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
         raise reader.error(
             f"num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}"
         )
-    if reader.has("head_dim") or architecture in ("qwen3", "gemma2"):
+    if reader.has("head_dim") or gemma or architecture == "qwen3":
         head_dim = reader.integer("head_dim")
     elif hidden_size % num_heads == 0:
         head_dim = hidden_size // num_heads
@@ -235,15 +239,14 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
 
     vocab_size = reader.integer("vocab_size")
     context = reader.integer("max_position_embeddings")
-    rope = _rope(reader, context)
-    if isinstance(rope.scaling, YarnScaling):
-        old = rope.scaling.original_max_position_embeddings
-        context = max(context, int(rope.scaling.factor * old))
-    # YaRN's factor on cosines and sines of queries and of keys is its square on the scores.
-    scale = (reader.integer("query_pre_attn_scalar") if gemma else head_dim) ** -0.5
-    scale *= rope.attention_factor**2
-    softcap = reader.cap("attn_logit_softcapping") if gemma else None
     windows = _windows(reader, architecture, num_layers)
+    ropes = _ropes(reader, architecture, windows, context)
+    for rope in ropes:
+        if isinstance(rope.scaling, YarnScaling):
+            old = rope.scaling.original_max_position_embeddings
+            context = max(context, int(rope.scaling.factor * old))
+    scale = (reader.integer("query_pre_attn_scalar") if gemma else head_dim) ** -0.5
+    softcap = reader.cap("attn_logit_softcapping", architecture) if gemma else None
     return ModelConfig(
         architecture=architecture,
         vocab_size=vocab_size,
@@ -256,15 +259,19 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
         v_head_dim=head_dim,
         max_position_embeddings=context,
         rms_norm_eps=reader.number("rms_norm_eps"),
-        rope=rope,
-        attention=tuple(AttentionOptions(scale, softcap, window) for window in windows),
+        rope=ropes,
+        # YaRN's factor on cosines and sines of queries and of keys is its square on the scores.
+        attention=tuple(
+            AttentionOptions(scale * rope.attention_factor**2, softcap, window)
+            for rope, window in zip(ropes, windows, strict=True)
+        ),
         attention_bias=architecture == "qwen2",
-        qk_norm=architecture == "qwen3",
+        qk_norm=architecture in ("qwen3", "gemma3_text"),
         norm_plus_one=gemma,
         sandwich_norms=gemma,
         embedding_scale=hidden_size**0.5 if gemma else None,
         activation="gelu_tanh" if gemma else "silu",
-        final_softcap=reader.cap("final_logit_softcapping") if gemma else None,
+        final_softcap=reader.cap("final_logit_softcapping", architecture) if gemma else None,
         tied=reader.flag("tie_word_embeddings", default=gemma) or scalar,
         eos_token_ids=_eos(reader, path.with_name("generation_config.json"), vocab_size),
         dtype=_dtype(reader),
@@ -337,7 +344,7 @@ def _refuse_unsupported(reader: _Reader, architecture: str) -> None:
             raise reader.error(f"{key} is not supported")
     key, wanted = (
         ("hidden_activation", "gelu_pytorch_tanh")
-        if architecture == "gemma2"
+        if architecture in ("gemma2", "gemma3_text")
         else ("hidden_act", "silu")
     )
     if reader.values.get(key) != wanted:
@@ -350,6 +357,9 @@ def _windows(reader: _Reader, architecture: str, num_layers: int) -> list[int | 
     if kinds is None:
         if architecture == "gemma2":
             slides = [layer % 2 == 0 for layer in range(num_layers)]
+        elif architecture == "gemma3_text":
+            pattern = reader.integer("sliding_window_pattern", default=6)
+            slides = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
         elif architecture != "llama" and reader.flag("use_sliding_window", default=False):
             first = reader.values.get("max_window_layers")
             if not isinstance(first, int) or isinstance(first, bool) or first < 0:
@@ -361,27 +371,51 @@ def _windows(reader: _Reader, architecture: str, num_layers: int) -> list[int | 
         if not isinstance(kinds, list) or len(kinds) != num_layers:
             raise reader.error(f"layer_types must name {num_layers} layers, got {kinds!r}")
         for kind in kinds:
-            if kind not in ("full_attention", "sliding_attention"):
+            if kind not in _KINDS:
                 raise reader.error(f"layer_types: {kind!r} is not supported")
         slides = [kind == "sliding_attention" for kind in kinds]
     if not any(slides):
         return [None] * num_layers
-    if architecture == "llama" or not reader.flag("use_sliding_window", architecture == "gemma2"):
+    gemma = architecture in ("gemma2", "gemma3_text")
+    if architecture == "llama" or not reader.flag("use_sliding_window", gemma):
         raise reader.error("layer_types has sliding_attention, but this model has no window")
     window = reader.integer("sliding_window")
     return [window if slide else None for slide in slides]
 
 
-def _rope(reader: _Reader, context: int) -> Rope:
-    """The rope of a config whose max_position_embeddings is `context`."""
-    inner = _Reader(reader.path, _rope_parameters(reader))
+def _ropes(
+    reader: _Reader, architecture: str, windows: Sequence[int | None], context: int
+) -> tuple[Rope, ...]:
+    """The rope of each layer. Gemma-3 has one for layers with a window and one for the others."""
+    parameters = _rope_objects(reader)
+    by_kind = bool(parameters) and set(parameters) <= {*_KINDS}
+    if architecture != "gemma3_text":
+        if by_kind:
+            parameters = _same_for_all_layers(reader, parameters)
+        return (_rope(reader, _with_outer(reader, parameters), context),) * len(windows)
+    full, sliding = (parameters.get(kind) for kind in _KINDS) if by_kind else (parameters, None)
+    ropes = []
+    for kind, own, outer, theta in zip(
+        _KINDS, (full, sliding), ("rope_theta", "rope_local_base_freq"), (1e6, 1e4), strict=True
+    ):
+        if own is not None and not isinstance(own, dict):
+            raise reader.error(f"rope_parameters.{kind} must be an object, got {_shown(own)}")
+        ropes.append(_rope(reader, _with_outer(reader, own or {}, outer), context, theta))
+    return tuple(ropes[window is not None] for window in windows)
+
+
+def _rope(
+    reader: _Reader, parameters: dict[str, Any], context: int, default_theta: float = 1e4
+) -> Rope:
+    """The rope of these parameters, in a config whose max_position_embeddings is `context`."""
+    inner = _Reader(reader.path, parameters)
     kind = inner.values.get("rope_type", inner.values.get("type", "default"))
     if inner.values.get("type", kind) != kind:
         raise reader.error(f"rope type is both {kind!r} and {inner.values['type']!r}")
     for source in (inner, reader):
         if source.number("partial_rotary_factor", default=1.0) != 1.0:
             raise reader.error("partial_rotary_factor other than 1 is not supported")
-    theta = inner.number("rope_theta", default=10000.0)
+    theta = inner.number("rope_theta", default=default_theta)
     known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
     if kind != "default":
         scaling = _SCALINGS.get(kind) if isinstance(kind, str) else None
@@ -410,8 +444,8 @@ def _rope(reader: _Reader, context: int) -> Rope:
     return Rope(theta, None)
 
 
-def _rope_parameters(reader: _Reader) -> dict[str, Any]:
-    """What rope_scaling, rope_parameters and keys beside them say together; null says nothing."""
+def _rope_objects(reader: _Reader) -> dict[str, Any]:
+    """What rope_scaling and rope_parameters say together."""
     parameters: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = reader.values.get(key)
@@ -420,16 +454,24 @@ def _rope_parameters(reader: _Reader) -> dict[str, Any]:
         for name, entry in (value or {}).items():
             if parameters.setdefault(name, entry) != entry:
                 raise reader.error(f"rope_scaling and rope_parameters disagree on {name!r}")
-    parameters = _same_for_all_layers(reader, parameters)
-    parameters = {name: value for name, value in parameters.items() if value is not None}
-    outer = ["rope_theta"]
-    if parameters.get("rope_type", parameters.get("type")) in ("llama3", "yarn"):
-        outer.append("original_max_position_embeddings")
-    for name in outer:
-        value = reader.values.get(name)
-        if value is not None and parameters.setdefault(name, value) != value:
-            raise reader.error(f"{name} {_shown(value)} contradicts {_shown(parameters[name])}")
     return parameters
+
+
+def _with_outer(
+    reader: _Reader, parameters: Mapping[str, Any], theta: str = "rope_theta"
+) -> dict[str, Any]:
+    """Rope parameters with what keys of the config itself say; null says nothing. theta: the key of
+    the base there."""
+    found = {name: value for name, value in parameters.items() if value is not None}
+    outer = {theta: "rope_theta"}
+    if found.get("rope_type", found.get("type")) in ("llama3", "yarn"):
+        name = "original_max_position_embeddings"
+        outer[name] = name
+    for name, inner in outer.items():
+        value = reader.values.get(name)
+        if value is not None and found.setdefault(inner, value) != value:
+            raise reader.error(f"{name} {_shown(value)} contradicts {_shown(found[inner])}")
+    return found
 
 
 def _llama3(inner: _Reader) -> Llama3Scaling:
@@ -478,8 +520,6 @@ def _yarn(inner: _Reader, context: int) -> YarnScaling:
 
 def _same_for_all_layers(reader: _Reader, parameters: dict[str, Any]) -> dict[str, Any]:
     """Rope parameters that stand once for each type of layer, where all types have the same."""
-    if not parameters or not set(parameters) <= {"full_attention", "sliding_attention"}:
-        return parameters
     (name, first), *others = parameters.items()
     for other, values in others:
         if values != first:
@@ -558,9 +598,8 @@ def hf_config(
 def _decoder_values(config: ModelConfig) -> dict[str, Any]:
     """What a `config.json` has to say of a decoder, but for its dtype."""
     windows = [layer.window for layer in config.attention]
-    rope: dict[str, Any] = {"rope_theta": config.rope.theta, "rope_type": "default"}
-    if config.rope.scaling is not None:
-        rope |= {"rope_type": config.rope.scaling.rope_type, **vars(config.rope.scaling)}
+    kinds = [_KINDS[window is not None] for window in windows]
+    ropes = {kind: _rope_values(rope) for kind, rope in zip(kinds, config.rope, strict=True)}
     values: dict[str, Any] = {
         "architectures": None,
         "model_type": config.architecture,
@@ -573,21 +612,20 @@ def _decoder_values(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": rope,
+        "rope_parameters": ropes if config.architecture == "gemma3_text" else ropes[kinds[0]],
         "tie_word_embeddings": config.tied,
         "eos_token_id": sorted(config.eos_token_ids),
     }
     if config.architecture != "llama":
-        values["layer_types"] = [
-            "full_attention" if window is None else "sliding_attention" for window in windows
-        ]
+        values["layer_types"] = kinds
         window = next((window for window in windows if window is not None), None)
         values["sliding_window"] = window
-    if config.architecture == "gemma2":
+    if config.architecture in ("gemma2", "gemma3_text"):
         first = config.attention[0]
+        scale = first.scale / config.rope[0].attention_factor ** 2
         values |= {
             "hidden_activation": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": round((first.scale / config.rope.attention_factor**2) ** -2),
+            "query_pre_attn_scalar": round(scale**-2),
             "attn_logit_softcapping": first.softcap,
             "final_logit_softcapping": config.final_softcap,
         }
@@ -598,4 +636,12 @@ def _decoder_values(config: ModelConfig) -> dict[str, Any]:
             values["max_window_layers"] = next(
                 (i for i, w in enumerate(windows) if w is not None), config.num_layers
             )
+    return values
+
+
+def _rope_values(rope: Rope) -> dict[str, Any]:
+    """Rope parameters as `config.json` has them."""
+    values: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": "default"}
+    if rope.scaling is not None:
+        values |= {"rope_type": rope.scaling.rope_type, **vars(rope.scaling)}
     return values

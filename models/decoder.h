@@ -10,14 +10,16 @@ namespace quorum {
 
 // Weights of a layer: matrices packed, a null pointer for what the model does not have. Caches:
 // (kv_heads, cache_size, dim) and (kv_heads, cache_size, v_dim). chunks: (num_chunks, 6) int64:
-// tiles, number of tiles, index, its columns, first and last query. window, softcap 0: none.
+// tiles, number of tiles, index, its columns, first and last query. cos, sin: tables by position.
+// window, softcap 0: none.
 #define QUORUM_LAYER(F)                                                                            \
     F(const void *, input_norm) F(const void *, qkv) F(const void *, qkv_bias)                     \
     F(const void *, q_norm) F(const void *, k_norm) F(const void *, o)                             \
     F(const void *, post_attention_norm) F(const void *, pre_feedforward_norm)                     \
     F(const void *, post_feedforward_norm) F(const void *, gate_up) F(const void *, down)          \
     F(void *, k_cache) F(void *, v_cache) F(const int64_t *, chunks) F(int64_t, num_chunks)        \
-    F(int64_t, window) F(float, scale) F(float, softcap)
+    F(const float *, cos) F(const float *, sin) F(int64_t, window) F(float, scale)                 \
+    F(float, softcap)
 QUORUM_STRUCT(Layer, QUORUM_LAYER);
 
 // embedding_scale 0: none.
@@ -28,12 +30,12 @@ QUORUM_STRUCT(Layer, QUORUM_LAYER);
     F(int64_t, plus_one) F(int64_t, gelu) F(float, eps) F(float, embedding_scale)
 QUORUM_STRUCT(Decoder, QUORUM_DECODER);
 
-// The hidden states (n, hidden) of n tokens after the final norm. cos, sin: tables by position.
-// suffixes: null where there are none. o, lse: room for partial results.
+// The hidden states (n, hidden) of n tokens after the final norm. suffixes: null where there are
+// none. o, lse: room for partial results.
 template <class T>
 void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int64_t *positions,
-            const float *cos, const float *sin, const int64_t *slots, const Suffixes *suffixes,
-            float *o, float *lse, T *out, int64_t threads) {
+            const int64_t *slots, const Suffixes *suffixes, float *o, float *lse, T *out,
+            int64_t threads) {
     const Decoder &d = *decoder;
     const int64_t q_size = d.heads * d.dim, k_size = d.kv_heads * d.dim;
     const int64_t v_size = d.kv_heads * d.v_dim, qkv_size = q_size + k_size + v_size;
@@ -88,7 +90,7 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
         const float *q_weight = q_norm ? widened(q_norm, d.dim, q_wide) : nullptr;
         const float *k_weight = k_norm ? widened(k_norm, d.dim, k_wide) : nullptr;
         parallel(n, std::max<int64_t>(1, 4096 / qkv_size), threads, [&](int64_t t) {
-            const float *c = cos + positions[t] * half, *s = sin + positions[t] * half;
+            const float *c = layer.cos + positions[t] * half, *s = layer.sin + positions[t] * half;
             const T *x = qkv + t * qkv_size;
             const auto turn = [&](const float *weight, T *y) {
                 if (weight)

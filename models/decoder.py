@@ -20,8 +20,8 @@ from kernels import cpp
 from kernels.forest_attention.cpp_impl import compile_plan, partials_of, suffixes_of
 from kernels.forest_attention.plan import CompiledKey, ForestPlan
 from kernels.packed_linear import packed, packed_linear
-from kernels.rope import rope_cos_sin
 from kernels.target import power_of_two
+from models.rope import Rope
 from models.transformer import DecoderLayer, RMSNorm, Transformer
 
 
@@ -47,7 +47,7 @@ class CppDecoder:
         self._parameters = list(model.parameters())
         self._versions: list[tuple[int, int]] = []
         self._kept: list[Tensor] = []
-        self._cos_sin: tuple[Tensor, Tensor] | None = None
+        self._angles: dict[Rope, tuple[Tensor, Tensor]] = {}  # tables by position
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, slots: Tensor, plan: ForestPlan
@@ -63,7 +63,7 @@ class CppDecoder:
         if not cpp.distinct_slots(slots, self.k_caches[0].shape[1]):
             raise ValueError(f"slots must be distinct and within the cache, got {slots.tolist()}")
         assert token_ids.is_contiguous() and positions.is_contiguous()
-        cos, sin = self._angles(plan)
+        self._reach(plan)
         suffixes = suffixes_of(plan)
         heads, v_dim = config.num_heads, config.v_head_dim
         o = lse = None
@@ -76,7 +76,7 @@ class CppDecoder:
         out = torch.empty(len(token_ids), config.hidden_size, dtype=self.dtype)
         cpp.call(
             "decode", self.dtype, ctypes.byref(self._decoder), token_ids, len(token_ids),
-            positions, cos, sin, slots, None if suffixes is None else ctypes.byref(suffixes), o,
+            positions, slots, None if suffixes is None else ctypes.byref(suffixes), o,
             lse, out,
         )  # fmt: skip
         return out
@@ -85,18 +85,19 @@ class CppDecoder:
         """`Transformer.head_logits`."""
         return packed_linear(hidden, self.model.head_weight)
 
-    def _angles(self, plan: ForestPlan) -> tuple[Tensor, Tensor]:
-        """Tables of cosines and sines, (positions, D / 2), that reach as far as a plan's tokens."""
+    def _reach(self, plan: ForestPlan) -> None:
+        """Give the layers tables of cosines and sines, (positions, D / 2), that reach as far as a
+        plan's tokens."""
 
         def furthest() -> int:
             grows = plan.suffix.capacity if plan.advancing and plan.suffix is not None else 0
             return int(plan.initial_positions.max(initial=0)) + grows
 
         last = plan.compiled(CompiledKey("cpp", "last position"), furthest)
-        if self._cos_sin is None or last >= len(self._cos_sin[0]):
-            known = torch.arange(power_of_two(last + 1, 1024))
-            self._cos_sin = rope_cos_sin(known, self.model.inv_freq_on(known.device))
-        return self._cos_sin
+        if last >= min((len(cos) for cos, _ in self._angles.values()), default=0):
+            self._angles = self.model.angles(torch.arange(power_of_two(last + 1, 1024)))
+        for layer, rope in zip(self._layers, self.model.config.rope, strict=True):
+            layer.cos, layer.sin = (table.data_ptr() for table in self._angles[rope])
 
     def _refresh(self) -> None:
         """Take the addresses of all weights, packed where they are matrices, if any has changed."""

@@ -33,6 +33,7 @@ from kernels.packed_linear import packed_linear, packs
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_cos_sin
 from models.config import ModelConfig
+from models.rope import Rope
 
 # attend(layer, q (T, Hq, D), k (T, Hkv, D), v (T, Hkv, Dv)) -> (T, Hq, Dv), after rope. Scale,
 # soft-cap and window are the caller's to apply: they are in config.attention[layer].
@@ -208,7 +209,7 @@ class Transformer(nn.Module):
         if not config.tied:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute = False
-        self._inv_freq: dict[torch.device, Tensor] = {}
+        self._inv_freq: dict[tuple[Rope, torch.device], Tensor] = {}
 
     @property
     def head_weight(self) -> Tensor:
@@ -242,14 +243,14 @@ class Transformer(nn.Module):
         the device).
         """
         config = self.config
-        cos, sin = rope_cos_sin(positions, self.inv_freq_on(positions.device))
+        angles = self.angles(positions)
         hidden = self.embed_tokens(token_ids)
         if config.embedding_scale is not None:
             # Rounded to the model's dtype first: in bfloat16 sqrt(3584) is 60, and was in training.
             hidden = hidden * torch.tensor(config.embedding_scale).to(hidden.dtype).item()
         update: Tensor | None = None
-        for layer in self.layers:
-            inputs = (update, hidden, cos, sin, attend, product, rotate)
+        for layer, own in zip(self.layers, config.rope, strict=True):
+            inputs = (update, hidden, *angles[own], attend, product, rotate)
             if self.recompute and torch.is_grad_enabled():
                 update, hidden = checkpoint(
                     layer, *inputs, use_reentrant=False, preserve_rng_state=False
@@ -295,11 +296,16 @@ class Transformer(nn.Module):
         positions = torch.arange(len(ids), device=device)
         return self.head(self(ids.long(), positions, causal_attend(self.config)))
 
-    def inv_freq_on(self, device: torch.device) -> Tensor:
-        if device not in self._inv_freq:
-            inv_freq = self.config.rope.inv_freq(self.config.head_dim)
-            self._inv_freq[device] = inv_freq.to(device)
-        return self._inv_freq[device]
+    def angles(self, positions: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:
+        """Cosines and sines of positions (T,), (T, head_dim / 2) each, for every rope there is."""
+        found = {}
+        for own in dict.fromkeys(self.config.rope):
+            place = own, positions.device
+            if place not in self._inv_freq:
+                inv_freq = own.inv_freq(self.config.head_dim)
+                self._inv_freq[place] = inv_freq.to(positions.device)
+            found[own] = rope_cos_sin(positions, self._inv_freq[place])
+        return found
 
 
 def causal_attend(config: ModelConfig, max_scores: int = _MAX_SCORES) -> Attend:

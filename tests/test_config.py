@@ -81,7 +81,7 @@ def test_qwen3(tmp_path: Path) -> None:
     assert config.architecture == "qwen3"
     assert (config.num_heads, config.num_kv_heads) == (6, 3)
     assert (config.head_dim, config.v_head_dim) == (16, 16)
-    assert config.rope == Rope(1000000.0, None)
+    assert config.rope[0] == Rope(1000000.0, None)
     assert config.attention[3].scale == 0.25
     assert config.attention[3].softcap is None and config.attention[3].window is None
     assert config.qk_norm and not config.attention_bias and not config.norm_plus_one
@@ -128,12 +128,12 @@ def test_soft_caps_may_be_null(tmp_path: Path) -> None:
 )
 def test_every_spelling_of_llama3_rope(tmp_path: Path, spelling: dict[str, Any]) -> None:
     config = read_config(write(tmp_path, LLAMA | spelling))
-    assert config.rope == Rope(500000.0, Llama3Scaling(8.0, 1.0, 4.0, 64))
+    assert config.rope[0] == Rope(500000.0, Llama3Scaling(8.0, 1.0, 4.0, 64))
 
 
 def test_rope_theta_defaults_to_ten_thousand(tmp_path: Path) -> None:
     values = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
-    assert read_config(write(tmp_path, values)).rope == Rope(10000.0, None)
+    assert read_config(write(tmp_path, values)).rope[0] == Rope(10000.0, None)
 
 
 SCALINGS: list[dict[str, Any]] = [
@@ -169,8 +169,8 @@ def test_rope_is_that_of_transformers(tmp_path: Path, dim: int, scaling: dict[st
         expected, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](oracle, torch.device("cpu"))
     values = LLAMA | {"rope_theta": None, "head_dim": dim, "rope_parameters": parameters}
     config = read_config(write(tmp_path, values))
-    assert torch.equal(config.rope.inv_freq(dim), expected)
-    assert config.rope.attention_factor == factor
+    assert torch.equal(config.rope[0].inv_freq(dim), expected)
+    assert config.rope[0].attention_factor == factor
     assert config.attention[0].scale == pytest.approx(dim**-0.5 * factor**2)
     if scaling["rope_type"] not in ("default", "dynamic") and scaling["factor"] != 1:
         assert not torch.equal(expected, Rope(500000.0, None).inv_freq(dim))
@@ -179,7 +179,7 @@ def test_rope_is_that_of_transformers(tmp_path: Path, dim: int, scaling: dict[st
     again = LlamaConfig(**written)
     if scaling["rope_type"] != "default":
         found, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](again, torch.device("cpu"))
-        assert torch.equal(found, expected) and factor == config.rope.attention_factor
+        assert torch.equal(found, expected) and factor == config.rope[0].attention_factor
 
 
 def test_yarn_that_was_added_to_a_config(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_yarn_that_was_added_to_a_config(tmp_path: Path) -> None:
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
     config = read_config(write(tmp_path, QWEN3 | {"rope_scaling": yarn}))
     assert config.max_position_embeddings == 2048
-    scaling = config.rope.scaling
+    scaling = config.rope[0].scaling
     assert isinstance(scaling, YarnScaling) and scaling.truncate
     assert (scaling.factor, scaling.beta_fast, scaling.beta_slow) == (4.0, 32.0, 1.0)
     short: list[dict[str, Any]] = [
@@ -223,7 +223,7 @@ def test_scalings_that_leave_the_context_alone(
     tmp_path: Path, given: dict[str, Any], expected: object
 ) -> None:
     config = read_config(write(tmp_path, QWEN3 | {"rope_scaling": given}))
-    assert config.rope.scaling == expected and config.max_position_embeddings == 512
+    assert config.rope[0].scaling == expected and config.max_position_embeddings == 512
 
 
 KNOWN = {

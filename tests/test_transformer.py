@@ -68,10 +68,15 @@ def test_old_spelling_of_the_config(tmp_path: Path, family: str) -> None:
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
     rope = values.pop("rope_parameters")
+    if family == "gemma3_text":
+        values["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        values["sliding_window_pattern"] = 2
+        rope = rope["full_attention"]
     values["rope_theta"] = rope.pop("rope_theta")
     values["rope_scaling"] = None
-    if family == "llama":
-        values["rope_scaling"] = {"type": rope.pop("rope_type")} | rope
+    if family in ("llama", "gemma3_text"):
+        kind = "type" if family == "llama" else "rope_type"
+        values["rope_scaling"] = {kind: rope.pop("rope_type")} | rope
     values["torch_dtype"] = values.pop("dtype")
     values.pop("layer_types", None)
     path.write_text(json.dumps(values))
@@ -85,6 +90,8 @@ def test_old_spelling_of_the_config(tmp_path: Path, family: str) -> None:
     [
         ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
         ("gemma2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
+        ("gemma3_text", {"rope_parameters": None, "sliding_window_pattern": 3}),
+        ("gemma3_text", {"attn_logit_softcapping": None, "num_key_value_heads": 1}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
         ("qwen2", {"use_sliding_window": False}),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
@@ -114,7 +121,10 @@ def test_scaled_rope_equals_transformers(
     tmp_path: Path, family: str, scaling: dict[str, Any]
 ) -> None:
     """Past the original length; `dynamic` up to the end of the context, where ours ends."""
-    parameters = {"rope_theta": 10000.0} | scaling
+    parameters: dict[str, Any] = {"rope_theta": 10000.0} | scaling
+    if family == "gemma3_text":
+        plain = {"rope_type": "default", "rope_theta": 500.0}
+        parameters = {"full_attention": parameters, "sliding_attention": plain}
     oracle = tiny.write_checkpoint(
         tmp_path, family, rope_parameters=parameters, max_position_embeddings=TOKENS
     )

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -21,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-FAMILIES = ("qwen3", "qwen2", "llama", "gemma2")
+FAMILIES = ("qwen3", "qwen2", "llama", "gemma2", "gemma3_text")
 VOCAB_SIZE = 320
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -59,12 +60,21 @@ def hf_config(family: str, **overrides: Any) -> PreTrainedConfig:
         "qwen2": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
         "llama": {"rope_parameters": LLAMA3_ROPE},
         "gemma2": {"head_dim": 20, "query_pre_attn_scalar": 24, "sliding_window": 11},
-    }
+        "gemma3_text": {
+            "head_dim": 20, "query_pre_attn_scalar": 24, "sliding_window": 11,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+            },
+        },
+    }  # fmt: skip
     kinds: dict[str, type[PreTrainedConfig]] = {
         "qwen3": Qwen3Config,
         "qwen2": Qwen2Config,
         "llama": LlamaConfig,
         "gemma2": Gemma2Config,
+        "gemma3_text": Gemma3TextConfig,
     }
     return kinds[family](**(values | own[family] | overrides))
 
