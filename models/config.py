@@ -393,14 +393,16 @@ def _ropes(
         if by_kind:
             parameters = _same_for_all_layers(reader, parameters)
         return (_rope(reader, _with_outer(reader, parameters), context),) * len(windows)
-    full, sliding = (parameters.get(kind) for kind in _KINDS) if by_kind else (parameters, None)
+    # What is said of no kind is said of the full one, as transformers has it.
+    of_full = {name: value for name, value in parameters.items() if name not in _KINDS}
     ropes = []
-    for kind, own, outer, theta in zip(
-        _KINDS, (full, sliding), ("rope_theta", "rope_local_base_freq"), (1e6, 1e4), strict=True
+    for kind, more, outer, theta in zip(
+        _KINDS, (of_full, {}), ("rope_theta", "rope_local_base_freq"), (1e6, 1e4), strict=True
     ):
-        if own is not None and not isinstance(own, dict):
+        own = {} if parameters.get(kind) is None else parameters[kind]
+        if not isinstance(own, dict):
             raise reader.error(f"rope_parameters.{kind} must be an object, got {_shown(own)}")
-        ropes.append(_rope(reader, _with_outer(reader, own or {}, outer), context, theta))
+        ropes.append(_rope(reader, _with_outer(reader, own | more, outer), context, theta))
     return tuple(ropes[window is not None] for window in windows)
 
 

