@@ -45,6 +45,15 @@ SCALAR_ARCHITECTURES = {
     name.replace("Gemma3For", "Gemma3TextFor").replace("CausalLM", "SequenceClassification"): family
     for name, family in ARCHITECTURES.items()
 }
+# A model that sees images too, of which the text model is read: what its text_config leaves out is
+# as transformers has it.
+_WITH_IMAGES = "Gemma3ForConditionalGeneration"
+_TEXT_DEFAULTS = {
+    "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
+    "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256,
+}  # fmt: skip
 MAX_LAYERS = 1024
 MAX_CONTEXT = 2**31 - 1
 DTYPES = {
@@ -209,7 +218,7 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
     """
     _require_directory(directory)
     path = Path(directory) / "config.json"
-    reader = _Reader(path, read_json(path))
+    reader = _Reader(path, _of_text(path, read_json(path)))
     architecture = _architecture(reader, scalar)
     gemma = architecture in ("gemma2", "gemma3_text")
     if scalar:
@@ -277,6 +286,20 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
         dtype=_dtype(reader),
         pad_token_id=_pad(reader, vocab_size) if scalar else None,
     )
+
+
+def _of_text(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says; of a model that sees images, what it says of its text model."""
+    if values.get("architectures") != [_WITH_IMAGES]:
+        return values
+    text = values.get("text_config")
+    if not isinstance(text, dict):
+        raise ValueError(f"{path}: text_config must be an object, got {_shown(text)}")
+    shared = ("eos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization_config",
+              "tie_word_embeddings", "auto_map")  # fmt: skip
+    outer = {key: values[key] for key in shared if values.get(key) is not None}
+    names = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+    return _TEXT_DEFAULTS | text | outer | names
 
 
 def _require_directory(directory: str | os.PathLike[str]) -> None:
@@ -580,11 +603,11 @@ def hf_config(
 
     base: the contents of the one that the decoder was read from, be it of a language model or of a
     scalar one. All of it stays, in its own spelling, but for the dtype and what a scalar model has
-    other than a language model.
+    other than a language model; of a model that sees images, what it says of its text model.
     """
     known = SCALAR_ARCHITECTURES if scalar else ARCHITECTURES
     name = next(k for k, v in known.items() if v == config.architecture)
-    values = _decoder_values(config) if base is None else dict(base)
+    values = _decoder_values(config) if base is None else _of_text(Path("base"), dict(base))
     if scalar and values.get("architectures") != [name]:
         for key in ("num_labels", "problem_type"):  # of a head that is gone
             values.pop(key, None)

@@ -8,6 +8,8 @@ finite. Two exceptions: `rotary_emb.inv_freq` of old checkpoints is ignored, bec
 config.json; `lm_head.weight` beside a tied embedding is accepted if it equals the embedding, though
 not in a scalar model, whose only head is `score.weight`.
 
+Of a model that sees images the text model is read, and what is saved is that alone.
+
 It does not read pickles, quantised or integer tensors.
 """
 
@@ -41,6 +43,9 @@ _STORED_DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _STORED_DTYPES.items()}
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# Of a model that sees images: its text model, in the old spelling and in the new, and the rest.
+_TEXT = re.compile(r"(language_model\.model|model\.language_model)\.")
+_IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SCORE = "score.weight"
 
@@ -59,9 +64,10 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor is stored, from a file's header."""
+    """Where a tensor is stored, from a file's header, and its name there."""
 
     path: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -120,7 +126,7 @@ def _load(model: Model, root: Path, dtype: torch.dtype | None, device: str | tor
         try:
             with safe_open(path, "pt", device="cpu") as file:
                 for name in names:
-                    tensor = file.get_tensor(name).to(dtype)
+                    tensor = file.get_tensor(stored[name].name).to(dtype)
                     place = slots[name].of(parameters)
                     if may_repeat and name == _HEAD:
                         if not torch.equal(tensor, place.cpu()):
@@ -296,7 +302,12 @@ def _stored_tensors(root: Path) -> dict[str, _Stored]:
         if pickles:
             raise ValueError(f"{pickles[0]}: pickled weights are refused, convert to safetensors")
         raise ValueError(f"{root}: holds neither {_SINGLE} nor {_INDEX}")
-    return {name: tensor for name, tensor in stored.items() if not _IGNORED.fullmatch(name)}
+    stored = {name: tensor for name, tensor in stored.items() if not _IGNORED.fullmatch(name)}
+    if not any(_TEXT.match(name) for name in stored):
+        return stored
+    texts = {name: each for name, each in stored.items() if not _IMAGES.match(name)}
+    return {_TEXT.sub("model.", name).removeprefix("language_model."): each
+            for name, each in texts.items()}  # fmt: skip
 
 
 def _indexed_tensors(index: Path) -> dict[str, _Stored]:
@@ -362,7 +373,7 @@ def _header(path: Path) -> dict[str, _Stored]:
             raise ValueError(f"{path}: {name} has dtype {dtype!r}, which is not supported")
         if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
             raise ValueError(f"{path}: {name} has a malformed shape or data_offsets")
-        stored[name] = _Stored(path, _STORED_DTYPES[dtype], tuple(shape))
+        stored[name] = _Stored(path, name, _STORED_DTYPES[dtype], tuple(shape))
         end = max(end, offsets[1])
     if end != size - 8 - length:
         raise ValueError(

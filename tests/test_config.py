@@ -123,8 +123,20 @@ def test_gemma3(tmp_path: Path) -> None:
     bare = {key: value for key, value in GEMMA3.items() if "soft" not in key and "rope" not in key}
     config = read_config(write(tmp_path, bare))
     assert {config.rope[0], config.rope[5]} == {near, Rope(1000000.0, None)}
+    # The published 4B says so much of its text model, and no more.
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+            "model_type": "gemma3_text", "sliding_window": 1024,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0}}  # fmt: skip
+    both = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+            "eos_token_id": [1, 106], "torch_dtype": "bfloat16", "text_config": text}  # fmt: skip
+    config = read_config(write(tmp_path, both))
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (8, 4, 256)
+    assert config.vocab_size == 262208 and config.max_position_embeddings == 131072
+    assert config.eos_token_ids == {1, 106} and config.dtype == torch.bfloat16 and config.tied
+    assert config.rope[5] == far and config.attention[5].window is None
     for values, message in (
         ({"rope_parameters": {"sliding_attention": 7}}, "sliding_attention must be an object"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "text_config must be an object"),
         ({"rope_local_base_freq": -1}, "rope_theta must be a positive number, got -1"),
         ({"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive integer"),
         (

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kernels.forest_attention import AttentionOptions
 from models.config import ModelConfig, read_config
 from models.transformer import RMSNorm, Transformer, causal_attend
-from models.weights import load_weights
+from models.weights import load_weights, save_pretrained
 from tests import tiny
 
 TOKENS = 150  # past every window and past the original length of the llama3 rope
@@ -105,6 +105,21 @@ def test_variants_equal_transformers(
     oracle = tiny.write_checkpoint(tmp_path, family, **overrides)
     ours = load_weights(tmp_path, read_config(tmp_path)).logits(token_ids(60))
     torch.testing.assert_close(ours, oracle_logits(oracle, token_ids(60)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_the_text_model_of_one_that_sees_images(tmp_path: Path, published: bool) -> None:
+    """As transformers writes it, and in the names of the published checkpoints. What is saved is
+    the text model alone."""
+    theirs = tiny.write_with_images(tmp_path / "both", published)
+    config = read_config(tmp_path / "both")
+    ours = load_weights(tmp_path / "both", config)
+    expected = oracle_logits(theirs, token_ids(60))
+    torch.testing.assert_close(ours.logits(token_ids(60)), expected, atol=1e-5, rtol=0)
+    save_pretrained(ours, tmp_path / "text", tmp_path / "both")
+    assert read_config(tmp_path / "text") == config
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text", attn_implementation="eager")
+    torch.testing.assert_close(oracle_logits(alone, token_ids(60)), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     LlamaConfig,
     PreTrainedConfig,
@@ -110,6 +113,38 @@ def write_checkpoint(
         directory, dtype=dtype, attn_implementation="eager"
     )
     return oracle.eval()
+
+
+def write_with_images(directory: Path, published: bool) -> PreTrainedModel:
+    """Write a Gemma-3 that sees images too, with names as transformers writes them or as in the
+    published checkpoints; return transformers' own model."""
+    generator = torch.Generator().manual_seed(0)
+    text = hf_config("gemma3_text").to_dict() | {"architectures": None}
+    vision = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False,
+    }  # fmt: skip
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=7
+    )
+    model = Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.save_pretrained(directory)
+    if published:
+        path = directory / "model.safetensors"
+        names = {"model.language_model.": "language_model.model.", "model.vision": "vision",
+                 "model.multi": "multi"}  # fmt: skip
+        tensors = load_file(path)
+        for new, old in names.items():
+            tensors = {
+                old + name.removeprefix(new) if name.startswith(new) else name: tensor
+                for name, tensor in tensors.items()
+            }
+        assert not any(name.startswith("model.") for name in tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+    return model
 
 
 def write_model(
