@@ -57,7 +57,10 @@ def test_greedy_judgements_equal_transformers(name: str, tmp_path: Path) -> None
     tokenizer = AutoTokenizer.from_pretrained(directory)
     rows = read_llmbar(DATA)
     rows = sorted(rows[:: len(rows) // ROWS], key=lambda row: sum(map(len, row.responses)))[:ROWS]
-    prompts = [judge.render(row.messages, row.responses) for row in rows]
+    prompts = [
+        judge.prompts.render(row, range(len(row.responses)), nonce=judge.prompts.nonce(row, 0))
+        for row in rows
+    ]
 
     verdicts = judge.rows(
         rows, k=1, temperature=0.0, orders="fixed", stop="eos", max_new_tokens=NEW_TOKENS
