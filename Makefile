@@ -14,7 +14,7 @@ sample: .venv/.stamp    ## judge the bundled rows with the pocket model and its 
 test: .venv/.stamp      ## the suite, without the markers gpu and soak; then Triton's interpreter
 	$(PY) -c 'from kernels.cpp import library; library()'   # built once, before many need it
 	$(SUITE)
-	TRITON_INTERPRET=1 $(SUITE) -m "triton and not gpu and not soak" tests/spec tests/triton
+	TRITON_INTERPRET=1 $(SUITE) -m "triton and not gpu and not soak" tests/triton tests/spec
 
 check: .venv/.stamp     ## lint, formatting, types
 	$(PY) -m ruff check .

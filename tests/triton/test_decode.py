@@ -154,6 +154,7 @@ def test_suffixes_that_come_to_new_splits(monkeypatch: pytest.MonkeyPatch) -> No
     assert recorder.captured == 2 and recorder.replayed == 17 - 2
 
 
+@pytest.mark.soak
 def test_a_block_ends_within_replayed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device goes on in the next block, which lies elsewhere, without the host."""
     with_short_splits(monkeypatch)
