@@ -53,10 +53,9 @@ class Verdict:
     per response; all three are None where no sample voted. `score` says which scores of a sample
     count, `vote` what it counts for a response with them, and `meta_vote` what a meta model did,
     None without (engine/options.py); sums are integers where the scores that were drawn count
-    themselves, and all alike. `tie` says that `best` was drawn
-    among equals. `valid` counts samples with valid scores, `votes` those that were counted.
-    `k_used` counts the samples drawn where a row may be decided before it has k, and is None
-    elsewhere.
+    themselves, and all alike. `tie` says that `best` was drawn among equals. `valid` counts samples
+    with valid scores, `votes` those that were counted. `k_used` counts the samples drawn where a
+    row may be decided before it has k, and is None elsewhere.
     `prompt_tokens` counts the full prompts of all samples, `tree_tokens` the distinct tokens of
     their tree, `decode_tokens` the generated ones. `label`, `correct` and `row_meta` are None
     without a label or meta. A label that is a tie has no `correct`, but `agrees`: whether `best` is

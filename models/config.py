@@ -64,6 +64,7 @@ DTYPES = {
 _SCALINGS: dict[str, type[RopeScaling]] = {
     kind.rope_type: kind for kind in (LinearScaling, DynamicScaling, Llama3Scaling, YarnScaling)
 }
+_GEMMA = "gemma2", "gemma3_text"
 _KINDS = "full_attention", "sliding_attention"  # of layers
 _MAX_TEXT = 1 << 20  # characters of a template; real ones have at most some 30,000
 
@@ -220,7 +221,7 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
     path = Path(directory) / "config.json"
     reader = _Reader(path, _of_text(path, read_json(path)))
     architecture = _architecture(reader, scalar)
-    gemma = architecture in ("gemma2", "gemma3_text")
+    gemma = architecture in _GEMMA
     if scalar:
         _require_one_label(reader)
     _refuse_unsupported(reader, architecture)
@@ -367,7 +368,7 @@ def _refuse_unsupported(reader: _Reader, architecture: str) -> None:
             raise reader.error(f"{key} is not supported")
     key, wanted = (
         ("hidden_activation", "gelu_pytorch_tanh")
-        if architecture in ("gemma2", "gemma3_text")
+        if architecture in _GEMMA
         else ("hidden_act", "silu")
     )
     if reader.values.get(key) != wanted:
@@ -399,8 +400,7 @@ def _windows(reader: _Reader, architecture: str, num_layers: int) -> list[int | 
         slides = [kind == "sliding_attention" for kind in kinds]
     if not any(slides):
         return [None] * num_layers
-    gemma = architecture in ("gemma2", "gemma3_text")
-    if architecture == "llama" or not reader.flag("use_sliding_window", gemma):
+    if architecture == "llama" or not reader.flag("use_sliding_window", architecture in _GEMMA):
         raise reader.error("layer_types has sliding_attention, but this model has no window")
     window = reader.integer("sliding_window")
     return [window if slide else None for slide in slides]
@@ -645,7 +645,7 @@ def _decoder_values(config: ModelConfig) -> dict[str, Any]:
         values["layer_types"] = kinds
         window = next((window for window in windows if window is not None), None)
         values["sliding_window"] = window
-    if config.architecture in ("gemma2", "gemma3_text"):
+    if config.architecture in _GEMMA:
         first = config.attention[0]
         scale = first.scale / config.rope[0].attention_factor ** 2
         values |= {

@@ -46,6 +46,8 @@ struct Tile {
     F(int64_t, num_queries) F(int64_t, stride) F(int64_t, max_split) F(int64_t, num_splits)
 QUORUM_STRUCT(Suffixes, QUORUM_SUFFIXES);
 
+inline int64_t whole_vectors(int64_t channels) { return (channels + LANES - 1) / LANES * LANES; }
+
 // -- products ------------------------------------------------------------------------------------
 
 // Scores of K keys under V vectors of query rows, (K, V * LANES), and the largest so far of each
@@ -84,6 +86,20 @@ void scores_of(const float *q, const float *keys, int64_t stride, int64_t n, int
         scores_tile<V, K>(q, keys + j * stride, stride, dim, scores + j * V * LANES, row_max);
     for (; j < n; j++)
         scores_tile<V, 1>(q, keys + j * stride, stride, dim, scores + j * V * LANES, row_max);
+}
+
+inline void scores_of(int64_t vectors, const float *q, const float *keys, int64_t stride, int64_t n,
+                      int64_t dim, float *scores, float *row_max) {
+    switch (vectors) {
+        case 1: scores_of<1>(q, keys, stride, n, dim, scores, row_max); break;
+        case 2: scores_of<2>(q, keys, stride, n, dim, scores, row_max); break;
+        case 3: scores_of<3>(q, keys, stride, n, dim, scores, row_max); break;
+        default:
+            if constexpr (MAX_VECTORS > 3) {
+                if (vectors == 4) scores_of<4>(q, keys, stride, n, dim, scores, row_max);
+                else scores_of<6>(q, keys, stride, n, dim, scores, row_max);
+            }
+    }
 }
 
 // Adds n weighted values to V vectors of channels of R rows, or to 0 if `first`: weights (n, rows)
@@ -281,7 +297,7 @@ template <int R, class T>
 void attend_few(const Attention<T> &a, int64_t head, const Tile &tile, const NextKeys &next) {
     thread_local std::vector<float> values_storage, storage;
     const int64_t groups = a.heads / a.kv_heads, num_keys = tile.num_keys;
-    const int64_t width = (a.v_dim + LANES - 1) / LANES * LANES;
+    const int64_t width = whole_vectors(a.v_dim);
     const int64_t stride = (num_keys + 15) / 16 * 16;
     float *scores = room(storage, R * (stride + a.dim + width));
     float *q = scores + R * stride, *sums = q + R * a.dim;
@@ -373,7 +389,7 @@ template <class T>
 void attend_rows(const Attention<T> &a, int64_t head, const Tile &tile,
                  const QueryRows &query_rows) {
     thread_local std::vector<float> keys_buffer, values_buffer, scores_buffer, out_buffer;
-    const int64_t groups = a.heads / a.kv_heads, width = (a.v_dim + LANES - 1) / LANES * LANES;
+    const int64_t groups = a.heads / a.kv_heads, width = whole_vectors(a.v_dim);
     const int64_t num_keys = tile.num_keys, n = query_rows.n, rows = query_rows.rows,
                   vectors = query_rows.vectors;
     int64_t k_stride = a.k_n, v_stride = a.v_n;
@@ -398,17 +414,7 @@ void attend_rows(const Attention<T> &a, int64_t head, const Tile &tile,
     }
     float row_max[MAX_VECTORS * LANES];
     std::fill_n(row_max, rows, -INF);
-    switch (vectors) {
-        case 1: scores_of<1>(query_rows.q, keys, k_stride, num_keys, a.dim, scores, row_max); break;
-        case 2: scores_of<2>(query_rows.q, keys, k_stride, num_keys, a.dim, scores, row_max); break;
-        case 3: scores_of<3>(query_rows.q, keys, k_stride, num_keys, a.dim, scores, row_max); break;
-        default:
-            if constexpr (MAX_VECTORS > 3) {
-                if (vectors == 4)
-                    scores_of<4>(query_rows.q, keys, k_stride, num_keys, a.dim, scores, row_max);
-                else scores_of<6>(query_rows.q, keys, k_stride, num_keys, a.dim, scores, row_max);
-            }
-    }
+    scores_of(vectors, query_rows.q, keys, k_stride, num_keys, a.dim, scores, row_max);
     if (masked || a.softcap > 0) {
         for (int64_t v = 0; v < rows; v += LANES) {
             const ivec from = masked ? read<ivec>(low + v) : ivec{};

@@ -22,8 +22,6 @@ namespace quorum {
     F(float *, d_q) F(float *, d_k) F(float *, d_v)
 QUORUM_STRUCT(Gradients, QUORUM_GRADIENTS);
 
-inline int64_t whole_vectors(int64_t channels) { return (channels + LANES - 1) / LANES * LANES; }
-
 // n rows times a factor, as they are, `width` apart, and laid out as (dim, rows).
 template <class T>
 void both_layouts(const T *const *from, int64_t n, int64_t dim, float factor, float *by_row,
@@ -37,21 +35,6 @@ void both_layouts(const T *const *from, int64_t n, int64_t dim, float factor, fl
     for (int64_t v = 0; v < n; v += LANES)
         lay_out([&](int64_t r) { return by_row + (v + r) * width; },
                 std::min<int64_t>(n - v, LANES), dim, by_channel + v, rows);
-}
-
-// products (n, rows) of query rows (dim, rows), and keys (n, stride).
-inline void products_of(int64_t vectors, const float *q, const float *keys, int64_t stride,
-                        int64_t n, int64_t dim, float *products, float *largest) {
-    switch (vectors) {
-        case 1: scores_of<1>(q, keys, stride, n, dim, products, largest); break;
-        case 2: scores_of<2>(q, keys, stride, n, dim, products, largest); break;
-        case 3: scores_of<3>(q, keys, stride, n, dim, products, largest); break;
-        default:
-            if constexpr (MAX_VECTORS > 3) {
-                if (vectors == 4) scores_of<4>(q, keys, stride, n, dim, products, largest);
-                else scores_of<6>(q, keys, stride, n, dim, products, largest);
-            }
-    }
 }
 
 // out (n, width) += the sums over m rows (m, width) with weights: (n, rows) if `by_row`, and then
@@ -117,9 +100,9 @@ void attend_backward(const AttentionArguments *arguments, const Gradients *gradi
                 }
                 both_layouts(q_rows, n, a.dim, a.scale, q, k_width, q_by_channel, rows);
                 both_layouts(d_o_rows, n, a.v_dim, 1.0f, d_o, v_width, d_o_by_channel, rows);
-                products_of(vectors, q_by_channel, keys, k_stride, num_keys, a.dim, weights,
+                scores_of(vectors, q_by_channel, keys, k_stride, num_keys, a.dim, weights,
                             largest);
-                products_of(vectors, d_o_by_channel, values, v_stride, num_keys, a.v_dim, slopes,
+                scores_of(vectors, d_o_by_channel, values, v_stride, num_keys, a.v_dim, slopes,
                             largest);
                 for (int64_t v = 0; v < rows; v += LANES) {
                     const ivec from = read<ivec>(low + v), to = read<ivec>(high + v);
