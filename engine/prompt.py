@@ -32,7 +32,7 @@ from engine.request import Row
 from engine.settings import JudgeSettings
 from engine.templates import DATE, LongText, Template, check_variables
 from engine.thinking import open_thinking
-from models.config import read_text
+from models.files import read_text
 from models.tokenizer import Tokenizer, chat_template_of
 
 DEFAULT_TEMPLATE = Path(__file__).with_name("judge_template.jinja")

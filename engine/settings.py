@@ -9,7 +9,7 @@ from typing import Any, Literal
 from engine.formats import FORMATS
 from engine.options import MAX_K
 from kernels.score_grammar import ScoreRules
-from models.config import read_json
+from models.files import read_json
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "score_min": (int,),

@@ -12,27 +12,19 @@ It does not read `auto_map` code, quantised checkpoints, experts, or rope types 
 `models/rope.py`.
 """
 
-import json
 import os
 import re
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernels.forest_attention import AttentionOptions
-from models.rope import (
-    DynamicScaling,
-    LinearScaling,
-    Llama3Scaling,
-    Rope,
-    RopeScaling,
-    YarnScaling,
-    yarn_attention_factor,
-)
+from models.files import Reader, read_json, shown
+from models.rope import Rope, YarnScaling
+from models.rope_config import KINDS, read_ropes, rope_values
 
 ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
@@ -55,18 +47,12 @@ _TEXT_DEFAULTS = {
     "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256,
 }  # fmt: skip
 MAX_LAYERS = 1024
-MAX_CONTEXT = 2**31 - 1
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-_SCALINGS: dict[str, type[RopeScaling]] = {
-    kind.rope_type: kind for kind in (LinearScaling, DynamicScaling, Llama3Scaling, YarnScaling)
-}
 _GEMMA = "gemma2", "gemma3_text"
-_KINDS = "full_attention", "sliding_attention"  # of layers
-_MAX_TEXT = 1 << 20  # characters of a template; real ones have at most some 30,000
 
 
 @dataclass(frozen=True)
@@ -113,103 +99,6 @@ class ModelConfig:
     pad_token_id: int | None = None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError naming the file if it is not one or repeats a key."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    return parse_json(path, path.read_bytes())
-
-
-def read_text(path: Path, what: str) -> str:
-    """The text of a UTF-8 file, of at most 2^20 characters; `what` it holds is for the ValueError,
-    which names the file: for a pipe, a device, a directory, or text that is longer or not UTF-8."""
-    if not path.is_file():
-        raise ValueError(f"{path}: {what} must be a file")
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(_MAX_TEXT + 1)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {what} must be UTF-8: {error}") from None
-    if len(text) > _MAX_TEXT:
-        raise ValueError(f"{path}: {what} must have at most {_MAX_TEXT} characters")
-    return text
-
-
-def parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    """The JSON object in `text`, which was read from `path`; ValueError as in `read_json`."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"{path}: repeated key {key!r}")
-            found[key] = value
-        return found
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _shown(value: object) -> str:
-    """A value in a message, cut: an integer may have thousands of digits."""
-    if isinstance(value, int) and abs(value) >= 10**40:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."
-
-
-class _Reader:
-    """Typed access to the keys of a config, with the file's name in every error."""
-
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        self.path = path
-        self.values = values
-
-    def error(self, message: str) -> ValueError:
-        return ValueError(f"{self.path}: {message}")
-
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def integer(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(f"{key} must be a positive integer, got {_shown(value)}")
-        if value > most:
-            raise self.error(f"{key} must be at most {most}, got {_shown(value)}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not (0 < value <= sys.float_info.max)
-        ):
-            raise self.error(f"{key} must be a positive number, got {_shown(value)}")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise self.error(f"{key} must be true or false, got {value!r}")
-        return value
-
-    def cap(self, key: str, architecture: str) -> float | None:
-        """A positive number, or null; in gemma2, which has caps, the key itself must be there."""
-        if key not in self.values and architecture == "gemma2":
-            raise self.error(f"{key} is missing")
-        return self.number(key) if self.has(key) else None
-
-
 def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> ModelConfig:
     """Read `config.json` and, for end-of-text ids, `generation_config.json` of a model directory.
 
@@ -219,7 +108,7 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
     """
     _require_directory(directory)
     path = Path(directory) / "config.json"
-    reader = _Reader(path, _of_text(path, read_json(path)))
+    reader = Reader(path, _of_text(path, read_json(path)))
     architecture = _architecture(reader, scalar)
     gemma = architecture in _GEMMA
     if scalar:
@@ -250,7 +139,7 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
     vocab_size = reader.integer("vocab_size")
     context = reader.integer("max_position_embeddings")
     windows = _windows(reader, architecture, num_layers)
-    ropes = _ropes(reader, architecture, windows, context)
+    ropes = read_ropes(reader, architecture, windows, context)
     for rope in ropes:
         if isinstance(rope.scaling, YarnScaling):
             old = rope.scaling.original_max_position_embeddings
@@ -295,7 +184,7 @@ def _of_text(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         return values
     text = values.get("text_config")
     if not isinstance(text, dict):
-        raise ValueError(f"{path}: text_config must be an object, got {_shown(text)}")
+        raise ValueError(f"{path}: text_config must be an object, got {shown(text)}")
     shared = ("eos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization_config",
               "tie_word_embeddings", "auto_map")  # fmt: skip
     outer = {key: values[key] for key in shared if values.get(key) is not None}
@@ -317,7 +206,7 @@ def _require_directory(directory: str | os.PathLike[str]) -> None:
     raise ValueError(f"{name}: no such directory, and a model is a local directory{hint}")
 
 
-def _architecture(reader: _Reader, scalar: bool) -> str:
+def _architecture(reader: Reader, scalar: bool) -> str:
     names = reader.values.get("architectures")
     model_type = reader.values.get("model_type")
     known = SCALAR_ARCHITECTURES if scalar else ARCHITECTURES
@@ -340,7 +229,7 @@ def _architecture(reader: _Reader, scalar: bool) -> str:
     return architecture
 
 
-def _require_one_label(reader: _Reader) -> None:
+def _require_one_label(reader: Reader) -> None:
     """As transformers counts labels: those of id2label, else num_labels, else two."""
     labels = reader.values.get("id2label")
     count = len(labels) if isinstance(labels, dict) else reader.values.get("num_labels", 2)
@@ -348,7 +237,7 @@ def _require_one_label(reader: _Reader) -> None:
         raise reader.error(f"a meta model has one label, got id2label {labels!r}, {count} labels")
 
 
-def _refuse_unsupported(reader: _Reader, architecture: str) -> None:
+def _refuse_unsupported(reader: Reader, architecture: str) -> None:
     if reader.values.get("auto_map"):
         raise reader.error("auto_map names code to run, which is refused")
     for key in ("quantization_config", "compression_config"):
@@ -375,7 +264,7 @@ def _refuse_unsupported(reader: _Reader, architecture: str) -> None:
         raise reader.error(f"{key} must be {wanted!r}, got {reader.values.get(key)!r}")
 
 
-def _windows(reader: _Reader, architecture: str, num_layers: int) -> list[int | None]:
+def _windows(reader: Reader, architecture: str, num_layers: int) -> list[int | None]:
     """The sliding window of each layer, None where it sees all keys before it."""
     kinds = reader.values.get("layer_types")
     if kinds is None:
@@ -395,7 +284,7 @@ def _windows(reader: _Reader, architecture: str, num_layers: int) -> list[int | 
         if not isinstance(kinds, list) or len(kinds) != num_layers:
             raise reader.error(f"layer_types must name {num_layers} layers, got {kinds!r}")
         for kind in kinds:
-            if kind not in _KINDS:
+            if kind not in KINDS:
                 raise reader.error(f"layer_types: {kind!r} is not supported")
         slides = [kind == "sliding_attention" for kind in kinds]
     if not any(slides):
@@ -406,160 +295,10 @@ def _windows(reader: _Reader, architecture: str, num_layers: int) -> list[int | 
     return [window if slide else None for slide in slides]
 
 
-def _ropes(
-    reader: _Reader, architecture: str, windows: Sequence[int | None], context: int
-) -> tuple[Rope, ...]:
-    """The rope of each layer. Gemma-3 has one for layers with a window and one for the others."""
-    parameters = _rope_objects(reader)
-    by_kind = bool(parameters) and set(parameters) <= {*_KINDS}
-    if architecture != "gemma3_text":
-        if by_kind:
-            parameters = _same_for_all_layers(reader, parameters)
-        return (_rope(reader, _with_outer(reader, parameters), context),) * len(windows)
-    # What is said of no kind is said of the full one, as transformers has it.
-    of_full = {name: value for name, value in parameters.items() if name not in _KINDS}
-    ropes = []
-    for kind, more, outer, theta in zip(
-        _KINDS, (of_full, {}), ("rope_theta", "rope_local_base_freq"), (1e6, 1e4), strict=True
-    ):
-        own = {} if parameters.get(kind) is None else parameters[kind]
-        if not isinstance(own, dict):
-            raise reader.error(f"rope_parameters.{kind} must be an object, got {_shown(own)}")
-        ropes.append(_rope(reader, _with_outer(reader, own | more, outer), context, theta))
-    return tuple(ropes[window is not None] for window in windows)
-
-
-def _rope(
-    reader: _Reader, parameters: dict[str, Any], context: int, default_theta: float = 1e4
-) -> Rope:
-    """The rope of these parameters, in a config whose max_position_embeddings is `context`."""
-    inner = _Reader(reader.path, parameters)
-    kind = inner.values.get("rope_type", inner.values.get("type", "default"))
-    if inner.values.get("type", kind) != kind:
-        raise reader.error(f"rope type is both {kind!r} and {inner.values['type']!r}")
-    for source in (inner, reader):
-        if source.number("partial_rotary_factor", default=1.0) != 1.0:
-            raise reader.error("partial_rotary_factor other than 1 is not supported")
-    theta = inner.number("rope_theta", default=default_theta)
-    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
-    if kind != "default":
-        scaling = _SCALINGS.get(kind) if isinstance(kind, str) else None
-        if scaling is None:
-            supported = ", ".join(["default", *_SCALINGS])
-            raise reader.error(f"rope type {_shown(kind)} is not supported (only {supported})")
-        known |= {field.name for field in fields(scaling)}
-    if kind == "yarn":
-        known |= {"mscale", "mscale_all_dim"}
-    for key in inner.values:
-        if key not in known:
-            raise reader.error(f"{key!r} has no meaning for rope type {kind!r}")
-    if kind in ("linear", "dynamic") and inner.number("factor") == 1:
-        kind = "default"
-    match kind:
-        case "linear":
-            return Rope(theta, LinearScaling(inner.number("factor")))
-        case "dynamic":
-            return Rope(theta, DynamicScaling(inner.number("factor")))
-        case "llama3":
-            return Rope(theta, _llama3(inner))
-        case "yarn":
-            if theta <= 1:
-                raise reader.error(f"rope_theta must exceed 1 for yarn, got {theta}")
-            return Rope(theta, _yarn(inner, context))
-    return Rope(theta, None)
-
-
-def _rope_objects(reader: _Reader) -> dict[str, Any]:
-    """What rope_scaling and rope_parameters say together."""
-    parameters: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        value = reader.values.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise reader.error(f"{key} must be an object, got {_shown(value)}")
-        for name, entry in (value or {}).items():
-            if parameters.setdefault(name, entry) != entry:
-                raise reader.error(f"rope_scaling and rope_parameters disagree on {name!r}")
-    return parameters
-
-
-def _with_outer(
-    reader: _Reader, parameters: Mapping[str, Any], theta: str = "rope_theta"
-) -> dict[str, Any]:
-    """Rope parameters with what keys of the config itself say; null says nothing. theta: the key of
-    the base there."""
-    found = {name: value for name, value in parameters.items() if value is not None}
-    outer = {theta: "rope_theta"}
-    if found.get("rope_type", found.get("type")) in ("llama3", "yarn"):
-        name = "original_max_position_embeddings"
-        outer[name] = name
-    for name, inner in outer.items():
-        value = reader.values.get(name)
-        if value is not None and found.setdefault(inner, value) != value:
-            raise reader.error(f"{name} {_shown(value)} contradicts {_shown(found[inner])}")
-    return found
-
-
-def _llama3(inner: _Reader) -> Llama3Scaling:
-    scaling = Llama3Scaling(
-        factor=inner.number("factor"),
-        low_freq_factor=inner.number("low_freq_factor"),
-        high_freq_factor=inner.number("high_freq_factor"),
-        original_max_position_embeddings=inner.integer("original_max_position_embeddings"),
-    )
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise inner.error(
-            f"high_freq_factor {scaling.high_freq_factor} must exceed low_freq_factor "
-            f"{scaling.low_freq_factor}"
-        )
-    return scaling
-
-
-def _yarn(inner: _Reader, context: int) -> YarnScaling:
-    """With the defaults of transformers: of the original context it is `context`, of the factor how
-    much longer `context` is than the original one. One of the two must be there."""
-    old = inner.integer("original_max_position_embeddings", default=context)
-    factor = inner.number("factor", default=context / old if old != context else None)
-    if factor * old > MAX_CONTEXT:
-        raise inner.error(
-            f"factor {factor} times original_max_position_embeddings {old} exceeds {MAX_CONTEXT}"
-        )
-    mscales = [
-        inner.number(key) if inner.has(key) else None for key in ("mscale", "mscale_all_dim")
-    ]
-    scaling = YarnScaling(
-        factor=factor,
-        original_max_position_embeddings=old,
-        attention_factor=inner.number(
-            "attention_factor", default=yarn_attention_factor(factor, *mscales)
-        ),
-        beta_fast=inner.number("beta_fast", default=32.0),
-        beta_slow=inner.number("beta_slow", default=1.0),
-        truncate=inner.flag("truncate", default=True),
-    )
-    if scaling.beta_fast < scaling.beta_slow:
-        raise inner.error(
-            f"beta_fast {scaling.beta_fast} must not be less than beta_slow {scaling.beta_slow}"
-        )
-    return scaling
-
-
-def _same_for_all_layers(reader: _Reader, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Rope parameters that stand once for each type of layer, where all types have the same."""
-    (name, first), *others = parameters.items()
-    for other, values in others:
-        if values != first:
-            raise reader.error(
-                f"rope_parameters.{name} and rope_parameters.{other} differ, which is not supported"
-            )
-    if not isinstance(first, dict):
-        raise reader.error(f"rope_parameters.{name} must be an object, got {_shown(first)}")
-    return dict(first)
-
-
-def _eos(reader: _Reader, generation_path: Path, vocab_size: int) -> frozenset[int]:
+def _eos(reader: Reader, generation_path: Path, vocab_size: int) -> frozenset[int]:
     readers = [reader]
     if generation_path.exists():
-        readers.append(_Reader(generation_path, read_json(generation_path)))
+        readers.append(Reader(generation_path, read_json(generation_path)))
     ids: set[int] = set()
     for source in readers:
         value = source.values.get("eos_token_id")
@@ -572,14 +311,14 @@ def _eos(reader: _Reader, generation_path: Path, vocab_size: int) -> frozenset[i
     return frozenset(ids)
 
 
-def _pad(reader: _Reader, vocab_size: int) -> int | None:
+def _pad(reader: Reader, vocab_size: int) -> int | None:
     value = reader.values.get("pad_token_id")
     if value is not None and (type(value) is not int or not 0 <= value < vocab_size):
         raise reader.error(f"pad_token_id {value!r} is not a token of {vocab_size}")
     return value
 
 
-def _dtype(reader: _Reader) -> torch.dtype | None:
+def _dtype(reader: Reader) -> torch.dtype | None:
     names = [reader.values[key] for key in ("dtype", "torch_dtype") if reader.has(key)]
     if len({str(name).removeprefix("torch.") for name in names}) > 1:
         raise reader.error(f"dtype {names[0]!r} contradicts torch_dtype {names[1]!r}")
@@ -591,7 +330,7 @@ def _dtype(reader: _Reader) -> torch.dtype | None:
     if name == "float64":  # nothing is sampled in it
         return torch.float32
     if name not in DTYPES:
-        raise reader.error(f"dtype {_shown(names[0])} is not supported (only {', '.join(DTYPES)})")
+        raise reader.error(f"dtype {shown(names[0])} is not supported (only {', '.join(DTYPES)})")
     return DTYPES[name]
 
 
@@ -623,8 +362,8 @@ def hf_config(
 def _decoder_values(config: ModelConfig) -> dict[str, Any]:
     """What a `config.json` has to say of a decoder, but for its dtype."""
     windows = [layer.window for layer in config.attention]
-    kinds = [_KINDS[window is not None] for window in windows]
-    ropes = {kind: _rope_values(rope) for kind, rope in zip(kinds, config.rope, strict=True)}
+    kinds = [KINDS[window is not None] for window in windows]
+    ropes = {kind: rope_values(rope) for kind, rope in zip(kinds, config.rope, strict=True)}
     values: dict[str, Any] = {
         "architectures": None,
         "model_type": config.architecture,
@@ -661,12 +400,4 @@ def _decoder_values(config: ModelConfig) -> dict[str, Any]:
             values["max_window_layers"] = next(
                 (i for i, w in enumerate(windows) if w is not None), config.num_layers
             )
-    return values
-
-
-def _rope_values(rope: Rope) -> dict[str, Any]:
-    """Rope parameters as `config.json` has them."""
-    values: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": "default"}
-    if rope.scaling is not None:
-        values |= {"rope_type": rope.scaling.rope_type, **vars(rope.scaling)}
     return values

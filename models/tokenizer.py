@@ -27,7 +27,7 @@ from typing import Any
 
 import tokenizers
 
-from models.config import read_json, read_text
+from models.files import read_json, read_text
 
 _ROLES = (
     "bos_token",

@@ -27,7 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.config import ModelConfig, hf_config, parse_json, read_json
+from models.config import ModelConfig, hf_config
+from models.files import parse_json, read_json
 from models.scalar_head import ScalarModel, decoder_of
 from models.transformer import Transformer
 

@@ -18,10 +18,9 @@ from models.config import (
     SCALAR_ARCHITECTURES,
     ModelConfig,
     hf_config,
-    parse_json,
     read_config,
-    read_text,
 )
+from models.files import parse_json, read_text
 from models.rope import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
 from tests import tiny
 

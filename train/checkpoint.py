@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from models.config import read_json
+from models.files import read_json
 from models.weights import write_tensors
 from train.parallel import barrier, from_first, gather, is_first, rank
 

@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from models.config import read_json
+from models.files import read_json
 from models.weights import replace_file
 
 MARK = "run.json"

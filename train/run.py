@@ -35,7 +35,7 @@ from tqdm import tqdm
 from engine import command
 from engine.options import PromptOptions
 from engine.stopping import Stopped, Stopping
-from models.config import read_json
+from models.files import read_json
 from models.weights import replace_file
 from train import checkpoint, parallel
 from train.directory import RunDirectory, replace_text

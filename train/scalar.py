@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models import load
-from models.config import read_json
+from models.files import read_json
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
 from train import parallel
