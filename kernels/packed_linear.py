@@ -67,11 +67,16 @@ def packed(weight: Tensor, paired: bool = False) -> Tensor:
     with _packing:
         kept: _Packed | None = _packed.get(weight)
         if kept is None or kept.version != version:
-            columns, terms = weight.shape
-            width = cpp.panel_columns()
-            across = columns // 2 if paired else columns
-            panels = -(-across // (width // 2 if paired else width))
-            laid = torch.empty(panels * width * terms, dtype=weight.dtype)
-            cpp.call("pack", weight.dtype, weight, columns, terms, int(paired), laid)
-            kept = _packed[weight] = _Packed(laid, version)
+            kept = _packed[weight] = _Packed(pack(weight, paired), version)
         return kept.panels
+
+
+def pack(weight: Tensor, paired: bool = False) -> Tensor:
+    """`packed` without keeping anything. weight: contiguous."""
+    columns, terms = weight.shape
+    width = cpp.panel_columns()
+    across = columns // 2 if paired else columns
+    panels = -(-across // (width // 2 if paired else width))
+    laid = torch.empty(panels * width * terms, dtype=weight.dtype)
+    cpp.call("pack", weight.dtype, weight, columns, terms, int(paired), laid)
+    return laid

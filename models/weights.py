@@ -53,14 +53,25 @@ _SCORE = "score.weight"
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a stored tensor belongs: rows [start, start + shape[0]) of a parameter."""
+    """Where a stored tensor belongs: rows [start, start + shape[0]) of a parameter, in the order of
+    `rows` where that is not their own: row rows[i] of what is stored is the i-th."""
 
     parameter: str
     start: int
     shape: tuple[int, ...]
+    rows: Tensor | None = None
 
     def of(self, parameters: dict[str, Tensor]) -> Tensor:
         return parameters[self.parameter].detach()[self.start : self.start + self.shape[0]]
+
+    def loaded(self, stored: Tensor) -> Tensor:
+        """The rows of the parameter that a stored tensor gives."""
+        return stored if self.rows is None else stored[self.rows]
+
+    def saved(self, parameters: dict[str, Tensor]) -> Tensor:
+        """What is stored of these parameters."""
+        own = self.of(parameters)
+        return own if self.rows is None else own[self.rows.argsort().to(own.device)]
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,7 @@ def _load(model: Model, root: Path, dtype: torch.dtype | None, device: str | tor
                     elif not bool(torch.isfinite(tensor).all()):
                         raise ValueError(f"{path}: {name} is not finite in {dtype}")
                     else:
-                        place.copy_(tensor)
+                        place.copy_(slots[name].loaded(tensor))
         except SafetensorError as error:
             raise ValueError(f"{path}: {error}") from None
     return model
@@ -179,7 +190,7 @@ def save_pretrained(
     replace_file(root / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
     replace_file(
         root / _SINGLE,
-        lambda path: write_tensors(path, shapes, lambda name: slots[name].of(parameters)),
+        lambda path: write_tensors(path, shapes, lambda name: slots[name].saved(parameters)),
     )
 
 
@@ -243,29 +254,47 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def fused_rows(config: ModelConfig) -> dict[str, dict[str, int]]:
     """Of each fused projection the ones that checkpoints store by themselves, in order, with the
     number of their rows."""
+    mlp = {"gate_up_proj": dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)}
+    if (latent := config.latent) is not None:
+        q = {"q_proj": config.num_heads * config.head_dim}
+        if latent.q_rank is not None:
+            q = {"q_a_proj": latent.q_rank}
+        return {"qkv_proj": q | {"kv_a_proj_with_mqa": latent.kv_rank + latent.rope_dim}} | mlp
     return {
         "qkv_proj": {
             "q_proj": config.num_heads * config.head_dim,
             "k_proj": config.num_kv_heads * config.head_dim,
             "v_proj": config.num_kv_heads * config.v_head_dim,
         },
-        "gate_up_proj": {
-            "gate_proj": config.intermediate_size,
-            "up_proj": config.intermediate_size,
-        },
-    }
+    } | mlp
+
+
+def row_order(config: ModelConfig, projection: str) -> Tensor | None:
+    """Which stored row is the i-th of a projection, None for all in their order. With latent
+    attention checkpoints turn channels 2i and 2i + 1 of a head together, and the decoder i and i +
+    half."""
+    latent = config.latent
+    if latent is None or projection not in ("q_proj", "q_b_proj", "kv_a_proj_with_mqa"):
+        return None
+    turned = torch.arange(latent.rope_dim).unflatten(0, (-1, 2)).T.flatten()
+    heads, before = config.num_heads, latent.nope_dim
+    if projection == "kv_a_proj_with_mqa":
+        heads, before = 1, latent.kv_rank
+    head = torch.cat([torch.arange(before), before + turned])
+    return (torch.arange(heads)[:, None] * len(head) + head).flatten()
 
 
 def _slots(model: Transformer | ScalarModel) -> Iterator[tuple[str, _Slot]]:
     """Every Hugging Face tensor name of a model with its place in the fused parameters."""
-    fused = fused_rows(decoder_of(model).config)
+    config = decoder_of(model).config
+    fused = fused_rows(config)
     for name, parameter in model.named_parameters():
         prefix = "" if name == _HEAD or isinstance(model, ScalarModel) else "model."
         module = name.split(".")[-2]
         start = 0
         for part, rows in fused.get(module, {module: len(parameter)}).items():
-            shape = (rows, *parameter.shape[1:])
-            yield prefix + name.replace(module, part), _Slot(name, start, shape)
+            shape, order = (rows, *parameter.shape[1:]), row_order(config, part)
+            yield prefix + name.replace(module, part), _Slot(name, start, shape, order)
             start += rows
         assert start == len(parameter), name
 

@@ -400,7 +400,10 @@ def test_written_configs_read_back_equal_here_and_in_transformers(
         "query_pre_attn_scalar",
         "tie_word_embeddings",
     ):
-        assert getattr(theirs, key, None) == getattr(original, key, None), key
+        written, wanted = getattr(theirs, key, None), getattr(original, key, None)
+        if key == "rope_parameters":  # more is said of YaRN, which transformers would find itself
+            wanted = written | wanted
+        assert written == wanted, key
 
 
 @pytest.mark.parametrize("scalar", [False, True])
