@@ -202,7 +202,8 @@ def test_an_adapter_in_a_file_is_what_peft_makes_of_it(
 
 
 def test_targets_that_the_model_does_not_have(tmp_path: Path) -> None:
-    model = Transformer(read_config(write_checkpoint(tmp_path, "deepseek_v2") and tmp_path))
+    write_checkpoint(tmp_path, "deepseek_v2")
+    model = Transformer(read_config(tmp_path))
     with pytest.raises(ValueError, match=r"adapters of v_proj: the model has .*kv_a_proj_with_mqa"):
         add_adapters(model, 3, 6.0, targets=("v_proj",))
     add_adapters(model, 3, 6.0, targets=("v_proj", "q_proj"))
