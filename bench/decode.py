@@ -67,7 +67,7 @@ def config_of(shape: Shape, context: int) -> ModelConfig:
         for i in range(shape.num_layers)
     ]
     return ModelConfig(
-        architecture="gemma2" if gemma else "qwen3",
+        architecture=shape.architecture,
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -75,7 +75,7 @@ def config_of(shape: Shape, context: int) -> ModelConfig:
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        v_head_dim=shape.head_dim,
+        v_head_dim=shape.v_head_dim,
         max_position_embeddings=context,
         rms_norm_eps=1e-6,
         rope=(Rope(10_000.0, None),) * shape.num_layers,
@@ -90,6 +90,7 @@ def config_of(shape: Shape, context: int) -> ModelConfig:
         tied=shape.tied,
         eos_token_ids=frozenset(),
         dtype=shape.dtype,
+        latent=shape.latent,
     )
 
 
@@ -174,11 +175,12 @@ def floor_seconds(
 ) -> tuple[float, float]:
     """The least seconds of prefill and of decode on a device with these ceilings."""
     hidden, heads = config.hidden_size, config.num_heads
-    qkv = (heads + config.num_kv_heads) * config.head_dim + config.num_kv_heads * config.v_head_dim
-    layer = hidden * (qkv + heads * config.v_head_dim + 3 * config.intermediate_size)
-    layers, head = config.num_layers * layer, hidden * config.vocab_size
-    per_key = 2 * heads * (config.head_dim + config.v_head_dim)  # operations of one query and key
-    cell = config.num_layers * config.num_kv_heads * (config.head_dim + config.v_head_dim)
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in Transformer(config).layers.parameters() if p.ndim == 2)
+    layers, head = weights, hidden * config.vocab_size
+    # Operations of one query and key.
+    per_key = 2 * heads * (config.cached_key_dim + config.cached_value_dim)
+    cell = config.num_layers * config.cell_width
 
     def keys(position: int) -> int:
         """Keys that a query at this position sees, over all layers."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.timing import Fill
+from models.config import Latent
 
 DECODE_ROWS = (1, 16, 64, 128)
 PREFILL_ROWS = (2048,)
@@ -33,7 +34,16 @@ class Shape:
     final_softcap: float | None = None
     window: int | None = None  # of every other layer
     tied: bool = True
+    latent: Latent | None = None  # head_dim and num_kv_heads are those of expanded attention
+    value_dim: int | None = None  # of its values
     dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def architecture(self) -> str:
+        """The family."""
+        if self.latent is not None:
+            return "deepseek_v2"
+        return "gemma2" if self.norm_plus_one else "qwen3"
 
     @property
     def groups(self) -> int:
@@ -41,12 +51,26 @@ class Shape:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def turned(self) -> tuple[int, int]:
+        """Key/value heads that rope turns, and their channels."""
+        latent = self.latent
+        return (self.num_kv_heads, self.head_dim) if latent is None else (1, latent.rope_dim)
+
+    @property
+    def v_head_dim(self) -> int:
+        """Channels of a value."""
+        return self.value_dim or self.head_dim
+
+    @property
     def products(self) -> dict[str, tuple[int, int]]:
         """Outputs and summed inputs of every matrix product of a decoder, by its layer."""
-        heads = self.num_heads * self.head_dim
+        heads, out = self.num_heads * self.head_dim, self.num_heads * self.v_head_dim
+        kv = self.num_kv_heads * (self.head_dim + self.v_head_dim)
+        if self.latent is not None:
+            kv = self.latent.kv_rank + self.latent.rope_dim
         return {
-            "qkv_proj": (heads + 2 * self.num_kv_heads * self.head_dim, self.hidden_size),
-            "o_proj": (self.hidden_size, heads),
+            "qkv_proj": (heads + kv, self.hidden_size),
+            "o_proj": (self.hidden_size, out),
             "gate_up_proj": (2 * self.intermediate_size, self.hidden_size),
             "down_proj": (self.hidden_size, self.intermediate_size),
             "lm_head": (self.vocab_size, self.hidden_size),
@@ -63,6 +87,18 @@ def _gemma2(
     )  # fmt: skip
 
 
+def _deepseek_v2(
+    name: str, vocab: int, hidden: int, intermediate: int, layers: int, heads: int,
+    dims: tuple[int, int, int, int],
+) -> Shape:  # fmt: skip
+    """dims: of the latents, of a head's query without rope and with it, and of its value."""
+    rank, nope, rope, value = dims
+    return Shape(
+        name, vocab, hidden, intermediate, layers, heads, heads, nope + rope, qk_norm=False,
+        tied=False, latent=Latent(None, rank, nope, rope), value_dim=value,
+    )  # fmt: skip
+
+
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -71,11 +107,19 @@ SHAPES = {
         Shape("qwen3-8b", 151_936, 4096, 12_288, 36, 32, 8, 128, tied=False),
         _gemma2("gemma2-9b", 3584, 14_336, 42, 16, 8, 256),
         _gemma2("gemma2-27b", 4608, 36_864, 46, 32, 16, 128),
+        _deepseek_v2("deepseek-v2-lite", 102_400, 2048, 10_944, 27, 16, (512, 128, 64, 128)),
+        # An eighth of its widths and heads.
+        _deepseek_v2("v2-lite-small", 12_800, 256, 1368, 6, 2, (64, 16, 8, 16)),
     )
 }
 
 
 def projected(shape: Shape, rows: int, tensor: Fill) -> list[Tensor]:
-    """Queries, keys and values (rows, heads, head_dim) as slices of one projection."""
-    sizes = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
-    return list(tensor(rows, sum(sizes), shape.head_dim, dtype=shape.dtype).split(sizes, 1))
+    """Queries (rows, heads, head_dim), keys and values as slices of one projection; with latent
+    attention what rope turns of them, and a latent as the value."""
+    heads, (kv_heads, dim) = shape.num_heads, shape.turned
+    value_dim = shape.v_head_dim if shape.latent is None else shape.latent.kv_rank
+    sizes = [heads * dim, kv_heads * dim, kv_heads * value_dim]
+    whole = tensor(rows, sum(sizes), dtype=shape.dtype).split(sizes, 1)
+    each = heads, kv_heads, kv_heads
+    return [x.unflatten(1, (n, -1)) for x, n in zip(whole, each, strict=True)]
