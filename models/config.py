@@ -1,14 +1,14 @@
 """The configuration of a decoder, read from a Hugging Face `config.json`.
 
-Qwen3, Qwen2 (and 2.5), Llama (3.x), Gemma-2 and the text model of Gemma-3 become one `ModelConfig`,
-whose fields say what the decoder does rather than which family it is. Both spellings are read:
-`rope_theta` + `rope_scaling` and `rope_parameters`; `torch_dtype` and `dtype`. Sequence classifiers
-of one label, which are what `ScalarModel` loads, have a spelling of their own. Whatever the decoder
-does not implement raises a ValueError that names the file and the value: nothing is ignored that
-would change the logits. Of generation_config.json only the end tokens are read: how to sample is
-for the caller to say.
+Qwen3, Qwen3-MoE, Qwen2 (and 2.5), Llama (3.x), Gemma-2 and the text model of Gemma-3 become one
+`ModelConfig`, whose fields say what the decoder does rather than which family it is. Both spellings
+are read: `rope_theta` + `rope_scaling` and `rope_parameters`; `torch_dtype` and `dtype`. Sequence
+classifiers of one label, which are what `ScalarModel` loads, have a spelling of their own. Whatever
+the decoder does not implement raises a ValueError that names the file and the value: nothing is
+ignored that would change the logits. Of generation_config.json only the end tokens are read: how to
+sample is for the caller to say.
 
-It does not read `auto_map` code, quantised checkpoints, experts, or rope types other than those of
+It does not read `auto_map` code, quantised checkpoints, or rope types other than those of
 `models/rope.py`.
 """
 
@@ -22,12 +22,14 @@ from typing import Any
 import torch
 
 from kernels.forest_attention import AttentionOptions
+from models.experts_config import Experts, experts_values, read_experts
 from models.files import Reader, read_json, shown
 from models.rope import Rope, YarnScaling
 from models.rope_config import KINDS, read_ropes, rope_values
 
 ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",
     "Gemma2ForCausalLM": "gemma2",
@@ -53,19 +55,20 @@ DTYPES = {
     "float32": torch.float32,
 }
 _GEMMA = "gemma2", "gemma3_text"
+_NO_WINDOWS = "llama", "qwen3_moe"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that the decoder needs to know about a checkpoint.
 
-    architecture: "qwen3", "qwen2", "llama", "gemma2" or "gemma3_text". head_dim: channels of a
-    query and a key; v_head_dim: of a value. rope, attention: one entry per layer. attention_bias:
-    bias on q, k and v.
-    qk_norm: RMS norm over head_dim of q and k before rope. norm_plus_one: norms scale by 1 + w.
-    sandwich_norms: norms also after attention and after the MLP. embedding_scale: factor on
-    embeddings, rounded to the model's dtype, None for none. final_softcap: of the logits. tied: the
-    decoder stores no head of its own; the embedding is the head, where there is one.
+    architecture: "qwen3", "qwen3_moe", "qwen2", "llama", "gemma2" or "gemma3_text". head_dim:
+    channels of a query and a key; v_head_dim: of a value. intermediate_size: of dense blocks. rope,
+    attention, experts: one entry per layer, None for the experts of a dense one. attention_bias:
+    bias on q, k and v. qk_norm: RMS norm over head_dim of q and k before rope. norm_plus_one: norms
+    scale by 1 + w. sandwich_norms: norms also after attention and after the MLP. embedding_scale:
+    factor on embeddings, rounded to the model's dtype, None for none. final_softcap: of the logits.
+    tied: the decoder stores no head of its own; the embedding is the head, where there is one.
     max_position_embeddings: the context in tokens; with YaRN `factor` times the original one, where
     config.json states less, as those do to which only YaRN was added. eos_token_ids: of config.json
     and generation_config.json together. dtype: of the stored weights, float32 where they are
@@ -86,6 +89,7 @@ class ModelConfig:
     rms_norm_eps: float
     rope: tuple[Rope, ...]
     attention: tuple[AttentionOptions, ...]
+    experts: tuple[Experts | None, ...]
     attention_bias: bool
     qk_norm: bool
     norm_plus_one: bool
@@ -164,8 +168,9 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
             AttentionOptions(scale * rope.attention_factor**2, softcap, window)
             for rope, window in zip(ropes, windows, strict=True)
         ),
+        experts=read_experts(reader, architecture, num_layers),
         attention_bias=architecture == "qwen2",
-        qk_norm=architecture in ("qwen3", "gemma3_text"),
+        qk_norm=architecture in ("qwen3", "qwen3_moe", "gemma3_text"),
         norm_plus_one=gemma,
         sandwich_norms=gemma,
         embedding_scale=hidden_size**0.5 if gemma else None,
@@ -252,6 +257,8 @@ def _refuse_unsupported(reader: Reader, architecture: str) -> None:
     flags = ["mlp_bias", "use_bidirectional_attention"]
     if architecture != "qwen2":  # its bias is on q, k and v only, whatever the key says
         flags.append("attention_bias")
+    if architecture == "qwen3_moe":
+        flags.append("use_sliding_window")
     for key in flags:
         if reader.flag(key, default=False):
             raise reader.error(f"{key} is not supported")
@@ -273,7 +280,7 @@ def _windows(reader: Reader, architecture: str, num_layers: int) -> list[int | N
         elif architecture == "gemma3_text":
             pattern = reader.integer("sliding_window_pattern", default=6)
             slides = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
-        elif architecture != "llama" and reader.flag("use_sliding_window", default=False):
+        elif architecture not in _NO_WINDOWS and reader.flag("use_sliding_window", default=False):
             first = reader.values.get("max_window_layers")
             if not isinstance(first, int) or isinstance(first, bool) or first < 0:
                 raise reader.error(f"max_window_layers must be an integer, got {first!r}")
@@ -289,7 +296,7 @@ def _windows(reader: Reader, architecture: str, num_layers: int) -> list[int | N
         slides = [kind == "sliding_attention" for kind in kinds]
     if not any(slides):
         return [None] * num_layers
-    if architecture == "llama" or not reader.flag("use_sliding_window", architecture in _GEMMA):
+    if architecture in _NO_WINDOWS or not reader.flag("use_sliding_window", architecture in _GEMMA):
         raise reader.error("layer_types has sliding_attention, but this model has no window")
     window = reader.integer("sliding_window")
     return [window if slide else None for slide in slides]
@@ -380,7 +387,8 @@ def _decoder_values(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         "eos_token_id": sorted(config.eos_token_ids),
     }
-    if config.architecture != "llama":
+    values |= experts_values(config.architecture, config.experts)
+    if config.architecture not in _NO_WINDOWS:
         values["layer_types"] = kinds
         window = next((window for window in windows if window is not None), None)
         values["sliding_window"] = window
@@ -395,7 +403,7 @@ def _decoder_values(config: ModelConfig) -> dict[str, Any]:
         }
     else:
         values["hidden_act"] = "silu"
-        if config.architecture != "llama":
+        if config.architecture not in _NO_WINDOWS:
             values["use_sliding_window"] = window is not None
             values["max_window_layers"] = next(
                 (i for i, w in enumerate(windows) if w is not None), config.num_layers

@@ -22,11 +22,13 @@ from kernels.forest_attention.plan import CompiledKey, ForestPlan
 from kernels.packed_linear import packed, packed_linear
 from kernels.target import power_of_two
 from models.rope import Rope
-from models.transformer import DecoderLayer, RMSNorm, Transformer
+from models.transformer import MLP, DecoderLayer, RMSNorm, Transformer
 
 
 def runs_cpp(model: Transformer) -> bool:
     """Whether this model's forward can be had as C++: float32 or bfloat16 on CPU, no gradient."""
+    if any(model.config.experts):
+        return False
     parameters = list(model.parameters())
     return not any(p.is_inference() for p in parameters) and cpp.runs_cpp(
         *(p.detach() for p in parameters)
@@ -129,7 +131,7 @@ class CppDecoder:
 
     def _layer(self, index: int) -> ctypes.Structure:
         layer: Any = self.model.layers[index]
-        assert isinstance(layer, DecoderLayer)
+        assert isinstance(layer, DecoderLayer) and isinstance(layer.mlp, MLP)
         attention, spec = layer.self_attn, self.model.config.attention[index]
         weights: dict[str, Tensor | None] = {
             "input_norm": layer.input_layernorm.weight,

@@ -6,6 +6,9 @@ B begins as zeros, so that an adapted model begins as the model itself; with its
 stays that for ever. Fused projections (q, k, v; gate, up) share one A. Where only some of them are
 adapted, B has the rows of those alone. Source: arXiv 2106.09685.
 
+Routed experts and their router have none, as under `peft`: of a mixture of experts the attention is
+adapted, and what dense and shared blocks there are.
+
 Adapters are for training: sampling in C++ and writing Hugging Face directories want whole weights
 (`merged_weight`). `save_adapter` writes them as the `peft` package does.
 """
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 
 from models.scalar_head import ScalarModel
 from models.transformer import Linear, Product, Transformer, linear
-from models.weights import fused_rows, replace_file, write_tensors
+from models.weights import replace_file, stored_rows, write_tensors
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -83,8 +86,9 @@ def add_adapters(
 ) -> None:
     """Freeze a decoder, in place, and give the linear layers of its blocks adapters.
 
-    targets: the projections that are adapted, some of TARGETS. Raises ValueError for other names or
-    none, and for a rank or an alpha that is not positive.
+    targets: the projections that are adapted, some of TARGETS; routed experts have none. Raises
+    ValueError for other names or none, where all of them are in routed experts alone, and for a
+    rank or an alpha that is not positive.
     """
     if rank < 1 or not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"an adapter of rank {rank} and alpha {alpha}")
@@ -93,17 +97,20 @@ def add_adapters(
         known = ", ".join(TARGETS)
         raise ValueError(f"adapters of {', '.join(unknown) or 'nothing'}: known are {known}")
     model.requires_grad_(False)
-    fused = fused_rows(model.config)
     generator = torch.Generator().manual_seed(seed)
     for layer in model.layers:
         for parent in layer.modules():
             for name, child in list(parent.named_children()):
                 if type(child) is not Linear:
                     continue
-                rows = fused.get(name, {name: child.out_features})
+                rows = stored_rows(model.config, name, child.out_features)
                 if not rows.keys().isdisjoint(targets):
                     adapted = AdaptedLinear(child, rank, alpha, rows, targets, generator)
                     setattr(parent, name, adapted)
+    if not any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        raise ValueError(
+            f"adapters of {', '.join(targets)}: only routed experts have them, and are not adapted"
+        )
 
 
 @contextmanager

@@ -199,7 +199,7 @@ def test_gradients_equal_transformers(tmp_path: Path, family: str) -> None:
                 [name.replace("qkv_proj", p) for p in ("q_proj", "k_proj", "v_proj")]
                 if "qkv_proj" in name
                 else [name.replace("gate_up_proj", p) for p in ("gate_proj", "up_proj")]
-                if "gate_up_proj" in name
+                if "gate_up_proj.weight" in name
                 else [name]
             )
         ]
