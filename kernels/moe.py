@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpp
 from kernels.checks import check
 from kernels.gated_act import ACTIVATIONS, gated_act, gated_act_ref
+from kernels.packed_linear import packed, packs
 
 
 def moe_ref(
@@ -33,6 +35,19 @@ def moe_ref(
         active = gated_act_ref(halves, activation)
         outputs[of_it] = (active.to(wide) @ down[expert].to(wide).T).to(x.dtype)
     return (weights[..., None].to(wide) * outputs.to(wide)).sum(1).to(x.dtype)
+
+
+def _run_cpp(
+    x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
+) -> Tensor:
+    out = torch.empty_like(x)
+    count, hidden, width = down.shape
+    cpp.call(
+        "moe", x.dtype, x, len(x), hidden, packed(gate_up, paired=True), packed(down), count, width,
+        experts.contiguous(), weights.detach().contiguous(), experts.shape[1],
+        int(activation == "gelu_tanh"), out,
+    )  # fmt: skip
+    return out
 
 
 def _run_torch(
@@ -76,4 +91,7 @@ def moe(
         raise ValueError(f"moe: activation must be one of {ACTIVATIONS}, got {activation!r}")
     if experts.is_cpu and bool(((experts < 0) | (experts >= count)).any()):
         raise ValueError(f"moe: experts must be in [0, {count}), got {experts.tolist()}")
+    learns = torch.is_grad_enabled() and weights.requires_grad
+    if packs(x, gate_up) and packs(x, down) and not learns:
+        return _run_cpp(x, gate_up, down, experts, weights, activation)
     return _run_torch(x, gate_up, down, experts, weights, activation)

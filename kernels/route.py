@@ -14,12 +14,15 @@ In Triton a program has 16 tokens: it adds up H in steps of a fixed size, so a t
 depend on the others. Nor do they in C++. The backward takes the choice as given.
 """
 
-from dataclasses import dataclass
+import ctypes
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
+from kernels import cpp
 from kernels.checks import check
+from kernels.packed_linear import packed, packs
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,21 @@ def _weights(logits: Tensor, experts: Tensor, routing: Routing) -> Tensor:
     return weights * routing.scale
 
 
+def routing_structure(routing: Routing) -> ctypes.Structure:
+    """A routing as C++ has it."""
+    return cpp.structure("Routing")(*astuple(routing))
+
+
+def _run_cpp(x: Tensor, gate: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    experts = torch.empty(len(x), routing.per_token, dtype=torch.int64)
+    weights = torch.empty(len(x), routing.per_token)
+    cpp.call(
+        "route", x.dtype, x, *x.shape, packed(gate), len(gate),
+        ctypes.byref(routing_structure(routing)), experts, weights,
+    )  # fmt: skip
+    return experts, weights
+
+
 def route(x: Tensor, gate: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     """Choose the experts of every token.
 
@@ -73,4 +91,6 @@ def route(x: Tensor, gate: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     kept = count // groups * routing.groups_kept
     if count % groups or not 0 < routing.groups_kept <= groups or not 0 < routing.per_token <= kept:
         raise ValueError(f"route: {routing} does not fit {count} experts")
+    if packs(x, gate):
+        return _run_cpp(x, gate, routing)
     return route_ref(x, gate, routing)

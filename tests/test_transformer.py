@@ -79,6 +79,8 @@ def test_old_spelling_of_the_config(tmp_path: Path, family: str) -> None:
         values["rope_scaling"] = {kind: rope.pop("rope_type")} | rope
     values["torch_dtype"] = values.pop("dtype")
     values.pop("layer_types", None)
+    if family == "qwen3_moe":
+        values["num_experts"] = values.pop("num_local_experts")
     path.write_text(json.dumps(values))
     oracle = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     ours = load_weights(tmp_path, read_config(tmp_path)).logits(token_ids())
@@ -97,6 +99,8 @@ def test_old_spelling_of_the_config(tmp_path: Path, family: str) -> None:
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
         ("llama", {"head_dim": 32, "num_key_value_heads": 1}),
         ("qwen2", {"num_key_value_heads": 4}),
+        ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [], "num_experts_per_tok": 5}),
+        ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "head_dim": 16}),
     ],
 )
 def test_variants_equal_transformers(
