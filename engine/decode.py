@@ -162,9 +162,9 @@ class Decoder(CachedForward):
             config = self.config
             self.keys_per_partial = keys_per_partial(
                 config.num_heads,
-                config.num_kv_heads,
-                config.head_dim,
-                config.v_head_dim,
+                config.cached_heads,
+                config.cached_key_dim,
+                config.cached_value_dim,
                 model.head_weight.dtype,
             )
         self.records = Records.empty(
@@ -403,9 +403,9 @@ class GraphDecoder(Decoder):
         self._windows = {spec.window for spec in config.attention}
         self._shape = HeadShape.of(
             config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.v_head_dim,
+            config.cached_heads,
+            config.cached_key_dim,
+            config.cached_value_dim,
             weight.dtype,
             target_of(weight),
             decode=True,

@@ -21,10 +21,11 @@ from kernels.device import to_device
 from kernels.forest_attention import AttentionOptions, ForestPlan, forest_attention
 from kernels.launch import runs_triton
 from kernels.matmul import matmul
-from kernels.norm_rope_write import norm_rope_write
+from kernels.norm_rope_write import HeadNorms, norm_rope_write
 from kernels.segment_attention import Backend, check_backend
 from models.decoder import CppDecoder, runs_cpp
-from models.transformer import Attention, Transformer, linear
+from models.layers import linear
+from models.transformer import Transformer
 
 Piece = tuple[Node, int, int]  # tokens [first, stop) of a node
 # attention(q, k_cache, v_cache, options) of a forward whose keys are in the cache
@@ -109,17 +110,23 @@ class CachedForward:
         """The model over the cache."""
         caches = list(zip(self.cache.k, self.cache.v, strict=True))
 
-        def rotate(
-            layer: Attention, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
-        ) -> tuple[Tensor, Tensor]:
-            # Attention takes the keys from the cache, not the second result.
-            cells = *caches[layer.layer], cache_index
-            return norm_rope_write(q, k, v, layer.norms, cos, sin, *cells), k
+        def write(
+            layer: int,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            norms: HeadNorms | None,
+            cos: Tensor,
+            sin: Tensor,
+        ) -> Tensor:
+            k_cache, v_cache = caches[layer]
+            turned = k_cache[..., k_cache.shape[-1] - k.shape[-1] :]  # a key's last channels
+            return norm_rope_write(q, k, v, norms, cos, sin, turned, v_cache, cache_index)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attention(q, *caches[layer], self.config.attention[layer])
 
-        return self.model(tokens, positions, attend, self.product, rotate)
+        return self.model(tokens, positions, attend, self.product, write)
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return to_device(torch.tensor(values, dtype=torch.int64), self.device)
@@ -127,10 +134,10 @@ class CachedForward:
 
 def _check_prefill(model: Transformer, backend: Backend) -> None:
     """Raise ValueError where a backend cannot prefill for a model."""
-    q = model.head_weight.new_empty(0, model.config.head_dim)
+    q = model.head_weight.new_empty(0, model.config.cached_key_dim)
     for options in model.config.attention:
         try:
-            check_backend(backend, q, model.config.v_head_dim, options)
+            check_backend(backend, q, model.config.cached_value_dim, options)
         except ImportError as error:
             raise ValueError(str(error)) from error
 

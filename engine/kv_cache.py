@@ -1,6 +1,7 @@
 """The keys and values of all live segments and samples: who holds which cells, and until when.
 
-One pair of tensors per layer, head-major (Hkv, N, D) and (Hkv, N, Dv):
+One pair of tensors per layer, head-major (Hkv, N, D) and (Hkv, N, Dv); with latent attention one
+tensor, whose first Dv channels are the values:
 
     [ scratch | shared slabs ->        free        <- blocks of the samples' own keys ]
 
@@ -34,8 +35,7 @@ class Slab:
 
 def cell_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values over all layers."""
-    width = config.num_kv_heads * (config.head_dim + config.v_head_dim)
-    return config.num_layers * width * dtype.itemsize
+    return config.num_layers * config.cell_width * dtype.itemsize
 
 
 def round_up(length: int) -> int:
@@ -66,7 +66,7 @@ class KVCache:
         self.block_cells = round_up(block_cells)
         self.base = scratch_cells(num_slots)
         self.size = self.base + round_up(num_cells)
-        heads = config.num_kv_heads
+        heads = config.cached_heads
 
         def cells(width: int) -> list[Tensor]:
             # Pages of an untouched tensor cost nothing until they are written.
@@ -75,9 +75,12 @@ class KVCache:
                 torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
             ]
 
-        self.k = cells(config.head_dim)
-        self.v = cells(config.v_head_dim)
-        for cache in (*self.k, *self.v):
+        self.k = cells(config.cached_key_dim)
+        value_dim = config.cached_value_dim
+        apart = config.latent is None
+        self.v = cells(value_dim) if apart else [keys[..., :value_dim] for keys in self.k]
+        self._stored = [*self.k, *self.v] if apart else self.k
+        for cache in self._stored:
             cache[:, : self.base] = 0
         # Gaps [start, stop) in ascending order, none empty, no two adjacent.
         self._free = [(self.base, self.size)] if self.size > self.base else []
@@ -152,12 +155,12 @@ class KVCache:
 
     def read(self, cells: Tensor) -> list[Tensor]:
         """A copy on the host of the keys and values of cells (n,) int64: for every layer (Hkv, n,
-        D), then for every layer (Hkv, n, Dv)."""
-        return [cache[:, cells].cpu() for cache in (*self.k, *self.v)]
+        D), then for every layer (Hkv, n, Dv) where values are stored apart."""
+        return [cache[:, cells].cpu() for cache in self._stored]
 
     def write(self, cells: Tensor, contents: Sequence[Tensor]) -> None:
         """Put into cells what was read from as many others."""
-        for cache, content in zip((*self.k, *self.v), contents, strict=True):
+        for cache, content in zip(self._stored, contents, strict=True):
             cache[:, cells] = content.to(cache.device)
 
     def take_slot(self) -> int:

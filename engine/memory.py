@@ -35,8 +35,8 @@ def free_bytes(device: torch.device) -> int:
 def working_bytes(config: ModelConfig, dtype: torch.dtype, rows: int, tokens: int) -> int:
     """Memory that a decode step of `rows` samples and a prefill of `tokens` tokens need beside
     weights and cache, the larger of them, and the logits that wait at the ends of prompts."""
-    attention = config.num_heads * config.head_dim + config.num_heads * config.v_head_dim
-    attention += config.num_kv_heads * (config.head_dim + config.v_head_dim)
+    attention = config.num_heads * (config.cached_key_dim + config.cached_value_dim)
+    attention += config.cell_width
     # Projections and what rope makes of them; gate, up and their product; the residual stream. A
     # token's experts have an output each.
     block = max(
@@ -47,7 +47,7 @@ def working_bytes(config: ModelConfig, dtype: torch.dtype, rows: int, tokens: in
         for own in config.experts
     )
     width = 4 * config.hidden_size + 2 * attention + block
-    partials = rows * _DECODE_PARTIALS * config.num_heads * config.v_head_dim * 4
+    partials = rows * _DECODE_PARTIALS * config.num_heads * config.cached_value_dim * 4
     logits = 3 * rows * config.vocab_size * dtype.itemsize
     return max(rows, tokens) * width * dtype.itemsize + partials + logits
 

@@ -68,13 +68,18 @@ def packed(weight: Tensor, paired: bool = False) -> Tensor:
     with _packing:
         kept: _Packed | None = _packed.get(weight)
         if kept is None or kept.version != version:
-            columns, terms = weight.shape[-2:]
-            width = cpp.panel_columns()
-            across = columns // 2 if paired else columns
-            panels = -(-across // (width // 2 if paired else width))
-            matrices = weight.detach().reshape(-1, columns, terms)
-            laid = torch.empty(len(matrices), panels * width * terms, dtype=weight.dtype)
-            for matrix, to in zip(matrices, laid, strict=True):
-                cpp.call("pack", weight.dtype, matrix, columns, terms, int(paired), to)
-            kept = _packed[weight] = _Packed(laid, version)
+            kept = _packed[weight] = _Packed(pack(weight, paired), version)
         return kept.panels
+
+
+def pack(weight: Tensor, paired: bool = False) -> Tensor:
+    """`packed` without keeping anything. weight: contiguous."""
+    columns, terms = weight.shape[-2:]
+    width = cpp.panel_columns()
+    across = columns // 2 if paired else columns
+    panels = -(-across // (width // 2 if paired else width))
+    matrices = weight.detach().reshape(-1, columns, terms)
+    laid = torch.empty(len(matrices), panels * width * terms, dtype=weight.dtype)
+    for matrix, to in zip(matrices, laid, strict=True):
+        cpp.call("pack", weight.dtype, matrix, columns, terms, int(paired), to)
+    return laid

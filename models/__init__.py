@@ -5,9 +5,10 @@ import os
 import torch
 
 from models.config import DTYPES, ModelConfig, read_config
+from models.layers import Attend
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
-from models.transformer import Attend, Transformer
+from models.transformer import Transformer
 from models.weights import (
     load_scalar_weights,
     load_weights,

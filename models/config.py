@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
 }
 SCALAR_ARCHITECTURES = {
     name.replace("Gemma3For", "Gemma3TextFor").replace("CausalLM", "SequenceClassification"): family
@@ -55,20 +56,34 @@ DTYPES = {
     "float32": torch.float32,
 }
 _GEMMA = "gemma2", "gemma3_text"
-_NO_WINDOWS = "llama", "qwen3_moe"
+_DEEPSEEK = "deepseek_v2"
+_NO_WINDOW = "llama", "qwen3_moe", _DEEPSEEK
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Of a model with latent attention (`models/latent_attention.py`): the channels of the latents
+    of queries (None: they have none) and of keys and values, and of a head's query and key without
+    rope and with it."""
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that the decoder needs to know about a checkpoint.
 
-    architecture: "qwen3", "qwen3_moe", "qwen2", "llama", "gemma2" or "gemma3_text". head_dim:
-    channels of a query and a key; v_head_dim: of a value. intermediate_size: of dense blocks. rope,
-    attention, experts: one entry per layer, None for the experts of a dense one. attention_bias:
-    bias on q, k and v. qk_norm: RMS norm over head_dim of q and k before rope. norm_plus_one: norms
-    scale by 1 + w. sandwich_norms: norms also after attention and after the MLP. embedding_scale:
-    factor on embeddings, rounded to the model's dtype, None for none. final_softcap: of the logits.
-    tied: the decoder stores no head of its own; the embedding is the head, where there is one.
+    architecture: "qwen3", "qwen3_moe", "qwen2", "llama", "gemma2", "gemma3_text" or "deepseek_v2".
+    head_dim: channels of a query and a key; v_head_dim: of a value. intermediate_size: of dense
+    blocks. rope, attention, experts: one entry per layer, None for the experts of a dense one.
+    attention_bias: bias on q, k and v. qk_norm: RMS norm over head_dim of q and k before rope.
+    norm_plus_one: norms scale by 1 + w. sandwich_norms: norms also after attention and after the
+    MLP. embedding_scale: factor on embeddings, rounded to the model's dtype, None for none.
+    final_softcap: of the logits. tied: the decoder stores no head of its own; the embedding is the
+    head, where there is one.
     max_position_embeddings: the context in tokens; with YaRN `factor` times the original one, where
     config.json states less, as those do to which only YaRN was added. eos_token_ids: of config.json
     and generation_config.json together. dtype: of the stored weights, float32 where they are
@@ -101,6 +116,34 @@ class ModelConfig:
     eos_token_ids: frozenset[int]
     dtype: torch.dtype | None
     pad_token_id: int | None = None
+    latent: Latent | None = None
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels that rope turns, of a query and a key."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
+    def cached_heads(self) -> int:
+        """Heads of keys and values in a cache."""
+        return self.num_kv_heads if self.latent is None else 1
+
+    @property
+    def cached_key_dim(self) -> int:
+        """Channels of a key in a cache, hence of a query of it."""
+        latent = self.latent
+        return self.head_dim if latent is None else latent.kv_rank + latent.rope_dim
+
+    @property
+    def cached_value_dim(self) -> int:
+        """Channels of a value in a cache. With latent attention a value is the first of its key."""
+        return self.v_head_dim if self.latent is None else self.latent.kv_rank
+
+    @property
+    def cell_width(self) -> int:
+        """Numbers that a layer keeps of a token in a cache."""
+        value_dim = self.cached_value_dim if self.latent is None else 0
+        return self.cached_heads * (self.cached_key_dim + value_dim)
 
 
 def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> ModelConfig:
@@ -122,14 +165,16 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
     hidden_size = reader.integer("hidden_size")
     num_layers = reader.integer("num_hidden_layers", most=MAX_LAYERS)
     num_heads = reader.integer("num_attention_heads")
-    num_kv_heads = reader.integer(
-        "num_key_value_heads", default=num_heads if architecture == "llama" else None
-    )
+    has_default = architecture in ("llama", _DEEPSEEK)
+    num_kv_heads = reader.integer("num_key_value_heads", default=num_heads if has_default else None)
     if num_heads % num_kv_heads:
         raise reader.error(
             f"num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}"
         )
-    if reader.has("head_dim") or gemma or architecture == "qwen3":
+    latent = _latent(reader, num_heads, num_kv_heads) if architecture == _DEEPSEEK else None
+    if latent is not None:
+        head_dim = latent.nope_dim + latent.rope_dim
+    elif reader.has("head_dim") or gemma or architecture == "qwen3":
         head_dim = reader.integer("head_dim")
     elif hidden_size % num_heads == 0:
         head_dim = hidden_size // num_heads
@@ -137,7 +182,7 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
         raise reader.error(
             f"num_attention_heads {num_heads} does not divide hidden_size {hidden_size}"
         )
-    if head_dim % 2:
+    if head_dim % 2 and latent is None:
         raise reader.error(f"head_dim must be even for rope, got {head_dim}")
 
     vocab_size = reader.integer("vocab_size")
@@ -149,6 +194,9 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
             old = rope.scaling.original_max_position_embeddings
             context = max(context, int(rope.scaling.factor * old))
     scale = (reader.integer("query_pre_attn_scalar") if gemma else head_dim) ** -0.5
+    # YaRN's factor on cosines and sines of queries and of keys is its square on the scores. Of
+    # latent attention they are a part of the scores, all of which have a factor of their own.
+    factors = [rope.attention_factor if latent is None else rope.score_factor for rope in ropes]
     softcap = reader.cap("attn_logit_softcapping", architecture) if gemma else None
     return ModelConfig(
         architecture=architecture,
@@ -159,14 +207,13 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        v_head_dim=head_dim,
+        v_head_dim=head_dim if latent is None else reader.integer("v_head_dim"),
         max_position_embeddings=context,
         rms_norm_eps=reader.number("rms_norm_eps"),
         rope=ropes,
-        # YaRN's factor on cosines and sines of queries and of keys is its square on the scores.
         attention=tuple(
-            AttentionOptions(scale * rope.attention_factor**2, softcap, window)
-            for rope, window in zip(ropes, windows, strict=True)
+            AttentionOptions(scale * factor**2, softcap, window)
+            for factor, window in zip(factors, windows, strict=True)
         ),
         experts=read_experts(reader, architecture, num_layers),
         attention_bias=architecture == "qwen2",
@@ -180,6 +227,21 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
         eos_token_ids=_eos(reader, path.with_name("generation_config.json"), vocab_size),
         dtype=_dtype(reader),
         pad_token_id=_pad(reader, vocab_size) if scalar else None,
+        latent=latent,
+    )
+
+
+def _latent(reader: Reader, num_heads: int, num_kv_heads: int) -> Latent:
+    if num_kv_heads != num_heads:
+        raise reader.error(f"num_key_value_heads must be {num_heads}, got {num_kv_heads}")
+    rope_dim = reader.integer("qk_rope_head_dim")
+    if rope_dim % 2:
+        raise reader.error(f"qk_rope_head_dim must be even for rope, got {rope_dim}")
+    return Latent(
+        q_rank=reader.integer("q_lora_rank") if reader.has("q_lora_rank") else None,
+        kv_rank=reader.integer("kv_lora_rank"),
+        nope_dim=reader.integer("qk_nope_head_dim"),
+        rope_dim=rope_dim,
     )
 
 
@@ -243,7 +305,9 @@ def _require_one_label(reader: Reader) -> None:
 
 
 def _refuse_unsupported(reader: Reader, architecture: str) -> None:
-    if reader.values.get("auto_map"):
+    code = reader.values.get("auto_map")
+    # Of these the published checkpoints name code; what it computes is implemented here.
+    if code and not (architecture == _DEEPSEEK and _names_published_code(code)):
         raise reader.error("auto_map names code to run, which is refused")
     for key in ("quantization_config", "compression_config"):
         if quantised := reader.values.get(key):
@@ -271,6 +335,12 @@ def _refuse_unsupported(reader: Reader, architecture: str) -> None:
         raise reader.error(f"{key} must be {wanted!r}, got {reader.values.get(key)!r}")
 
 
+def _names_published_code(code: object) -> bool:
+    names = code.values() if isinstance(code, dict) else ()
+    pattern = r"(configuration|modeling)_deepseek\.DeepseekV2\w+"
+    return bool(names) and all(isinstance(n, str) and re.fullmatch(pattern, n) for n in names)
+
+
 def _windows(reader: Reader, architecture: str, num_layers: int) -> list[int | None]:
     """The sliding window of each layer, None where it sees all keys before it."""
     kinds = reader.values.get("layer_types")
@@ -280,7 +350,7 @@ def _windows(reader: Reader, architecture: str, num_layers: int) -> list[int | N
         elif architecture == "gemma3_text":
             pattern = reader.integer("sliding_window_pattern", default=6)
             slides = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
-        elif architecture not in _NO_WINDOWS and reader.flag("use_sliding_window", default=False):
+        elif architecture not in _NO_WINDOW and reader.flag("use_sliding_window", default=False):
             first = reader.values.get("max_window_layers")
             if not isinstance(first, int) or isinstance(first, bool) or first < 0:
                 raise reader.error(f"max_window_layers must be an integer, got {first!r}")
@@ -296,7 +366,7 @@ def _windows(reader: Reader, architecture: str, num_layers: int) -> list[int | N
         slides = [kind == "sliding_attention" for kind in kinds]
     if not any(slides):
         return [None] * num_layers
-    if architecture in _NO_WINDOWS or not reader.flag("use_sliding_window", architecture in _GEMMA):
+    if architecture in _NO_WINDOW or not reader.flag("use_sliding_window", architecture in _GEMMA):
         raise reader.error("layer_types has sliding_attention, but this model has no window")
     window = reader.integer("sliding_window")
     return [window if slide else None for slide in slides]
@@ -388,7 +458,16 @@ def _decoder_values(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": sorted(config.eos_token_ids),
     }
     values |= experts_values(config.architecture, config.experts)
-    if config.architecture not in _NO_WINDOWS:
+    if (latent := config.latent) is not None:
+        del values["head_dim"]
+        values |= {
+            "q_lora_rank": latent.q_rank,
+            "kv_lora_rank": latent.kv_rank,
+            "qk_nope_head_dim": latent.nope_dim,
+            "qk_rope_head_dim": latent.rope_dim,
+            "v_head_dim": config.v_head_dim,
+        }
+    if config.architecture not in _NO_WINDOW:
         values["layer_types"] = kinds
         window = next((window for window in windows if window is not None), None)
         values["sliding_window"] = window
@@ -403,7 +482,7 @@ def _decoder_values(config: ModelConfig) -> dict[str, Any]:
         }
     else:
         values["hidden_act"] = "silu"
-        if config.architecture not in _NO_WINDOWS:
+        if config.architecture not in _NO_WINDOW:
             values["use_sliding_window"] = window is not None
             values["max_window_layers"] = next(
                 (i for i, w in enumerate(windows) if w is not None), config.num_layers

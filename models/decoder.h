@@ -13,24 +13,30 @@ namespace quorum {
 // down are of the dense block, or where there are experts of the shared one. Caches:
 // (kv_heads, cache_size, dim) and (kv_heads, cache_size, v_dim). chunks: (num_chunks, 6) int64:
 // tiles, number of tiles, index, its columns, first and last query. cos, sin: tables by position.
-// window, softcap 0: none.
+// window, softcap 0: none. Of latent attention: to_latent, of_latent: a packed matrix for each head
+// (`LatentAttention.absorbed`); values are the first v_dim channels of k_cache.
 #define QUORUM_LAYER(F)                                                                            \
     F(const void *, input_norm) F(const void *, qkv) F(const void *, qkv_bias)                     \
     F(const void *, q_norm) F(const void *, k_norm) F(const void *, o)                             \
     F(const void *, post_attention_norm) F(const void *, pre_feedforward_norm)                     \
     F(const void *, post_feedforward_norm) F(const void *, gate_up) F(const void *, down)          \
     F(int64_t, intermediate) F(const Experts *, experts)                                           \
+    F(const void *, q_b) F(const void *, q_a_norm) F(const void *, latent_norm)                    \
+    F(const void *, to_latent) F(const void *, of_latent)                                          \
     F(void *, k_cache) F(void *, v_cache) F(const int64_t *, chunks) F(int64_t, num_chunks)        \
     F(const float *, cos) F(const float *, sin) F(int64_t, window) F(float, scale)                 \
     F(float, softcap)
 QUORUM_STRUCT(Layer, QUORUM_LAYER);
 
-// embedding_scale 0: none.
+// embedding_scale 0: none. dim, v_dim, kv_heads: of keys and values in the cache. Of latent
+// attention, else 0: nope_dim, rope_dim: of a head's query; q_rank: of the latents of queries, 0 if
+// they have none; out_dim: of a head's output.
 #define QUORUM_DECODER(F)                                                                          \
     F(const void *, embedding) F(const void *, norm) F(const Layer *, layers)                      \
     F(int64_t, num_layers) F(int64_t, hidden) F(int64_t, heads) F(int64_t, kv_heads)               \
-    F(int64_t, dim) F(int64_t, v_dim) F(int64_t, cache_size) F(int64_t, plus_one)                  \
-     F(int64_t, gelu) F(float, eps) F(float, embedding_scale)
+    F(int64_t, dim) F(int64_t, v_dim) F(int64_t, cache_size) F(int64_t, nope_dim)                  \
+    F(int64_t, rope_dim) F(int64_t, q_rank) F(int64_t, out_dim) F(int64_t, plus_one)               \
+    F(int64_t, gelu) F(float, eps) F(float, latent_eps) F(float, embedding_scale)
 QUORUM_STRUCT(Decoder, QUORUM_DECODER);
 
 // The hidden states (n, hidden) of n tokens after the final norm. suffixes: null where there are
@@ -40,10 +46,14 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
             const int64_t *slots, const Suffixes *suffixes, float *o, float *lse, T *out,
             int64_t threads) {
     const Decoder &d = *decoder;
-    const int64_t q_size = d.heads * d.dim, k_size = d.kv_heads * d.dim;
-    const int64_t v_size = d.kv_heads * d.v_dim, qkv_size = q_size + k_size + v_size;
-    const int64_t attended_size = d.heads * d.v_dim;
-    const int64_t half = d.dim / 2, stream = n * d.hidden;
+    const bool latent = d.rope_dim > 0;
+    const int64_t q_size = d.heads * d.dim, attended_size = d.heads * d.v_dim;
+    // What the first projection gives, and of latent attention the heads' queries and outputs.
+    const int64_t head_dim = d.nope_dim + d.rope_dim, head_size = d.heads * head_dim;
+    const int64_t qkv_size = latent ? (d.q_rank ? d.q_rank : head_size) + d.dim
+                                    : q_size + d.kv_heads * (d.dim + d.v_dim);
+    const int64_t out_size = latent ? d.heads * d.out_dim : 0;
+    const int64_t half = (latent ? d.rope_dim : d.dim) / 2, stream = n * d.hidden;
     thread_local std::vector<T> scratch;
     thread_local std::vector<float> lse_scratch, weight_scratch;
     thread_local RowTiles row_tiles;
@@ -56,11 +66,12 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
     }
     // Two residual streams, since a norm reads one while it writes the other.
     const int64_t streams = has_experts ? 4 : 3;
-    const int64_t wide = qkv_size + q_size + attended_size + intermediate;
+    const int64_t wide = qkv_size + q_size + attended_size + intermediate + head_size + out_size;
     T *hidden = room(scratch, streams * stream + n * wide), *next = hidden + stream;
     T *update = next + stream, *normed = update + stream;
     T *qkv = hidden + streams * stream, *q = qkv + n * qkv_size;
     T *attended = q + n * q_size, *active = attended + n * attended_size;
+    T *head_q = active + n * intermediate, *head_out = head_q + n * head_size;
 
     const auto norm_update = [&](const void *weight) {
         rms_norm<T>(update, d.hidden, d.hidden, nullptr, (const T *)weight, update, nullptr, n, 1,
@@ -130,6 +141,41 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
         });
     };
 
+    // The same with latent attention: a query goes over to the latents, head by head.
+    const auto turn_and_write_latent = [&](const Layer &layer) {
+        const T *heads_q = qkv;
+        int64_t q_t = qkv_size, rest = head_size;
+        if (d.q_rank) {
+            row_tiles.resize(n, d.q_rank);
+            const int64_t tile = row_tiles.tile;
+            const float *w = widened((const T *)layer.q_a_norm, d.q_rank, weight_scratch);
+            row_tiles.fill(
+                [&](int64_t t) {
+                    thread_local std::vector<T> rows;
+                    T *y = room(rows, ROWS * d.q_rank) + t % tile * d.q_rank;
+                    rms_norm_row<T>(qkv + t * qkv_size, nullptr, w, y, nullptr, d.q_rank,
+                                    d.latent_eps, 0);
+                    return (const T *)y;
+                },
+                threads);
+            linear<T>(row_tiles, (const T *)layer.q_b, head_size, nullptr, head_q, threads);
+            heads_q = head_q, q_t = head_size, rest = d.q_rank;
+        }
+        const float *w = widened((const T *)layer.latent_norm, d.v_dim, weight_scratch);
+        parallel(n, std::max<int64_t>(1, 4096 / qkv_size), threads, [&](int64_t t) {
+            const float *c = layer.cos + positions[t] * half, *s = layer.sin + positions[t] * half;
+            for (int64_t h = 0; h < d.heads; h++)
+                rope_head<T>(heads_q + t * q_t + h * head_dim + d.nope_dim, c, s,
+                             q + t * q_size + h * d.dim + d.v_dim, half);
+            const T *x = qkv + t * qkv_size + rest;
+            T *cell = (T *)layer.k_cache + slots[t] * d.dim;
+            rms_norm_row<T>(x, nullptr, w, cell, nullptr, d.v_dim, d.latent_eps, 0);
+            rope_head<T>(x + d.v_dim, c, s, cell + d.v_dim, half);
+        });
+        linear_heads(heads_q, q_t, head_dim, n, d.heads, d.nope_dim, (const T *)layer.to_latent,
+                     d.v_dim, q, q_size, d.dim, threads);
+    };
+
     const T *table = (const T *)d.embedding;
     parallel(n, 16, threads, [&](int64_t t) {
         const T *from = table + tokens[t] * d.hidden;
@@ -142,11 +188,13 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
         const Layer &layer = d.layers[i];
         tile_norm(layer.input_norm, i == 0);
         linear(row_tiles, (const T *)layer.qkv, qkv_size, (const T *)layer.qkv_bias, qkv, threads);
-        turn_and_write(layer);
+        if (latent) turn_and_write_latent(layer);
+        else turn_and_write(layer);
         const T *k_cache = (const T *)layer.k_cache, *v_cache = (const T *)layer.v_cache;
-        const int64_t k_h = d.cache_size * d.dim, v_h = d.cache_size * d.v_dim;
+        const int64_t v_n = latent ? d.dim : d.v_dim;
+        const int64_t k_h = d.cache_size * d.dim, v_h = d.cache_size * v_n;
         const Attention<T> a(AttentionArguments{
-            q, k_cache, v_cache, q_size, d.dim, k_h, d.dim, v_h, d.v_dim, d.heads, d.kv_heads,
+            q, k_cache, v_cache, q_size, d.dim, k_h, d.dim, v_h, v_n, d.heads, d.kv_heads,
             d.dim, d.v_dim, positions, layer.scale, layer.softcap, layer.window, o, lse});
         if (suffixes) attend_suffixes(a, *suffixes, threads);
         for (int64_t c = 0; c < layer.num_chunks; c++) {
@@ -155,7 +203,14 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
             merge(o, lse, (const int64_t *)chunk[2], chunk[5] - start, chunk[3], d.heads, d.v_dim,
                   attended + start * attended_size, merged_lse + start * d.heads, threads);
         }
-        tile_rows(attended, attended_size);
+        if (latent) {
+            linear_heads(attended, attended_size, d.v_dim, n, d.heads, d.v_dim,
+                         (const T *)layer.of_latent, d.out_dim, head_out, out_size, d.out_dim,
+                         threads);
+            tile_rows(head_out, out_size);
+        } else {
+            tile_rows(attended, attended_size);
+        }
         linear<T>(row_tiles, (const T *)layer.o, d.hidden, nullptr, update, threads);
         const void *norm = layer.post_attention_norm;
         if (layer.pre_feedforward_norm) {

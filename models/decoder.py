@@ -19,11 +19,13 @@ from torch import Tensor
 from kernels import cpp
 from kernels.forest_attention.cpp_impl import compile_plan, partials_of, suffixes_of
 from kernels.forest_attention.plan import CompiledKey, ForestPlan
-from kernels.packed_linear import packed, packed_linear
+from kernels.packed_linear import pack, packed, packed_linear
 from kernels.route import routing_structure
 from kernels.target import power_of_two
+from models.latent_attention import LATENT_EPS, LatentAttention
+from models.layers import RMSNorm
 from models.rope import Rope
-from models.transformer import MLP, DecoderLayer, ExpertsMLP, RMSNorm, Transformer
+from models.transformer import MLP, DecoderLayer, ExpertsMLP, Transformer
 
 
 def runs_cpp(model: Transformer) -> bool:
@@ -40,9 +42,12 @@ class CppDecoder:
     def __init__(
         self, model: Transformer, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor]
     ) -> None:
-        """k_caches (Hkv, N, D) and v_caches (Hkv, N, Dv), contiguous, one of each a layer."""
-        for cache in (*k_caches, *v_caches):
-            assert cache.is_contiguous() and cache.dtype == model.head_weight.dtype
+        """k_caches (Hkv, N, D) and v_caches (Hkv, N, Dv), contiguous, one of each a layer; with
+        latent attention v_caches are the first channels of k_caches."""
+        for k, v in zip(k_caches, v_caches, strict=True):
+            assert k.is_contiguous() and k.dtype == v.dtype == model.head_weight.dtype
+            aliased = model.config.latent is not None
+            assert v.data_ptr() == k.data_ptr() if aliased else v.is_contiguous()
         self.model, self.k_caches, self.v_caches = model, list(k_caches), list(v_caches)
         self.dtype = model.head_weight.dtype
         self._parameters = list(model.parameters())
@@ -66,7 +71,7 @@ class CppDecoder:
         assert token_ids.is_contiguous() and positions.is_contiguous()
         self._reach(plan)
         suffixes = suffixes_of(plan)
-        heads, v_dim = config.num_heads, config.v_head_dim
+        heads, v_dim = config.num_heads, config.cached_value_dim
         o = lse = None
         for layer, spec in zip(self._layers, config.attention, strict=True):
             chunks = compile_plan(plan, spec.window, heads, v_dim)
@@ -87,8 +92,8 @@ class CppDecoder:
         return packed_linear(hidden, self.model.head_weight)
 
     def _reach(self, plan: ForestPlan) -> None:
-        """Give the layers tables of cosines and sines, (positions, D / 2), that reach as far as a
-        plan's tokens."""
+        """Give the layers tables of cosines and sines, (positions, rope_dim / 2), that reach as far
+        as a plan's tokens."""
 
         def furthest() -> int:
             grows = plan.suffix.capacity if plan.advancing and plan.suffix is not None else 0
@@ -109,23 +114,27 @@ class CppDecoder:
         config = self.model.config
         layers = [self._layer(i) for i in range(config.num_layers)]
         self._layers = (cpp.structure("Layer") * len(layers))(*layers)
-        scale = config.embedding_scale
+        scale, latent = config.embedding_scale, config.latent
         self._decoder = cpp.structure("Decoder")(
-            self.model.embed_tokens.weight.data_ptr(),
-            self.model.norm.weight.data_ptr(),
-            ctypes.addressof(self._layers),
-            config.num_layers,
-            config.hidden_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.v_head_dim,
-            self.k_caches[0].shape[1],
-            int(config.norm_plus_one),
-            int(config.activation == "gelu_tanh"),
-            config.rms_norm_eps,
-            0.0 if scale is None else torch.tensor(scale).to(self.dtype).item(),
+            embedding=self.model.embed_tokens.weight.data_ptr(),
+            norm=self.model.norm.weight.data_ptr(),
+            layers=ctypes.addressof(self._layers),
+            num_layers=config.num_layers,
+            hidden=config.hidden_size,
+            heads=config.num_heads,
+            kv_heads=config.cached_heads,
+            dim=config.cached_key_dim,
+            v_dim=config.cached_value_dim,
+            cache_size=self.k_caches[0].shape[1],
+            plus_one=int(config.norm_plus_one),
+            gelu=int(config.activation == "gelu_tanh"),
+            eps=config.rms_norm_eps,
+            latent_eps=LATENT_EPS,
+            embedding_scale=0.0 if scale is None else torch.tensor(scale).to(self.dtype).item(),
         )
+        if latent is not None:
+            self._decoder.nope_dim, self._decoder.rope_dim = latent.nope_dim, latent.rope_dim
+            self._decoder.q_rank, self._decoder.out_dim = latent.q_rank or 0, config.v_head_dim
 
     def _layer(self, index: int) -> ctypes.Structure:
         layer: Any = self.model.layers[index]
@@ -148,9 +157,19 @@ class CppDecoder:
             ("k_norm", attention, "k_norm"),
             ("pre_feedforward_norm", layer, "pre_feedforward_layernorm"),
             ("post_feedforward_norm", layer, "post_feedforward_layernorm"),
+            ("q_a_norm", attention, "q_a_layernorm"),
+            ("latent_norm", attention, "kv_a_layernorm"),
         ):
             norm = getattr(owner, attribute, None)
             weights[name] = norm.weight if isinstance(norm, RMSNorm) else None
+        if isinstance(attention, LatentAttention):
+            if attention.latent.q_rank is not None:
+                weights["q_b"] = self._packed(attention.q_b_proj.weight)
+            absorbed = zip(("to_latent", "of_latent"), attention.absorbed(), strict=True)
+            for name, by_head in absorbed:
+                laid = torch.cat([pack(each.detach().contiguous()) for each in by_head])
+                self._kept.append(laid)
+                weights[name] = laid
         return cpp.structure("Layer")(
             **{name: None if w is None else w.data_ptr() for name, w in weights.items()},
             k_cache=self.k_caches[index].data_ptr(),

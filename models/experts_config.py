@@ -18,6 +18,7 @@ from kernels.route import Routing
 from models.files import Reader, shown
 
 _COUNTS = "num_experts", "num_local_experts", "n_routed_experts"
+_FAMILIES = "qwen3_moe", "deepseek_v2"
 _MAX_EXPERTS = 1024
 
 
@@ -37,8 +38,18 @@ def read_experts(reader: Reader, architecture: str, num_layers: int) -> tuple[Ex
     """The experts of each layer, None where it has a dense block. architecture: "qwen3_moe",
     "deepseek_v2", or another, which has none. Raises ValueError naming the file and the value for
     what is missing, malformed or unsupported."""
-    if architecture not in ("qwen3_moe", "deepseek_v2"):
+    if architecture not in _FAMILIES:
         return (None,) * num_layers
+    if architecture == "qwen3_moe":
+        sparse = _sparse(reader, num_layers)
+    else:
+        first = _not_negative(reader, "first_k_dense_replace")
+        sparse = [layer >= first for layer in range(num_layers)]
+    experts = _experts(reader, architecture) if any(sparse) else None
+    return tuple(experts if own else None for own in sparse)
+
+
+def _experts(reader: Reader, architecture: str) -> Experts:
     count = _count(reader)
     if reader.values.get("scoring_func") not in (None, "softmax"):
         found = shown(reader.values["scoring_func"])
@@ -52,11 +63,7 @@ def read_experts(reader: Reader, architecture: str, num_layers: int) -> tuple[Ex
         for key, value in plain.items():
             if reader.values.get(key) not in (None, value):
                 raise reader.error(f"{key} has no meaning for {architecture}")
-        experts = Experts(count, width, Routing(per_token, normalise))
-        sparse = _sparse(reader, num_layers)
-        if not any(sparse):
-            raise reader.error("decoder_sparse_step and mlp_only_layers leave no layer experts")
-        return tuple(experts if own else None for own in sparse)
+        return Experts(count, width, Routing(per_token, normalise))
     if normalise:
         raise reader.error("norm_topk_prob is not supported for deepseek_v2")
     if reader.integer("moe_layer_freq", default=1) != 1:
@@ -64,11 +71,7 @@ def read_experts(reader: Reader, architecture: str, num_layers: int) -> tuple[Ex
     groups, kept = _groups(reader, count, per_token)
     shared = _not_negative(reader, "n_shared_experts") * width
     scale = reader.number("routed_scaling_factor", default=1.0)
-    experts = Experts(count, width, Routing(per_token, False, scale, groups, kept), shared)
-    first = _not_negative(reader, "first_k_dense_replace")
-    if first >= num_layers:
-        raise reader.error(f"first_k_dense_replace {first} leaves none of {num_layers} layers")
-    return tuple(None if layer < first else experts for layer in range(num_layers))
+    return Experts(count, width, Routing(per_token, False, scale, groups, kept), shared)
 
 
 def _count(reader: Reader) -> int:
@@ -118,32 +121,32 @@ def _not_negative(reader: Reader, key: str) -> int:
 
 
 def experts_values(architecture: str, experts: Sequence[Experts | None]) -> dict[str, Any]:
-    """What `config.json` says of the experts of all layers, as `read_experts` reads it; nothing
-    where no layer has any."""
+    """What `config.json` says of the experts of all layers, as `read_experts` reads it; nothing of
+    an architecture without."""
+    if architecture not in _FAMILIES:
+        return {}
+    dense = [layer for layer, own in enumerate(experts) if own is None]
+    if architecture == "qwen3_moe":
+        values: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    else:
+        assert dense == [*range(len(dense))], "dense layers past one with experts"
+        values = {"first_k_dense_replace": len(dense)}
     first = next((own for own in experts if own is not None), None)
     if first is None:
-        return {}
+        return values
     routing = first.routing
-    values: dict[str, Any] = {
+    values |= {
         "num_experts_per_tok": routing.per_token,
         "moe_intermediate_size": first.intermediate_size,
         "norm_topk_prob": routing.normalise,
     }
-    dense = [layer for layer, own in enumerate(experts) if own is None]
     if architecture == "qwen3_moe":
-        return values | {
-            "num_experts": first.count,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": dense,
-        }
-    assert dense == [*range(len(dense))], "dense layers after one with experts"
-    grouped = routing.groups > 1
+        return values | {"num_experts": first.count}
     return values | {
         "n_routed_experts": first.count,
         "n_shared_experts": first.shared_intermediate_size // first.intermediate_size,
         "routed_scaling_factor": routing.scale,
-        "topk_method": "group_limited_greedy" if grouped else "greedy",
+        "topk_method": "greedy" if routing.groups == 1 else "group_limited_greedy",
         "n_group": routing.groups,
         "topk_group": routing.groups_kept,
-        "first_k_dense_replace": len(dense),
     }

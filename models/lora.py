@@ -23,11 +23,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.scalar_head import ScalarModel
-from models.transformer import Linear, Product, Transformer, linear
-from models.weights import replace_file, stored_rows, write_tensors
+from models.layers import Linear, Product, linear
+from models.scalar_head import ScalarModel, decoder_of
+from models.transformer import Transformer
+from models.weights import replace_file, row_order, stored_rows, write_tensors
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = (
+    "q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+    "o_proj", "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
 
 
 class AdaptedLinear(Linear):
@@ -86,9 +90,9 @@ def add_adapters(
 ) -> None:
     """Freeze a decoder, in place, and give the linear layers of its blocks adapters.
 
-    targets: the projections that are adapted, some of TARGETS; routed experts have none. Raises
-    ValueError for other names or none, where all of them are in routed experts alone, and for a
-    rank or an alpha that is not positive.
+    targets: the projections that are adapted, some of TARGETS, those left out that the model does
+    not have, or in routed experts alone. Raises ValueError for other names, where none is left, and
+    for a rank or an alpha that is not positive.
     """
     if rank < 1 or not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"an adapter of rank {rank} and alpha {alpha}")
@@ -96,6 +100,17 @@ def add_adapters(
     if unknown or not targets:
         known = ", ".join(TARGETS)
         raise ValueError(f"adapters of {', '.join(unknown) or 'nothing'}: known are {known}")
+    has = {
+        name
+        for path, module in model.layers.named_modules()
+        if type(module) is Linear
+        for name in stored_rows(model.config, path.rpartition(".")[2], module.out_features)
+        if name in TARGETS
+    }
+    if has.isdisjoint(targets):
+        raise ValueError(
+            f"adapters of {', '.join(targets)}: the model has {', '.join(sorted(has))}"
+        )
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for layer in model.layers:
@@ -107,10 +122,6 @@ def add_adapters(
                 if not rows.keys().isdisjoint(targets):
                     adapted = AdaptedLinear(child, rank, alpha, rows, targets, generator)
                     setattr(parent, name, adapted)
-    if not any(isinstance(module, AdaptedLinear) for module in model.modules()):
-        raise ValueError(
-            f"adapters of {', '.join(targets)}: only routed experts have them, and are not adapted"
-        )
 
 
 @contextmanager
@@ -153,10 +164,14 @@ def save_adapter(
     assert adapted, "a model without adapters"
     tensors: dict[str, Tensor] = {}
     targets: set[str] = set()
+    model_config = decoder_of(model).config
     for name, layer in adapted.items():
         low, high = parameters[f"{name}.lora_a"], parameters[f"{name}.lora_b"]
         for target, own in zip(layer.targets, high.split([*layer.targets.values()]), strict=True):
             place = f"{prefix}{name.rpartition('.')[0]}.{target}"
+            order = row_order(model_config, target)
+            if order is not None:
+                own = own[order.argsort().to(own.device)]
             tensors |= {f"{place}.lora_A.weight": low, f"{place}.lora_B.weight": own}
             targets.add(target)
     if scalar:

@@ -67,7 +67,8 @@ class YarnScaling:
     """YaRN: channels that turn less than `beta_slow` times within the original context are
     stretched by `factor`, those that turn more than `beta_fast` times are kept, and a ramp over the
     channels lies between, whose ends are whole channels where `truncate`. attention_factor:
-    multiplies cosines and sines, hence every score by its square.
+    multiplies cosines and sines, hence every score by its square. mscale, mscale_all_dim: what it
+    follows from; DeepSeek-V2 also multiplies all scores by what the second gives.
     """
 
     rope_type: ClassVar[str] = "yarn"
@@ -77,6 +78,8 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
 
     def inv_freq(self, powers: Tensor, theta: float) -> Tensor:
         half = len(powers)
@@ -107,12 +110,13 @@ def yarn_attention_factor(
     """YaRN's attention factor where config.json does not give it; of the two mscales neither counts
     without the other."""
 
-    def grown(by: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
-
     if mscale is None or mscale_all_dim is None:
-        return grown(1.0)
-    return grown(mscale) / grown(mscale_all_dim)
+        return _grown(factor, 1.0)
+    return _grown(factor, mscale) / _grown(factor, mscale_all_dim)
+
+
+def _grown(factor: float, by: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True)
@@ -134,3 +138,11 @@ class Rope:
     def attention_factor(self) -> float:
         """What cosines and sines have to be multiplied with."""
         return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling) else 1.0
+
+    @property
+    def score_factor(self) -> float:
+        """Whose square DeepSeek-V2 multiplies its scores with, beside `attention_factor`."""
+        scaling = self.scaling
+        if not isinstance(scaling, YarnScaling) or scaling.mscale_all_dim is None:
+            return 1.0
+        return _grown(scaling.factor, scaling.mscale_all_dim)

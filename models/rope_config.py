@@ -156,6 +156,8 @@ def _yarn(inner: Reader, context: int) -> YarnScaling:
         beta_fast=inner.number("beta_fast", default=32.0),
         beta_slow=inner.number("beta_slow", default=1.0),
         truncate=inner.flag("truncate", default=True),
+        mscale=mscales[0],
+        mscale_all_dim=mscales[1],
     )
     if scaling.beta_fast < scaling.beta_slow:
         raise inner.error(

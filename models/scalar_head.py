@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from kernels import cpp
 from kernels.cpp import runs_cpp
 from models.config import ModelConfig
-from models.transformer import Attend, Linear, Transformer
+from models.layers import Attend, Linear
+from models.transformer import Transformer
 
 _BLOCK = 16
 

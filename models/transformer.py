@@ -12,9 +12,9 @@ shared block beside them, which all tokens go through.
 
 T tokens of any number of sequences lie flat, side by side; positions say where each stands. The
 attention itself is passed in: prefill, decode and training share this forward and differ in
-`attend` alone. A run may pass in its own matrix product, in place of `linear`, and a `rotate` that
-writes keys and values into a cache on the way. q, k, v and gate, up are stored as fused weights,
-the only layout there is.
+`attend` alone. A run may pass in its own matrix product, in place of `linear`, and with a cache a
+`write` that takes keys and values there. q, k, v and gate, up are stored as fused weights, the only
+layout there is.
 
 On CPU the matrix products are torch's, whose bits depend on T and on the number of threads. Only
 the C++ forward (`models/decoder.py`) gives a row the same bits in any batch; on a GPU
@@ -23,69 +23,24 @@ the C++ forward (`models/decoder.py`) gives a row the same bits in any batch; on
 It does not hold a cache, scale scores, mask, or know what a prompt is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.gated_act import gated_act
 from kernels.moe import moe
 from kernels.norm_rope_write import HeadNorms
-from kernels.packed_linear import packed_linear, packs
-from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_cos_sin
 from kernels.route import route
 from models.config import ModelConfig
 from models.experts_config import Experts
+from models.latent_attention import LatentAttention
+from models.layers import Attend, Linear, Product, RMSNorm, Write, linear
 from models.rope import Rope
 
-# attend(layer, q (T, Hq, D), k (T, Hkv, D), v (T, Hkv, Dv)) -> (T, Hq, Dv), after rope. Scale,
-# soft-cap and window are the caller's to apply: they are in config.attention[layer].
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-# rotate(attention, q, k, v, cos, sin) -> the normalised and rotated q and k: `norm_and_rope`, or
-# what also writes k and v into a cache.
-Rotate = Callable[["Attention", Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-# product(x (T, K), weight (N, K), bias (N,) or None) -> x W^T + b, (T, N)
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
 _MAX_SCORES = 1 << 24  # elements of one block of scores in `causal_attend`: 64 MiB of float32
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. x: (T, K), weight: (N, K), bias: (N,) or None. Returns (T, N)."""
-    if packs(x, weight):
-        return packed_linear(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    """A linear layer through the matrix product that it is called with."""
-
-    def forward(self, x: Tensor, product: Product = linear) -> Tensor:
-        return product(x, self.weight, self.bias)
-
-
-class RMSNorm(nn.Module):
-    """A learned scale over root-mean-square normalised vectors."""
-
-    def __init__(self, size: int, eps: float, plus_one: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-        self.plus_one = plus_one
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = rms_norm(x, self.weight, self.eps, self.plus_one)
-        assert isinstance(normed, Tensor)
-        return normed
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and x + residual."""
-        normed = rms_norm(x, self.weight, self.eps, self.plus_one, residual)
-        assert isinstance(normed, tuple)
-        return normed
 
 
 class Attention(nn.Module):
@@ -123,25 +78,21 @@ class Attention(nn.Module):
         sin: Tensor,
         attend: Attend,
         product: Product,
-        rotate: Rotate,
+        write: Write | None,
     ) -> Tensor:
         config = self.config
         q, k, v = self.qkv_proj(x, product).split(self.sizes, -1)
         q = q.unflatten(-1, (config.num_heads, config.head_dim))
         k = k.unflatten(-1, (config.num_kv_heads, config.head_dim))
         v = v.unflatten(-1, (config.num_kv_heads, config.v_head_dim))
-        q, k = rotate(self, q, k, v, cos, sin)
+        if write is not None:
+            q = write(self.layer, q, k, v, self.norms, cos, sin)
+        else:
+            if config.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = rope(q, cos, sin), rope(k, cos, sin)
         out = attend(self.layer, q, k, v)
         return self.o_proj(out.flatten(1), product)
-
-
-def norm_and_rope(
-    attention: Attention, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Queries (T, Hq, D) and keys (T, Hkv, D), normalised if the model does so, and rotated."""
-    if attention.config.qk_norm:
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    return rope(q, cos, sin), rope(k, cos, sin)
 
 
 class MLP(nn.Module):
@@ -196,7 +147,8 @@ class DecoderLayer(nn.Module):
             return RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_plus_one)
 
         self.sandwich = config.sandwich_norms
-        self.self_attn = Attention(config, layer)
+        kind = Attention if config.latent is None else LatentAttention
+        self.self_attn = kind(config, layer)
         experts = config.experts[layer]
         self.mlp: MLP | ExpertsMLP = (
             MLP(config, config.intermediate_size)
@@ -217,14 +169,14 @@ class DecoderLayer(nn.Module):
         sin: Tensor,
         attend: Attend,
         product: Product,
-        rotate: Rotate,
+        write: Write | None,
     ) -> tuple[Tensor, Tensor]:
         """Returns this layer's last update, not yet added, and the residual stream before it."""
         if update is None:
             normed = self.input_layernorm(hidden)
         else:
             normed, hidden = self.input_layernorm.add(update, hidden)
-        update = self.self_attn(normed, cos, sin, attend, product, rotate)
+        update = self.self_attn(normed, cos, sin, attend, product, write)
         if self.sandwich:
             update = self.post_attention_layernorm(update)
             normed, hidden = self.pre_feedforward_layernorm.add(update, hidden)
@@ -273,14 +225,14 @@ class Transformer(nn.Module):
         positions: Tensor,
         attend: Attend,
         product: Product = linear,
-        rotate: Rotate = norm_and_rope,
+        write: Write | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, (T, hidden_size).
 
         token_ids, positions: (T,) int64 on the model's device. attend: see `Attend`; it is called
-        once per layer, in order. product: what all linear layers multiply with. rotate: what stands
-        before the attention. Neither ids nor positions are range-checked here (that would wait for
-        the device).
+        once per layer, in order. product: what all linear layers multiply with. write: where there
+        is a cache, see `Write`. Neither ids nor positions are range-checked here (that would wait
+        for the device).
         """
         config = self.config
         angles = self.angles(positions)
@@ -290,7 +242,7 @@ class Transformer(nn.Module):
             hidden = hidden * torch.tensor(config.embedding_scale).to(hidden.dtype).item()
         update: Tensor | None = None
         for layer, own in zip(self.layers, config.rope, strict=True):
-            inputs = (update, hidden, *angles[own], attend, product, rotate)
+            inputs = (update, hidden, *angles[own], attend, product, write)
             if self.recompute and torch.is_grad_enabled():
                 update, hidden = checkpoint(
                     layer, *inputs, use_reentrant=False, preserve_rng_state=False
@@ -337,14 +289,17 @@ class Transformer(nn.Module):
         return self.head(self(ids.long(), positions, causal_attend(self.config)))
 
     def angles(self, positions: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:
-        """Cosines and sines of positions (T,), (T, head_dim / 2) each, for every rope there is."""
+        """Cosines and sines of positions (T,), (T, rope_dim / 2) each, for every rope there is."""
         found = {}
         for own in dict.fromkeys(self.config.rope):
             place = own, positions.device
             if place not in self._inv_freq:
-                inv_freq = own.inv_freq(self.config.head_dim)
+                inv_freq = own.inv_freq(self.config.rope_dim)
                 self._inv_freq[place] = inv_freq.to(positions.device)
-            found[own] = rope_cos_sin(positions, self._inv_freq[place])
+            cos, sin = rope_cos_sin(positions, self._inv_freq[place])
+            if self.config.latent is not None and own.attention_factor != 1:
+                cos, sin = cos * own.attention_factor, sin * own.attention_factor
+            found[own] = cos, sin
         return found
 
 

@@ -54,17 +54,28 @@ _SCORE = "score.weight"
 @dataclass(frozen=True)
 class _Slot:
     """Where a stored tensor belongs: rows [start, start + shape[0]) of a parameter, or of one
-    expert's part of it."""
+    expert's part of it, in the order of `rows` where that is not their own: row rows[i] of what is
+    stored is the i-th."""
 
     parameter: str
     start: int
     shape: tuple[int, ...]
+    rows: Tensor | None = None
     expert: int | None = None
 
     def of(self, parameters: dict[str, Tensor]) -> Tensor:
         whole = parameters[self.parameter].detach()
         own = whole if self.expert is None else whole[self.expert]
         return own[self.start : self.start + self.shape[0]]
+
+    def loaded(self, stored: Tensor) -> Tensor:
+        """The rows of the parameter that a stored tensor gives."""
+        return stored if self.rows is None else stored[self.rows]
+
+    def saved(self, parameters: dict[str, Tensor]) -> Tensor:
+        """What is stored of these parameters."""
+        own = self.of(parameters)
+        return own if self.rows is None else own[self.rows.argsort().to(own.device)]
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,7 @@ def _load(model: Model, root: Path, dtype: torch.dtype | None, device: str | tor
                     elif not bool(torch.isfinite(tensor).all()):
                         raise ValueError(f"{path}: {name} is not finite in {dtype}")
                     else:
-                        place.copy_(tensor)
+                        place.copy_(slots[name].loaded(tensor))
         except SafetensorError as error:
             raise ValueError(f"{path}: {error}") from None
     return model
@@ -183,7 +194,7 @@ def save_pretrained(
     replace_file(root / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
     replace_file(
         root / _SINGLE,
-        lambda path: write_tensors(path, shapes, lambda name: slots[name].of(parameters)),
+        lambda path: write_tensors(path, shapes, lambda name: slots[name].saved(parameters)),
     )
 
 
@@ -247,15 +258,35 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def stored_rows(config: ModelConfig, module: str, rows: int) -> dict[str, int]:
     """The projections that checkpoints store by themselves, in order, with the number of their
     rows: those of a fused one, or the module itself. rows: of the module."""
-    if module == "qkv_proj":
-        return {
-            "q_proj": config.num_heads * config.head_dim,
-            "k_proj": config.num_kv_heads * config.head_dim,
-            "v_proj": config.num_kv_heads * config.v_head_dim,
-        }
     if module == "gate_up_proj":
         return {"gate_proj": rows // 2, "up_proj": rows // 2}
-    return {module: rows}
+    if module != "qkv_proj":
+        return {module: rows}
+    if (latent := config.latent) is not None:
+        q = {"q_proj": config.num_heads * config.head_dim}
+        if latent.q_rank is not None:
+            q = {"q_a_proj": latent.q_rank}
+        return q | {"kv_a_proj_with_mqa": latent.kv_rank + latent.rope_dim}
+    return {
+        "q_proj": config.num_heads * config.head_dim,
+        "k_proj": config.num_kv_heads * config.head_dim,
+        "v_proj": config.num_kv_heads * config.v_head_dim,
+    }
+
+
+def row_order(config: ModelConfig, projection: str) -> Tensor | None:
+    """Which stored row is the i-th of a projection, None for all in their order. With latent
+    attention checkpoints turn channels 2i and 2i + 1 of a head together, and the decoder i and i +
+    half."""
+    latent = config.latent
+    if latent is None or projection not in ("q_proj", "q_b_proj", "kv_a_proj_with_mqa"):
+        return None
+    turned = torch.arange(latent.rope_dim).unflatten(0, (-1, 2)).T.flatten()
+    heads, before = config.num_heads, latent.nope_dim
+    if projection == "kv_a_proj_with_mqa":
+        heads, before = 1, latent.kv_rank
+    head = torch.cat([torch.arange(before), before + turned])
+    return (torch.arange(heads)[:, None] * len(head) + head).flatten()
 
 
 def _slots(model: Transformer | ScalarModel) -> Iterator[tuple[str, _Slot]]:
@@ -272,7 +303,8 @@ def _slots(model: Transformer | ScalarModel) -> Iterator[tuple[str, _Slot]]:
         for expert, place in places:
             start = 0
             for part, rows in stored_rows(config, module, sizes[0]).items():
-                slot = _Slot(name, start, (rows, *sizes[1:]), expert)
+                shape, order = (rows, *sizes[1:]), row_order(config, part)
+                slot = _Slot(name, start, shape, order, expert)
                 yield prefix + place.replace(module, part), slot
                 start += rows
             assert start == sizes[0], name

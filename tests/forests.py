@@ -18,7 +18,7 @@ from engine.forest import Forest, Node, decode_tiles, prefill_tiles
 from engine.kv_cache import KVCache, round_up
 from kernels.forest_attention import AttentionOptions, ForestPlan
 from kernels.forest_attention.plan import MAX_SPLIT, Suffixes, splits_of
-from models.config import ModelConfig, Rope
+from models.config import Latent, ModelConfig, Rope
 
 Array = NDArray[np.floating]
 Segment = tuple[int, int]  # name, tokens
@@ -26,8 +26,9 @@ CPU = torch.device("cpu")
 
 
 def make_config(
-    kv_heads: int = 1, head_dim: int = 1, v_head_dim: int = 1, groups: int = 1, layers: int = 1
-) -> ModelConfig:
+    kv_heads: int = 1, head_dim: int = 1, v_head_dim: int = 1, groups: int = 1, layers: int = 1,
+    latent: Latent | None = None,
+) -> ModelConfig:  # fmt: skip
     return ModelConfig(
         architecture="qwen3", vocab_size=16, hidden_size=8, intermediate_size=8,
         num_layers=layers, num_heads=kv_heads * groups, num_kv_heads=kv_heads,
@@ -36,7 +37,7 @@ def make_config(
         attention=(AttentionOptions(1.0),) * layers, experts=(None,) * layers,
         attention_bias=False, qk_norm=True, norm_plus_one=False, sandwich_norms=False,
         embedding_scale=None, activation="silu", final_softcap=None, tied=True,
-        eos_token_ids=frozenset(), dtype=None,
+        eos_token_ids=frozenset(), dtype=None, latent=latent,
     )  # fmt: skip
 
 
@@ -69,10 +70,13 @@ class Shape:
     head_dim: int = 16
     v_head_dim: int = 16
     dtype: torch.dtype = torch.float32
+    aliased: bool = False  # values are the first channels of their keys, as of latent attention
 
     @cached_property
     def config(self) -> ModelConfig:
-        return make_config(self.kv_heads, self.head_dim, self.v_head_dim, self.groups)
+        sizes = self.kv_heads, self.head_dim, self.v_head_dim, self.groups
+        latent = Latent(None, self.v_head_dim, 1, self.head_dim - self.v_head_dim)
+        return make_config(*sizes, latent=latent if self.aliased else None)
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,9 @@ def token_data(name: int, tokens: int, shape: Shape) -> tuple[Array, Array, Arra
     width = sum(sizes) + shape.kv_heads * shape.v_head_dim
     flat = np.random.default_rng(name).standard_normal((tokens, width), dtype=np.float32)
     q, k, v = np.split(flat, np.cumsum(sizes), axis=1)
-    return (
-        3 * q.reshape(tokens, heads, -1),
-        k.reshape(tokens, shape.kv_heads, -1),
-        v.reshape(tokens, shape.kv_heads, -1),
-    )
+    k, v = (x.reshape(tokens, shape.kv_heads, -1) for x in (k, v))
+    values = k[..., : shape.v_head_dim] if shape.aliased else v
+    return 3 * q.reshape(tokens, heads, -1), k, values
 
 
 class Grove:

@@ -405,7 +405,11 @@ def test_written_configs_read_back_equal_here_and_in_transformers(
         "norm_topk_prob",
         "mlp_only_layers",
     ):
-        assert getattr(theirs, key, None) == getattr(original, key, None), key
+        written, wanted = getattr(theirs, key, None), getattr(original, key, None)
+        if key == "rope_parameters":  # more is said of YaRN, which transformers would find itself
+            assert written is not None and wanted is not None
+            wanted = {**written, **wanted}
+        assert written == wanted, key
 
 
 @pytest.mark.parametrize("scalar", [False, True])

@@ -93,7 +93,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     return load(directory)[0]
 
 
-@pytest.mark.parametrize(("family", "options"), [*((f, {}) for f in FAMILIES), ("qwen3", YARN)])
+VARIANTS = [
+    *((family, {}) for family in FAMILIES),
+    ("qwen3", YARN),
+    ("deepseek_v2", {"q_lora_rank": 20, "v_head_dim": 12, "rope_parameters": None}),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), VARIANTS)
 @pytest.mark.parametrize("chunk", [4096, 48])
 def test_prefill_and_decode_equal_transformers(
     family: str,

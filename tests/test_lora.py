@@ -175,16 +175,17 @@ def test_an_adapter_in_a_file_is_what_peft_makes_of_it(
     save_pretrained(merged, tmp_path, base)
     save_adapter(model, learnt, tmp_path / "adapter", base, torch.float32)
 
+    theirs = auto.from_pretrained(
+        base, dtype=torch.float32, **({"num_labels": 1} if scalar else {})
+    )
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["base_model_name_or_path"] == str(base)
     assert config["task_type"] == ("SEQ_CLS" if scalar else "CAUSAL_LM")
     assert (config["r"], config["lora_alpha"]) == (3, 7.5)
-    assert sorted(config["target_modules"]) == sorted(targets)
+    own = {name.rpartition(".")[2] for name, _ in theirs.named_modules()}
+    assert config["target_modules"] == [each for each in TARGETS if each in own & {*targets}]
     assert config["modules_to_save"] == (["score"] if scalar else None)
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    theirs = auto.from_pretrained(
-        base, dtype=torch.float32, **({"num_labels": 1} if scalar else {})
-    )
     with torch.no_grad():
         if scalar:
             theirs.score.weight.copy_(adapter.pop("base_model.model.score.weight"))
@@ -198,6 +199,18 @@ def test_an_adapter_in_a_file_is_what_peft_makes_of_it(
         ours = auto.from_pretrained(tmp_path)
         expected, found = (each.eval()(TOKENS[None]).logits for each in (theirs, ours))
     assert (found - expected).abs().max() < 1e-3 * (expected - without).abs().max()
+
+
+def test_targets_that_the_model_does_not_have(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "deepseek_v2")
+    model = Transformer(read_config(tmp_path))
+    with pytest.raises(ValueError, match=r"adapters of v_proj: the model has .*kv_a_proj_with_mqa"):
+        add_adapters(model, 3, 6.0, targets=("v_proj",))
+    add_adapters(model, 3, 6.0, targets=("v_proj", "q_proj"))
+    names = {
+        name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, AdaptedLinear)
+    }
+    assert names == {"qkv_proj"}
 
 
 def test_an_adapter_in_a_file_has_the_dtype_that_is_asked_for(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kernels.forest_attention import AttentionOptions
 from models.config import ModelConfig, read_config
-from models.transformer import RMSNorm, Transformer, causal_attend
+from models.layers import RMSNorm
+from models.transformer import Transformer, causal_attend
 from models.weights import load_weights, save_pretrained
 from tests import tiny
 
@@ -74,7 +76,7 @@ def test_old_spelling_of_the_config(tmp_path: Path, family: str) -> None:
         rope = rope["full_attention"]
     values["rope_theta"] = rope.pop("rope_theta")
     values["rope_scaling"] = None
-    if family in ("llama", "gemma3_text"):
+    if family in ("llama", "gemma3_text", "deepseek_v2"):
         kind = "type" if family == "llama" else "rope_type"
         values["rope_scaling"] = {kind: rope.pop("rope_type")} | rope
     values["torch_dtype"] = values.pop("dtype")
@@ -101,6 +103,8 @@ def test_old_spelling_of_the_config(tmp_path: Path, family: str) -> None:
         ("qwen2", {"num_key_value_heads": 4}),
         ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [], "num_experts_per_tok": 5}),
         ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "head_dim": 16}),
+        ("deepseek_v2", {"q_lora_rank": 20}),
+        ("deepseek_v2", {"q_lora_rank": 20, "v_head_dim": 12, "rope_parameters": None}),
     ],
 )
 def test_variants_equal_transformers(
@@ -164,12 +168,16 @@ def test_bfloat16_is_no_worse_than_transformers(tmp_path: Path, family: str) -> 
     oracle = tiny.write_checkpoint(tmp_path, family, dtype=torch.bfloat16)
     config = read_config(tmp_path)
     assert config.dtype == torch.bfloat16
-    # With the same bfloat16 weights: what is exact, and what bfloat16 arithmetic costs.
+    # With the same bfloat16 weights: what is exact, and what bfloat16 arithmetic costs a token. The
+    # median, since a token between two experts may go to the other.
     exact = load_weights(tmp_path, config, torch.float64).logits(token_ids())
-    error = (oracle_logits(oracle, token_ids()).double() - exact).square().mean().sqrt()
     ours = load_weights(tmp_path, config).logits(token_ids())
     assert ours.dtype == torch.float32
-    assert (ours.double() - exact).square().mean().sqrt() <= 1.25 * error
+    error, theirs = (
+        (logits.double() - exact).square().mean(1).sqrt().median()
+        for logits in (ours, oracle_logits(oracle, token_ids()))
+    )
+    assert error <= 1.25 * theirs
 
 
 def test_embedding_scale_is_rounded_to_the_dtype(tmp_path: Path) -> None:
@@ -195,23 +203,19 @@ def test_gradients_equal_transformers(tmp_path: Path, family: str) -> None:
     theirs = oracle(ids[None]).logits[0].double()
     F.cross_entropy(theirs[:-1], ids[1:]).backward()
     loss.backward()
-    grads = {name: parameter.grad for name, parameter in oracle.named_parameters()}
-    for name, parameter in model.named_parameters():
-        expected = [
-            grads[("" if name.startswith("lm_head") else "model.") + part]
-            for part in (
-                [name.replace("qkv_proj", p) for p in ("q_proj", "k_proj", "v_proj")]
-                if "qkv_proj" in name
-                else [name.replace("gate_up_proj", p) for p in ("gate_proj", "up_proj")]
-                if "gate_up_proj.weight" in name
-                else [name]
-            )
-        ]
-        assert parameter.grad is not None, name
+    # Under the names of a checkpoint both have the same.
+    for each in (oracle, model):
+        with torch.no_grad():
+            for name, parameter in each.named_parameters():
+                assert parameter.grad is not None, name
+                parameter.copy_(parameter.grad)
+    oracle.save_pretrained(tmp_path / "theirs", max_shard_size="1GB")
+    save_pretrained(model, tmp_path / "ours")
+    expected, grads = (load_file(tmp_path / of / "model.safetensors") for of in ("theirs", "ours"))
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
         # transformers takes the softmax and norms in float32 even in a float64 model.
-        torch.testing.assert_close(
-            parameter.grad, torch.cat([g for g in expected if g is not None]), atol=1e-6, rtol=1e-4
-        )
+        torch.testing.assert_close(grad, expected[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_autocast_trains(tmp_path: Path) -> None:
@@ -297,7 +301,9 @@ def test_rows_do_not_depend_on_each_other(tmp_path: Path, family: str) -> None:
     ids, positions = token_ids(), torch.arange(TOKENS).flip(0)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return q * (k * v).repeat_interleave(2, 1).sum(-1, keepdim=True).tanh()
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        return v * (q * k).sum(-1, keepdim=True).tanh()
 
     def run(rows: slice) -> Tensor:
         with torch.no_grad():

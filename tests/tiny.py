@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    DeepseekV2Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -26,7 +27,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama", "gemma2", "gemma3_text")
+FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama", "gemma2", "gemma3_text", "deepseek_v2")
 VOCAB_SIZE = 320
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -35,6 +36,17 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+# As DeepSeek-V2 has it: with a factor on the scores and one on what rope turns.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.707,
 }
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 CONTROL = ("<think>", "</think>")  # ids 3, 4: added, but not marked special
@@ -76,7 +88,16 @@ def hf_config(family: str, **overrides: Any) -> PreTrainedConfig:
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
             },
         },
+        "deepseek_v2": {
+            "q_lora_rank": None, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+            "v_head_dim": 20, "rope_parameters": YARN, "first_k_dense_replace": 1,
+            "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+            "n_shared_experts": 2, "routed_scaling_factor": 1.5, "n_group": 3, "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+        },
     }  # fmt: skip
+    if family == "deepseek_v2":
+        values["num_key_value_heads"] = 4
     kinds: dict[str, type[PreTrainedConfig]] = {
         "qwen3": Qwen3Config,
         "qwen3_moe": Qwen3MoeConfig,
@@ -84,6 +105,7 @@ def hf_config(family: str, **overrides: Any) -> PreTrainedConfig:
         "llama": LlamaConfig,
         "gemma2": Gemma2Config,
         "gemma3_text": Gemma3TextConfig,
+        "deepseek_v2": DeepseekV2Config,
     }
     return kinds[family](**(values | own[family] | overrides))
 

@@ -21,7 +21,8 @@ from engine.kv_cache import Slab, round_up
 from kernels.forest_attention import forest_attention
 from kernels.forest_attention.plan import ForestPlan
 from models.config import ModelConfig
-from models.transformer import Attend, Transformer
+from models.layers import Attend
+from models.transformer import Transformer
 from train.trajectories import Trajectory
 
 

@@ -133,13 +133,37 @@ inline void finish_row(const float *sums, const float *bias, Activation activati
     }
 }
 
+// Rows [first, last) of one panel's columns of y, rows y_t apart: x is laid out in tiles of `tile`
+// rows of k numbers, weight and bias are the panel's.
+template <class T, class Y>
+inline void linear_panel(const float *x, int64_t k, int64_t tile, int64_t first, int64_t last,
+                         const T *weight, const T *bias, Y *y, int64_t y_t, int64_t columns,
+                         Activation activation) {
+    thread_local std::vector<float> storage;
+    float *sums = room(storage, (last - first) * COLUMNS), wide_bias[COLUMNS] = {};
+    if (bias) widen_row(bias, wide_bias, columns);
+    Prefetch ahead{(const char *)(weight + COLUMNS * k),
+                   COLUMNS * (int64_t)sizeof(T) / ((last - first + tile - 1) / tile)};
+    for (int64_t start = 0; start < k; start += BLOCK_TERMS) {
+        const int64_t terms = std::min(BLOCK_TERMS, k - start);
+        for (int64_t t = first; t < last; t += tile) {
+            const int64_t here = std::min(tile, last - t);
+            linear_rows<ROWS>(here, x + t * k + start * here, weight + start * COLUMNS, terms,
+                              start == 0, ahead, sums + (t - first) * COLUMNS);
+            ahead.from += ahead.step * terms;
+        }
+    }
+    for (int64_t t = first; t < last; t++)
+        finish_row(sums + (t - first) * COLUMNS, bias ? wide_bias : nullptr, activation,
+                   y + t * y_t, columns);
+}
+
 // y (m, n) of a packed weight (n, k); with an activation the weight is a pair and n that of one.
 template <class T, class Y>
 void linear(const RowTiles &x, const T *weight, int64_t n, const T *bias, Y *y, int64_t threads,
             Activation activation = NONE) {
     const int64_t m = x.m, k = x.k, tile = x.tile;
     if (!m) return;
-    const float *row_tiles = x.data;
     const int64_t across = activation ? LANES : COLUMNS;  // columns that a panel gives
     const int64_t panels = (n + across - 1) / across, tiles = (m + tile - 1) / tile;
     // Rows that stay in the second cache while the panels pass by, and fewer where there are so few
@@ -150,28 +174,12 @@ void linear(const RowTiles &x, const T *weight, int64_t n, const T *bias, Y *y, 
     const int64_t blocks = (m + block - 1) / block;
     // Neighbouring panels to one thread, so that it finds what it fetched ahead; several for each.
     const int64_t grain = std::clamp<int64_t>(blocks * panels / (4 * threads), 1, 8);
+    const float *rows = x.data;
     parallel(blocks * panels, grain, threads, [&](int64_t task) {
-        thread_local std::vector<float> storage;
         const int64_t p = task % panels, first = task / panels * block;
-        const int64_t last = std::min(m, first + block);
-        const int64_t columns = std::min<int64_t>(across, n - p * across);
-        const T *mine = weight + p * COLUMNS * k;
-        float *sums = room(storage, (last - first) * COLUMNS), wide_bias[COLUMNS] = {};
-        if (bias) widen_row(bias + p * COLUMNS, wide_bias, columns);
-        Prefetch ahead{(const char *)(mine + COLUMNS * k),
-                       COLUMNS * (int64_t)sizeof(T) / ((last - first + tile - 1) / tile)};
-        for (int64_t start = 0; start < k; start += BLOCK_TERMS) {
-            const int64_t terms = std::min(BLOCK_TERMS, k - start);
-            for (int64_t t = first; t < last; t += tile) {
-                const int64_t here = std::min(tile, m - t);
-                linear_rows<ROWS>(here, row_tiles + t * k + start * here, mine + start * COLUMNS,
-                                  terms, start == 0, ahead, sums + (t - first) * COLUMNS);
-                ahead.from += ahead.step * terms;
-            }
-        }
-        for (int64_t t = first; t < last; t++)
-            finish_row(sums + (t - first) * COLUMNS, bias ? wide_bias : nullptr, activation,
-                       y + t * n + p * across, columns);
+        linear_panel(rows, k, tile, first, std::min(m, first + block), weight + p * COLUMNS * k,
+                     bias ? bias + p * across : nullptr, y + p * across, n,
+                     std::min<int64_t>(across, n - p * across), activation);
     });
 }
 template <class T>
@@ -181,6 +189,29 @@ void linear(const T *x, int64_t m, int64_t k, const T *weight, int64_t n, const 
     row_tiles.resize(m, k);
     row_tiles.fill([&](int64_t t) { return x + t * k; }, threads);
     linear(row_tiles, weight, n, bias, y, threads);
+}
+
+// A linear layer of each head. x: m rows x_t apart, of heads x_h apart, k numbers each. weight: a
+// packed one (n, k) for each head, side by side. y: as x, of n numbers.
+template <class T>
+void linear_heads(const T *x, int64_t x_t, int64_t x_h, int64_t m, int64_t heads, int64_t k,
+                  const T *weight, int64_t n, T *y, int64_t y_t, int64_t y_h, int64_t threads) {
+    thread_local std::vector<RowTiles> storage;
+    storage.resize(std::max<size_t>(storage.size(), heads));
+    RowTiles *tiles = storage.data();
+    const int64_t panels = (n + COLUMNS - 1) / COLUMNS;
+    for (int64_t h = 0; h < heads; h++) tiles[h].resize(m, k);
+    parallel(heads, 1, threads, [&](int64_t h) {
+        tiles[h].fill([&](int64_t t) { return x + t * x_t + h * x_h; }, 1);
+    });
+    parallel(heads * panels, 4, threads, [&](int64_t task) {
+        const int64_t h = task / panels, p = task % panels, tile = tiles[h].tile;
+        const int64_t block = std::max<int64_t>(1, (3 << 17) / (4 * k * tile)) * tile;
+        for (int64_t first = 0; first < m; first += block)
+            linear_panel<T>(tiles[h].data, k, tile, first, std::min(m, first + block),
+                            weight + task * COLUMNS * k, nullptr, y + h * y_h + p * COLUMNS, y_t,
+                            std::min<int64_t>(COLUMNS, n - p * COLUMNS), NONE);
+    });
 }
 
 // out[r] = x[r] . weight, summed over 16 lanes: rows of any number have the same bits. weight: as

@@ -6,7 +6,8 @@ them in the order of the sequence. Where every query has one partial, that is th
 is no merge. The kernel has three instances: *wide* for nodes that many queries share (M is 64) and
 for prefill (128), *narrow* (16) for few queries, and one for the leaves' suffixes. The last needs
 no list of spans: it runs one program per query and split, beside the other two, and reads the
-suffixes' lengths on the device. Programs, spans and partials are laid out by `schedule.py`.
+suffixes' lengths on the device. Programs, spans and partials are laid out by `schedule.py`. Values
+that are the first channels of their keys are read once.
 
 The weights are exp2(x * factor - m * factor), where factor = scale * log2(e) is folded into the
 subtraction. That is one multiply-add, and q keeps its bits: a bfloat16 q scaled beforehand would
@@ -33,13 +34,15 @@ from kernels.target import Target, power_of_two, target_of
 
 @triton.jit
 def _attend_keys(
-    q, acc, row_max, row_sum, k_ptr, v_ptr, first, end, num_keys, position, q_pos,
+    q, q_tail, acc, row_max, row_sum, k_ptr, v_ptr, first, end, num_keys, position, q_pos,
     k_n, v_n, factor, cap_scale, window,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    D: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr, BLOCK_DV: tl.constexpr,
     N: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take keys [first, end) of a span into the running softmax of a query tile."""
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    tail = tl.arange(0, BLOCK_TAIL)
     last = tl.minimum(q_pos - position, num_keys - 1)  # (M,) of the keys that a query sees
     last_hidden = q_pos - position - window
     for start in range(first, end, N):
@@ -51,11 +54,17 @@ def _attend_keys(
             k = tl.load(k_ptrs, mask=mask & (d < D)[None, :], other=0.0)
         else:
             k = tl.load(k_ptrs)
-        if MASKED or DV != BLOCK_DV:
+        if TAIL:
+            v = k
+        elif MASKED or DV != BLOCK_DV:
             v = tl.load(v_ptrs, mask=mask & (dv < DV)[None, :], other=0.0)
         else:
             v = tl.load(v_ptrs)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (M, N)
+        if TAIL:
+            tail_ptrs = k_ptr + D + column[:, None] * k_n + tail[None, :]
+            k_tail = tl.load(tail_ptrs, mask=mask & (tail < TAIL)[None, :], other=0.0)
+            scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision="ieee")
         if SOFTCAP:
             scores = tanh(scores * cap_scale)
         if MASKED:
@@ -76,9 +85,9 @@ def _attend_keys(
 
 @triton.jit
 def _forest_attention_kernel(
-    q_ptr,  # (T, Hq, D), strides q_t, q_h, 1
-    k_ptr,  # (Hkv, N, D), strides k_h, k_n, 1
-    v_ptr,  # (Hkv, N, Dv), strides v_h, v_n, 1
+    q_ptr,  # (T, Hq, D + TAIL), strides q_t, q_h, 1
+    k_ptr,  # (Hkv, N, D + TAIL), strides k_h, k_n, 1
+    v_ptr,  # (Hkv, N, Dv), strides v_h, v_n, 1; with a tail the first channels of k
     o_ptr,  # (P, Hq, Dv), contiguous
     lse_ptr,  # (P, Hq), contiguous
     positions_ptr,  # (T,)
@@ -100,8 +109,10 @@ def _forest_attention_kernel(
     window,
     G: tl.constexpr,
     D: tl.constexpr,
+    TAIL: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -145,6 +156,11 @@ def _forest_attention_kernel(
     min_pos = tl.min(tl.where(mask, q_pos, 2147483647))
     q_ptrs = q_ptr + ((query + row) * q_t + head * q_h)[:, None] + d[None, :]
     q = tl.load(q_ptrs, mask=mask[:, None] & (d < D)[None, :], other=0.0)  # (M, BLOCK_D)
+    q_tail = q
+    if TAIL:
+        tail = tl.arange(0, BLOCK_TAIL)
+        tail_ptrs = q_ptr + D + ((query + row) * q_t + head * q_h)[:, None] + tail[None, :]
+        q_tail = tl.load(tail_ptrs, mask=mask[:, None] & (tail < TAIL)[None, :], other=0.0)
     acc = tl.zeros((M, BLOCK_DV), tl.float32)
     row_max = tl.full((M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((M,), tl.float32)
@@ -168,22 +184,22 @@ def _forest_attention_kernel(
             whole = (tl.maximum(max_pos + 1 - window - position, 0) + N - 1) // N * N
             whole = tl.minimum(tl.maximum(whole, begin), tl.maximum(num_keys, begin))
             acc, row_max, row_sum = _attend_keys(
-                q, acc, row_max, row_sum, k_span, v_span, begin, whole, num_keys, position, q_pos,
-                k_n, v_n, factor, cap_scale, window,
-                D, DV, BLOCK_D, BLOCK_DV, N, SOFTCAP, WINDOW, True,
+                q, q_tail, acc, row_max, row_sum, k_span, v_span, begin, whole, num_keys, position,
+                q_pos, k_n, v_n, factor, cap_scale, window,
+                D, TAIL, DV, BLOCK_D, BLOCK_TAIL, BLOCK_DV, N, SOFTCAP, WINDOW, True,
             )  # fmt: skip
             # The last tile above may have reached past `whole`, but not past its own N keys.
             begin = (whole + N - 1) // N * N
             full = tl.maximum(full, begin)
         acc, row_max, row_sum = _attend_keys(
-            q, acc, row_max, row_sum, k_span, v_span, begin, full, num_keys, position, q_pos,
-            k_n, v_n, factor, cap_scale, window,
-            D, DV, BLOCK_D, BLOCK_DV, N, SOFTCAP, WINDOW, False,
+            q, q_tail, acc, row_max, row_sum, k_span, v_span, begin, full, num_keys, position,
+            q_pos, k_n, v_n, factor, cap_scale, window,
+            D, TAIL, DV, BLOCK_D, BLOCK_TAIL, BLOCK_DV, N, SOFTCAP, WINDOW, False,
         )  # fmt: skip
         acc, row_max, row_sum = _attend_keys(
-            q, acc, row_max, row_sum, k_span, v_span, full, num_keys, num_keys, position, q_pos,
-            k_n, v_n, factor, cap_scale, window,
-            D, DV, BLOCK_D, BLOCK_DV, N, SOFTCAP, WINDOW, True,
+            q, q_tail, acc, row_max, row_sum, k_span, v_span, full, num_keys, num_keys, position,
+            q_pos, k_n, v_n, factor, cap_scale, window,
+            D, TAIL, DV, BLOCK_D, BLOCK_TAIL, BLOCK_DV, N, SOFTCAP, WINDOW, True,
         )  # fmt: skip
 
     seen = row_sum != 0  # true of NaN, which has to show
@@ -197,11 +213,12 @@ def _forest_attention_kernel(
 
 
 def _launch(
-    rows: int, dim: int, v_dim: int, dtype: torch.dtype, target: Target, suffix: bool
+    rows: int, dim: int, tail: int, v_dim: int, dtype: torch.dtype, target: Target, suffix: bool
 ) -> dict[str, int]:
     """Keys of a tile, warps and stages of one instance: as many bytes in flight as registers and
     shared memory hold without spilling. Tune with bench/ops/forest_attention.py."""
     block_d, block_dv = power_of_two(dim, 16), power_of_two(v_dim, 16)
+    block_tail = power_of_two(tail, 16)
     is_long, is_float32 = max(block_d, block_dv) > 128, dtype == torch.float32
     keys, stages = 32 if is_long else 64, 3
     if is_float32:  # products in float32 are unrolled into registers
@@ -210,8 +227,9 @@ def _launch(
         stages = 2  # what three spill
     warps = 8 if rows > 64 or (rows > 16 and (is_long or is_float32)) else 4
     # On an AMD GPU the queries stay in registers.
-    q_bytes = 0 if target.is_hip else rows * block_d * dtype.itemsize
-    row_bytes = (block_d + block_dv) * dtype.itemsize
+    more = block_tail if tail else 0
+    q_bytes = 0 if target.is_hip else rows * (block_d + more) * dtype.itemsize
+    row_bytes = (block_d + (more or block_dv)) * dtype.itemsize
     while q_bytes + stages * keys * row_bytes > target.shared_bytes * 3 // 4 and stages > 1:
         if stages > 2 or keys == 16:
             stages -= 1
@@ -221,6 +239,7 @@ def _launch(
         "M": rows,
         "N": keys,
         "BLOCK_D": block_d,
+        "BLOCK_TAIL": block_tail,
         "BLOCK_DV": block_dv,
         "num_warps": warps,
         "num_stages": stages,
@@ -314,13 +333,16 @@ def _run_instance(
 ) -> None:
     q, k_cache, v_cache = inputs
     dim, v_dim = q.shape[-1], v_cache.shape[-1]
+    is_alias = v_cache.data_ptr() == k_cache.data_ptr() and dim > v_dim
+    tail = dim - v_dim if is_alias and v_cache.stride() == k_cache.stride() else 0
     launch(
         _forest_attention_kernel,
         (num_programs, shape.kv_heads),
         *inputs, *out, plan.positions, *tensors,
         len(q), *q.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2],
         *options.exp2_factors(), options.window or 0,
-        G=shape.groups, D=dim, DV=v_dim, SPLIT=MAX_SPLIT, SUFFIX=tensors[0] is None,
-        SOFTCAP=options.softcap is not None, WINDOW=options.window is not None,
-        **_launch(rows, dim, v_dim, q.dtype, shape.rows.target, tensors[0] is None),
+        G=shape.groups, D=dim - tail, TAIL=tail, DV=v_dim, SPLIT=MAX_SPLIT,
+        SUFFIX=tensors[0] is None, SOFTCAP=options.softcap is not None,
+        WINDOW=options.window is not None,
+        **_launch(rows, dim - tail, tail, v_dim, q.dtype, shape.rows.target, tensors[0] is None),
     )  # fmt: skip

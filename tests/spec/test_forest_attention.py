@@ -122,6 +122,18 @@ def test_many_channels(
     check_decode(on, grove, grove.decode(), AttentionOptions(0.05, 30.0, 333))
 
 
+def test_values_that_are_the_first_channels_of_their_keys(
+    on: Implementation, dtype: torch.dtype
+) -> None:
+    """As of latent attention: the keys' memory is all that is read."""
+    shape = Shape(1, 5, 40, 24, dtype, aliased=True)
+    grove = Grove(DEEP[::3], shape, capacity=336, device=on.device)
+    k, v = grove.caches
+    assert v.data_ptr() == k.data_ptr() and v.stride() == k.stride()
+    check_decode(on, grove, grove.decode(), PLAIN)
+    check_prefill(on, grove, grove.whole()[:2], WINDOWED, per_split=False)
+
+
 @pytest.mark.parametrize("options", [PLAIN, WINDOWED])
 def test_a_plan_moves_on(on: Implementation, options: AttentionOptions) -> None:
     """Lengths and positions change in place, also into another split."""

@@ -8,7 +8,7 @@ import torch
 
 from kernels.matmul import matmul_ref
 from kernels.packed_linear import packed_linear, packs
-from models.transformer import linear
+from models.layers import linear
 from tests.implementations import Implementation
 from tests.rows import ROWS, check_rows
 
