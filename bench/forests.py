@@ -150,7 +150,7 @@ class Heads:
             num_layers=layers, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim, v_head_dim=self.value_dim, max_position_embeddings=1 << 20,
             rms_norm_eps=1e-6, rope=(Rope(1e4, None),) * layers,
-            attention=(self.options,) * layers,
+            attention=(self.options,) * layers, experts=(None,) * layers,
             attention_bias=False, qk_norm=True, norm_plus_one=False, sandwich_norms=False,
             embedding_scale=None, activation="silu", final_softcap=None, tied=True,
             eos_token_ids=frozenset(), dtype=None,

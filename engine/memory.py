@@ -37,8 +37,16 @@ def working_bytes(config: ModelConfig, dtype: torch.dtype, rows: int, tokens: in
     weights and cache, the larger of them, and the logits that wait at the ends of prompts."""
     attention = config.num_heads * (config.cached_key_dim + config.cached_value_dim)
     attention += config.cell_width
-    # Projections and what rope makes of them; gate, up and their product; the residual stream.
-    width = 4 * config.hidden_size + 2 * attention + 3 * config.intermediate_size
+    # Projections and what rope makes of them; gate, up and their product; the residual stream. A
+    # token's experts have an output each.
+    block = max(
+        3 * config.intermediate_size
+        if own is None
+        else own.routing.per_token * (3 * own.intermediate_size + config.hidden_size)
+        + 3 * own.shared_intermediate_size
+        for own in config.experts
+    )
+    width = 4 * config.hidden_size + 2 * attention + block
     partials = rows * _DECODE_PARTIALS * config.num_heads * config.cached_value_dim * 4
     logits = 3 * rows * config.vocab_size * dtype.itemsize
     return max(rows, tokens) * width * dtype.itemsize + partials + logits

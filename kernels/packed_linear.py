@@ -61,8 +61,9 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def packed(weight: Tensor, paired: bool = False) -> Tensor:
-    """A weight (N, K), float32 or bfloat16, packed for C++ and from now on kept beside it.
-    paired: it holds two matrices, gate and up, and a panel has columns of both."""
+    """A weight (N, K), or several in one (E, N, K), float32 or bfloat16, packed for C++, one after
+    another, and from now on kept beside it. paired: a weight holds two matrices, gate and up, and a
+    panel has columns of both."""
     version = (weight.data_ptr(), weight._version, paired)
     with _packing:
         kept: _Packed | None = _packed.get(weight)
@@ -73,10 +74,12 @@ def packed(weight: Tensor, paired: bool = False) -> Tensor:
 
 def pack(weight: Tensor, paired: bool = False) -> Tensor:
     """`packed` without keeping anything. weight: contiguous."""
-    columns, terms = weight.shape
+    columns, terms = weight.shape[-2:]
     width = cpp.panel_columns()
     across = columns // 2 if paired else columns
     panels = -(-across // (width // 2 if paired else width))
-    laid = torch.empty(panels * width * terms, dtype=weight.dtype)
-    cpp.call("pack", weight.dtype, weight, columns, terms, int(paired), laid)
+    matrices = weight.detach().reshape(-1, columns, terms)
+    laid = torch.empty(len(matrices), panels * width * terms, dtype=weight.dtype)
+    for matrix, to in zip(matrices, laid, strict=True):
+        cpp.call("pack", weight.dtype, matrix, columns, terms, int(paired), to)
     return laid

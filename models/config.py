@@ -1,14 +1,14 @@
 """The configuration of a decoder, read from a Hugging Face `config.json`.
 
-Qwen3, Qwen2 (and 2.5), Llama (3.x), Gemma-2 and the text model of Gemma-3 become one `ModelConfig`,
-whose fields say what the decoder does rather than which family it is. Both spellings are read:
-`rope_theta` + `rope_scaling` and `rope_parameters`; `torch_dtype` and `dtype`. Sequence classifiers
-of one label, which are what `ScalarModel` loads, have a spelling of their own. Whatever the decoder
-does not implement raises a ValueError that names the file and the value: nothing is ignored that
-would change the logits. Of generation_config.json only the end tokens are read: how to sample is
-for the caller to say.
+Qwen3, Qwen3-MoE, Qwen2 (and 2.5), Llama (3.x), Gemma-2 and the text model of Gemma-3 become one
+`ModelConfig`, whose fields say what the decoder does rather than which family it is. Both spellings
+are read: `rope_theta` + `rope_scaling` and `rope_parameters`; `torch_dtype` and `dtype`. Sequence
+classifiers of one label, which are what `ScalarModel` loads, have a spelling of their own. Whatever
+the decoder does not implement raises a ValueError that names the file and the value: nothing is
+ignored that would change the logits. Of generation_config.json only the end tokens are read: how to
+sample is for the caller to say.
 
-It does not read `auto_map` code, quantised checkpoints, experts, or rope types other than those of
+It does not read `auto_map` code, quantised checkpoints, or rope types other than those of
 `models/rope.py`.
 """
 
@@ -22,12 +22,14 @@ from typing import Any
 import torch
 
 from kernels.forest_attention import AttentionOptions
+from models.experts_config import Experts, experts_values, read_experts
 from models.files import Reader, read_json, shown
 from models.rope import Rope, YarnScaling
 from models.rope_config import KINDS, read_ropes, rope_values
 
 ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",
     "Gemma2ForCausalLM": "gemma2",
@@ -55,7 +57,7 @@ DTYPES = {
 }
 _GEMMA = "gemma2", "gemma3_text"
 _DEEPSEEK = "deepseek_v2"
-_NO_WINDOW = "llama", _DEEPSEEK
+_NO_WINDOW = "llama", "qwen3_moe", _DEEPSEEK
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,14 @@ class Latent:
 class ModelConfig:
     """Everything that the decoder needs to know about a checkpoint.
 
-    architecture: "qwen3", "qwen2", "llama", "gemma2", "gemma3_text" or "deepseek_v2". head_dim:
-    channels of a query and a key; v_head_dim: of a value. rope, attention: one entry per layer.
-    attention_bias: bias on q, k and v.
-    qk_norm: RMS norm over head_dim of q and k before rope. norm_plus_one: norms scale by 1 + w.
-    sandwich_norms: norms also after attention and after the MLP. embedding_scale: factor on
-    embeddings, rounded to the model's dtype, None for none. final_softcap: of the logits. tied: the
-    decoder stores no head of its own; the embedding is the head, where there is one.
+    architecture: "qwen3", "qwen3_moe", "qwen2", "llama", "gemma2", "gemma3_text" or "deepseek_v2".
+    head_dim: channels of a query and a key; v_head_dim: of a value. intermediate_size: of dense
+    blocks. rope, attention, experts: one entry per layer, None for the experts of a dense one.
+    attention_bias: bias on q, k and v. qk_norm: RMS norm over head_dim of q and k before rope.
+    norm_plus_one: norms scale by 1 + w. sandwich_norms: norms also after attention and after the
+    MLP. embedding_scale: factor on embeddings, rounded to the model's dtype, None for none.
+    final_softcap: of the logits. tied: the decoder stores no head of its own; the embedding is the
+    head, where there is one.
     max_position_embeddings: the context in tokens; with YaRN `factor` times the original one, where
     config.json states less, as those do to which only YaRN was added. eos_token_ids: of config.json
     and generation_config.json together. dtype: of the stored weights, float32 where they are
@@ -101,6 +104,7 @@ class ModelConfig:
     rms_norm_eps: float
     rope: tuple[Rope, ...]
     attention: tuple[AttentionOptions, ...]
+    experts: tuple[Experts | None, ...]
     attention_bias: bool
     qk_norm: bool
     norm_plus_one: bool
@@ -211,8 +215,9 @@ def read_config(directory: str | os.PathLike[str], scalar: bool = False) -> Mode
             AttentionOptions(scale * factor**2, softcap, window)
             for factor, window in zip(factors, windows, strict=True)
         ),
+        experts=read_experts(reader, architecture, num_layers),
         attention_bias=architecture == "qwen2",
-        qk_norm=architecture in ("qwen3", "gemma3_text"),
+        qk_norm=architecture in ("qwen3", "qwen3_moe", "gemma3_text"),
         norm_plus_one=gemma,
         sandwich_norms=gemma,
         embedding_scale=hidden_size**0.5 if gemma else None,
@@ -316,6 +321,8 @@ def _refuse_unsupported(reader: Reader, architecture: str) -> None:
     flags = ["mlp_bias", "use_bidirectional_attention"]
     if architecture != "qwen2":  # its bias is on q, k and v only, whatever the key says
         flags.append("attention_bias")
+    if architecture == "qwen3_moe":
+        flags.append("use_sliding_window")
     for key in flags:
         if reader.flag(key, default=False):
             raise reader.error(f"{key} is not supported")
@@ -450,6 +457,7 @@ def _decoder_values(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         "eos_token_id": sorted(config.eos_token_ids),
     }
+    values |= experts_values(config.architecture, config.experts)
     if (latent := config.latent) is not None:
         del values["head_dim"]
         values |= {
@@ -458,7 +466,6 @@ def _decoder_values(config: ModelConfig) -> dict[str, Any]:
             "qk_nope_head_dim": latent.nope_dim,
             "qk_rope_head_dim": latent.rope_dim,
             "v_head_dim": config.v_head_dim,
-            "first_k_dense_replace": config.num_layers,
         }
     if config.architecture not in _NO_WINDOW:
         values["layer_types"] = kinds

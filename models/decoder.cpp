@@ -5,6 +5,7 @@
 namespace quorum {
 
 static const bool described = add_struct("Layer", sizeof(Layer), Layer::describe()) &&
+                              add_struct("Experts", sizeof(Experts), Experts::describe()) &&
                               add_struct("Decoder", sizeof(Decoder), Decoder::describe()) &&
                               add_function("decode_f32", decode<float>) &&
                               add_function("decode_bf16", decode<bf16>);

@@ -5,10 +5,12 @@
 #include "../kernels/cpp/attention.h"
 #include "../kernels/cpp/interface.h"
 #include "../kernels/cpp/linear.h"
+#include "../kernels/cpp/moe.h"
 
 namespace quorum {
 
-// Weights of a layer: matrices packed, a null pointer for what the model does not have. Caches:
+// Weights of a layer: matrices packed, a null pointer for what the model does not have. gate_up and
+// down are of the dense block, or where there are experts of the shared one. Caches:
 // (kv_heads, cache_size, dim) and (kv_heads, cache_size, v_dim). chunks: (num_chunks, 6) int64:
 // tiles, number of tiles, index, its columns, first and last query. cos, sin: tables by position.
 // window, softcap 0: none. Of latent attention: to_latent, of_latent: a packed matrix for each head
@@ -18,6 +20,7 @@ namespace quorum {
     F(const void *, q_norm) F(const void *, k_norm) F(const void *, o)                             \
     F(const void *, post_attention_norm) F(const void *, pre_feedforward_norm)                     \
     F(const void *, post_feedforward_norm) F(const void *, gate_up) F(const void *, down)          \
+    F(int64_t, intermediate) F(const Experts *, experts)                                           \
     F(const void *, q_b) F(const void *, q_a_norm) F(const void *, latent_norm)                    \
     F(const void *, to_latent) F(const void *, of_latent)                                          \
     F(void *, k_cache) F(void *, v_cache) F(const int64_t *, chunks) F(int64_t, num_chunks)        \
@@ -31,10 +34,9 @@ QUORUM_STRUCT(Layer, QUORUM_LAYER);
 #define QUORUM_DECODER(F)                                                                          \
     F(const void *, embedding) F(const void *, norm) F(const Layer *, layers)                      \
     F(int64_t, num_layers) F(int64_t, hidden) F(int64_t, heads) F(int64_t, kv_heads)               \
-    F(int64_t, dim) F(int64_t, v_dim) F(int64_t, intermediate) F(int64_t, cache_size)              \
-    F(int64_t, nope_dim) F(int64_t, rope_dim) F(int64_t, q_rank) F(int64_t, out_dim)               \
-    F(int64_t, plus_one) F(int64_t, gelu) F(float, eps) F(float, latent_eps)                       \
-    F(float, embedding_scale)
+    F(int64_t, dim) F(int64_t, v_dim) F(int64_t, cache_size) F(int64_t, nope_dim)                  \
+    F(int64_t, rope_dim) F(int64_t, q_rank) F(int64_t, out_dim) F(int64_t, plus_one)               \
+    F(int64_t, gelu) F(float, eps) F(float, latent_eps) F(float, embedding_scale)
 QUORUM_STRUCT(Decoder, QUORUM_DECODER);
 
 // The hidden states (n, hidden) of n tokens after the final norm. suffixes: null where there are
@@ -56,13 +58,20 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
     thread_local std::vector<float> lse_scratch, weight_scratch;
     thread_local RowTiles row_tiles;
     float *merged_lse = room(lse_scratch, n * d.heads);
+    int64_t intermediate = 0;
+    bool has_experts = false;
+    for (int64_t i = 0; i < d.num_layers; i++) {
+        intermediate = std::max(intermediate, d.layers[i].intermediate);
+        has_experts |= d.layers[i].experts != nullptr;
+    }
     // Two residual streams, since a norm reads one while it writes the other.
-    const int64_t wide =
-        qkv_size + q_size + attended_size + d.intermediate + head_size + out_size;
-    T *hidden = room(scratch, 3 * stream + n * wide), *next = hidden + stream;
-    T *update = next + stream, *qkv = update + stream, *q = qkv + n * qkv_size;
+    const int64_t streams = has_experts ? 4 : 3;
+    const int64_t wide = qkv_size + q_size + attended_size + intermediate + head_size + out_size;
+    T *hidden = room(scratch, streams * stream + n * wide), *next = hidden + stream;
+    T *update = next + stream, *normed = update + stream;
+    T *qkv = hidden + streams * stream, *q = qkv + n * qkv_size;
     T *attended = q + n * q_size, *active = attended + n * attended_size;
-    T *head_q = active + n * d.intermediate, *head_out = head_q + n * head_size;
+    T *head_q = active + n * intermediate, *head_out = head_q + n * head_size;
 
     const auto norm_update = [&](const void *weight) {
         rms_norm<T>(update, d.hidden, d.hidden, nullptr, (const T *)weight, update, nullptr, n, 1,
@@ -92,9 +101,21 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
                 threads);
         });
     };
+    const auto norm_rows = [&](const void *weight, T *y) {
+        add_and_norm(weight, false, [&](auto norm_row) {
+            parallel(n, 16, threads, [&](int64_t t) { norm_row(t, y + t * d.hidden); });
+        });
+    };
     const auto tile_rows = [&](const T *x, int64_t k) {
         row_tiles.resize(n, k);
         row_tiles.fill([&](int64_t t) { return x + t * k; }, threads);
+    };
+    // The block of rows in row_tiles, given to `out`.
+    const auto feed_forward = [&](const Layer &layer, T *out) {
+        linear<T>(row_tiles, (const T *)layer.gate_up, layer.intermediate, nullptr, active, threads,
+                  d.gelu ? GELU : SILU);
+        tile_rows(active, layer.intermediate);
+        linear<T>(row_tiles, (const T *)layer.down, d.hidden, nullptr, out, threads);
     };
     // Norms and turns the heads of queries and keys; keys and values go into the cache.
     const auto turn_and_write = [&](const Layer &layer) {
@@ -191,21 +212,30 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
             tile_rows(attended, attended_size);
         }
         linear<T>(row_tiles, (const T *)layer.o, d.hidden, nullptr, update, threads);
+        const void *norm = layer.post_attention_norm;
         if (layer.pre_feedforward_norm) {
-            norm_update(layer.post_attention_norm);
-            tile_norm(layer.pre_feedforward_norm);
-        } else {
-            tile_norm(layer.post_attention_norm);
+            norm_update(norm);
+            norm = layer.pre_feedforward_norm;
         }
-        linear<T>(row_tiles, (const T *)layer.gate_up, d.intermediate, nullptr, active, threads,
-                  d.gelu ? GELU : SILU);
-        tile_rows(active, d.intermediate);
-        linear<T>(row_tiles, (const T *)layer.down, d.hidden, nullptr, update, threads);
+        if (layer.experts) {
+            norm_rows(norm, normed);
+            mix_experts(*layer.experts, normed, n, d.hidden, d.gelu, update, threads);
+            if (layer.gate_up) {
+                tile_rows(normed, d.hidden);
+                feed_forward(layer, normed);
+                parallel(n, 16, threads, [&](int64_t t) {
+                    T *y = update + t * d.hidden;
+                    map_row(d.hidden, y, [](vec a, vec b) { return a + b; }, y,
+                            normed + t * d.hidden);
+                });
+            }
+        } else {
+            tile_norm(norm);
+            feed_forward(layer, update);
+        }
         if (layer.post_feedforward_norm) norm_update(layer.post_feedforward_norm);
     }
-    add_and_norm(d.norm, false, [&](auto norm_row) {
-        parallel(n, 16, threads, [&](int64_t t) { norm_row(t, out + t * d.hidden); });
-    });
+    norm_rows(d.norm, out);
 }
 
 }  // namespace quorum

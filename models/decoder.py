@@ -20,11 +20,12 @@ from kernels import cpp
 from kernels.forest_attention.cpp_impl import compile_plan, partials_of, suffixes_of
 from kernels.forest_attention.plan import CompiledKey, ForestPlan
 from kernels.packed_linear import pack, packed, packed_linear
+from kernels.route import routing_structure
 from kernels.target import power_of_two
 from models.latent_attention import LATENT_EPS, LatentAttention
 from models.layers import RMSNorm
 from models.rope import Rope
-from models.transformer import DecoderLayer, Transformer
+from models.transformer import MLP, DecoderLayer, ExpertsMLP, Transformer
 
 
 def runs_cpp(model: Transformer) -> bool:
@@ -51,7 +52,7 @@ class CppDecoder:
         self.dtype = model.head_weight.dtype
         self._parameters = list(model.parameters())
         self._versions: list[tuple[int, int]] = []
-        self._kept: list[Tensor] = []
+        self._kept: list[object] = []  # what the layers point to
         self._angles: dict[Rope, tuple[Tensor, Tensor]] = {}  # tables by position
 
     def forward(
@@ -124,7 +125,6 @@ class CppDecoder:
             kv_heads=config.cached_heads,
             dim=config.cached_key_dim,
             v_dim=config.cached_value_dim,
-            intermediate=config.intermediate_size,
             cache_size=self.k_caches[0].shape[1],
             plus_one=int(config.norm_plus_one),
             gelu=int(config.activation == "gelu_tanh"),
@@ -139,6 +139,8 @@ class CppDecoder:
     def _layer(self, index: int) -> ctypes.Structure:
         layer: Any = self.model.layers[index]
         assert isinstance(layer, DecoderLayer)
+        experts = layer.mlp if isinstance(layer.mlp, ExpertsMLP) else None
+        block = layer.mlp if isinstance(layer.mlp, MLP) else layer.mlp.shared_experts
         attention, spec = layer.self_attn, self.model.config.attention[index]
         weights: dict[str, Tensor | None] = {
             "input_norm": layer.input_layernorm.weight,
@@ -146,9 +148,10 @@ class CppDecoder:
             "qkv_bias": attention.qkv_proj.bias,
             "o": self._packed(attention.o_proj.weight),
             "post_attention_norm": layer.post_attention_layernorm.weight,
-            "gate_up": self._packed(layer.mlp.gate_up_proj.weight, paired=True),
-            "down": self._packed(layer.mlp.down_proj.weight),
         }
+        if block is not None:
+            weights["gate_up"] = self._packed(block.gate_up_proj.weight, paired=True)
+            weights["down"] = self._packed(block.down_proj.weight)
         for name, owner, attribute in (
             ("q_norm", attention, "q_norm"),
             ("k_norm", attention, "k_norm"),
@@ -171,11 +174,28 @@ class CppDecoder:
             **{name: None if w is None else w.data_ptr() for name, w in weights.items()},
             k_cache=self.k_caches[index].data_ptr(),
             v_cache=self.v_caches[index].data_ptr(),
+            intermediate=0 if block is None else block.down_proj.in_features,
+            experts=None if experts is None else self._experts(experts),
             window=spec.window or 0,
             scale=spec.scale,
             softcap=spec.softcap or 0.0,
         )
 
+    def _experts(self, block: ExpertsMLP) -> int:
+        """The address of a layer's experts."""
+        own, routing = block.experts, routing_structure(block.routing)
+        weights = (
+            self._packed(block.gate.weight),
+            self._packed(own.gate_up_proj, paired=True),
+            self._packed(own.down_proj),
+        )
+        count, _, width = own.down_proj.shape
+        addresses = [weight.data_ptr() for weight in weights]
+        experts = cpp.structure("Experts")(*addresses, count, width, ctypes.addressof(routing))
+        self._kept += routing, experts
+        return ctypes.addressof(experts)
+
     def _packed(self, weight: Tensor, paired: bool = False) -> Tensor:
-        self._kept.append(packed(weight, paired))
-        return self._kept[-1]
+        panels = packed(weight, paired)
+        self._kept.append(panels)
+        return panels

@@ -6,6 +6,9 @@ B begins as zeros, so that an adapted model begins as the model itself; with its
 stays that for ever. Fused projections (q, k, v; gate, up) share one A. Where only some of them are
 adapted, B has the rows of those alone. Source: arXiv 2106.09685.
 
+Routed experts and their router have none, as under `peft`: of a mixture of experts the attention is
+adapted, and what dense and shared blocks there are.
+
 Adapters are for training: sampling in C++ and writing Hugging Face directories want whole weights
 (`merged_weight`). `save_adapter` writes them as the `peft` package does.
 """
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from models.layers import Linear, Product, linear
 from models.scalar_head import ScalarModel, decoder_of
 from models.transformer import Transformer
-from models.weights import fused_rows, replace_file, row_order, write_tensors
+from models.weights import replace_file, row_order, stored_rows, write_tensors
 
 TARGETS = (
     "q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
@@ -88,8 +91,8 @@ def add_adapters(
     """Freeze a decoder, in place, and give the linear layers of its blocks adapters.
 
     targets: the projections that are adapted, some of TARGETS, those left out that the model does
-    not have. Raises ValueError for other names, where none is left, and for a rank or an alpha that
-    is not positive.
+    not have, or in routed experts alone. Raises ValueError for other names, where none is left, and
+    for a rank or an alpha that is not positive.
     """
     if rank < 1 or not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"an adapter of rank {rank} and alpha {alpha}")
@@ -97,12 +100,12 @@ def add_adapters(
     if unknown or not targets:
         known = ", ".join(TARGETS)
         raise ValueError(f"adapters of {', '.join(unknown) or 'nothing'}: known are {known}")
-    fused = fused_rows(model.config)
     has = {
         name
         for path, module in model.layers.named_modules()
         if type(module) is Linear
-        for name in fused.get(path.rpartition(".")[2], (path.rpartition(".")[2],))
+        for name in stored_rows(model.config, path.rpartition(".")[2], module.out_features)
+        if name in TARGETS
     }
     if has.isdisjoint(targets):
         raise ValueError(
@@ -115,7 +118,7 @@ def add_adapters(
             for name, child in list(parent.named_children()):
                 if type(child) is not Linear:
                     continue
-                rows = fused.get(name, {name: child.out_features})
+                rows = stored_rows(model.config, name, child.out_features)
                 if not rows.keys().isdisjoint(targets):
                     adapted = AdaptedLinear(child, rank, alpha, rows, targets, generator)
                     setattr(parent, name, adapted)

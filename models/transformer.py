@@ -7,6 +7,9 @@
                 h = h + [norm] W_down (act(W_gate n) * W_up n)
     logits = softcap(W_head norm(h))
 
+A layer may have experts in place of its dense block (`kernels/route.py`, `kernels/moe.py`), and a
+shared block beside them, which all tokens go through.
+
 T tokens of any number of sequences lie flat, side by side; positions say where each stands. The
 attention itself is passed in: prefill, decode and training share this forward and differ in
 `attend` alone. A run may pass in its own matrix product, in place of `linear`, and with a cache a
@@ -27,9 +30,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.gated_act import gated_act
+from kernels.moe import moe
 from kernels.norm_rope_write import HeadNorms
 from kernels.rope import rope, rope_cos_sin
+from kernels.route import route
 from models.config import ModelConfig
+from models.experts_config import Experts
 from models.latent_attention import LatentAttention
 from models.layers import Attend, Linear, Product, RMSNorm, Write, linear
 from models.rope import Rope
@@ -90,16 +96,45 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The gated feed-forward block."""
+    """The gated feed-forward block, `width` wide."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
         self.activation = config.activation
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * width, bias=False)
+        self.down_proj = Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, product: Product) -> Tensor:
         return self.down_proj(gated_act(self.gate_up_proj(x, product), self.activation), product)
+
+
+class RoutedExperts(nn.Module):
+    """The weights of all experts of a layer: gate and up (E, 2I, H), down (E, H, I)."""
+
+    def __init__(self, hidden_size: int, experts: Experts) -> None:
+        super().__init__()
+        count, width = experts.count, experts.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden_size, width))
+
+
+class ExpertsMLP(nn.Module):
+    """Experts, the router that chooses among them, and the shared block, of a model with one."""
+
+    def __init__(self, config: ModelConfig, experts: Experts) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.routing = experts.routing
+        self.gate = Linear(config.hidden_size, experts.count, bias=False)
+        self.experts = RoutedExperts(config.hidden_size, experts)
+        shared = experts.shared_intermediate_size
+        self.shared_experts = MLP(config, shared) if shared else None
+
+    def forward(self, x: Tensor, product: Product) -> Tensor:
+        own = self.experts
+        experts, weights = route(x, self.gate.weight, self.routing)
+        out = moe(x, own.gate_up_proj, own.down_proj, experts, weights, self.activation)
+        return out if self.shared_experts is None else out + self.shared_experts(x, product)
 
 
 class DecoderLayer(nn.Module):
@@ -114,7 +149,12 @@ class DecoderLayer(nn.Module):
         self.sandwich = config.sandwich_norms
         kind = Attention if config.latent is None else LatentAttention
         self.self_attn = kind(config, layer)
-        self.mlp = MLP(config)
+        experts = config.experts[layer]
+        self.mlp: MLP | ExpertsMLP = (
+            MLP(config, config.intermediate_size)
+            if experts is None
+            else ExpertsMLP(config, experts)
+        )
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
         if self.sandwich:
@@ -172,7 +212,7 @@ class Transformer(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
         """Fill every parameter for training from nothing: matrices normal, norms 1, biases 0."""
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim > 1:
                 parameter.normal_(0.0, std, generator=generator)
             elif name.endswith("bias") or self.config.norm_plus_one:
                 parameter.zero_()

@@ -1,12 +1,12 @@
 """Loading and saving of safetensors checkpoints under their Hugging Face tensor names.
 
 A checkpoint is `model.safetensors`, or shards listed in `model.safetensors.index.json`. Its q, k, v
-and gate, up tensors are read straight into their rows of the fused parameters, one tensor in memory
-at a time; saving splits them again. The names in the files must be exactly the names the decoder
-needs: every tensor is consumed once, and none is missing, left over, repeated, misshapen or not
-finite. Two exceptions: `rotary_emb.inv_freq` of old checkpoints is ignored, because it follows from
-config.json; `lm_head.weight` beside a tied embedding is accepted if it equals the embedding, though
-not in a scalar model, whose only head is `score.weight`.
+and gate, up tensors, and those of experts, are read straight into their rows of the fused
+parameters, one tensor in memory at a time; saving splits them again. The names in the files must be
+exactly the names the decoder needs: every tensor is consumed once, and none is missing, left over,
+repeated, misshapen or not finite. Two exceptions: `rotary_emb.inv_freq` of old checkpoints is
+ignored, because it follows from config.json; `lm_head.weight` beside a tied embedding is accepted
+if it equals the embedding, though not in a scalar model, whose only head is `score.weight`.
 
 Of a model that sees images the text model is read, and what is saved is that alone.
 
@@ -53,16 +53,20 @@ _SCORE = "score.weight"
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a stored tensor belongs: rows [start, start + shape[0]) of a parameter, in the order of
-    `rows` where that is not their own: row rows[i] of what is stored is the i-th."""
+    """Where a stored tensor belongs: rows [start, start + shape[0]) of a parameter, or of one
+    expert's part of it, in the order of `rows` where that is not their own: row rows[i] of what is
+    stored is the i-th."""
 
     parameter: str
     start: int
     shape: tuple[int, ...]
     rows: Tensor | None = None
+    expert: int | None = None
 
     def of(self, parameters: dict[str, Tensor]) -> Tensor:
-        return parameters[self.parameter].detach()[self.start : self.start + self.shape[0]]
+        whole = parameters[self.parameter].detach()
+        own = whole if self.expert is None else whole[self.expert]
+        return own[self.start : self.start + self.shape[0]]
 
     def loaded(self, stored: Tensor) -> Tensor:
         """The rows of the parameter that a stored tensor gives."""
@@ -251,22 +255,23 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def fused_rows(config: ModelConfig) -> dict[str, dict[str, int]]:
-    """Of each fused projection the ones that checkpoints store by themselves, in order, with the
-    number of their rows."""
-    mlp = {"gate_up_proj": dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)}
+def stored_rows(config: ModelConfig, module: str, rows: int) -> dict[str, int]:
+    """The projections that checkpoints store by themselves, in order, with the number of their
+    rows: those of a fused one, or the module itself. rows: of the module."""
+    if module == "gate_up_proj":
+        return {"gate_proj": rows // 2, "up_proj": rows // 2}
+    if module != "qkv_proj":
+        return {module: rows}
     if (latent := config.latent) is not None:
         q = {"q_proj": config.num_heads * config.head_dim}
         if latent.q_rank is not None:
             q = {"q_a_proj": latent.q_rank}
-        return {"qkv_proj": q | {"kv_a_proj_with_mqa": latent.kv_rank + latent.rope_dim}} | mlp
+        return q | {"kv_a_proj_with_mqa": latent.kv_rank + latent.rope_dim}
     return {
-        "qkv_proj": {
-            "q_proj": config.num_heads * config.head_dim,
-            "k_proj": config.num_kv_heads * config.head_dim,
-            "v_proj": config.num_kv_heads * config.v_head_dim,
-        },
-    } | mlp
+        "q_proj": config.num_heads * config.head_dim,
+        "k_proj": config.num_kv_heads * config.head_dim,
+        "v_proj": config.num_kv_heads * config.v_head_dim,
+    }
 
 
 def row_order(config: ModelConfig, projection: str) -> Tensor | None:
@@ -287,16 +292,22 @@ def row_order(config: ModelConfig, projection: str) -> Tensor | None:
 def _slots(model: Transformer | ScalarModel) -> Iterator[tuple[str, _Slot]]:
     """Every Hugging Face tensor name of a model with its place in the fused parameters."""
     config = decoder_of(model).config
-    fused = fused_rows(config)
     for name, parameter in model.named_parameters():
         prefix = "" if name == _HEAD or isinstance(model, ScalarModel) else "model."
-        module = name.split(".")[-2]
-        start = 0
-        for part, rows in fused.get(module, {module: len(parameter)}).items():
-            shape, order = (rows, *parameter.shape[1:]), row_order(config, part)
-            yield prefix + name.replace(module, part), _Slot(name, start, shape, order)
-            start += rows
-        assert start == len(parameter), name
+        places: list[tuple[int | None, str]] = [(None, name)]
+        module, sizes = name.split(".")[-2], parameter.shape
+        if parameter.ndim == 3:  # of all experts
+            parent, _, module = name.rpartition(".")
+            places = [(i, f"{parent}.{i}.{module}.weight") for i in range(len(parameter))]
+            sizes = sizes[1:]
+        for expert, place in places:
+            start = 0
+            for part, rows in stored_rows(config, module, sizes[0]).items():
+                shape, order = (rows, *sizes[1:]), row_order(config, part)
+                slot = _Slot(name, start, shape, order, expert)
+                yield prefix + place.replace(module, part), slot
+                start += rows
+            assert start == sizes[0], name
 
 
 def _check_names(root: Path, stored: dict[str, _Stored], slots: dict[str, _Slot]) -> None:

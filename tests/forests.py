@@ -34,7 +34,7 @@ def make_config(
         num_layers=layers, num_heads=kv_heads * groups, num_kv_heads=kv_heads,
         head_dim=head_dim, v_head_dim=v_head_dim, max_position_embeddings=4096,
         rms_norm_eps=1e-6, rope=(Rope(1e4, None),) * layers,
-        attention=(AttentionOptions(1.0),) * layers,
+        attention=(AttentionOptions(1.0),) * layers, experts=(None,) * layers,
         attention_bias=False, qk_norm=True, norm_plus_one=False, sandwich_norms=False,
         embedding_scale=None, activation="silu", final_softcap=None, tied=True,
         eos_token_ids=frozenset(), dtype=None, latent=latent,

@@ -399,6 +399,11 @@ def test_written_configs_read_back_equal_here_and_in_transformers(
         "sliding_window",
         "query_pre_attn_scalar",
         "tie_word_embeddings",
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "mlp_only_layers",
     ):
         written, wanted = getattr(theirs, key, None), getattr(original, key, None)
         if key == "rope_parameters":  # more is said of YaRN, which transformers would find itself

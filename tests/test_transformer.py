@@ -81,6 +81,8 @@ def test_old_spelling_of_the_config(tmp_path: Path, family: str) -> None:
         values["rope_scaling"] = {kind: rope.pop("rope_type")} | rope
     values["torch_dtype"] = values.pop("dtype")
     values.pop("layer_types", None)
+    if family == "qwen3_moe":
+        values["num_experts"] = values.pop("num_local_experts")
     path.write_text(json.dumps(values))
     oracle = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     ours = load_weights(tmp_path, read_config(tmp_path)).logits(token_ids())
@@ -99,6 +101,8 @@ def test_old_spelling_of_the_config(tmp_path: Path, family: str) -> None:
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
         ("llama", {"head_dim": 32, "num_key_value_heads": 1}),
         ("qwen2", {"num_key_value_heads": 4}),
+        ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [], "num_experts_per_tok": 5}),
+        ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "head_dim": 16}),
         ("deepseek_v2", {"q_lora_rank": 20}),
         ("deepseek_v2", {"q_lora_rank": 20, "v_head_dim": 12, "rope_parameters": None}),
     ],
@@ -164,12 +168,16 @@ def test_bfloat16_is_no_worse_than_transformers(tmp_path: Path, family: str) -> 
     oracle = tiny.write_checkpoint(tmp_path, family, dtype=torch.bfloat16)
     config = read_config(tmp_path)
     assert config.dtype == torch.bfloat16
-    # With the same bfloat16 weights: what is exact, and what bfloat16 arithmetic costs.
+    # With the same bfloat16 weights: what is exact, and what bfloat16 arithmetic costs a token. The
+    # median, since a token between two experts may go to the other.
     exact = load_weights(tmp_path, config, torch.float64).logits(token_ids())
-    error = (oracle_logits(oracle, token_ids()).double() - exact).square().mean().sqrt()
     ours = load_weights(tmp_path, config).logits(token_ids())
     assert ours.dtype == torch.float32
-    assert (ours.double() - exact).square().mean().sqrt() <= 1.25 * error
+    error, theirs = (
+        (logits.double() - exact).square().mean(1).sqrt().median()
+        for logits in (ours, oracle_logits(oracle, token_ids()))
+    )
+    assert error <= 1.25 * theirs
 
 
 def test_embedding_scale_is_rounded_to_the_dtype(tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
-FAMILIES = ("qwen3", "qwen2", "llama", "gemma2", "gemma3_text", "deepseek_v2")
+FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama", "gemma2", "gemma3_text", "deepseek_v2")
 VOCAB_SIZE = 320
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -72,6 +73,10 @@ def hf_config(family: str, **overrides: Any) -> PreTrainedConfig:
     }
     own: dict[str, dict[str, Any]] = {
         "qwen3": {"head_dim": 24, "tie_word_embeddings": True},
+        "qwen3_moe": {
+            "head_dim": 24, "num_experts": 5, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40, "mlp_only_layers": [1], "norm_topk_prob": True,
+        },
         "qwen2": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
         "llama": {"rope_parameters": LLAMA3_ROPE},
         "gemma2": {"head_dim": 20, "query_pre_attn_scalar": 24, "sliding_window": 11},
@@ -85,13 +90,17 @@ def hf_config(family: str, **overrides: Any) -> PreTrainedConfig:
         },
         "deepseek_v2": {
             "q_lora_rank": None, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
-            "v_head_dim": 20, "rope_parameters": YARN, "first_k_dense_replace": 3,
+            "v_head_dim": 20, "rope_parameters": YARN, "first_k_dense_replace": 1,
+            "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+            "n_shared_experts": 2, "routed_scaling_factor": 1.5, "n_group": 3, "topk_group": 2,
+            "topk_method": "group_limited_greedy",
         },
     }  # fmt: skip
     if family == "deepseek_v2":
         values["num_key_value_heads"] = 4
     kinds: dict[str, type[PreTrainedConfig]] = {
         "qwen3": Qwen3Config,
+        "qwen3_moe": Qwen3MoeConfig,
         "qwen2": Qwen2Config,
         "llama": LlamaConfig,
         "gemma2": Gemma2Config,
@@ -116,7 +125,8 @@ def write_checkpoint(
     generator = torch.Generator().manual_seed(seed)
     config = hf_config(family, **({"num_labels": 1} if scalar else {}), **overrides)
     auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_config(config, attn_implementation="eager")
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model: PreTrainedModel = auto.from_config(config, **plain)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -128,9 +138,7 @@ def write_checkpoint(
         model.generation_config.eos_token_id = [2, 0]
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     # Read back, since the conversion above has also rounded the frequencies of its rope.
-    oracle: PreTrainedModel = auto.from_pretrained(
-        directory, dtype=dtype, attn_implementation="eager"
-    )
+    oracle: PreTrainedModel = auto.from_pretrained(directory, dtype=dtype, **plain)
     return oracle.eval()
 
 

@@ -3,6 +3,7 @@
 #include "attention_backward.h"
 #include "interface.h"
 #include "linear.h"
+#include "moe.h"
 #include "sampling.h"
 #include "scores.h"
 
@@ -51,6 +52,7 @@ bool add_all(const std::string &suffix) {
            add_function("merge" + suffix, merge<T>) && add_function("pack" + suffix, pack<T>) &&
            add_function("linear" + suffix, linear_rows_of<T>) &&
            add_function("row_dots" + suffix, row_dots_of<T>) &&
+           add_function("route" + suffix, route<T>) && add_function("moe" + suffix, moe<T>) &&
            add_function("sample_token" + suffix, sample_token<T>) &&
            add_function("expected_score" + suffix, expected_score<T>);
 }
@@ -61,6 +63,7 @@ static const bool described =
     add_function("distinct_slots_f32", distinct_slots) &&
     add_function("panel_columns_f32", panel_columns) &&
     add_struct("AttentionArguments", sizeof(AttentionArguments), AttentionArguments::describe()) &&
+    add_struct("Routing", sizeof(Routing), Routing::describe()) &&
     add_struct("Gradients", sizeof(Gradients), Gradients::describe()) &&
     add_struct("Suffixes", sizeof(Suffixes), Suffixes::describe()) &&
     add_struct("Automaton", sizeof(Automaton), Automaton::describe());

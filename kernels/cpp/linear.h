@@ -117,8 +117,8 @@ struct RowTiles {
 };
 
 // Writes one row of a panel's sums: `columns` columns of y.
-template <class T>
-inline void finish_row(const float *sums, const float *bias, Activation activation, T *y,
+template <class Y>
+inline void finish_row(const float *sums, const float *bias, Activation activation, Y *y,
                        int64_t columns) {
     const auto write = [&](int64_t first, vec v) {
         if (columns - first >= LANES) store(y + first, v);
@@ -135,9 +135,9 @@ inline void finish_row(const float *sums, const float *bias, Activation activati
 
 // Rows [first, last) of one panel's columns of y, rows y_t apart: x is laid out in tiles of `tile`
 // rows of k numbers, weight and bias are the panel's.
-template <class T>
+template <class T, class Y>
 inline void linear_panel(const float *x, int64_t k, int64_t tile, int64_t first, int64_t last,
-                         const T *weight, const T *bias, T *y, int64_t y_t, int64_t columns,
+                         const T *weight, const T *bias, Y *y, int64_t y_t, int64_t columns,
                          Activation activation) {
     thread_local std::vector<float> storage;
     float *sums = room(storage, (last - first) * COLUMNS), wide_bias[COLUMNS] = {};
@@ -159,8 +159,8 @@ inline void linear_panel(const float *x, int64_t k, int64_t tile, int64_t first,
 }
 
 // y (m, n) of a packed weight (n, k); with an activation the weight is a pair and n that of one.
-template <class T>
-void linear(const RowTiles &x, const T *weight, int64_t n, const T *bias, T *y, int64_t threads,
+template <class T, class Y>
+void linear(const RowTiles &x, const T *weight, int64_t n, const T *bias, Y *y, int64_t threads,
             Activation activation = NONE) {
     const int64_t m = x.m, k = x.k, tile = x.tile;
     if (!m) return;

@@ -1,0 +1,139 @@
+// Experts of a mixture: which of them a token goes to, and what they make of it. The definitions are
+// kernels/route.py and kernels/moe.py.
+
+#pragma once
+
+#include "interface.h"
+#include "linear.h"
+
+namespace quorum {
+
+#define QUORUM_ROUTING(F)                                                                          \
+    F(int64_t, per_token) F(int64_t, normalise) F(float, scale) F(int64_t, groups)                 \
+    F(int64_t, groups_kept)
+QUORUM_STRUCT(Routing, QUORUM_ROUTING);
+
+// Of one layer: the router, and all experts' weights, one after another; all packed.
+#define QUORUM_EXPERTS(F)                                                                          \
+    F(const void *, gate) F(const void *, gate_up) F(const void *, down) F(int64_t, count)         \
+    F(int64_t, intermediate) F(const Routing *, routing)
+QUORUM_STRUCT(Experts, QUORUM_EXPERTS);
+
+// The largest of n numbers that have not been taken, and of equal ones the first; it is taken.
+inline int64_t take_largest(const float *x, int64_t n, char *taken) {
+    int64_t best = -1;
+    for (int64_t i = 0; i < n; i++)
+        if (!taken[i] && (best < 0 || x[i] > x[best])) best = i;
+    taken[best] = 1;
+    return best;
+}
+
+// The experts of one token, and their weights, from its logits.
+inline void route_row(const float *logits, int64_t count, const Routing &r, int64_t *experts,
+                      float *weights) {
+    thread_local std::vector<float> storage;
+    thread_local std::vector<char> marks;
+    float *order = room(storage, 2 * count + r.groups), *p = order + count, *best = p + count;
+    char *taken = room(marks, count);
+    const auto begin = [&](int64_t n) { std::fill_n(taken, n, 0); };
+    for (int64_t e = 0; e < count; e++) order[e] = logits[e] == logits[e] ? logits[e] : -INF;
+    const vec largest = splat(*std::max_element(order, order + count));
+    map_row(count, p, [&](vec l) { return exp(l - largest); }, logits);
+    const float total = row_sum(p, count);
+    if (r.groups > 1) {
+        const int64_t size = count / r.groups;
+        for (int64_t g = 0; g < r.groups; g++)
+            best[g] = *std::max_element(order + g * size, order + (g + 1) * size);
+        begin(r.groups);
+        for (int64_t i = 0; i < r.groups_kept; i++) take_largest(best, r.groups, taken);
+        for (int64_t e = 0; e < count; e++)
+            if (!taken[e / size]) order[e] = -INF;
+    }
+    begin(count);
+    float sum = 0;
+    for (int64_t k = 0; k < r.per_token; k++) {
+        experts[k] = take_largest(order, count, taken);
+        weights[k] = p[experts[k]] / total;
+        sum += weights[k];
+    }
+    for (int64_t k = 0; k < r.per_token; k++)
+        weights[k] = (r.normalise ? weights[k] / sum : weights[k]) * r.scale;
+}
+
+// x: (tokens, hidden); gate: packed (count, hidden); experts, weights: (tokens, per_token).
+template <class T>
+void route(const T *x, int64_t tokens, int64_t hidden, const T *gate, int64_t count,
+           const Routing *routing, int64_t *experts, float *weights, int64_t threads) {
+    thread_local RowTiles row_tiles;
+    thread_local std::vector<float> storage;
+    float *logits = room(storage, tokens * count);
+    row_tiles.resize(tokens, hidden);
+    row_tiles.fill([&](int64_t t) { return x + t * hidden; }, threads);
+    linear<T>(row_tiles, gate, count, nullptr, logits, threads);
+    const int64_t k = routing->per_token;
+    parallel(tokens, 16, threads, [&](int64_t t) {
+        route_row(logits + t * count, count, *routing, experts + t * k, weights + t * k);
+    });
+}
+
+// x, out: (tokens, hidden); experts, weights: (tokens, per_token). gate_up, down: packed, of `count`
+// experts that are `width` wide. Pairs of a token and an expert are sorted by expert.
+template <class T>
+void moe(const T *x, int64_t tokens, int64_t hidden, const T *gate_up, const T *down, int64_t count,
+         int64_t width, const int64_t *experts, const float *weights, int64_t per_token,
+         int64_t gelu, T *out, int64_t threads) {
+    thread_local std::vector<int64_t> indices;
+    thread_local std::vector<T> scratch;
+    thread_local RowTiles row_tiles;
+    const int64_t pairs = tokens * per_token;
+    int64_t *end = room(indices, count + 2 * pairs), *order = end + count, *place = order + pairs;
+    T *outputs = room(scratch, pairs * (hidden + width)), *active = outputs + pairs * hidden;
+    std::fill_n(end, count, 0);
+    for (int64_t p = 0; p < pairs; p++) end[experts[p]]++;
+    for (int64_t e = 0, before = 0; e < count; e++) std::swap(before, end[e]), before += end[e];
+    for (int64_t p = 0; p < pairs; p++) order[place[p] = end[experts[p]]++] = p;
+
+    const int64_t gate_up_size = (width + LANES - 1) / LANES * COLUMNS * hidden;
+    const int64_t down_size = (hidden + COLUMNS - 1) / COLUMNS * COLUMNS * width;
+    for (int64_t e = 0, first = 0; e < count; first = end[e++]) {
+        const int64_t rows = end[e] - first;
+        if (!rows) continue;
+        row_tiles.resize(rows, hidden);
+        row_tiles.fill([&](int64_t i) { return x + order[first + i] / per_token * hidden; },
+                       threads);
+        linear<T>(row_tiles, gate_up + e * gate_up_size, width, nullptr, active, threads,
+                  gelu ? GELU : SILU);
+        row_tiles.resize(rows, width);
+        row_tiles.fill([&](int64_t i) { return active + i * width; }, threads);
+        linear<T>(row_tiles, down + e * down_size, hidden, nullptr, outputs + first * hidden,
+                  threads);
+    }
+    parallel(tokens, std::max<int64_t>(1, 4096 / hidden), threads, [&](int64_t t) {
+        thread_local std::vector<float> storage;
+        float *sum = room(storage, hidden);
+        for (int64_t p = t * per_token; p < (t + 1) * per_token; p++) {
+            const T *y = outputs + place[p] * hidden;
+            const vec weight = splat(weights[p]);
+            if (p % per_token)
+                map_row(hidden, sum, [&](vec a, vec s) { return fma(weight, a, s); }, y, sum);
+            else map_row(hidden, sum, [&](vec a) { return weight * a; }, y);
+        }
+        narrow_row(sum, out + t * hidden, hidden);
+    });
+}
+
+// What a layer's experts make of the rows x (tokens, hidden).
+template <class T>
+void mix_experts(const Experts &e, const T *x, int64_t tokens, int64_t hidden, int64_t gelu, T *out,
+                 int64_t threads) {
+    thread_local std::vector<int64_t> experts;
+    thread_local std::vector<float> weights;
+    const int64_t k = e.routing->per_token;
+    int64_t *chosen = room(experts, tokens * k);
+    float *shares = room(weights, tokens * k);
+    route(x, tokens, hidden, (const T *)e.gate, e.count, e.routing, chosen, shares, threads);
+    moe(x, tokens, hidden, (const T *)e.gate_up, (const T *)e.down, e.count, e.intermediate, chosen,
+        shares, k, gelu, out, threads);
+}
+
+}  // namespace quorum

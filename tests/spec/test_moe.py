@@ -1,0 +1,182 @@
+"""Experts against a loop over tokens in float64, forward and backward."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.gated_act import ACTIVATIONS, gated_act_ref
+from kernels.moe import moe, moe_ref
+from tests.implementations import Implementation, gradients
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+IN_TORCH_AND_TRITON = pytest.mark.implementations("torch", "triton")
+EXPERTS = 5
+# Of tokens (T, K) the experts: any; all the same; none in 1, 2 and 4; one twice for a token.
+CHOICES: dict[str, Callable[[int, int], Tensor]] = {
+    "any": lambda t, k: torch.rand(t, EXPERTS, generator=seeded()).argsort(1)[:, :k],
+    "one gets all": lambda t, k: torch.full((t, k), 3),
+    "some get none": lambda t, k: torch.rand(t, 2, generator=seeded()).argsort(1)[:, :k] * 3,
+    "ties": lambda t, k: torch.randint(EXPERTS, (t, k), generator=seeded()),
+}
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def inputs(
+    on: Implementation,
+    dtype: torch.dtype = torch.float32,
+    choice: str = "any",
+    tokens: int = 21,
+    per_token: int = 2,
+    hidden: int = 20,
+    width: int = 12,
+) -> Inputs:
+    wide = torch.promote_types(dtype, torch.float32)
+    return (
+        on.draw(tokens, hidden, dtype=dtype),
+        on.draw(EXPERTS, 2 * width, hidden, dtype=dtype, seed=1) / 4,
+        on.draw(EXPERTS, hidden, width, dtype=dtype, seed=2) / 4,
+        CHOICES[choice](tokens, per_token).to(on.device),
+        on.draw(tokens, per_token, dtype=wide, seed=3).abs(),
+    )
+
+
+def mixed(
+    experts: Tensor, activation: str = "silu", op: Callable[..., Tensor] = moe
+) -> Callable[..., Tensor]:
+    """The operation as a function of what it has gradients in."""
+
+    def function(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
+        return op(x, gate_up, down, experts.to(x.device), weights, activation)
+
+    return function
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_reference_is_a_loop_over_tokens(choice: str, activation: str) -> None:
+    x, gate_up, down, experts, weights = inputs(Implementation("torch"), torch.float64, choice)
+    for token, out in enumerate(moe_ref(x, gate_up, down, experts, weights, activation)):
+        expected = torch.zeros(20, dtype=torch.float64)
+        for expert, weight in zip(experts[token].tolist(), weights[token].tolist(), strict=True):
+            active = gated_act_ref((gate_up[expert] @ x[token])[None], activation)[0]
+            expected += weight * (down[expert] @ active)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_values(on: Implementation, dtype: torch.dtype, choice: str) -> None:
+    x, gate_up, down, experts, weights = inputs(on, dtype, choice)
+    op, reference = mixed(experts), mixed(experts, op=moe_ref)
+    on.check(op, reference, x, gate_up, down, weights)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "per_token", "hidden", "width"), [(1, 4, 7, 5), (70, 3, 64, 33), (3, 1, 300, 530)]
+)
+def test_sizes(on: Implementation, tokens: int, per_token: int, hidden: int, width: int) -> None:
+    """One token; more than a tile has; sums of several steps."""
+    x, gate_up, down, experts, weights = inputs(
+        on, tokens=tokens, per_token=per_token, hidden=hidden, width=width
+    )
+    for activation in ACTIVATIONS:
+        op, reference = mixed(experts, activation), mixed(experts, activation, moe_ref)
+        on.check(op, reference, x, gate_up, down, weights)
+
+
+@IN_TORCH_AND_TRITON
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_gradients(on: Implementation, dtype: torch.dtype, choice: str, activation: str) -> None:
+    x, gate_up, down, experts, weights = inputs(on, dtype, choice)
+    op, reference = mixed(experts, activation), mixed(experts, activation, moe_ref)
+    for grad in on.layouts(21, 20)[:2] if choice == "any" else [on.draw(21, 20, seed=4)]:
+        on.check_gradients(op, reference, [x, gate_up, down, weights], [grad.to(dtype)])
+
+
+@IN_TORCH_AND_TRITON
+def test_an_expert_without_tokens_has_a_gradient_of_zeros(on: Implementation) -> None:
+    x, gate_up, down, experts, weights = inputs(on, choice="some get none")
+    grads = gradients(mixed(experts), [x, gate_up, down, weights], [on.draw(21, 20)])
+    for grad in grads[1:3]:
+        idle = [not bool(own.any()) for own in grad]
+        assert idle == [False, True, True, False, True]
+
+
+@IN_TORCH_AND_TRITON
+def test_frozen_weights_cost_no_gradient(on: Implementation) -> None:
+    """As with adapters: only what asks for a gradient gets one."""
+    x, gate_up, down, experts, weights = inputs(on)
+    (alone,) = gradients(
+        lambda x: moe(x, gate_up, down, experts, weights, "silu"), [x], [torch.ones_like(x)]
+    )
+    both = gradients(mixed(experts), [x, gate_up, down, weights], [torch.ones_like(x)])
+    assert alone.equal(both[0])
+
+
+@pytest.mark.implementations("cpp", "triton")
+@pytest.mark.usefixtures("products_in_order")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_token_has_the_same_bits_in_any_batch(
+    on: Implementation, dtype: torch.dtype, threads: int
+) -> None:
+    """Alone, with other neighbours, and where they all share one expert with it."""
+    if on.name == "triton" and threads > 1:
+        pytest.skip("threads are of the CPU")
+    x, gate_up, down, experts, weights = inputs(on, dtype, tokens=80, hidden=40, width=24)
+    own, kept = x[5:6], torch.get_num_threads()
+
+    def of_it(rows: Tensor, chosen: Tensor, shares: Tensor, at: int) -> Tensor:
+        return moe(rows, gate_up, down, chosen, shares, "silu")[at]
+
+    alone = of_it(own, experts[5:6], weights[5:6], 0)
+    crowd = experts[5].expand(80, 2).contiguous()
+    try:
+        torch.set_num_threads(threads)
+        assert of_it(x, experts, weights, 5).equal(alone)
+        assert of_it(x[4:37], experts[4:37], weights[4:37], 1).equal(alone)
+        assert of_it(x, crowd, weights, 5).equal(alone)
+    finally:
+        torch.set_num_threads(kept)
+
+
+def test_no_tokens(on: Implementation) -> None:
+    x, gate_up, down, experts, weights = inputs(on)
+    out = moe(x[:0], gate_up, down, experts[:0], weights[:0], "silu")
+    assert out.shape == (0, 20)
+
+
+def test_a_nan_stays_with_its_token(on: Implementation) -> None:
+    x, gate_up, down, experts, weights = inputs(on, choice="one gets all")
+    x[4, 2] = weights[6, 0] = math.nan
+    out = on.run(mixed(experts), x, gate_up, down, weights)
+    assert out.isnan().any(1).nonzero()[:, 0].tolist() == [4, 6]
+
+
+@pytest.mark.implementations("torch", "cpp")
+@pytest.mark.parametrize("wrong", [-1, EXPERTS])
+def test_an_expert_that_is_not_there_is_refused(on: Implementation, wrong: int) -> None:
+    x, gate_up, down, experts, weights = inputs(on)
+    experts[3, 1] = wrong
+    with pytest.raises(ValueError, match=rf"moe: experts must be in \[0, 5\), got .*{wrong}"):
+        moe(x, gate_up, down, experts, weights, "silu")
+
+
+def test_other_shapes_are_refused() -> None:
+    x, gate_up, down, experts, weights = inputs(Implementation("torch"))
+    for change in (
+        {"x": x[0]}, {"gate_up": gate_up[:, 1:]}, {"down": down.half()},
+        {"experts": experts[:4]}, {"experts": experts.int()}, {"weights": weights.double()},
+    ):  # fmt: skip
+        arguments = {
+            "x": x, "gate_up": gate_up, "down": down, "experts": experts, "weights": weights,
+        } | change  # fmt: skip
+        with pytest.raises(ValueError, match=f"moe: {next(iter(change))} must be"):
+            moe(**arguments, activation="silu")
+    with pytest.raises(ValueError, match="activation must be one of"):
+        moe(x, gate_up, down, experts, weights, "relu")
