@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from bench.timing import Fill
+from kernels.route import Routing
 from models.config import Latent
+from models.experts_config import Experts
 
 DECODE_ROWS = (1, 16, 64, 128)
 PREFILL_ROWS = (2048,)
@@ -36,6 +38,7 @@ class Shape:
     tied: bool = True
     latent: Latent | None = None  # head_dim and num_kv_heads are those of expanded attention
     value_dim: int | None = None  # of its values
+    experts: Experts | None = None  # of all layers but the first, which is dense
     dtype: torch.dtype = torch.bfloat16
 
     @property
@@ -88,14 +91,16 @@ def _gemma2(
 
 
 def _deepseek_v2(
-    name: str, vocab: int, hidden: int, intermediate: int, layers: int, heads: int,
+    name: str, vocab: int, hidden: int, intermediate: int, width: int, layers: int, heads: int,
     dims: tuple[int, int, int, int],
 ) -> Shape:  # fmt: skip
-    """dims: of the latents, of a head's query without rope and with it, and of its value."""
+    """width: of an expert. dims: of the latents, of a head's query without rope and with it, and of
+    its value."""
     rank, nope, rope, value = dims
     return Shape(
         name, vocab, hidden, intermediate, layers, heads, heads, nope + rope, qk_norm=False,
         tied=False, latent=Latent(None, rank, nope, rope), value_dim=value,
+        experts=Experts(64, width, Routing(6, False), 2 * width),
     )  # fmt: skip
 
 
@@ -107,9 +112,9 @@ SHAPES = {
         Shape("qwen3-8b", 151_936, 4096, 12_288, 36, 32, 8, 128, tied=False),
         _gemma2("gemma2-9b", 3584, 14_336, 42, 16, 8, 256),
         _gemma2("gemma2-27b", 4608, 36_864, 46, 32, 16, 128),
-        _deepseek_v2("deepseek-v2-lite", 102_400, 2048, 10_944, 27, 16, (512, 128, 64, 128)),
+        _deepseek_v2("deepseek-v2-lite", 102_400, 2048, 10_944, 1408, 27, 16, (512, 128, 64, 128)),
         # An eighth of its widths and heads.
-        _deepseek_v2("v2-lite-small", 12_800, 256, 1368, 6, 2, (64, 16, 8, 16)),
+        _deepseek_v2("v2-lite-small", 12_800, 256, 1368, 176, 6, 2, (64, 16, 8, 16)),
     )
 }
 
