@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from bench.timing import Fill
+from kernels.route import Routing
+from models.experts_config import Experts
 
 DECODE_ROWS = (1, 16, 64, 128)
 PREFILL_ROWS = (2048,)
@@ -34,6 +36,14 @@ class Shape:
     window: int | None = None  # of every other layer
     tied: bool = True
     dtype: torch.dtype = torch.bfloat16
+    experts: Experts | None = None  # of a mixture
+
+    @property
+    def mixture(self) -> Experts:
+        """The experts, or of a dense shape what might stand for its block: a token goes through as
+        many weights."""
+        count = 16 if self.hidden_size <= 1024 else 64
+        return self.experts or Experts(count, self.intermediate_size // 4, Routing(4, True))
 
     @property
     def groups(self) -> int:
@@ -73,6 +83,18 @@ SHAPES = {
         _gemma2("gemma2-27b", 4608, 36_864, 46, 32, 16, 128),
     )
 }
+
+
+# Their experts are measured, and nothing else of them.
+MIXTURES = {
+    shape.name: shape
+    for shape in (
+        Shape("qwen3-30b-a3b", 151_936, 2048, 6144, 48, 32, 4, 128, tied=False,
+              experts=Experts(128, 768, Routing(8, True))),
+        Shape("deepseek-v2-lite", 102_400, 2048, 10_944, 27, 16, 16, 192, qk_norm=False, tied=False,
+              experts=Experts(64, 1408, Routing(6), 2816)),
+    )
+}  # fmt: skip
 
 
 def projected(shape: Shape, rows: int, tensor: Fill) -> list[Tensor]:
