@@ -7,9 +7,7 @@ T tokens, I the intermediate size; gate and up are the halves of one tensor (T, 
 float32 (float64 for float64 input) and rounded once.
 
 In Triton a program has a piece of one long row, or several short rows. Its backward writes the
-gradients of gate and up side by side, as in the input. Since (1 + tanh(u)) / 2 = sigmoid(2u), both
-activations are g sigmoid(z) there, with the slope sigmoid(z) (1 + g z' sigmoid(-z)), which is free
-of cancellation.
+gradients of gate and up side by side, as in the input.
 """
 
 import math
@@ -24,13 +22,12 @@ from torch.autograd.function import once_differentiable
 from kernels import cpp
 from kernels.checks import check_triton, without_gaps
 from kernels.cpp import runs_cpp
-from kernels.device_math import tanh
+from kernels.device_math import gated, gated_gradients
 from kernels.launch import launch, runs_triton
 from kernels.target import power_of_two
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
-_GELU_SCALE = tl.constexpr(_SQRT_2_OVER_PI)
 
 
 def gated_act_ref(gate_up: Tensor, activation: str) -> Tensor:
@@ -60,11 +57,7 @@ def _gated_act_kernel(
     gate_ptrs = gate_up_ptr + (row * gate_up_t)[:, None] + column[None, :]
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + size, mask=mask, other=0.0).to(tl.float32)
-    if GELU:
-        active = gate * 0.5 * (1 + tanh(gate * _GELU_SCALE * (1 + 0.044715 * gate * gate)))
-    else:
-        active = gate / (1 + tl.exp(-gate))
-    out = (active * up).to(out_ptr.dtype.element_ty)
+    out = gated(gate, up, GELU).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (row * size)[:, None] + column[None, :], out, mask=mask)
 
 
@@ -89,18 +82,7 @@ def _gated_act_backward_kernel(
     up = tl.load(gate_ptrs + size, mask=mask, other=0.0).to(tl.float32)
     grad_ptrs = grad_ptr + (row * grad_t)[:, None] + column[None, :]
     grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
-    z = gate
-    g_dz = gate  # g z'
-    if GELU:
-        square = tl.minimum(gate * gate, 256.0)  # beyond it the sigmoid is 0 or 1 all the same
-        z = 2 * _GELU_SCALE * gate * (1 + 0.044715 * square)
-        g_dz = 2 * _GELU_SCALE * gate * (1 + 3 * 0.044715 * square)
-    small = tl.exp(-tl.abs(z))
-    large = 1 / (1 + small)
-    small *= large
-    sigmoid, complement = tl.where(z < 0, small, large), tl.where(z < 0, large, small)
-    d_gate = grad * up * (sigmoid * (1 + g_dz * complement))
-    d_up = grad * (gate * sigmoid)
+    d_gate, d_up, _ = gated_gradients(grad, gate, up, GELU)
     d_gate_ptrs = d_gate_up_ptr + (row * (2 * size))[:, None] + column[None, :]
     tl.store(d_gate_ptrs, d_gate.to(d_gate_up_ptr.dtype.element_ty), mask=mask)
     tl.store(d_gate_ptrs + size, d_up.to(d_gate_up_ptr.dtype.element_ty), mask=mask)

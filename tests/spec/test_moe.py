@@ -14,6 +14,8 @@ from tests.implementations import Implementation, gradients
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 IN_TORCH_AND_TRITON = pytest.mark.implementations("torch", "triton")
 EXPERTS = 5
+# exp(100) is infinite, as it has to be.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow")
 # Of tokens (T, K) the experts: any; all the same; none in 1, 2 and 4; one twice for a token.
 CHOICES: dict[str, Callable[[int, int], Tensor]] = {
     "any": lambda t, k: torch.rand(t, EXPERTS, generator=seeded()).argsort(1)[:, :k],
@@ -31,7 +33,7 @@ def inputs(
     on: Implementation,
     dtype: torch.dtype = torch.float32,
     choice: str = "any",
-    tokens: int = 21,
+    tokens: int = 13,
     per_token: int = 2,
     hidden: int = 20,
     width: int = 12,
@@ -77,7 +79,7 @@ def test_values(on: Implementation, dtype: torch.dtype, choice: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "per_token", "hidden", "width"), [(1, 4, 7, 5), (70, 3, 64, 33), (3, 1, 300, 530)]
+    ("tokens", "per_token", "hidden", "width"), [(1, 4, 7, 5), (70, 3, 64, 33), (3, 1, 130, 70)]
 )
 def test_sizes(on: Implementation, tokens: int, per_token: int, hidden: int, width: int) -> None:
     """One token; more than a tile has; sums of several steps."""
@@ -90,19 +92,23 @@ def test_sizes(on: Implementation, tokens: int, per_token: int, hidden: int, wid
 
 
 @IN_TORCH_AND_TRITON
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(
+    ("choice", "activation"), [*((choice, "silu") for choice in CHOICES), ("any", "gelu_tanh")]
+)
 def test_gradients(on: Implementation, dtype: torch.dtype, choice: str, activation: str) -> None:
+    """And an uneven one of the result, as a slice."""
     x, gate_up, down, experts, weights = inputs(on, dtype, choice)
     op, reference = mixed(experts, activation), mixed(experts, activation, moe_ref)
-    for grad in on.layouts(21, 20)[:2] if choice == "any" else [on.draw(21, 20, seed=4)]:
-        on.check_gradients(op, reference, [x, gate_up, down, weights], [grad.to(dtype)])
+    grad = on.poisoned(13, 20, dtype=dtype, seed=4)
+    counts = on.check_gradients(op, reference, [x, gate_up, down, weights], [grad])
+    if on.name == "triton":
+        assert counts["_experts_kernel"] == 4 and counts["_experts_backward_kernel"] == 2
 
 
 @IN_TORCH_AND_TRITON
 def test_an_expert_without_tokens_has_a_gradient_of_zeros(on: Implementation) -> None:
     x, gate_up, down, experts, weights = inputs(on, choice="some get none")
-    grads = gradients(mixed(experts), [x, gate_up, down, weights], [on.draw(21, 20)])
+    grads = gradients(mixed(experts), [x, gate_up, down, weights], [on.draw(13, 20)])
     for grad in grads[1:3]:
         idle = [not bool(own.any()) for own in grad]
         assert idle == [False, True, True, False, True]
