@@ -63,7 +63,7 @@ def decode_peers(tree: Tree, work: Workload) -> Peers:
             None if heads.softcap is None else "has no soft-cap",
         ),
     }
-    return peers | _third_party(third)
+    return peers | _third_party(heads, third)
 
 
 def _no_cascade(tree: Tree, heads: Heads) -> str | None:
@@ -123,10 +123,11 @@ def prefill_peers(tree: Tree, work: Workload) -> Peers:
             "has no soft-cap" if capped else "has no window" if windowed else None,
         ),
     }
-    return peers | _third_party(third, as_ours)
+    return peers | _third_party(heads, third, as_ours)
 
 
 def _third_party(
+    heads: Heads,
     libraries: dict[str, tuple[str, Callable[[], Sequence[Call]], str | None]],
     as_ours: Callable[[Any], object] | None = None,
 ) -> dict[str, Peer | str]:
@@ -136,6 +137,8 @@ def _third_party(
         if find_spec(module) is None:
             peers[name] = "not installed"
         else:
+            if heads.head_dim > 256:
+                reason = "has at most 256 channels"
             peers[name] = reason or Peer(make, third_party=True, as_ours=as_ours)
     return peers
 

@@ -67,7 +67,7 @@ def config_of(shape: Shape, context: int) -> ModelConfig:
         for i in range(shape.num_layers)
     ]
     return ModelConfig(
-        architecture="gemma2" if gemma else "qwen3",
+        architecture=shape.architecture,
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -75,12 +75,12 @@ def config_of(shape: Shape, context: int) -> ModelConfig:
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        v_head_dim=shape.head_dim,
+        v_head_dim=shape.v_head_dim,
         max_position_embeddings=context,
         rms_norm_eps=1e-6,
         rope=(Rope(10_000.0, None),) * shape.num_layers,
         attention=tuple(layers),
-        experts=(None,) * shape.num_layers,
+        experts=(None, *(shape.experts,) * (shape.num_layers - 1)),
         attention_bias=False,
         qk_norm=shape.qk_norm,
         norm_plus_one=shape.norm_plus_one,
@@ -91,6 +91,7 @@ def config_of(shape: Shape, context: int) -> ModelConfig:
         tied=shape.tied,
         eos_token_ids=frozenset(),
         dtype=shape.dtype,
+        latent=shape.latent,
     )
 
 
@@ -175,11 +176,23 @@ def floor_seconds(
 ) -> tuple[float, float]:
     """The least seconds of prefill and of decode on a device with these ceilings."""
     hidden, heads = config.hidden_size, config.num_heads
-    qkv = (heads + config.num_kv_heads) * config.head_dim + config.num_kv_heads * config.v_head_dim
-    layer = hidden * (qkv + heads * config.v_head_dim + 3 * config.intermediate_size)
-    layers, head = config.num_layers * layer, hidden * config.vocab_size
-    per_key = 2 * heads * (config.head_dim + config.v_head_dim)  # operations of one query and key
-    cell = config.num_layers * config.num_kv_heads * (config.head_dim + config.v_head_dim)
+    head = hidden * config.vocab_size
+    with torch.device("meta"):
+        model = Transformer(config)
+    dense = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
+    mixtures = [(own, 3 * hidden * own.intermediate_size) for own in config.experts if own]
+    multiplied = dense + sum(own.routing.per_token * size for own, size in mixtures)
+
+    def read(rows: int) -> float:
+        """Weights that so many tokens need, where all experts are as likely."""
+        return dense + sum(
+            own.count * size * (1 - (1 - own.routing.per_token / own.count) ** rows)
+            for own, size in mixtures
+        )
+
+    # Operations of one query and key.
+    per_key = 2 * heads * (config.cached_key_dim + config.cached_value_dim)
+    cell = config.num_layers * config.cell_width
 
     def keys(position: int) -> int:
         """Keys that a query at this position sees, over all layers."""
@@ -189,13 +202,15 @@ def floor_seconds(
         nodes * sum(keys(first + i) for i in range(tokens))
         for nodes, first, tokens in load.prefix_lengths()
     )
-    flops = 2 * layers * load.distinct_tokens + 2 * head * load.num_nodes(load.levels - 1)
-    prefill, _ = ceilings.floor_ms((layers + head) * itemsize, flops + per_key * seen)
+    flops = 2 * multiplied * load.distinct_tokens + 2 * head * load.num_nodes(load.levels - 1)
+    prefill, _ = ceilings.floor_ms(
+        int(read(load.distinct_tokens) + head) * itemsize, flops + per_key * seen
+    )
     decode = 0.0
     for made in range(1, load.new_tokens):
         cells = load.distinct_tokens + load.k * made
-        flops = load.k * (2 * (layers + head) + per_key * keys(load.prefix + made - 1))
-        decode += ceilings.floor_ms((layers + head + cell * cells) * itemsize, flops)[0]
+        flops = load.k * (2 * (multiplied + head) + per_key * keys(load.prefix + made - 1))
+        decode += ceilings.floor_ms(int(read(load.k) + head + cell * cells) * itemsize, flops)[0]
     return prefill / 1e3, decode / 1e3
 
 

@@ -6,7 +6,7 @@ samples as one batch, each with a sampler of its own, as llama.cpp's own example
 through llama-cpp-python's bindings, with a GGUF file that holds the same weights; neither it nor
 the `gguf` package is a dependency of this project: `pip install llama-cpp-python gguf`.
 
-Both sample at temperature 1 and neither ends early. Qwen3 shapes only.
+Both sample at temperature 1 and neither ends early. llama.cpp takes Qwen3 shapes only.
 """
 
 import ctypes
@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 from bench.decode_load import Round, Workload
+from models.config import hf_config
 from models.transformer import Transformer
 
 
 def peer(name: str, model: Transformer, load: Workload) -> Any:
     """The peer of this name, ready for its rounds. Raises ValueError for a model or a workload that
     it is not set up for, ImportError where it is not installed."""
-    if model.config.architecture != "qwen3":
+    if name == "llama.cpp" and model.config.architecture != "qwen3":
         raise ValueError(f"{name}: only Qwen3 shapes are set up, not {model.config.architecture}")
     if load.levels != 1:
         raise ValueError(f"{name}: levels = {load.levels}; peers share one prompt or none")
@@ -38,27 +39,15 @@ class Transformers:
     name = "transformers"
 
     def __init__(self, model: Transformer, load: Workload) -> None:
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        config, self.load = model.config, load
+        self.load = load
+        values = hf_config(model.config) | {"eos_token_id": None, "pad_token_id": 0}
         before = torch.get_default_dtype()
         torch.set_default_dtype(model.head_weight.dtype)
         try:
-            self.model = Qwen3ForCausalLM(
-                Qwen3Config(
-                    vocab_size=config.vocab_size,
-                    hidden_size=config.hidden_size,
-                    intermediate_size=config.intermediate_size,
-                    num_hidden_layers=config.num_layers,
-                    num_attention_heads=config.num_heads,
-                    num_key_value_heads=config.num_kv_heads,
-                    head_dim=config.head_dim,
-                    max_position_embeddings=config.max_position_embeddings,
-                    tie_word_embeddings=config.tied,
-                    eos_token_id=None,
-                    pad_token_id=0,
-                )
-            ).to(model.head_weight.device)
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+            self.model = AutoModelForCausalLM.from_config(config).to(model.head_weight.device)
         finally:
             torch.set_default_dtype(before)
         self.model.eval()

@@ -25,7 +25,7 @@ from engine.kv_cache import KVCache, round_up
 from kernels.forest_attention import AttentionOptions, forest_attention_with_lse
 from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan, Suffixes, splits_of
 from kernels.forest_attention.reference import dense_attention, visible_keys
-from models.config import ModelConfig, Rope
+from models.config import Latent, ModelConfig, Rope
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Tree:
 
 @dataclass(frozen=True)
 class Heads:
-    """What attention sees of a model."""
+    """What attention sees of a model. values: channels of a value, 0 for as many as a key has.
+    latent: they are the first channels of the keys."""
 
     num_heads: int
     num_kv_heads: int
@@ -83,13 +84,30 @@ class Heads:
     dtype: torch.dtype = torch.bfloat16
     softcap: float | None = None
     window: int | None = None
+    values: int = 0
+    latent: bool = False
 
     @staticmethod
     def of(shape: Shape, window: int | None = None) -> "Heads":
-        """Those of a model, with its soft-cap; with a window if it is given."""
+        """Those over a model's cache, with its soft-cap; with a window if it is given."""
+        latent = shape.latent
+        if latent is None:
+            return Heads.without_cache(shape, window)
+        dim = latent.kv_rank + latent.rope_dim
+        return Heads(shape.num_heads, 1, dim, shape.dtype, values=latent.kv_rank, latent=True)
+
+    @staticmethod
+    def without_cache(shape: Shape, window: int | None = None) -> "Heads":
+        """Those of a training step."""
         return Heads(
-            shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.dtype, shape.softcap, window
-        )
+            shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.dtype, shape.softcap, window,
+            values=shape.v_head_dim,
+        )  # fmt: skip
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a value."""
+        return self.values or self.head_dim
 
     @property
     def scale(self) -> float:
@@ -104,12 +122,13 @@ class Heads:
     @property
     def cell_bytes(self) -> int:
         """Bytes of a token's key and value."""
-        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        width = self.head_dim + (0 if self.latent else self.value_dim)
+        return self.num_kv_heads * width * self.dtype.itemsize
 
     @property
     def query_bytes(self) -> int:
         """Bytes of a token's queries and results."""
-        return 2 * self.num_heads * self.head_dim * self.dtype.itemsize
+        return self.num_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
 
     def describe(self) -> str:
         """For tables."""
@@ -118,21 +137,24 @@ class Heads:
             for name, value in (("soft-cap", self.softcap), ("window", self.window))
             if value is not None
         ]
+        extra += [f"values {self.value_dim}"] if self.value_dim != self.head_dim else []
         dtype = [] if self.dtype == torch.bfloat16 else [str(self.dtype).removeprefix("torch.")]
         heads = f"{self.num_heads}/{self.num_kv_heads} heads d {self.head_dim}"
         return ", ".join([heads, *dtype, *extra])
 
     def config(self, layers: int) -> ModelConfig:
         """A model of nothing else."""
+        latent = Latent(None, self.value_dim, 1, self.head_dim - self.value_dim)
         return ModelConfig(
             architecture="qwen3", vocab_size=16, hidden_size=16, intermediate_size=16,
             num_layers=layers, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim, v_head_dim=self.head_dim, max_position_embeddings=1 << 20,
+            head_dim=self.head_dim, v_head_dim=self.value_dim, max_position_embeddings=1 << 20,
             rms_norm_eps=1e-6, rope=(Rope(1e4, None),) * layers,
             attention=(self.options,) * layers, experts=(None,) * layers,
             attention_bias=False, qk_norm=True, norm_plus_one=False, sandwich_norms=False,
             embedding_scale=None, activation="silu", final_softcap=None, tied=True,
             eos_token_ids=frozenset(), dtype=None,
+            latent=latent if self.latent else None,
         )  # fmt: skip
 
 
@@ -248,7 +270,7 @@ def prefill_cost(tree: Tree, heads: Heads) -> tuple[int, int]:
 
 def _cost(heads: Heads, keys: int, queries: int, pairs: int) -> tuple[int, int]:
     moved = keys * heads.cell_bytes + queries * heads.query_bytes
-    return moved, 4 * heads.num_heads * heads.head_dim * pairs
+    return moved, 2 * heads.num_heads * (heads.head_dim + heads.value_dim) * pairs
 
 
 def _ends(tree: Tree, heads: Heads, layers: int) -> tuple[KVCache, list[Node]]:
@@ -360,6 +382,6 @@ def _workload(
     shape = (num_queries, heads.num_heads, heads.head_dim)
     queries = [tensor(*shape, dtype=heads.dtype) for _ in cache.k]
     if tensor is not empty:
-        for cells in (*cache.k, *cache.v):
+        for cells in cache.stored:
             cells.copy_(tensor(*cells.shape, dtype=cells.dtype))
     return Workload(heads, queries, cache.k, cache.v, plan, spans)

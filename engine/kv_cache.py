@@ -79,8 +79,8 @@ class KVCache:
         value_dim = config.cached_value_dim
         apart = config.latent is None
         self.v = cells(value_dim) if apart else [keys[..., :value_dim] for keys in self.k]
-        self._stored = [*self.k, *self.v] if apart else self.k
-        for cache in self._stored:
+        self.stored = [*self.k, *self.v] if apart else self.k
+        for cache in self.stored:
             cache[:, : self.base] = 0
         # Gaps [start, stop) in ascending order, none empty, no two adjacent.
         self._free = [(self.base, self.size)] if self.size > self.base else []
@@ -156,11 +156,11 @@ class KVCache:
     def read(self, cells: Tensor) -> list[Tensor]:
         """A copy on the host of the keys and values of cells (n,) int64: for every layer (Hkv, n,
         D), then for every layer (Hkv, n, Dv) where values are stored apart."""
-        return [cache[:, cells].cpu() for cache in self._stored]
+        return [cache[:, cells].cpu() for cache in self.stored]
 
     def write(self, cells: Tensor, contents: Sequence[Tensor]) -> None:
         """Put into cells what was read from as many others."""
-        for cache, content in zip(self._stored, contents, strict=True):
+        for cache, content in zip(self.stored, contents, strict=True):
             cache[:, cells] = content.to(cache.device)
 
     def take_slot(self) -> int:

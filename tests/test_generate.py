@@ -20,7 +20,7 @@ from kernels.score_grammar import ScoreRules
 from models import load
 from models.transformer import Transformer
 from tests.rows import needs_cpp
-from tests.tiny import FAMILIES, VOCAB_SIZE, write_model
+from tests.tiny import DEEPSEEK, FAMILIES, VOCAB_SIZE, write_model
 
 Prompt = list[tuple[int, ...]]
 YARN = {
@@ -96,7 +96,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
 VARIANTS = [
     *((family, {}) for family in FAMILIES),
     ("qwen3", YARN),
-    ("deepseek_v2", {"q_lora_rank": 20, "v_head_dim": 12, "rope_parameters": None}),
+    ("deepseek_v2", DEEPSEEK),
 ]
 
 

@@ -104,7 +104,7 @@ def test_old_spelling_of_the_config(tmp_path: Path, family: str) -> None:
         ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [], "num_experts_per_tok": 5}),
         ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "head_dim": 16}),
         ("deepseek_v2", {"q_lora_rank": 20}),
-        ("deepseek_v2", {"q_lora_rank": 20, "v_head_dim": 12, "rope_parameters": None}),
+        ("deepseek_v2", tiny.DEEPSEEK),
     ],
 )
 def test_variants_equal_transformers(

@@ -48,6 +48,11 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 0.707,
 }
+# Another DeepSeek-V2: latents of queries, no YaRN, no groups of experts.
+DEEPSEEK: dict[str, Any] = {
+    "q_lora_rank": 20, "v_head_dim": 12, "rope_parameters": None, "num_experts_per_tok": 3,
+    "topk_method": "greedy",
+}  # fmt: skip
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 CONTROL = ("<think>", "</think>")  # ids 3, 4: added, but not marked special
 CHAT_TEMPLATE = (

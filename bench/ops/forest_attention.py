@@ -176,7 +176,7 @@ def variants(shape: Shape, rows: int) -> Iterator[OpCase]:
         else:
             for tree in (Tree((1,), (rows,)), Tree((1, 4), (512, 20))):
                 yield prefill(tree, heads, per_split)
-                yield backward(tree, heads, lse_grad=per_split)
+                yield backward(tree, Heads.without_cache(shape, window), lse_grad=per_split)
         if rows == 16:
             yield decode(Tree((1, 4, rows), (512, 300, 40)), heads, per_split)
             yield decode(Tree((rows, rows), (700, 16)), heads, per_split)
@@ -189,6 +189,7 @@ def pair(k: int, prefix: int, suffix: int) -> Tree:
 
 QWEN = Heads.of(SHAPES["qwen3-8b"])
 GEMMA_9B, GEMMA_27B = Heads.of(SHAPES["gemma2-9b"]), Heads.of(SHAPES["gemma2-27b"])
+DEEPSEEK = Heads.of(SHAPES["deepseek-v2-lite"])
 POCKET, SMALL = Heads.of(SHAPES["pocket"]), Heads.of(SHAPES["qwen3-107m"])
 
 THREE_LEVELS: Forest = Tree((1, 8, 64), (1024, 2048, 256)), QWEN
@@ -222,6 +223,7 @@ DECODES: list[Forest] = [
     (pair(32, 4096, 512), GEMMA_9B),
     (pair(32, 8192, 512), replace(GEMMA_9B, window=4096)),
     (pair(64, 4096, 512), GEMMA_27B),
+    (pair(32, 4096, 512), DEEPSEEK),
 ]
 PREFILLS: list[Forest] = [
     PREFILL_8K,
@@ -236,6 +238,7 @@ CPU_DECODES: list[Forest] = [
     (pair(32, 512, 64), POCKET),
     (pair(16, 512, 64), replace(POCKET, softcap=50.0, window=256)),
     (Tree((16, 16), (256, 64)), POCKET),
+    (pair(32, 512, 64), Heads.of(SHAPES["v2-lite-small"])),
 ]
 CPU_PREFILLS: list[Forest] = [
     (Tree((1, 4), (256, 64)), POCKET),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.case import Arguments, OpCase, each, like, same_inputs
+from bench.forests import Heads
 from bench.shapes import SHAPES, Shape
 from bench.timing import DEVICE, ON_GPU, Fill
 from kernels.merge_states import merge_states, merge_states_ref
@@ -26,7 +27,7 @@ def _eager(o: Tensor, lse: Tensor, index: Tensor, dtype: torch.dtype) -> tuple[T
 
 def forward(shape: Shape, rows: int, partials: int, dtype: torch.dtype = torch.float32) -> OpCase:
     """`partials` of every row, joined into `dtype`."""
-    heads, dim, size = shape.num_heads, shape.head_dim, rows * partials
+    heads, dim, size = shape.num_heads, Heads.of(shape).value_dim, rows * partials
 
     def make(tensor: Fill) -> Arguments:
         index = torch.arange(size, device=DEVICE).view(partials, rows).T.contiguous()

@@ -34,10 +34,15 @@ def _apart(
 def forward(shape: Shape, rows: int) -> OpCase:
     """`rows` tokens, as slices of one projection: in decode one cell is far from the other, in
     prefill beside it. All calls write to one cache, each to cells of its own."""
-    heads, dim, dtype = shape.num_kv_heads, shape.head_dim, shape.dtype
+    (heads, dim), dtype, latent = shape.turned, shape.dtype, shape.latent
+    value_dim = shape.v_head_dim if latent is None else latent.kv_rank
 
     def make_inputs(tensor: Fill, count: int) -> list[Arguments]:
-        caches = [torch.zeros(heads, CELLS, dim, dtype=dtype, device=DEVICE) for _ in range(2)]
+        # With latent attention a value, then what rope has turned, are one key.
+        both = torch.zeros(heads, CELLS, value_dim + dim, dtype=dtype, device=DEVICE)
+        caches = [both[..., value_dim:], both[..., :value_dim]]
+        if latent is None:
+            caches = [x.contiguous() for x in caches]
         inv_freq = 1e6 ** -(torch.arange(0, dim, 2, device=DEVICE) / dim)
         cos, sin = rope_cos_sin(torch.arange(rows, device=DEVICE) + 4096, inv_freq)
         apart = CELLS // rows if rows <= 64 else 1
@@ -69,13 +74,14 @@ def forward(shape: Shape, rows: int) -> OpCase:
         assert_equal("norm_rope_write", v_cache[:, cells], values)
 
     keys, queries = rows * heads * dim, rows * shape.num_heads * dim
+    values = rows * heads * value_dim
     return OpCase(
         "norm_rope_write",
         f"{shape.name} {rows} rows",
         make_inputs,
         norm_rope_write,
         check,
-        (2 * queries + 4 * keys) * dtype.itemsize + rows * (8 + 4 * dim),
+        2 * (queries + keys + values) * dtype.itemsize + rows * (8 + 4 * dim),
         (7 if shape.qk_norm else 3) * (queries + keys),
         same_inputs(apart=_apart),
     )

@@ -41,10 +41,11 @@ def _reference_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _case(shape: Shape, rows: int, contiguous: bool, is_backward: bool) -> OpCase:
     op = "rope backward" if is_backward else "rope"
-    size = rows * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+    kv_heads, dim = shape.turned
+    size = rows * (shape.num_heads + kv_heads) * dim
 
     def make(tensor: Fill) -> Arguments:
-        inv_freq = 1e6 ** -(torch.arange(0, shape.head_dim, 2, device=DEVICE) / shape.head_dim)
+        inv_freq = 1e6 ** -(torch.arange(0, dim, 2, device=DEVICE) / dim)
         q, k, _ = projected(shape, rows, tensor)
         if contiguous:
             q, k = q.contiguous(), k.contiguous()
@@ -56,7 +57,7 @@ def _case(shape: Shape, rows: int, contiguous: bool, is_backward: bool) -> OpCas
         each(make),
         _both(rope_backward if is_backward else rope),
         like(op, _both(_reference_backward if is_backward else rope_ref)),
-        2 * size * shape.dtype.itemsize + rows * shape.head_dim * 4,
+        2 * size * shape.dtype.itemsize + rows * dim * 4,
         3 * size,
         same_inputs(eager=_eager_backward if is_backward else _eager),
     )

@@ -111,7 +111,9 @@ def forward(pairs: int, queries: int, keys: int, causal: bool, heads: Heads) -> 
 
 
 def variants(shape: Shape, rows: int) -> Iterator[OpCase]:
-    """Long and short segments, over themselves and over a prefix."""
+    """Long and short segments, over themselves and over a prefix; of latent attention none."""
+    if shape.latent is not None:
+        return
     for pairs, queries, keys in ((1, rows, rows), (4, 20, 20), (2, 100, 700), (16, 1, 300)):
         yield forward(pairs, queries, keys, True, Heads.of(shape, shape.window))
         yield forward(pairs, queries, keys, False, Heads.of(shape))
