@@ -80,7 +80,7 @@ def config_of(shape: Shape, context: int) -> ModelConfig:
         rms_norm_eps=1e-6,
         rope=(Rope(10_000.0, None),) * shape.num_layers,
         attention=tuple(layers),
-        experts=(None, *(shape.experts,) * (shape.num_layers - 1)),
+        experts=(None,) * shape.num_dense + (shape.experts,) * (shape.num_layers - shape.num_dense),
         attention_bias=False,
         qk_norm=shape.qk_norm,
         norm_plus_one=shape.norm_plus_one,

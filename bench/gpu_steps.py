@@ -62,6 +62,7 @@ class Work:
 def real_work() -> Work:
     """What is measured on a GPU. Every case of `make bench` is in it once."""
     qwen, gemma = SHAPES["qwen3-8b"], SHAPES["gemma2-27b"]
+    deepseek = SHAPES["deepseek-v2-lite"]
     figures: dict[str, Sequence[OpCase]] = {
         "attention": [only_unshared(attention.decode(*x)) for x in attention.DECODES[:7]],
         "losses": [case(shape, 8192) for case in (log_probs, loss) for shape in (qwen, gemma)],
@@ -89,6 +90,7 @@ def real_work() -> Work:
             # Few new tokens: a step's time is what counts.
             "unshared": (qwen, [load(32, 4096, 256, False), load(64, 8192, 256, False)]),
             "gemma": (gemma, [load(*long)]),
+            "deepseek": (deepseek, [load(*long)]),
         },
         memory={
             shape.name: Head(
@@ -326,9 +328,10 @@ STEPS = {
         Step("decode", 75, end_to_end, "Qwen3-8B end to end"),
         Step("losses", 40, figures, "log-probs and policy loss"),
         Step("others", 30, figures, "prefill, backward, packed training, sampling"),
-        Step("unshared", 50, end_to_end, "Qwen3-8B without sharing"),
-        Step("gemma", 40, end_to_end, "Gemma-27B end to end"),
-        Step("tests", 90, tests, "the kernels' tests, in parallel"),
+        Step("unshared", 45, end_to_end, "Qwen3-8B without sharing"),
+        Step("gemma", 35, end_to_end, "Gemma-27B end to end"),
+        Step("deepseek", 25, end_to_end, "DeepSeek-V2-Lite end to end"),
+        Step("tests", 75, tests, "the kernels' tests, in parallel"),
         Step("memory", 30, memory, "memory of the policy loss"),
         Step("grid", 30, figures, "all other cases of make bench, until the end"),
     )

@@ -38,7 +38,8 @@ class Shape:
     tied: bool = True
     latent: Latent | None = None  # head_dim and num_kv_heads are those of expanded attention
     value_dim: int | None = None  # of its values
-    experts: Experts | None = None  # of all layers but the first, which is dense
+    experts: Experts | None = None  # of a mixture
+    num_dense: int = 0  # layers before the first with experts
     dtype: torch.dtype = torch.bfloat16
 
     @property
@@ -99,6 +100,14 @@ def _gemma2(
     )  # fmt: skip
 
 
+def _qwen3_moe(name: str, hidden: int, width: int, layers: int, heads: int, kv: int) -> Shape:
+    """width: of an expert."""
+    return Shape(
+        name, 151_936, hidden, 3 * hidden, layers, heads, kv, 128, tied=False,
+        experts=Experts(128, width, Routing(8, True)),
+    )  # fmt: skip
+
+
 def _deepseek_v2(
     name: str, vocab: int, hidden: int, intermediate: int, width: int, layers: int, heads: int,
     dims: tuple[int, int, int, int],
@@ -109,7 +118,7 @@ def _deepseek_v2(
     return Shape(
         name, vocab, hidden, intermediate, layers, heads, heads, nope + rope, qk_norm=False,
         tied=False, latent=Latent(None, rank, nope, rope), value_dim=value,
-        experts=Experts(64, width, Routing(6, False), 2 * width),
+        experts=Experts(64, width, Routing(6), 2 * width), num_dense=1,
     )  # fmt: skip
 
 
@@ -119,15 +128,14 @@ SHAPES = {
         Shape("pocket", 475, 192, 512, 4, 6, 2, 32, dtype=torch.float32),
         Shape("qwen3-107m", 32_000, 768, 2304, 12, 12, 4, 64),
         Shape("qwen3-8b", 151_936, 4096, 12_288, 36, 32, 8, 128, tied=False),
-        Shape("qwen3-30b-a3b", 151_936, 2048, 6144, 48, 32, 4, 128, tied=False,
-              experts=Experts(128, 768, Routing(8, True))),
         _gemma2("gemma2-9b", 3584, 14_336, 42, 16, 8, 256),
         _gemma2("gemma2-27b", 4608, 36_864, 46, 32, 16, 128),
+        _qwen3_moe("qwen3-30b-a3b", 2048, 768, 48, 32, 4),
         _deepseek_v2("deepseek-v2-lite", 102_400, 2048, 10_944, 1408, 27, 16, (512, 128, 64, 128)),
         # An eighth of its widths and heads.
         _deepseek_v2("v2-lite-small", 12_800, 256, 1368, 176, 6, 2, (64, 16, 8, 16)),
     )
-}  # fmt: skip
+}
 
 
 def projected(shape: Shape, rows: int, tensor: Fill) -> list[Tensor]:

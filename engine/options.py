@@ -109,7 +109,7 @@ class PromptOptions:
     them."""
 
     template: Path | None = None
-    """Judge template in place of the model's own."""
+    """Judge template in place of the model's own: a file, or one of ours, default or grm."""
     chat_template: Path | None = None
     """Chat template in place of the model's own."""
     chat_template_kwargs: str | None = None

@@ -36,13 +36,17 @@ from models.files import read_text
 from models.tokenizer import Tokenizer, chat_template_of
 
 DEFAULT_TEMPLATE = Path(__file__).with_name("judge_template.jinja")
+GRM_TEMPLATE = Path(__file__).with_name("grm_template.jinja")
+_BUNDLED = {Path("default"): DEFAULT_TEMPLATE, Path("grm"): GRM_TEMPLATE}
 
 
 def read_judge_template(directory: str | Path, file: str | Path | None = None) -> str:
     """The text of a file with a judge template, or else of a model directory's own
-    judge_template.jinja, or of the default."""
+    judge_template.jinja, or of the default. file: "default" and "grm", where there is no such file,
+    are those that come with the package."""
     if file is not None:
-        return read_text(Path(file), "a judge template")
+        path = Path(file)
+        return read_text(path if path.exists() else _BUNDLED.get(path, path), "a judge template")
     own = Path(directory) / "judge_template.jinja"
     return read_text(own if os.path.lexists(own) else DEFAULT_TEMPLATE, "a judge template")
 

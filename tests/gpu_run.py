@@ -38,6 +38,7 @@ CAPPED = replace(
     SHAPES["gemma2-27b"], vocab_size=300, hidden_size=64, intermediate_size=96, num_layers=2,
     num_heads=4, num_kv_heads=2, head_dim=16, window=20,
 )  # fmt: skip
+LATENT = replace(SHAPES["v2-lite-small"], vocab_size=300, num_layers=2, dtype=torch.bfloat16)
 HEADS = Heads.of(SHAPE)
 
 
@@ -88,6 +89,7 @@ def small_work() -> Work:
         "losses": [case(shape, 32) for case in (log_probs, loss) for shape in (SHAPE, CAPPED)],
         "others": [
             attention.prefill(Tree((1,), (70,)), HEADS),
+            attention.decode(Tree((1, 4), (70, 20)), Heads.of(LATENT)),
             attention.backward(Tree((1,), (70,)), HEADS),
             attention.packed(Tree((1, 3), (50, 20)), HEADS),
             accept_token.step(SHAPE, 8),
@@ -102,6 +104,7 @@ def small_work() -> Work:
             "decode": (SHAPE, [Workload(40, 4, 18), Workload(300, 18, 9)]),
             "unshared": (SHAPE, [Workload(100, 12, 9, sharing=False)]),
             "gemma": (CAPPED, [Workload(40, 4, 9, levels=2)]),
+            "deepseek": (LATENT, [Workload(40, 4, 9)]),
         },
         memory={"small": Head(32, 16, 64, None, torch.bfloat16)},
         tests=["--co", "-q", "tests/test_launch.py"],

@@ -13,13 +13,17 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, Gemma2Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from engine.kv_cache import cell_bytes
+from kernels.route import Routing
 from models.config import (
     ARCHITECTURES,
     SCALAR_ARCHITECTURES,
+    Latent,
     ModelConfig,
     hf_config,
     read_config,
 )
+from models.experts_config import Experts
 from models.files import parse_json, read_text
 from models.rope import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
 from tests import tiny
@@ -60,6 +64,32 @@ GEMMA2 = {
 QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 SCALING = {key: value for key, value in tiny.LLAMA3_ROPE.items() if key != "rope_theta"}
+
+DEEPSEEK_V2_LITE: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "auto_map": {
+        "AutoConfig": "configuration_deepseek.DeepseekV2Config",
+        "AutoModel": "modeling_deepseek.DeepseekV2Model",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM",
+    },
+    "attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001,
+    "bos_token_id": 100000, "eos_token_id": 100001, "first_k_dense_replace": 1,
+    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 10944, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+    "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 64,
+    "n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 16,
+    "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16,
+    "pretraining_tp": 1, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06, "rope_theta": 10000, "routed_scaling_factor": 1.0,
+    "rope_scaling": {
+        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096, "type": "yarn",
+    },
+    "scoring_func": "softmax", "seq_aux": True, "tie_word_embeddings": False, "topk_group": 1,
+    "topk_method": "greedy", "torch_dtype": "bfloat16", "use_cache": True, "v_head_dim": 128,
+    "vocab_size": 102400,
+}  # fmt: skip
 
 
 def write(
@@ -145,6 +175,23 @@ def test_gemma3(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             read_config(write(tmp_path, GEMMA3 | values))
+
+
+def test_deepseek_v2_lite(tmp_path: Path) -> None:
+    """Keys and values as its authors publish them, with code that is not run."""
+    config = read_config(write(tmp_path, DEEPSEEK_V2_LITE))
+    assert config.latent == Latent(None, 512, 128, 64)
+    assert (config.head_dim, config.v_head_dim) == (192, 128)
+    assert config.max_position_embeddings == 163840
+    assert [own is None for own in config.experts] == [True] + [False] * 26
+    assert config.experts[1] == Experts(64, 1408, Routing(6), 2816)
+    assert config.attention[26].scale == pytest.approx(1.5896 * 192**-0.5, rel=1e-4)
+    # 30.4 KiB of a token's latents and of what rope has turned.
+    assert cell_bytes(config, torch.bfloat16) == 27 * (512 + 64) * 2
+    for code in ("modeling_own.DeepseekV2Model", "modeling_deepseek.Own"):
+        changed = DEEPSEEK_V2_LITE | {"auto_map": {"AutoModel": code}}
+        with pytest.raises(ValueError, match="auto_map names code"):
+            read_config(write(tmp_path, changed))
 
 
 def test_head_dim_and_kv_heads_have_the_usual_defaults(tmp_path: Path) -> None:

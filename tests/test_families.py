@@ -32,7 +32,7 @@ LINES = {
     "llama": "2140124c5d83ed0ed6f1208e270f3d5fd6cc7f95c149ddd8bd79b69b739b5f71",
     "gemma2": "880daf408c27d3cdf9997d60c0dbea6935e83aa3224292a6df7802bc325165c5",
     "gemma3_text": "7cca0a6d23ca5398d902f716cc5348a3aaae5b6c218e522208f44c76bc3c44b6",
-    "deepseek_v2": "f729fc76015dd245ea4fba8c03246329a2278bb5af825f2509a282459cc13e14",
+    "deepseek_v2": "d482fcfc3e233ad3cc101f227e636e35f22f9394301d41906a2feef360a0cb45",
 }
 STEP = {"steps": 1, "warmup": 1, "rows": 2, "max_new_tokens": 12, "eval_rows": 2, "eval_k": 2}
 

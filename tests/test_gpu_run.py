@@ -64,6 +64,7 @@ def test_every_step_on_a_gpu_that_is_not_there(tmp_path: Path) -> None:
         "decode": {"ceilings", "decode", "step"},
         "unshared": {"ceilings", "decode", "step"},
         "gemma": {"ceilings", "decode", "step"},
+        "deepseek": {"ceilings", "decode", "step"},
         **{step: {"ceilings", "figure", "step"} for step in ("losses", "others", "grid")},
         **{step: set() for step in ("compile", "memory", "tests")},  # in other processes
     }
@@ -77,6 +78,7 @@ def test_every_step_on_a_gpu_that_is_not_there(tmp_path: Path) -> None:
         ("qwen3-8b", 4, True, False),
         ("qwen3-8b", 12, False, True),
         ("gemma2-27b", 4, True, True),
+        ("v2-lite-small", 4, True, True),
     ]
     # Steps were captured, and replayed more often than launched.
     assert said["launched"]["replay"] > 100 and said["launched"]["_uniforms_kernel"] >= 4

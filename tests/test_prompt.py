@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from engine.prompt import (
     DEFAULT_TEMPLATE,
+    GRM_TEMPLATE,
     PromptBuilder,
     Segment,
     read_chat_template,
@@ -29,6 +30,7 @@ from tests.tiny import CONTROL, SPECIAL, write_tokenizer
 from train.world.pocket import JUDGE_TEMPLATE
 
 DEFAULT = DEFAULT_TEMPLATE.read_text(encoding="utf-8")
+GRM = GRM_TEMPLATE.read_text(encoding="utf-8")
 GEMMA_CHAT = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
     "{{ raise_exception('System role not supported') }}{% endif %}"
@@ -144,7 +146,7 @@ ROWS: dict[str, Callable[[], Row]] = {
 
 
 @pytest.mark.parametrize("row_name", ROWS)
-@pytest.mark.parametrize("judge", [DEFAULT, JUDGE_TEMPLATE], ids=["default", "pocket"])
+@pytest.mark.parametrize("judge", [DEFAULT, GRM, JUDGE_TEMPLATE], ids=["default", "grm", "pocket"])
 @pytest.mark.parametrize("chat", [None, GEMMA_CHAT, QWEN_CHAT], ids=["chatml", "gemma", "qwen"])
 def test_a_prompt_is_what_jinja2_and_transformers_render(
     tmp_path: Path, chat: str | None, judge: str, row_name: str
@@ -738,3 +740,32 @@ def test_a_template_that_is_no_file_is_refused_by_name(tmp_path: Path) -> None:
             read_judge_template(tmp_path)
         own.unlink()
     assert read_judge_template(tmp_path) == DEFAULT
+
+
+def test_bundled_templates_have_names_unless_a_file_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_judge_template("m", "grm") == GRM
+    assert read_judge_template("m", Path("default")) == DEFAULT
+    Path("grm").write_text("own")
+    assert read_judge_template("m", "grm") == "own"
+    with pytest.raises(ValueError, match="nowhere: a judge template must be a file"):
+        read_judge_template("m", "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (1, 10, ["9 to 10", "7 to 8", "5 to 6", "3 to 4", "1 to 2"]),
+        (0, 100, ["80 to 100", "60 to 79", "40 to 59", "20 to 39", "0 to 19"]),
+        (0, 1, []),
+    ],
+)
+def test_the_grm_template_divides_any_range(
+    tmp_path: Path, low: int, high: int, shown: list[str]
+) -> None:
+    builder = make_builder(tmp_path, GRM, scores=JudgeSettings(low, high))
+    text = written(tmp_path, builder.render(make_row("Q", ["A"]), [0]))
+    assert re.findall(r"^- (\d+ to \d+):", text, re.M) == shown
+    assert (f"{high} means that the response is right" in text) == (not shown)

@@ -95,7 +95,8 @@ def hf_config(family: str, **overrides: Any) -> PreTrainedConfig:
         },
         "deepseek_v2": {
             "q_lora_rank": None, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
-            "v_head_dim": 20, "rope_parameters": YARN, "first_k_dense_replace": 1,
+            "v_head_dim": 20, "rms_norm_eps": 1e-4, "rope_parameters": YARN,
+            "first_k_dense_replace": 1,
             "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
             "n_shared_experts": 2, "routed_scaling_factor": 1.5, "n_group": 3, "topk_group": 2,
             "topk_method": "group_limited_greedy",

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.case import Arguments, OpCase, Peers, assert_close, like, same_inputs
-from bench.case import gradients as gradients_of
 from bench.shapes import SHAPES, Shape
 from bench.timing import DEVICE, ON_GPU, Fill
 from kernels.moe import moe, moe_ref
@@ -96,29 +95,33 @@ def _of_all(
     mix: Mix, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor,
     activation: str, grad: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    def function(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
-        return mix(x, gate_up, down, experts, weights, activation)
-
-    return gradients_of(function, [x, gate_up, down, weights], [grad])
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = tuple(each.detach().requires_grad_() for each in (x, gate_up, down, weights))
+        x, gate_up, down, weights = leaves
+        out = mix(x, gate_up, down, experts, weights, activation)
+        return torch.autograd.grad(out, leaves, grad)
 
 
 def gradients(shape: Shape, rows: int) -> OpCase:
-    """Outputs and gradients of tokens, of all weights of experts and of those of tokens; the time
-    is that of a copy of all of them too."""
+    """Outputs, and gradients of tokens, of all weights of experts and of those of tokens."""
 
     def make_inputs(tensor: Fill, count: int) -> list[Arguments]:
         grad = rows, shape.hidden_size
-        return [
-            (*_inputs(shape, rows, tensor), tensor(*grad, dtype=shape.dtype)) for _ in range(count)
-        ]
+        with torch.inference_mode(False):
+            return [
+                (*_inputs(shape, rows, tensor), tensor(*grad, dtype=shape.dtype))
+                for _ in range(count)
+            ]
 
     def ours(*arguments: object) -> tuple[Tensor, ...]:
         return _of_all(moe, *arguments)  # type: ignore[arg-type]
 
     def check(arguments: Arguments, out: tuple[Tensor, ...], factor: float) -> None:
-        wide = [
-            x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
-        ]
+        with torch.inference_mode(False):
+            wide = [
+                x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+                for x in arguments
+            ]
         exact, plain = (_of_all(moe_ref, *given) for given in (wide, arguments))
         names = ("x", "gate_up", "down", "weights")
         for name, found, right, plainly in zip(names, out, exact, plain, strict=True):
