@@ -138,11 +138,6 @@ SHAPES = {
 }
 
 
-MIXTURES = {
-    name: shape for name, shape in SHAPES.items() if shape.experts and shape.hidden_size > 1024
-}
-
-
 def projected(shape: Shape, rows: int, tensor: Fill) -> list[Tensor]:
     """Queries (rows, heads, head_dim), keys and values as slices of one projection; with latent
     attention what rope turns of them, and a latent as the value."""

@@ -7,6 +7,7 @@
     rms_norm, rope,      a file each            torch, C++, Triton    torch, Triton
       gated_act
     norm_rope_write      norm_rope_write.py     torch, C++, Triton
+    route, moe           a file each            torch, C++, Triton    torch, Triton
     matmul               matmul.py              torch, Triton
     packed_linear        packed_linear.py       C++
     sample_token         sample_token.py        torch, C++, Triton

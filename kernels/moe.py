@@ -466,7 +466,7 @@ def moe(
     """The weighted sum of what its experts make of each token.
 
     x: (T, H), gate_up: (E, 2I, H), down: (E, H, I), one floating dtype. experts: (T, K) int64 in
-    [0, E); on a GPU that is not checked. weights: (T, K) float32, or float64 for float64 x.
+    [0, E), which Triton does not check. weights: (T, K) float32, or float64 for float64 x.
     activation: "silu" or "gelu_tanh".
     Returns (T, H) in the dtype of x; differentiable once, in all but the experts. Raises ValueError
     for anything else.
@@ -480,11 +480,11 @@ def moe(
     check("moe: weights", weights, experts.shape, wide)
     if activation not in ACTIVATIONS:
         raise ValueError(f"moe: activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if experts.is_cpu and bool(((experts < 0) | (experts >= count)).any()):
-        raise ValueError(f"moe: experts must be in [0, {count}), got {experts.tolist()}")
     if runs_triton(x):
         out: Tensor = _Moe.apply(x, gate_up, down, experts, weights, activation)
         return out
+    if bool(((experts < 0) | (experts >= count)).any()):
+        raise ValueError(f"moe: experts must be in [0, {count}), got {experts.tolist()}")
     learns = torch.is_grad_enabled() and weights.requires_grad
     if packs(x, gate_up) and packs(x, down) and not learns:
         return _run_cpp(x, gate_up, down, experts, weights, activation)

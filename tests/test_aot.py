@@ -37,7 +37,9 @@ from engine.forward import CachedForward
 from engine.kv_cache import KVCache
 from kernels.launch import INTERPRETED, intercept
 from kernels.matmul import matmul
+from kernels.route import Routing
 from kernels.target import TARGETS
+from models.experts_config import Experts
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled"),
@@ -95,7 +97,7 @@ def reports(arch: str) -> dict[Launch, Report]:
 def test_every_kernel_is_covered() -> None:
     covered = {(launch.kernel.__name__, target) for launch, target in representatives()}
     assert covered == {(kernel, target) for kernel in launched_kernels() for target in TARGETS}
-    assert len(representatives()) <= 103
+    assert len(representatives()) <= 131
 
 
 @pytest.mark.parametrize(
@@ -142,8 +144,15 @@ def test_gradients_of_attention_load_ahead() -> None:
         assert sass is not None and sass.groups_ahead == 0  # the measure tells the two apart
 
 
-def test_a_layer_of_a_decode_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most 7 launches of ours and 4 matrix products, beside what does not grow with layers."""
+DENSE = {"product": 4, "_gated_act_kernel": 1}
+# One to choose, one to sort, two products and their sum.
+SPARSE = {"product": 2, "_route_kernel": 1, "_group_kernel": 1, "_experts_kernel": 2}
+SPARSE |= {"_mix_kernel": 1}
+
+
+@pytest.mark.parametrize("block", [DENSE, SPARSE], ids=["dense", "experts"])
+def test_a_layer_of_a_decode_step(block: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many launches of ours and matrix products, beside what does not grow with layers."""
 
     def launches(layers: int) -> Counter[str]:
         counts: Counter[str] = Counter()
@@ -156,6 +165,8 @@ def test_a_layer_of_a_decode_step(monkeypatch: pytest.MonkeyPatch) -> None:
             return x.new_zeros(len(x), len(weight))
 
         shape = replace(SHAPES["qwen3-8b"], num_layers=layers, hidden_size=256, vocab_size=64)
+        if block is SPARSE:
+            shape = replace(shape, experts=Experts(8, 64, Routing(2)))
         work = make_decode(pair(32, 600, 300), Heads.of(shape), layers, empty)
         config = config_of(shape, 1024)
         model = random_model(config, torch.bfloat16, torch.device("cpu"))
@@ -166,14 +177,12 @@ def test_a_layer_of_a_decode_step(monkeypatch: pytest.MonkeyPatch) -> None:
             CachedForward(model, cache).forward(zeros, work.plan.positions, zeros, work.plan)
         return counts
 
-    per_layer = launches(2) - launches(1)
-    assert per_layer.pop("product") == 4
-    assert per_layer == {
+    assert launches(2) - launches(1) == {
         "_rms_norm_kernel": 2,
         "_norm_rope_write_kernel": 1,
         "_forest_attention_kernel": 2,  # the shared prompt, and the suffixes beside it
         "_merge_states_kernel": 1,
-        "_gated_act_kernel": 1,
+        **block,
     }
 
 
