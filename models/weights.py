@@ -1,12 +1,12 @@
 """Loading and saving of safetensors checkpoints under their Hugging Face tensor names.
 
 A checkpoint is `model.safetensors`, or shards listed in `model.safetensors.index.json`. Its q, k, v
-and gate, up tensors are read straight into their rows of the fused parameters, one tensor in memory
-at a time; saving splits them again. The names in the files must be exactly the names the decoder
-needs: every tensor is consumed once, and none is missing, left over, repeated, misshapen or not
-finite. Two exceptions: `rotary_emb.inv_freq` of old checkpoints is ignored, because it follows from
-config.json; `lm_head.weight` beside a tied embedding is accepted if it equals the embedding, though
-not in a scalar model, whose only head is `score.weight`.
+and gate, up tensors are read straight into their rows of the fused parameters, a block at a time;
+saving splits them again, one tensor in memory at a time. The names in the files must be exactly the
+names the decoder needs: every tensor is consumed once, and none is missing, left over, repeated,
+misshapen or not finite. Two exceptions: `rotary_emb.inv_freq` of old checkpoints is ignored,
+because it follows from config.json; `lm_head.weight` beside a tied embedding is accepted if it
+equals the embedding, though not in a scalar model, whose only head is `score.weight`.
 
 Of a model that sees images the text model is read, and what is saved is that alone.
 
@@ -47,6 +47,7 @@ _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 # Of a model that sees images: its text model, in the old spelling and in the new, and the rest.
 _TEXT = re.compile(r"(language_model\.model|model\.language_model)\.")
 _IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+_BLOCK = 1 << 22  # elements of a tensor that are converted, checked and copied together
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SCORE = "score.weight"
 
@@ -127,18 +128,32 @@ def _load(model: Model, root: Path, dtype: torch.dtype | None, device: str | tor
         try:
             with safe_open(path, "pt", device="cpu") as file:
                 for name in names:
-                    tensor = file.get_tensor(stored[name].name).to(dtype)
-                    place = slots[name].of(parameters)
-                    if may_repeat and name == _HEAD:
-                        if not torch.equal(tensor, place.cpu()):
-                            raise ValueError(f"{path}: {name} differs from the tied embedding")
-                    elif not bool(torch.isfinite(tensor).all()):
-                        raise ValueError(f"{path}: {name} is not finite in {dtype}")
-                    else:
-                        place.copy_(tensor)
+                    tensor = file.get_tensor(stored[name].name)
+                    repeats = may_repeat and name == _HEAD
+                    for own, place in _blocks(tensor, slots[name].of(parameters), dtype):
+                        if repeats:
+                            if not torch.equal(own, place.cpu()):
+                                raise ValueError(f"{path}: {name} differs from the tied embedding")
+                        elif not _is_finite(own):
+                            raise ValueError(f"{path}: {name} is not finite in {dtype}")
+                        else:
+                            place.copy_(own)
         except SafetensorError as error:
             raise ValueError(f"{path}: {error}") from None
     return model
+
+
+def _blocks(tensor: Tensor, place: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """A tensor of a file in a dtype, block by block, and where each block belongs: the tensor is
+    mapped, and nothing as large as it is allocated."""
+    pairs = zip(tensor.view(-1).split(_BLOCK), place.view(-1).split(_BLOCK), strict=True)
+    for own, target in pairs:
+        yield own.to(dtype), target
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """`isfinite` of all elements, without its temporaries."""
+    return all(math.isfinite(each) for each in torch.aminmax(tensor))
 
 
 def _loaded_as(stored: torch.dtype) -> torch.dtype:
