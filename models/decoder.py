@@ -19,10 +19,10 @@ from torch import Tensor
 from kernels import cpp
 from kernels.forest_attention.cpp_impl import compile_plan, partials_of, suffixes_of
 from kernels.forest_attention.plan import CompiledKey, ForestPlan
-from kernels.packed_linear import packed, packed_linear
+from kernels.packed_linear import pack, packed, packed_linear
 from kernels.target import power_of_two
 from models.rope import Rope
-from models.transformer import DecoderLayer, RMSNorm, Transformer
+from models.transformer import DecoderLayer, Linear, RMSNorm, Transformer
 
 
 def runs_cpp(model: Transformer) -> bool:
@@ -133,12 +133,12 @@ class CppDecoder:
         attention, spec = layer.self_attn, self.model.config.attention[index]
         weights: dict[str, Tensor | None] = {
             "input_norm": layer.input_layernorm.weight,
-            "qkv": self._packed(attention.qkv_proj.weight),
+            "qkv": self._packed(attention.qkv_proj),
             "qkv_bias": attention.qkv_proj.bias,
-            "o": self._packed(attention.o_proj.weight),
+            "o": self._packed(attention.o_proj),
             "post_attention_norm": layer.post_attention_layernorm.weight,
-            "gate_up": self._packed(layer.mlp.gate_up_proj.weight, paired=True),
-            "down": self._packed(layer.mlp.down_proj.weight),
+            "gate_up": self._packed(layer.mlp.gate_up_proj, paired=True),
+            "down": self._packed(layer.mlp.down_proj),
         }
         for name, owner, attribute in (
             ("q_norm", attention, "q_norm"),
@@ -157,6 +157,10 @@ class CppDecoder:
             softcap=spec.softcap or 0.0,
         )
 
-    def _packed(self, weight: Tensor, paired: bool = False) -> Tensor:
-        self._kept.append(packed(weight, paired))
-        return self._kept[-1]
+    def _packed(self, layer: Linear, paired: bool = False) -> Tensor:
+        """A layer's weight; a merged one, which is there for its packing alone, lives as long as
+        this decoder."""
+        weight = layer.merged()
+        laid = packed(weight, paired) if weight is layer.weight else pack(weight, paired)
+        self._kept.append(laid)
+        return laid

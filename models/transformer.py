@@ -47,10 +47,11 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _MAX_SCORES = 1 << 24  # elements of one block of scores in `causal_attend`: 64 MiB of float32
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. x: (T, K), weight: (N, K), bias: (N,) or None. Returns (T, N)."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, keep: bool = True) -> Tensor:
+    """x W^T + b. x: (T, K), weight: (N, K), bias: (N,) or None. Returns (T, N). keep: a weight that
+    is packed on the way stays so, for the next time."""
     if packs(x, weight):
-        return packed_linear(x, weight, bias)
+        return packed_linear(x, weight, bias, keep)
     return F.linear(x, weight, bias)
 
 
@@ -59,6 +60,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, product: Product = linear) -> Tensor:
         return product(x, self.weight, self.bias)
+
+    def merged(self) -> Tensor:
+        """The weight (N, K) that does by itself what the layer does, but for its bias."""
+        return self.weight
 
 
 class RMSNorm(nn.Module):

@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -30,7 +31,7 @@ from torch import Tensor
 from models.config import ModelConfig, hf_config
 from models.files import parse_json, read_json
 from models.scalar_head import ScalarModel, decoder_of
-from models.transformer import Transformer
+from models.transformer import Linear, Transformer
 
 Model = TypeVar("Model", Transformer, ScalarModel)
 _INDEX = "model.safetensors.index.json"
@@ -125,35 +126,36 @@ def _load(model: Model, root: Path, dtype: torch.dtype | None, device: str | tor
         names = sorted(name for name in slots if stored[name].path == path)
         if _EMBEDDING in names:
             names.sort(key=lambda name: name != _EMBEDDING)
-        try:
-            with safe_open(path, "pt", device="cpu") as file:
-                for name in names:
-                    tensor = file.get_tensor(stored[name].name)
-                    repeats = may_repeat and name == _HEAD
-                    for own, place in _blocks(tensor, slots[name].of(parameters), dtype):
-                        if repeats:
-                            if not torch.equal(own, place.cpu()):
-                                raise ValueError(f"{path}: {name} differs from the tied embedding")
-                        elif not _is_finite(own):
-                            raise ValueError(f"{path}: {name} is not finite in {dtype}")
-                        else:
-                            place.copy_(own)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: {error}") from None
+        places = {name: (stored[name].name, slots[name].of(parameters)) for name in names}
+        _read_file(path, places, dtype, repeated=_HEAD if may_repeat else None)
     return model
 
 
-def _blocks(tensor: Tensor, place: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """A tensor of a file in a dtype, block by block, and where each block belongs: the tensor is
-    mapped, and nothing as large as it is allocated."""
-    pairs = zip(tensor.view(-1).split(_BLOCK), place.view(-1).split(_BLOCK), strict=True)
-    for own, target in pairs:
-        yield own.to(dtype), target
+def _read_file(
+    path: Path, places: Mapping[str, tuple[str, Tensor]], dtype: torch.dtype, repeated: str | None
+) -> None:
+    """Fill the places of a file's tensors, each with its name there, block by block from mapped
+    pages: nothing as large as a tensor is allocated, and no page stays mapped. The tensor that is
+    `repeated` has to be in its place already."""
 
+    def put(name: str, own: Tensor, place: Tensor) -> None:
+        if name == repeated:
+            if not torch.equal(own, place.cpu()):
+                raise ValueError(f"{path}: {name} differs from the tied embedding")
+        # `isfinite` of all elements, without its temporaries.
+        elif not all(math.isfinite(each) for each in torch.aminmax(own)):
+            raise ValueError(f"{path}: {name} is not finite in {dtype}")
+        else:
+            place.copy_(own)
 
-def _is_finite(tensor: Tensor) -> bool:
-    """`isfinite` of all elements, without its temporaries."""
-    return all(math.isfinite(each) for each in torch.aminmax(tensor))
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            for name, (own_name, place) in places.items():
+                blocks = file.get_tensor(own_name).view(-1).split(_BLOCK)
+                for own, target in zip(blocks, place.view(-1).split(_BLOCK), strict=True):
+                    put(name, own.to(dtype), target)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _loaded_as(stored: torch.dtype) -> torch.dtype:
@@ -173,7 +175,8 @@ def save_pretrained(
     base: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `config.json` and one `model.safetensors`, which transformers opens as well.
+    """Write `config.json` and one `model.safetensors`, which transformers opens as well. The
+    weights of an adapted model are merged, one after another.
 
     base: the model directory that the decoder was loaded from; what its config.json says is kept,
     fields included that nothing here reads (see `hf_config`). Without one the file holds what this
@@ -183,18 +186,33 @@ def save_pretrained(
     """
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
     decoder = decoder_of(model)
     kind = dtype or decoder.embed_tokens.weight.dtype
     config = replace(decoder.config, dtype=kind)
     began_as = None if base is None else read_json(Path(base) / "config.json")
     text = json.dumps(hf_config(config, isinstance(model, ScalarModel), began_as), indent=2) + "\n"
-    slots = dict(_slots(model))
+    with torch.device("meta"):
+        plain = type(model)(decoder.config)
+    slots = dict(_slots(plain))
     shapes = {name: (kind, slot.shape) for name, slot in slots.items()}
+
+    @lru_cache(maxsize=1)  # the projections that are fused are asked for in turn
+    @torch.no_grad()
+    def merged(name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, Linear) and leaf == "weight":
+            return module.merged()
+        return model.get_parameter(name)
+
+    def tensor_of(name: str) -> Tensor:
+        place = slots[name]
+        return place.of({place.parameter: merged(place.parameter)})
+
     replace_file(root / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
     replace_file(
         root / _SINGLE,
-        lambda path: write_tensors(path, shapes, lambda name: slots[name].of(parameters)),
+        lambda path: write_tensors(path, shapes, tensor_of),
     )
 
 

@@ -12,6 +12,7 @@ T tokens, filled up to a multiple of 16; S trajectories; R predicted tokens.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from engine.kv_cache import Slab, round_up
 from kernels.forest_attention import forest_attention
 from kernels.forest_attention.plan import ForestPlan
 from models.config import ModelConfig
-from models.transformer import Attend, Transformer
+from models.transformer import Attend, Transformer, linear
 from train.trajectories import Trajectory
 
 
@@ -143,6 +144,6 @@ def packed_attention(config: ModelConfig, batch: PackedBatch) -> Attend:
 
 
 def hidden_states(model: Transformer, batch: PackedBatch) -> Tensor:
-    """Of the tokens before those predicted, (R, H)."""
-    attend = packed_attention(model.config, batch)
-    return model(batch.token_ids, batch.positions, attend)[batch.predicting]
+    """Of the tokens before those predicted, (R, H). No packed copy of a weight is kept."""
+    attend, product = packed_attention(model.config, batch), partial(linear, keep=False)
+    return model(batch.token_ids, batch.positions, attend, product)[batch.predicting]
