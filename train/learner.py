@@ -94,7 +94,9 @@ class Learner(Generic[M]):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring `plain` up to date; all ranks together."""
+        """Bring `plain` up to date, and leave the room of gradients to what samples; all ranks
+        together."""
+        self.optimizer.zero_grad()
         if not self._is_stale:
             return
         parallel.reshard(self.model)
