@@ -202,7 +202,7 @@ def _description(settings: type, prog: str, example: str) -> str:
 
 
 @functools.cache
-def help_of(settings: type) -> dict[str, str]:
+def help_of(settings: type) -> Mapping[str, str]:
     """What is said of each field of a dataclass: the string after it, else the comment beside it,
     else what its base class says."""
     texts: dict[str, str] = {}
