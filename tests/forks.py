@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import runpy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ def start(
     *arguments: Any,
     streams: Mapping[str, int] | None = None,
     environment: Mapping[str, str] | None = None,
+    forgotten: Sequence[str] = (),
 ) -> BaseProcess:
     """Call a function in a fork. streams: descriptors for its "stdout" and "stderr"; environment:
-    variables beside those that there are."""
+    variables beside those that there are; forgotten: packages that it imports anew."""
 
     def run() -> None:
         os.environ.update(environment or {})
@@ -28,6 +29,9 @@ def start(
             number = ("stdin", "stdout", "stderr").index(name)
             os.dup2(descriptor, number)
             setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+        for module in list(sys.modules):
+            if module.split(".")[0] in forgotten:
+                del sys.modules[module]
         function(*arguments)
 
     process = multiprocessing.get_context("fork").Process(target=run)
@@ -41,10 +45,3 @@ def command(*words: str) -> None:
     sys.argv[1:] = words[1:]
     sys.modules.pop(words[0], None)
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-
-
-def forget(*packages: str) -> None:
-    """In a fork: these packages will be imported anew."""
-    for name in list(sys.modules):
-        if name.split(".")[0] in packages:
-            del sys.modules[name]
