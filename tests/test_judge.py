@@ -563,7 +563,7 @@ def test_parts_are_few_and_of_a_like_size(n: int, size: int) -> None:
 @pytest.mark.parametrize("size", [1, 3, 20])
 def test_a_row_of_many_responses_is_judged_in_parts(judge: Judge, size: int) -> None:
     """Each judgement is the one that a row of its part's responses has at that number."""
-    row = make_row("What is best?", [f"Hello {i}. Bye." for i in range(7 if size < 20 else 41)])
+    row = make_row("What is best?", [f"Hello {i}. Bye." for i in range(4 if size < 20 else 25)])
     options: dict[str, Any] = {"k": 2, "temperature": 1.0, "force_scores": True, "seed": 2}
     verdict = run(judge, [row], max_shown=size, **options)[0]
     assert verdict.valid == 2 and verdict.scores is not None

@@ -206,7 +206,7 @@ def test_forced_scores_after_samples_that_were_set_aside(monkeypatch: pytest.Mon
 def test_samples_that_were_set_aside_in_torch(tiny: Transformer) -> None:
     """Log-probs stay those of a plain forward."""
     groups = make_groups(1, longest=16, k=4)
-    generator = with_cells(tiny, 4 * SPLIT, max_new_tokens=2 * SPLIT)
+    generator = with_cells(tiny, 8 * SPLIT, max_new_tokens=3 * SPLIT)
     watch = Watch(generator)
     (result,) = run(generator, groups)
     assert watch.aside and len(watch.aside) == len(watch.back)
