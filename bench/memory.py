@@ -21,8 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -34,12 +36,14 @@ from engine.generate import PREFILL_TOKENS
 from engine.kv_cache import cell_bytes, round_up, scratch_cells
 from engine.memory import working_bytes
 from kernels.forest_attention.plan import MAX_SPLIT, splits_of
+from kernels.gated_act import gated_act
 from kernels.logprob import torch_impl, triton_impl
 from kernels.target import TARGETS
-from models import read_config
+from models import read_config, transformer
 from models.config import DTYPES, ModelConfig
+from models.layers import Linear
 from models.lora import add_adapters
-from models.transformer import Linear, Transformer
+from models.transformer import RoutedExperts, Transformer
 
 GB = 10**9
 SHARE = 0.95  # of a device that may be used
@@ -91,9 +95,10 @@ def packed_bytes(model: Transformer, load: Load) -> int:
     """Of the copies of all matrices that C++ multiplies with; there are none on a GPU."""
     if load.on_gpu:
         return 0
-    layers = [each for each in model.modules() if isinstance(each, Linear)]
     of_head = model.head_weight.nbytes if model.config.tied else 0
-    return of_head + sum(layer.weight.nbytes for layer in layers)
+    packed = [each for each in model.modules() if isinstance(each, Linear | RoutedExperts)]
+    matrices = [p for each in packed for p in each.parameters() if p.ndim > 1]
+    return of_head + sum(matrix.nbytes for matrix in matrices)
 
 
 def cache_cells(load: Load, k: int) -> int:
@@ -137,7 +142,34 @@ class _Attention(torch.autograd.Function):
         return o
 
 
-def saved_bytes(model: Transformer, tokens: int) -> int:
+class _Experts(torch.autograd.Function):
+    """Saves what `moe` does on a GPU, and computes nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor
+    ) -> Tensor:
+        halves = x.new_empty(experts.numel(), gate_up.shape[1])
+        ctx.save_for_backward(x, gate_up, down, weights, halves, torch.empty_like(experts))
+        return torch.empty_like(x)
+
+
+def _even_moe(
+    x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
+) -> Tensor:
+    """What `moe` does in torch, where all experts have as many pairs."""
+    rows = x.index_select(0, experts.flatten() // experts.shape[1])
+    count = len(gate_up)
+    sizes = [(i + 1) * len(rows) // count - i * len(rows) // count for i in range(count)]
+    each = zip(rows.split(sizes), gate_up.unbind(), down.unbind(), strict=True)
+    outputs = torch.cat(
+        [F.linear(gated_act(F.linear(own, g), activation), d) for own, g, d in each]
+    )
+    outputs = outputs.index_select(0, experts.flatten()).unflatten(0, experts.shape)
+    return (weights[..., None] * outputs.to(weights.dtype)).sum(1).to(x.dtype)
+
+
+def saved_bytes(model: Transformer, tokens: int, on_gpu: bool) -> int:
     """What autograd saves of a forward of so many tokens, each storage once and no parameter's."""
     seen: dict[int, Tensor] = {}
 
@@ -146,7 +178,11 @@ def saved_bytes(model: Transformer, tokens: int) -> int:
         return tensor
 
     ids = torch.zeros(tokens, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    experts = (lambda *x: _Experts.apply(*x[:-1])) if on_gpu else _even_moe
+    with (
+        patch.object(transformer, "moe", experts),  # which tokens go where is not known here
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         model(ids, ids, lambda layer, q, k, v: _Attention.apply(q, k, v))
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     return sum(t.untyped_storage().nbytes() for place, t in seen.items() if place not in own)
@@ -157,7 +193,7 @@ def activation_parts(model: Transformer, load: Load) -> dict[str, int]:
     beside that: its activations where they are recomputed, and their gradients, with copies in
     float32 on a CPU."""
     tokens, config = load.micro_tokens, model.config
-    whole = saved_bytes(model, tokens)
+    whole = saved_bytes(model, tokens, load.on_gpu)
     layer = whole // config.num_layers
     gradients = layer if load.on_gpu else 2 * layer
     if not load.recompute:

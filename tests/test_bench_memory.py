@@ -15,6 +15,8 @@ from bench.shapes import SHAPES, Shape
 from bench.train_step import loss_of
 from engine.generate import Group
 from engine.kv_cache import ALIGN, KVCache, cell_bytes
+from kernels.route import Routing
+from models.experts_config import Experts
 from tests.allocations import peak_bytes
 from tests.rows import needs_cpp
 from tests.test_generate import make_generator
@@ -27,6 +29,11 @@ QWEN = Shape("small qwen", 4096, 256, 1024, 3, 8, 4, 32, tied=False)
 GEMMA = Shape(
     "small gemma", 4096, 256, 1024, 3, 8, 4, 32, activation="gelu_tanh", norm_plus_one=True,
     qk_norm=False, softcap=50.0, final_softcap=30.0, window=64,
+)  # fmt: skip
+# Latent attention, and experts past the first layer.
+DEEPSEEK = replace(
+    SHAPES["v2-lite-small"], vocab_size=4096, num_layers=3,
+    experts=Experts(8, 176, Routing(2), 352),
 )  # fmt: skip
 SMALL = Load(
     dtype=torch.float32, on_gpu=False, k=4, rows=2, prompt_tokens=96, new_tokens=33, group=8,
@@ -70,6 +77,7 @@ def training(load: Load, shape: Shape, how: str) -> Callable[[], int]:
         ("full", GEMMA, torch.bfloat16, False),
         ("lora", GEMMA, torch.float32, True),
         ("lora", QWEN, torch.bfloat16, False),
+        ("full", DEEPSEEK, torch.float32, False),
     ],
 )
 def test_a_training_step_takes_what_is_told_within_a_tenth(
@@ -84,11 +92,16 @@ def test_a_training_step_takes_what_is_told_within_a_tenth(
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_judge_takes_what_is_told(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(QWEN, torch.float32), (QWEN, torch.bfloat16), (DEEPSEEK, torch.float32)],
+)
+def test_a_judge_takes_what_is_told(
+    shape: Shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights, packed weights and cache are exact; what a forward takes is told for more tokens
     than these. With so many cells all samples have all their blocks at once, and with fewer not."""
-    load, shape = replace(SMALL, dtype=dtype, new_tokens=300), replace(QWEN, num_layers=2)
+    load, shape = replace(SMALL, dtype=dtype, new_tokens=300), replace(shape, num_layers=2)
     config = config_of(shape, 512)
     blocks: list[int] = []
     take_block = KVCache.take_block
