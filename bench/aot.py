@@ -34,7 +34,7 @@ from bench.case import OpCase
 from bench.forests import Workload
 from bench.ops import OPERATIONS
 from bench.provenance import print_json
-from bench.sass import Sass, programs_per_processor, read_sass
+from bench.sass import Sass, Usage, programs_per_processor, read_sass, read_usage
 from bench.shapes import SHAPES, Shape
 from bench.timing import empty
 from engine import command
@@ -75,29 +75,31 @@ class Launch:
 
 @dataclass(frozen=True)
 class Report:
-    """What a compiled launch needs of a program; its machine code on NVIDIA only."""
+    """What a compiled launch needs of a program, registers on NVIDIA only; its machine code where
+    that was read."""
 
     launch: str
     target: str
     shared_bytes: int
     warps: int = 0
+    usage: Usage | None = None
     sass: Sass | None = None
     error: str | None = None
 
     @property
     def per_processor(self) -> int | None:
         """Programs that run at once on a processor of sm_90."""
-        if self.sass is None or self.target != "sm_90":
+        if self.usage is None or self.target != "sm_90":
             return None
-        return programs_per_processor(self.sass.registers, self.shared_bytes, self.warps)
+        return programs_per_processor(self.usage.registers, self.shared_bytes, self.warps)
 
     @property
     def fault(self) -> str | None:
         """Why this launch will not do, if it will not."""
         if self.error is not None:
             return self.error
-        if self.sass is not None and self.sass.spill_bytes and self.target == "sm_90":
-            return f"spills {self.sass.spill_bytes} bytes"
+        if self.usage is not None and self.usage.spill_bytes and self.target == "sm_90":
+            return f"spills {self.usage.spill_bytes} bytes"
         if self.shared_bytes > TARGETS[self.target].shared_bytes:
             return f"needs {self.shared_bytes} bytes of shared memory"
         return None
@@ -203,19 +205,21 @@ def compiled(launch: Launch, target: Target) -> Any:
     return triton.compile(source, target=gpu, options=dict(launch.options))
 
 
-def compile_launch(launch: Launch, target: Target) -> Report:
-    """Compile one launch for one target, and ask what it needs."""
+def compile_launch(launch: Launch, target: Target, reads_sass: bool = False) -> Report:
+    """Compile one launch for one target, and ask what it needs. reads_sass: of sm_90 read the
+    machine code too."""
     try:
         kernel = compiled(launch, target)
     except Exception as error:  # whatever a compiler throws is the finding
         return Report(launch.name, target.arch, 0, error=f"{type(error).__name__}: {error}")
-    sass = None if target.is_hip else read_sass(kernel.asm["cubin"])
+    usage = None if target.is_hip else read_usage(kernel.asm["cubin"])
+    sass = read_sass(kernel.asm["cubin"]) if reads_sass and target.arch == "sm_90" else None
     needs = kernel.metadata.shared, kernel.metadata.num_warps
-    return Report(launch.name, target.arch, *needs, sass)
+    return Report(launch.name, target.arch, *needs, usage, sass)
 
 
-def compile_all(jobs: Sequence[tuple[Launch, str]]) -> Iterator[Report]:
-    """Compile launches for targets in a process for each processor, in any order."""
+def compile_all(jobs: Sequence[tuple[Launch, str]], reads_sass: bool = False) -> Iterator[Report]:
+    """`compile_launch` for targets, in a process for each processor, in any order."""
     # A fork would copy torch's threads in whatever state they are.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
@@ -226,6 +230,7 @@ def compile_all(jobs: Sequence[tuple[Launch, str]]) -> Iterator[Report]:
                 launch.kernel.__name__,
                 replace(launch, kernel=None),
                 target,
+                reads_sass,
             )
             for launch, target in jobs
         ]
@@ -233,10 +238,12 @@ def compile_all(jobs: Sequence[tuple[Launch, str]]) -> Iterator[Report]:
             yield future.result()
 
 
-def _compile_named(module: str, kernel: str, launch: Launch, target: str) -> Report:
+def _compile_named(
+    module: str, kernel: str, launch: Launch, target: str, reads_sass: bool
+) -> Report:
     """In another process, to which a kernel cannot be sent."""
     found = getattr(import_module(module), kernel)
-    return compile_launch(replace(launch, kernel=found), TARGETS[target])
+    return compile_launch(replace(launch, kernel=found), TARGETS[target], reads_sass)
 
 
 def table(reports: Iterable[Report]) -> str:
@@ -244,13 +251,13 @@ def table(reports: Iterable[Report]) -> str:
     bytes, programs of a processor, loads and groups of copies under way, instructions."""
     lines = ["registers  spills  shared  programs  loads  groups  instructions  launch"]
     for report in sorted(reports, key=lambda report: report.launch):
-        sass = report.sass
-        if sass is None:
+        usage, sass = report.usage, report.sass
+        if usage is None or sass is None:
             lines.append(f"{report.launch}: {report.error}")
             continue
         groups = "-" if sass.groups_ahead is None else sass.groups_ahead
         lines.append(
-            f"{sass.registers:>9}  {sass.spill_bytes:>6}  {report.shared_bytes:>6}  "
+            f"{usage.registers:>9}  {usage.spill_bytes:>6}  {report.shared_bytes:>6}  "
             f"{report.per_processor:>8}  {sass.loads:>5}  {groups:>6}  {sass.instructions:>12}  "
             f"{report.launch}"
         )
@@ -261,7 +268,7 @@ def summary(target: str, reports: Sequence[Report]) -> str:
     """One line for a target."""
     faults = sum(report.fault is not None for report in reports)
     shared = max((report.shared_bytes for report in reports), default=0)
-    registers = max((r.sass.registers for r in reports if r.sass is not None), default=0)
+    registers = max((r.usage.registers for r in reports if r.usage is not None), default=0)
     most = f", at most {registers} registers" if registers else ""
     return (
         f"{target}: {len(reports)} launches, {faults} faults{most}, at most {shared:,} bytes of "
@@ -284,7 +291,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = all_launches(shapes, args.operations, targets)
     keys = {(launch.name, target): key for (launch, target), key in jobs.items()}
     reports = []
-    for report in tqdm(compile_all(list(jobs)), total=len(jobs), unit="launch", smoothing=0.02):
+    compiling = compile_all(list(jobs), reads_sass=True)
+    for report in tqdm(compiling, total=len(jobs), unit="launch", smoothing=0.02):
         reports.append(report)
         if report.fault is not None:
             key = keys[report.launch, report.target]

@@ -20,37 +20,38 @@ _REGISTERS, _UNIT, _SHARED, _WARPS, _PROGRAMS = 1 << 16, 256, 228 << 10, 64, 32
 
 
 @dataclass(frozen=True)
-class Sass:
-    """registers: of a thread. spill_bytes: of its stack frame, since our kernels keep no arrays.
-    instructions: of the whole kernel. loads: the most loads from global memory into registers that
-    are under way before the first of them is used. groups_ahead: of asynchronous copies, the most
-    groups that a wait leaves under way, None without such copies."""
+class Usage:
+    """registers: of a thread. spill_bytes: of its stack frame, since our kernels keep no arrays."""
 
     registers: int
     spill_bytes: int
+
+
+@dataclass(frozen=True)
+class Sass:
+    """instructions: of the whole kernel. loads: the most loads from global memory into registers
+    that are under way before the first of them is used. groups_ahead: of asynchronous copies, the
+    most groups that a wait leaves under way, None without such copies."""
+
     instructions: int
     loads: int
     groups_ahead: int | None
 
 
+def read_usage(cubin: bytes) -> Usage:
+    """What a compiled kernel needs, as its file says; quick."""
+    said = _run("cuobjdump", "--dump-resource-usage", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert found is not None, said
+    return Usage(int(found[1]), int(found[2]))
+
+
 def read_sass(cubin: bytes) -> Sass:
-    """Disassemble a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        found = _INSTRUCTION.findall(_run("nvdisasm", "-c", file.name))
-    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert resources is not None, usage
+    """Disassemble a compiled kernel, which takes a second."""
+    found = _INSTRUCTION.findall(_run("nvdisasm", "-c", cubin))
     waits = [int(text, 16) for op, text in found if op == "DEPBAR.LE" for text in _waits(text)]
     copies = any(op.startswith("LDGSTS") for op, _ in found)
-    return Sass(
-        int(resources[1]),
-        int(resources[2]),
-        len(found),
-        _loads_under_way(found),
-        max(waits, default=0) if copies else None,
-    )
+    return Sass(len(found), _loads_under_way(found), max(waits, default=0) if copies else None)
 
 
 def programs_per_processor(registers: int, shared_bytes: int, warps: int) -> int:
@@ -64,9 +65,12 @@ def programs_per_processor(registers: int, shared_bytes: int, warps: int) -> int
     )
 
 
-def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
+def _run(tool: str, option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_TOOLS / tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _waits(operands: str) -> list[str]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from bench.timing import ON_GPU
 
+START = "spawn"  # how a process is started: none may share what another knows of the device
 Run = Callable[[], dict[str, float]]
 
 
@@ -28,7 +29,7 @@ def take_turns(
     """Of each peer: `seconds` (median), `peak_bytes` (largest), `ratio`, the median over the
     rounds of its time by that of the first, and what its last run gave; or the `error`. makers:
     functions that can be sent to another process."""
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(START)
     pipes: dict[str, Connection] = {}
     workers = []
     for name, make in makers.items():

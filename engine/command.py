@@ -14,6 +14,7 @@ This needs no torch, so that --help is quick; tyro is imported when options are 
 import ast
 import dataclasses
 import fcntl
+import functools
 import inspect
 import io
 import os
@@ -147,8 +148,10 @@ def parse(
         for title, names in titles.items() if names
     }  # fmt: skip
     kinds |= {name: form_of(type(part), vars(part)) for name, part in parts.items()}
+    silent = tyro.conf.arg(help="")  # else tyro searches source text for words about a group
+    groups_of_options = [(title, Annotated[kind, silent]) for title, kind in kinds.items()]
     found: Any = tyro.cli(
-        dataclasses.make_dataclass("Options", kinds.items()),
+        dataclasses.make_dataclass("Options", groups_of_options),
         prog=prog,
         description=_description(settings, prog, example),
         args=arguments,
@@ -198,7 +201,8 @@ def _description(settings: type, prog: str, example: str) -> str:
     return f"{settings.__doc__}\n\nExample:\n\n" + "\n".join(lines)
 
 
-def help_of(settings: type) -> dict[str, str]:
+@functools.cache
+def help_of(settings: type) -> Mapping[str, str]:
     """What is said of each field of a dataclass: the string after it, else the comment beside it,
     else what its base class says."""
     texts: dict[str, str] = {}

@@ -5,8 +5,8 @@ in float32, so a row's bits do not depend on the others. bfloat16 weights stay b
 and are widened in registers; the sum is rounded once.
 
 A packed copy is kept beside each weight for as long as the weight lives, and made anew when the
-weight has changed. It doubles the memory of the weights. The C++ is in `kernels/cpp/linear.h`; the
-specification is `matmul_ref`. Inference only.
+weight has changed. It doubles the memory of the weights; `pack` makes one that is not kept. The
+C++ is in `kernels/cpp/linear.h`; the specification is `matmul_ref`. Inference only.
 """
 
 import threading
@@ -39,9 +39,12 @@ def packs(x: Tensor, weight: Tensor) -> bool:
     return usable and not torch.is_autocast_enabled("cpu") and runs_cpp(x, weight)
 
 
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def packed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, keep: bool = True
+) -> Tensor:
     """x: (T, K), weight: (N, K), bias: (N,) or None, of one dtype, where `packs` says so. Returns
-    (T, N) of that dtype. Raises ValueError for other shapes.
+    (T, N) of that dtype. keep: the packed copy stays beside the weight. Raises ValueError for other
+    shapes.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -56,7 +59,8 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     rows, terms = x.shape
     columns = len(weight)
     y = torch.empty(rows, columns, dtype=x.dtype)
-    cpp.call("linear", x.dtype, x, rows, terms, packed(weight), columns, bias, y)
+    panels = packed(weight) if keep else pack(weight)
+    cpp.call("linear", x.dtype, x, rows, terms, panels, columns, bias, y)
     return y
 
 
@@ -73,7 +77,7 @@ def packed(weight: Tensor, paired: bool = False) -> Tensor:
 
 
 def pack(weight: Tensor, paired: bool = False) -> Tensor:
-    """`packed` without keeping anything. weight: contiguous."""
+    """`packed`, for one use: nothing is kept. weight: contiguous."""
     columns, terms = weight.shape[-2:]
     width = cpp.panel_columns()
     across = columns // 2 if paired else columns

@@ -29,6 +29,7 @@ from kernels.launch import runs_triton
 
 Backend = Literal["triton", "torch", "flash-attn", "xformers"]
 BACKENDS = ("triton", "torch", "flash-attn", "xformers")
+MAX_CHANNELS = 256  # of a key that is copied beside its value
 _PACKAGES = {"flash-attn": ("flash_attn", "flash"), "xformers": ("xformers", "xformers")}
 
 
@@ -99,6 +100,11 @@ def check_backend(backend: str, q: Tensor, v_dim: int, options: AttentionOptions
         if (backend == "triton") != runs_triton(q):
             raise ValueError(
                 f"segment_attention: backend {backend!r} does not run on {q.device} here"
+            )
+        if backend == "triton" and q.shape[-1] > MAX_CHANNELS:
+            raise ValueError(
+                f"segment_attention: triton takes keys of at most {MAX_CHANNELS} channels, got "
+                f"{q.shape[-1]}"
             )
         return
     module, extra = _PACKAGES[backend]

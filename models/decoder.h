@@ -172,8 +172,12 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
             rms_norm_row<T>(x, nullptr, w, cell, nullptr, d.v_dim, d.latent_eps, 0);
             rope_head<T>(x + d.v_dim, c, s, cell + d.v_dim, half);
         });
-        linear_heads(heads_q, q_t, head_dim, n, d.heads, d.nope_dim, (const T *)layer.to_latent,
-                     d.v_dim, q, q_size, d.dim, threads);
+        const auto to_latent = [&](int64_t h) {
+            return Product<T>{n, (const T *)layer.to_latent + h * packed_size(d.v_dim, d.nope_dim),
+                              q + h * d.dim, q_size};
+        };
+        const auto query = [&](int64_t h, int64_t t) { return heads_q + t * q_t + h * head_dim; };
+        linear_many<T>(d.heads, d.nope_dim, d.v_dim, to_latent, query, threads);
     };
 
     const T *table = (const T *)d.embedding;
@@ -204,9 +208,15 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
                   attended + start * attended_size, merged_lse + start * d.heads, threads);
         }
         if (latent) {
-            linear_heads(attended, attended_size, d.v_dim, n, d.heads, d.v_dim,
-                         (const T *)layer.of_latent, d.out_dim, head_out, out_size, d.out_dim,
-                         threads);
+            const auto of_latent = [&](int64_t h) {
+                return Product<T>{
+                    n, (const T *)layer.of_latent + h * packed_size(d.out_dim, d.v_dim),
+                    head_out + h * d.out_dim, out_size};
+            };
+            const auto mixed = [&](int64_t h, int64_t t) {
+                return attended + t * attended_size + h * d.v_dim;
+            };
+            linear_many<T>(d.heads, d.v_dim, d.out_dim, of_latent, mixed, threads);
             tile_rows(head_out, out_size);
         } else {
             tile_rows(attended, attended_size);

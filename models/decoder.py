@@ -23,7 +23,7 @@ from kernels.packed_linear import pack, packed, packed_linear
 from kernels.route import routing_structure
 from kernels.target import power_of_two
 from models.latent_attention import LATENT_EPS, LatentAttention
-from models.layers import RMSNorm
+from models.layers import Linear, RMSNorm
 from models.rope import Rope
 from models.transformer import MLP, DecoderLayer, ExpertsMLP, Transformer
 
@@ -144,14 +144,14 @@ class CppDecoder:
         attention, spec = layer.self_attn, self.model.config.attention[index]
         weights: dict[str, Tensor | None] = {
             "input_norm": layer.input_layernorm.weight,
-            "qkv": self._packed(attention.qkv_proj.weight),
+            "qkv": self._packed(attention.qkv_proj),
             "qkv_bias": attention.qkv_proj.bias,
-            "o": self._packed(attention.o_proj.weight),
+            "o": self._packed(attention.o_proj),
             "post_attention_norm": layer.post_attention_layernorm.weight,
         }
         if block is not None:
-            weights["gate_up"] = self._packed(block.gate_up_proj.weight, paired=True)
-            weights["down"] = self._packed(block.down_proj.weight)
+            weights["gate_up"] = self._packed(block.gate_up_proj, paired=True)
+            weights["down"] = self._packed(block.down_proj)
         for name, owner, attribute in (
             ("q_norm", attention, "q_norm"),
             ("k_norm", attention, "k_norm"),
@@ -164,7 +164,7 @@ class CppDecoder:
             weights[name] = norm.weight if isinstance(norm, RMSNorm) else None
         if isinstance(attention, LatentAttention):
             if attention.latent.q_rank is not None:
-                weights["q_b"] = self._packed(attention.q_b_proj.weight)
+                weights["q_b"] = self._packed(attention.q_b_proj)
             absorbed = zip(("to_latent", "of_latent"), attention.absorbed(), strict=True)
             for name, by_head in absorbed:
                 laid = torch.cat([pack(each.detach().contiguous()) for each in by_head])
@@ -185,17 +185,20 @@ class CppDecoder:
         """The address of a layer's experts."""
         own, routing = block.experts, routing_structure(block.routing)
         weights = (
-            self._packed(block.gate.weight),
-            self._packed(own.gate_up_proj, paired=True),
-            self._packed(own.down_proj),
+            self._packed(block.gate),
+            packed(own.gate_up_proj, paired=True),
+            packed(own.down_proj),
         )
         count, _, width = own.down_proj.shape
         addresses = [weight.data_ptr() for weight in weights]
         experts = cpp.structure("Experts")(*addresses, count, width, ctypes.addressof(routing))
-        self._kept += routing, experts
+        self._kept += *weights, routing, experts
         return ctypes.addressof(experts)
 
-    def _packed(self, weight: Tensor, paired: bool = False) -> Tensor:
-        panels = packed(weight, paired)
-        self._kept.append(panels)
-        return panels
+    def _packed(self, layer: Linear, paired: bool = False) -> Tensor:
+        """A layer's weight; a merged one, which is there for its packing alone, lives as long as
+        this decoder."""
+        weight = layer.merged()
+        laid = packed(weight, paired) if weight is layer.weight else pack(weight, paired)
+        self._kept.append(laid)
+        return laid

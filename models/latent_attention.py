@@ -77,8 +77,8 @@ class LatentAttention(nn.Module):
         return self.o_proj(out.flatten(1), product)
 
     def absorbed(self) -> tuple[Tensor, Tensor]:
-        """W_k,h^T, (H, R, nope_dim), and W_v,h, (H, v_head_dim, R): views of kv_b_proj's weight."""
-        weight = self.kv_b_proj.weight.unflatten(0, (self.config.num_heads, -1))
+        """W_k,h^T, (H, R, nope_dim), and W_v,h, (H, v_head_dim, R): parts of kv_b_proj's weight."""
+        weight = self.kv_b_proj.merged().unflatten(0, (self.config.num_heads, -1))
         w_k, w_v = weight.split((self.latent.nope_dim, self.config.v_head_dim), 1)
         return w_k.transpose(1, 2), w_v
 

@@ -20,10 +20,11 @@ Write = Callable[[int, Tensor, Tensor, Tensor, HeadNorms | None, Tensor, Tensor]
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. x: (T, K), weight: (N, K), bias: (N,) or None. Returns (T, N)."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, keep: bool = True) -> Tensor:
+    """x W^T + b. x: (T, K), weight: (N, K), bias: (N,) or None. Returns (T, N). keep: a weight that
+    is packed on the way stays so, for the next time."""
     if packs(x, weight):
-        return packed_linear(x, weight, bias)
+        return packed_linear(x, weight, bias, keep)
     return F.linear(x, weight, bias)
 
 
@@ -32,6 +33,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, product: Product = linear) -> Tensor:
         return product(x, self.weight, self.bias)
+
+    def merged(self) -> Tensor:
+        """The weight (N, K) that does by itself what the layer does, but for its bias."""
+        return self.weight
 
 
 class RMSNorm(nn.Module):

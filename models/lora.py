@@ -9,8 +9,9 @@ adapted, B has the rows of those alone. Source: arXiv 2106.09685.
 Routed experts and their router have none, as under `peft`: of a mixture of experts the attention is
 adapted, and what dense and shared blocks there are.
 
-Adapters are for training: sampling in C++ and writing Hugging Face directories want whole weights
-(`merged_weight`). `save_adapter` writes them as the `peft` package does.
+An adapted model is trained and sampled as it is, over one copy of its base. C++, which lays weights
+out anew, and Hugging Face directories take each layer's merged weight, one after another.
+`save_adapter` writes adapters as the `peft` package does.
 """
 
 import json
@@ -84,6 +85,11 @@ class AdaptedLinear(Linear):
         low = product(x, self.lora_a, None)
         return out + self.scale * product(low, self.spread(self.lora_b), None)
 
+    def merged(self) -> Tensor:
+        if not self.enabled:
+            return self.weight
+        return merged_weight(self.weight, self.lora_a, self.spread(self.lora_b), self.scale)
+
 
 def add_adapters(
     model: Transformer, rank: int, alpha: float, seed: int = 0, targets: Collection[str] = TARGETS
@@ -141,22 +147,21 @@ def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) 
     """The weight (N, K) of one layer that does the same, in the dtype of `weight`, rounded once.
     lora_b: (N, r)."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + scale * (lora_b.to(wide) @ lora_a.to(wide))).to(weight.dtype)
+    delta = lora_b.to(wide) @ lora_a.to(wide)
+    return delta.mul_(scale).add_(weight).to(weight.dtype)
 
 
 def save_adapter(
     model: Transformer | ScalarModel,
-    parameters: Mapping[str, Tensor],
     directory: str | os.PathLike[str],
     base: str | os.PathLike[str],
     dtype: torch.dtype,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, which `peft` loads.
 
-    model: an adapted one; of a scalar model the score goes with its adapters. parameters: those of
-    the model that learn, by its names for them, whole, as they are not in a model that is divided
-    among ranks. base: the model directory that they belong to, as adapter_config.json is to name
-    it. dtype: of what is written. The shared A of fused projections is written for each of them.
+    model: an adapted one; of a scalar model the score goes with its adapters. base: the model
+    directory that they belong to, as adapter_config.json is to name it. dtype: of what is written.
+    The shared A of fused projections is written for each of them.
     """
     scalar = isinstance(model, ScalarModel)
     prefix = "base_model.model." if scalar else "base_model.model.model."
@@ -166,16 +171,16 @@ def save_adapter(
     targets: set[str] = set()
     model_config = decoder_of(model).config
     for name, layer in adapted.items():
-        low, high = parameters[f"{name}.lora_a"], parameters[f"{name}.lora_b"]
-        for target, own in zip(layer.targets, high.split([*layer.targets.values()]), strict=True):
+        parts = layer.lora_b.split([*layer.targets.values()])
+        for target, own in zip(layer.targets, parts, strict=True):
             place = f"{prefix}{name.rpartition('.')[0]}.{target}"
             order = row_order(model_config, target)
             if order is not None:
                 own = own[order.argsort().to(own.device)]
-            tensors |= {f"{place}.lora_A.weight": low, f"{place}.lora_B.weight": own}
+            tensors |= {f"{place}.lora_A.weight": layer.lora_a, f"{place}.lora_B.weight": own}
             targets.add(target)
-    if scalar:
-        tensors["base_model.model.score.weight"] = parameters["score.weight"]
+    if isinstance(model, ScalarModel):
+        tensors["base_model.model.score.weight"] = model.score.weight
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",

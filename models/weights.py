@@ -2,11 +2,12 @@
 
 A checkpoint is `model.safetensors`, or shards listed in `model.safetensors.index.json`. Its q, k, v
 and gate, up tensors, and those of experts, are read straight into their rows of the fused
-parameters, one tensor in memory at a time; saving splits them again. The names in the files must be
-exactly the names the decoder needs: every tensor is consumed once, and none is missing, left over,
-repeated, misshapen or not finite. Two exceptions: `rotary_emb.inv_freq` of old checkpoints is
-ignored, because it follows from config.json; `lm_head.weight` beside a tied embedding is accepted
-if it equals the embedding, though not in a scalar model, whose only head is `score.weight`.
+parameters, a block at a time; saving splits them again, one tensor in memory at a time. The names
+in the files must be exactly the names the decoder needs: every tensor is consumed once, and none is
+missing, left over, repeated, misshapen or not finite. Two exceptions: `rotary_emb.inv_freq` of old
+checkpoints is ignored, because it follows from config.json; `lm_head.weight` beside a tied
+embedding is accepted if it equals the embedding, though not in a scalar model, whose only head is
+`score.weight`.
 
 Of a model that sees images the text model is read, and what is saved is that alone.
 
@@ -20,6 +21,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -30,7 +32,7 @@ from torch import Tensor
 from models.config import ModelConfig, hf_config
 from models.files import parse_json, read_json
 from models.scalar_head import ScalarModel, decoder_of
-from models.transformer import Transformer
+from models.transformer import Linear, Transformer
 
 Model = TypeVar("Model", Transformer, ScalarModel)
 _INDEX = "model.safetensors.index.json"
@@ -47,6 +49,7 @@ _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 # Of a model that sees images: its text model, in the old spelling and in the new, and the rest.
 _TEXT = re.compile(r"(language_model\.model|model\.language_model)\.")
 _IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+_BLOCK = 1 << 22  # elements of a tensor that are converted, checked and copied together
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SCORE = "score.weight"
 
@@ -68,9 +71,14 @@ class _Slot:
         own = whole if self.expert is None else whole[self.expert]
         return own[self.start : self.start + self.shape[0]]
 
-    def loaded(self, stored: Tensor) -> Tensor:
-        """The rows of the parameter that a stored tensor gives."""
-        return stored if self.rows is None else stored[self.rows]
+    def blocks(
+        self, stored: Tensor, parameters: dict[str, Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some rows of a stored tensor after others, and where they belong."""
+        place, step = self.of(parameters), max(1, _BLOCK // max(1, math.prod(self.shape[1:])))
+        for start in range(0, len(stored), step):
+            here = slice(start, start + step)
+            yield stored[here if self.rows is None else self.rows[here]], place[here]
 
     def saved(self, parameters: dict[str, Tensor]) -> Tensor:
         """What is stored of these parameters."""
@@ -139,21 +147,39 @@ def _load(model: Model, root: Path, dtype: torch.dtype | None, device: str | tor
         names = sorted(name for name in slots if stored[name].path == path)
         if _EMBEDDING in names:
             names.sort(key=lambda name: name != _EMBEDDING)
-        try:
-            with safe_open(path, "pt", device="cpu") as file:
-                for name in names:
-                    tensor = file.get_tensor(stored[name].name).to(dtype)
-                    place = slots[name].of(parameters)
-                    if may_repeat and name == _HEAD:
-                        if not torch.equal(tensor, place.cpu()):
-                            raise ValueError(f"{path}: {name} differs from the tied embedding")
-                    elif not bool(torch.isfinite(tensor).all()):
-                        raise ValueError(f"{path}: {name} is not finite in {dtype}")
-                    else:
-                        place.copy_(slots[name].loaded(tensor))
-        except SafetensorError as error:
-            raise ValueError(f"{path}: {error}") from None
+        places = {name: (stored[name].name, slots[name]) for name in names}
+        _read_file(path, places, parameters, dtype, repeated=_HEAD if may_repeat else None)
     return model
+
+
+def _read_file(
+    path: Path,
+    places: Mapping[str, tuple[str, _Slot]],
+    parameters: dict[str, Tensor],
+    dtype: torch.dtype,
+    repeated: str | None,
+) -> None:
+    """Fill the places of a file's tensors, each with its name there, block by block from mapped
+    pages: nothing as large as a tensor is allocated, and no page stays mapped. The tensor that is
+    `repeated` has to be in its place already."""
+
+    def put(name: str, own: Tensor, place: Tensor) -> None:
+        if name == repeated:
+            if not torch.equal(own, place.cpu()):
+                raise ValueError(f"{path}: {name} differs from the tied embedding")
+        # `isfinite` of all elements, without its temporaries.
+        elif not all(math.isfinite(each) for each in torch.aminmax(own)):
+            raise ValueError(f"{path}: {name} is not finite in {dtype}")
+        else:
+            place.copy_(own)
+
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            for name, (own_name, slot) in places.items():
+                for own, target in slot.blocks(file.get_tensor(own_name), parameters):
+                    put(name, own.to(dtype), target)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _loaded_as(stored: torch.dtype) -> torch.dtype:
@@ -173,7 +199,8 @@ def save_pretrained(
     base: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `config.json` and one `model.safetensors`, which transformers opens as well.
+    """Write `config.json` and one `model.safetensors`, which transformers opens as well. The
+    weights of an adapted model are merged, one after another.
 
     base: the model directory that the decoder was loaded from; what its config.json says is kept,
     fields included that nothing here reads (see `hf_config`). Without one the file holds what this
@@ -183,18 +210,33 @@ def save_pretrained(
     """
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
     decoder = decoder_of(model)
     kind = dtype or decoder.embed_tokens.weight.dtype
     config = replace(decoder.config, dtype=kind)
     began_as = None if base is None else read_json(Path(base) / "config.json")
     text = json.dumps(hf_config(config, isinstance(model, ScalarModel), began_as), indent=2) + "\n"
-    slots = dict(_slots(model))
+    with torch.device("meta"):
+        plain = type(model)(decoder.config)
+    slots = dict(_slots(plain))
     shapes = {name: (kind, slot.shape) for name, slot in slots.items()}
+
+    @lru_cache(maxsize=1)  # the projections that are fused are asked for in turn
+    @torch.no_grad()
+    def merged(name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, Linear) and leaf == "weight":
+            return module.merged()
+        return model.get_parameter(name)
+
+    def tensor_of(name: str) -> Tensor:
+        place = slots[name]
+        return place.saved({place.parameter: merged(place.parameter)})
+
     replace_file(root / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
     replace_file(
         root / _SINGLE,
-        lambda path: write_tensors(path, shapes, lambda name: slots[name].saved(parameters)),
+        lambda path: write_tensors(path, shapes, tensor_of),
     )
 
 

@@ -1,10 +1,11 @@
 """Uninitialised memory is NaN in tests of Triton kernels, so that what no program wrote shows; and
 fixtures for all."""
 
-import inspect
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,28 +14,57 @@ from kernels.launch import INTERPRETED
 from tests import attention_packages
 
 
-def _find_builtins_once() -> None:
-    """Triton's interpreter looks through the whole language at each call of a function: an eighth
-    of these tests' time."""
+def _hasten_interpreter() -> None:
+    """More than half of Triton's time under its interpreter is here not spent: it patches the
+    language at each call of a function, makes the type and shape of each value anew, and checks
+    integers for overflow by operations of the language."""
     import triton.language as tl
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
-    names = {
-        package: [name for name, each in inspect.getmembers(package) if tl.core.is_builtin(each)]
-        for package in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
-    }
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+    numpy_dtype, new_type, new_tensor = (
+        interpreter._get_np_dtype, tl.block_type.__init__, tl.tensor.__init__
+    )  # fmt: skip
+    dtypes: dict[str, Any] = {}
+    types: dict[Any, dict[str, Any]] = {}
+    shapes: dict[Any, dict[str, Any]] = {}
 
-    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
-        for name in names[package]:
-            member = getattr(package, name)
-            if tl.core.is_builtin(member):
-                interpreter._patch_attr(package, name, member, builder, scope)
+    def get_np_dtype(dtype: Any) -> Any:
+        if dtype.name not in dtypes:
+            dtypes[dtype.name] = numpy_dtype(dtype)
+        return dtypes[dtype.name]
 
-    interpreter._patch_builtin = patch_builtin
+    def init_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, *(getattr(size, "value", size) for size in shape)
+        if key not in types:
+            new_type(self, element_ty, shape)
+            types[key] = dict(vars(self))
+        vars(self).update(types[key])
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        key = (*type.shape,) if type.is_block() else ()
+        if key not in shapes:
+            new_tensor(self, handle, type)
+            shapes[key] = {"shape": self.shape, "numel": self.numel}
+        vars(self).update(shapes[key], handle=handle, type=type, dtype=type.scalar)
+
+    def check_overflow(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
+        kind = lhs.type.scalar
+        if kind.int_bitwidth < 64:
+            same = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]
+            found = same(lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
+            low, high = kind.get_int_min_value(), kind.get_int_max_value()
+            assert low <= found.min() and found.max() <= high, f"{kind} overflow in {operation}"
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow
+    interpreter._get_np_dtype = get_np_dtype
+    tl.block_type.__init__, tl.tensor.__init__ = init_type, init_tensor
 
 
 if INTERPRETED:
-    _find_builtins_once()
+    _hasten_interpreter()
 
 
 @pytest.fixture(autouse=True)

@@ -5,19 +5,19 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import triton
 from torch import Tensor
 
-from bench import figures, goals, provenance, train_step
+from bench import figures, goals, provenance, train_step, turns
 from bench.case import NotLikeReference, OpCase, Peer
 from bench.ceilings import Ceilings
 from bench.figures import FACTOR, PEERS_FACTOR, Figure, PeerFigure, measure
@@ -35,6 +35,7 @@ from bench.timing import num_sets, randn, reseed
 from bench.turns import Run, describe, take_turns
 from kernels.forest_attention.plan import MAX_SPLIT, ForestPlan
 from kernels.logprob import LogProbs
+from tests import forks
 
 ROOT = Path(__file__).parent.parent
 POCKET = SHAPES["pocket"]
@@ -208,11 +209,13 @@ def a_case(call: Callable[[], object], check: Callable[..., None], **fields: Any
     return OpCase("op", "case", lambda tensor, count: [()] * 3, call, check, **sizes | fields)
 
 
-def test_a_line_names_where_its_figures_come_from() -> None:
-    code = "from bench.provenance import print_json; print_json({'ms': 2})"
-    words = ["-c", code, "--data", "two words"]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    line = json.loads(done.stdout)
+def test_a_line_names_where_its_figures_come_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-m", "bench.decode", "--data", "two words"]
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, *words])
+    provenance.print_json({"ms": 2})
+    line = json.loads(capsys.readouterr().out)
     run = line.pop("run")
     assert line == {"ms": 2} and run["command"] == shlex.join(["python", *words])
     assert run["versions"]["python"] == platform.python_version()
@@ -326,26 +329,27 @@ def test_table() -> None:
 
 def test_every_goal_names_a_case_that_is_timed_on_a_gpu() -> None:
     """In a process that believes in a GPU."""
-    code = """
-import torch
-torch.cuda.is_available = lambda: True
-from bench.ops.bench_ops import CASES
-from bench.goals import GOALS
-from bench.gpu_steps import STEPS, real_work
-keys = [case.key for case in CASES]
-assert len(set(keys)) == len(keys), "two cases with one name"
-wanted = {goal.key for goal in GOALS}
-assert wanted == set(keys[: len(wanted)]), wanted - set(keys)  # they come first
-work = real_work()
-ran = [case.key for cases in work.figures.values() for case in cases]
-assert sorted(ran) == sorted(keys)
-assert not wanted & {case.key for case in work.figures["grid"]}
-others = {"machine", "compile", "smoke", "memory", "tests"}
-assert {*work.figures, *work.decodes, *others} == set(STEPS)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = forks.start(check_goals, forgotten=("bench", "engine", "kernels", "models"))
+    process.join()
+    assert process.exitcode == 0
     assert len({case.key for case in CASES}) == len(CASES)
+
+
+def check_goals() -> None:
+    with patch.object(torch.cuda, "is_available", lambda: True):
+        from bench.goals import GOALS
+        from bench.gpu_steps import STEPS, real_work
+        from bench.ops.bench_ops import CASES
+    keys = [case.key for case in CASES]
+    assert len(set(keys)) == len(keys), "two cases with one name"
+    wanted = {goal.key for goal in GOALS}
+    assert wanted == set(keys[: len(wanted)]), wanted - set(keys)  # they come first
+    work = real_work()
+    ran = [case.key for cases in work.figures.values() for case in cases]
+    assert sorted(ran) == sorted(keys)
+    assert not wanted & {case.key for case in work.figures["grid"]}
+    others = {"machine", "compile", "smoke", "memory", "tests"}
+    assert {*work.figures, *work.decodes, *others} == set(STEPS)
 
 
 def test_the_head_that_a_figure_is_named_after() -> None:
@@ -400,12 +404,20 @@ def test_goals_beside_figures() -> None:
 
 
 @pytest.mark.parametrize(
-    "peers", [["packed", "unshared"], pytest.param(list(train_step.PEERS), marks=pytest.mark.soak)]
+    ("peers", "start"),
+    [
+        (["packed", "unshared"], "fork"),
+        pytest.param(list(train_step.PEERS), turns.START, marks=pytest.mark.soak),
+    ],
 )
 def test_a_training_step_with_and_without_sharing(
-    peers: list[str], capsys: pytest.CaptureFixture[str]
+    peers: list[str],
+    start: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """All peers find one loss and one gradient, each in a process of its own."""
+    monkeypatch.setattr(turns, "START", start)
     sizes = "--prefix 20 --completion 5 --group 2 --rows 2 --repeats 1"
     assert train_step.main(["--shape", "pocket", *sizes.split(), "--peers", *peers]) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -419,7 +431,8 @@ def _fails() -> Run:
     raise ValueError("no such thing")
 
 
-def test_a_peer_that_fails_says_why() -> None:
+def test_a_peer_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "START", "fork")
     found = take_turns({"bad": _fails}, 1, "failing")
     assert found == {"bad": {"error": "ValueError: no such thing"}}
     assert "no such thing" in describe(found)

@@ -30,9 +30,10 @@ def test_the_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert error.value.code == 0
     shown = capsys.readouterr().out
     settings = settings_of(name)
-    names, texts = option_names(settings), help_of(settings)
-    for part in parts_of(settings).values():
-        texts |= help_of(type(part))
+    names, texts = option_names(settings), dict(help_of(settings))
+    kinds: list[type] = [*map(type, parts_of(settings).values())]
+    for kind in kinds:
+        texts |= help_of(kind)
     assert set(names) <= texts.keys() and len(set(names)) == len(names)
     flags = [f"--{name.replace('_', '-')}" for name in names]
     missing = [flag for flag in flags if not re.search(rf"^\W {flag}[ ,]", shown, re.MULTILINE)]

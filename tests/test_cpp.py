@@ -97,7 +97,7 @@ def test_the_decoder(family: str, tmp_path: Path, calls: Counter[str]) -> None:
     """Samples of rows with shared segments, joining and retiring: tokens and log-probs."""
     write_model(tmp_path, family)
     model, _ = load(tmp_path)
-    groups = make_groups(6, k=5, longest=90)
+    groups = make_groups(4, k=5, longest=90)
 
     def sample() -> list:
         generator = make_generator(model, max_batch=11, options=SamplingOptions(0.8))
@@ -105,7 +105,7 @@ def test_the_decoder(family: str, tmp_path: Path, calls: Counter[str]) -> None:
 
     ours = sample()
     # Each stands for all the steps between two looks.
-    assert calls["decode"] > 10 and calls["accept_token"] > 10 and not calls["attend_tiles"]
+    assert calls["decode"] > 5 and calls["accept_token"] > 5 and not calls["attend_tiles"]
     before = calls.copy()
     with cpp.torch_only():
         assert_alike(sample(), ours)

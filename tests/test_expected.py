@@ -101,7 +101,7 @@ def _expected(
 def test_they_are_the_means_that_transformers_gives(judge: Judge, theirs: Any) -> None:
     """Of scores in one token and in two."""
     seen, doubts = set[bytes](), 0
-    for row, verdict in zip(world_rows(8), run(judge, world_rows(8), k=8, **ASKED), strict=True):
+    for row, verdict in zip(world_rows(4), run(judge, world_rows(4), k=8, **ASKED), strict=True):
         for sample in verdict.samples:
             if sample.scores is None:
                 assert sample.expected is None
@@ -151,21 +151,21 @@ def test_forced_scores_have_those_of_the_choices_that_their_form_leaves(
 
 @needs_cpp
 def test_they_change_nothing_that_is_drawn_and_are_the_same_in_any_company(judge: Judge) -> None:
-    rows = world_rows(12)
+    rows = world_rows(4)
     plain = run(judge, rows, **(ASKED | {"score": "drawn"}))
     together = run(judge, rows, **ASKED)
-    alone = run(judge, rows[5:6], **ASKED)[0]
+    alone = run(judge, rows[2:3], **ASKED)[0]
     for drawn, expected in zip(plain, together, strict=True):
         texts = [(s.text, s.scores) for s in drawn.samples]
         assert texts == [(s.text, s.scores) for s in expected.samples]
         assert all(s.expected is None for s in drawn.samples) and drawn.key != expected.key
-    assert to_line(alone) == to_line(together[5]) == to_line(run(judge, rows, 3, **ASKED)[5])
+    assert to_line(alone) == to_line(together[2]) == to_line(run(judge, rows, 3, **ASKED)[2])
 
 
 @pytest.mark.parametrize("vote", ["sum", "standardised", "borda"])
 def test_votes_count_them(judge: Judge, vote: Any) -> None:
     """Sums, means and the best response, for several responses and for one."""
-    rows = [*world_rows(5), make_row("1 + 1", ["2"], label=1)]
+    rows = [*world_rows(3), make_row("1 + 1", ["2"], label=1)]
     for verdict in run(judge, rows, k=5, vote=vote, **ASKED):
         votes = [
             points_of([round(score * UNIT) for score in sample.expected], vote)
@@ -185,7 +185,7 @@ def test_votes_count_them(judge: Judge, vote: Any) -> None:
 
 
 def test_rows_are_decided_by_them(judge: Judge) -> None:
-    rows = world_rows(6)
+    rows = world_rows(3)
     whole = run(judge, rows, k=16, **ASKED)
     decided = run(judge, rows, k=16, until_decided=0.9, **ASKED)
     for row, full, early in zip(rows, whole, decided, strict=True):

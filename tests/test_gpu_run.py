@@ -1,5 +1,6 @@
 """`python -m bench.gpu`: its plan, its steps on a GPU that is not there, and what it writes."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from bench.goals import GOALS
 from bench.gpu_steps import STEPS, Run, Step
 from bench.provenance import provenance
 from bench.stage import read_log
+from tests import forks
 
 ROOT = Path(__file__).parent.parent
 CEILINGS: dict[str, Any] = {
@@ -43,13 +45,16 @@ def test_the_plan_fits_its_time(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_step_on_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     """The steps' own code: no tensor on the CPU reaches a kernel, no decode step waits for the
     device, and each step writes what it is for."""
-    environment = os.environ | {"QUORUM_CPP": "0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu_run", str(tmp_path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    with (tmp_path / "said").open("w+") as out:
+        process = forks.start(
+            forks.command, "tests.gpu_run", str(tmp_path), streams={"stdout": out.fileno()},
+            environment={"QUORUM_CPP": "0"}, forgotten=("bench", "engine", "kernels", "models"),
+        )  # fmt: skip
+        process.join()
+        out.seek(0)
+        *_, last = out
+    assert process.exitcode == 0
+    said = json.loads(last)
     assert said["refused"] == [
         "add: tensors of two devices",
         "main: an argument on the CPU",
@@ -264,12 +269,15 @@ def test_a_gpu_run_needs_few_packages() -> None:
     files = [file for folder in gpu_steps.TESTS for file in sorted((ROOT / folder).glob("*.py"))]
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
     assert len(names) > 20
-    code = f"""
-import importlib, sys
-for name in ("tyro", "msgspec", "jinja2", "matplotlib", "transformers"):
-    sys.modules[name] = None  # importing it fails
-for name in {["bench.gpu", "bench.stage", "bench.loss", "tests.conftest", *names]}:
-    importlib.import_module(name)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    missing = "tyro", "msgspec", "jinja2", "matplotlib", "transformers"
+    own = "bench", "engine", "kernels", "models", "tests", "train"
+    names = ["bench.gpu", "bench.stage", "bench.loss", "tests.conftest", *names]
+    process = forks.start(import_all, names, missing, forgotten=(*own, *missing))
+    process.join()
+    assert process.exitcode == 0
+
+
+def import_all(names: list[str], missing: tuple[str, ...]) -> None:
+    sys.modules.update(dict.fromkeys(missing))  # type: ignore[arg-type]  # importing them fails
+    for name in names:
+        importlib.import_module(name)

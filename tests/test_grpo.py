@@ -248,7 +248,16 @@ def test_the_sampler_has_the_trainers_weights(tmp_path: Path) -> None:
     another order, so each is off by what float32 is off from float64 (measured on another text,
     so eight times that; weights one update old are off by 0.05)."""
     args = args_of(
-        grpo.Args, out=tmp_path / "out", steps=3, rows=3, micro_rows=2, lr=1e-3, warmup=1, beta=0
+        grpo.Args,
+        out=tmp_path / "out",
+        steps=3,
+        rows=3,
+        group=3,
+        micro_rows=2,
+        lr=1e-3,
+        warmup=1,
+        beta=0,
+        max_new_tokens=220,
     )
     trainer = grpo.GrpoTrainer(args)
     model, _ = load(POCKET)
@@ -327,7 +336,7 @@ def test_easy_rows_of_a_file_are_left_out(tmp_path: Path) -> None:
     """Those that a run of rejective fine-tuning over that very file found right each time."""
     data, sampled = tmp_path / "rows.jsonl", tmp_path / "rft"
     fields = [{"id": r.id, "prompt": r.messages[-1].content, "responses": r.responses,
-               "label": r.label} for r in world_rows("easy", 0, 40)(0)
+               "label": r.label} for r in world_rows("easy", 0, 20)(0)
               if len(r.messages) == 1]  # fmt: skip
     data.write_text("".join(json.dumps(each) + "\n" for each in fields))
     rft.sample(

@@ -1,21 +1,26 @@
-"""What learners have in common: recomputed activations, dtypes, and the plain copy that samples."""
+"""What learners have in common: recomputed activations, dtypes, and the model that samples."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models import load
+from kernels import cpp, packed_linear
+from models import decoder, load
 from models.config import DTYPES, read_config
+from models.lora import AdaptedLinear
 from models.scalar_head import decoder_of
 from models.transformer import Transformer
 from models.weights import stored_dtype
+from tests.rows import needs_cpp
+from tests.test_generate import flat, make_generator, make_groups, run
 from tests.tiny import FAMILIES, write_model
 from train.learner import Learner, LearnerArgs
 from train.meta_rm import scalar_of
@@ -72,25 +77,40 @@ def test_a_learner_on_one_device_is_the_model_itself(tmp_path: Path) -> None:
     assert learner.model is learner.plain is model
 
 
+@needs_cpp
+@pytest.mark.parametrize("implementation", ["cpp", "torch"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_plain_copy_is_the_adapted_model(tmp_path: Path, dtype: str) -> None:
+def test_what_samples_is_the_adapted_model(
+    dtype: str, implementation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C++ packs the merged weights, anew after every step; torch adds two thin products."""
+    packing = Mock(wraps=packed_linear.pack)
+    monkeypatch.setattr(decoder, "pack", packing)
     model = model_of(tmp_path, dtype=dtype)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     args = LearnerArgs(lora_rank=4, lr=1e-2, warmup=0, steps=9, dtype=dtype)  # type: ignore[arg-type]
-    learner = Learner(model, args)
-    for step in range(3):
-        learner.optimizer.zero_grad()
-        loss = loss_of(learner.model, pack(BATCH))
-        loss.backward()
-        learner.update(step, loss.item())
-    for name, parameter in learner.plain.named_parameters():
-        assert parameter.equal(before[name])  # not refreshed yet
-    learner.refresh()
-    assert learner.plain is model
-    losses = [loss_of(each, pack(BATCH)).item() for each in (model, learner.model)]
-    untouched = loss_of(load(tmp_path, dtype=dtype)[0], pack(BATCH)).item()
-    apart = abs(losses[0] - losses[1])
-    assert apart < (1e-5 if dtype == "float32" else 2e-2) < abs(losses[0] - untouched)
+    learner, untouched = Learner(model, args), load(tmp_path, dtype=dtype)[0]
+    assert learner.model is learner.plain is model
+    with cpp.torch_only() if implementation == "torch" else nullcontext():
+        for step in range(2):
+            packing.reset_mock()
+            loss = loss_of(model, pack(BATCH))
+            loss.backward()
+            learner.update(step, loss.item())
+            learner.optimizer.zero_grad()
+            (result,) = run(make_generator(model), make_groups(1))
+            layers = model.config.num_layers
+            assert packing.call_count == (4 * layers if implementation == "cpp" else 0)
+            off: list[float] = []
+            moved: list[float] = []
+            for prompt, sample in zip(result.group.prompts, result.generations, strict=True):
+                for each, differences in ((model, off), (untouched, moved)):
+                    ids = [*flat(list(prompt)), *sample.token_ids]
+                    logp = each.logits(ids).log_softmax(-1)[-len(sample.token_ids) - 1 : -1]
+                    of_drawn = logp.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+                    differences.append(
+                        (of_drawn - torch.tensor(sample.logprobs)).abs().max().item()
+                    )
+            assert max(off) < (1e-5 if dtype == "float32" else 0.1) < max(moved), step
 
 
 @pytest.mark.parametrize("scalar", [False, True])
@@ -118,10 +138,11 @@ def test_under_adapters_the_dtype_of_the_base_is_written(
     merged, adapter = load_file(out / WEIGHTS), load_file(out / "adapter" / ADAPTER)
     assert config.dtype == kept == stored_dtype(out) == stored_dtype(base)
     assert {tensor.dtype for tensor in (*merged.values(), *adapter.values())} == {kept}
-    plain = dict(decoder_of(learner.plain).named_parameters())
     v_rows = -config.num_kv_heads * config.v_head_dim
     for i in range(config.num_layers):
-        value = plain[f"layers.{i}.self_attn.qkv_proj.weight"][v_rows:]
+        projections = decoder_of(learner.plain).get_submodule(f"layers.{i}.self_attn.qkv_proj")
+        assert isinstance(projections, AdaptedLinear)
+        value = projections.merged()[v_rows:]
         assert merged[f"model.layers.{i}.self_attn.v_proj.weight"].equal(value.to(kept))
     for name, tensor in load_file(base / WEIGHTS).items():
         if name != "lm_head.weight" or not scalar:

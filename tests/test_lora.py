@@ -1,7 +1,8 @@
 """Adapters against their formula, merged weights, and the model underneath, which stays."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def test_it_begins_as_the_model_and_stays_it_with_its_adapters_off(model: Transf
     assert not torch.allclose(hidden(moved), hidden(model))
     with adapters_off(moved):
         assert hidden(moved).equal(hidden(model))
+        layers = [layer for layer in moved.modules() if isinstance(layer, AdaptedLinear)]
+        assert all(layer.merged() is layer.weight for layer in layers)
         with pytest.raises(KeyError), adapters_off(moved):
             raise KeyError
     assert not torch.allclose(hidden(moved), hidden(model))
@@ -173,7 +176,7 @@ def test_an_adapter_in_a_file_is_what_peft_makes_of_it(
         if isinstance(merged, ScalarModel):
             merged.score.weight.copy_(learnt["score.weight"])
     save_pretrained(merged, tmp_path, base)
-    save_adapter(model, learnt, tmp_path / "adapter", base, torch.float32)
+    save_adapter(model, tmp_path / "adapter", base, torch.float32)
 
     theirs = auto.from_pretrained(
         base, dtype=torch.float32, **({"num_labels": 1} if scalar else {})
@@ -217,9 +220,41 @@ def test_an_adapter_in_a_file_has_the_dtype_that_is_asked_for(tmp_path: Path) ->
     write_checkpoint(tmp_path / "base", "qwen3")
     model = load_weights(tmp_path / "base", read_config(tmp_path / "base"))
     add_adapters(model, 3, 7.5)
-    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    save_adapter(model, learnt, tmp_path, tmp_path / "base", torch.bfloat16)
+    adapted = model.layers[1].get_submodule("self_attn.qkv_proj")
+    assert isinstance(adapted, AdaptedLinear)
+    save_adapter(model, tmp_path, tmp_path / "base", torch.bfloat16)
     adapter = load_file(tmp_path / "adapter_model.safetensors")
     for layer in ("q", "k", "v"):
         found = adapter[f"base_model.model.model.layers.1.self_attn.{layer}_proj.lora_A.weight"]
-        assert found.equal(learnt["layers.1.self_attn.qkv_proj.lora_a"].bfloat16())
+        assert found.equal(adapted.lora_a.bfloat16())
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_an_adapted_model_is_written_merged(tmp_path: Path, scalar: bool) -> None:
+    """A fused layer is merged once for all its projections."""
+    write_model(tmp_path / "base", "qwen2")
+    model = scalar_of(tmp_path / "base")[0] if scalar else load(tmp_path / "base")[0]
+    merged = deepcopy(model)
+    add_adapters(decoder_of(model), 3, 7.5)
+    asked: Counter[str] = Counter()
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if isinstance(layer, AdaptedLinear):
+                layer.lora_b.normal_(0, 0.1)
+                merged.get_parameter(f"{name}.weight").copy_(layer.merged())
+                layer.merged = counting(layer.merged, asked, name)  # type: ignore[method-assign]
+    for each, out in ((model, "adapted"), (merged, "merged")):
+        save_pretrained(each, tmp_path / out, tmp_path / "base")
+    assert set(asked.values()) == {1} and len(asked) == 4 * len(decoder_of(model).layers)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "adapted" / file).read_bytes() == (
+            tmp_path / "merged" / file
+        ).read_bytes()
+
+
+def counting(merge: Callable[[], Tensor], asked: Counter[str], name: str) -> Callable[[], Tensor]:
+    def counted() -> Tensor:
+        asked[name] += 1
+        return merge()
+
+    return counted

@@ -42,6 +42,7 @@ HOSTILE = (
     "\x00\u202e\ufeff\ufffd é 漢字",
 )
 TEMPLATE = "Be strict. " * 90 + JUDGE_TEMPLATE  # prompts of some 1250 tokens
+SHORTER = "Be strict. " * 25 + JUDGE_TEMPLATE  # where transformers reads them too
 Samples = list[tuple[tuple[int, ...], str]]
 
 
@@ -114,9 +115,9 @@ def test_scores_equal_transformers_on_each_sequence_alone(
     """Segments longer than the windows of 9 and 11 tokens, in one piece and in pieces that cut; by
     our own attention, in C++ and in torch, and by pairs of segments."""
     theirs = tiny.write_model(tmp_path, family, scalar=True)
-    (tmp_path / "judge_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "judge_template.jinja").write_text(SHORTER)
     meta = MetaModel.load(tmp_path)
-    rows = [(row_of(number, n=3), samples_of(number, n=3)) for number in range(2)]
+    rows = [(row_of(number, n=3), samples_of(number, k=4, n=3)) for number in range(2)]
     exact = []
     for row, samples in rows:
         for order, text in samples:
@@ -154,7 +155,7 @@ def test_each_prompt_is_computed_once(meta: MetaModel) -> None:
 def test_no_bit_depends_on_company_or_memory(
     meta: MetaModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [(row_of(number), samples_of(number, k=8, longest=300)) for number in range(4)]
+    rows = [(row_of(number), samples_of(number, longest=300)) for number in range(3)]
     together = [MetaScorer(meta).scores(*each) for each in rows]
     one = MetaScorer(meta)
     assert [one.scores(*each) for each in rows] == together
@@ -225,7 +226,7 @@ def test_a_sequence_that_is_a_head_is_read_anew(meta: MetaModel) -> None:
 
 def test_where_the_end_token_is_the_pad_token_it_is_not_read(tmp_path: Path) -> None:
     theirs = tiny.write_model(tmp_path, "llama", scalar=True, pad_token_id=END)
-    (tmp_path / "judge_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "judge_template.jinja").write_text(SHORTER)
     meta = MetaModel.load(tmp_path)
     row, samples = row_of(1), [*samples_of(1, k=3), ((0, 1), ""), ((1, 0), "")]
     found = MetaScorer(meta).scores(row, samples)
@@ -347,7 +348,7 @@ def given_scores(monkeypatch: pytest.MonkeyPatch) -> Iterator[Given]:
     ),
     k_meta=st.none() | st.integers(1, K),
 )
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_best_k_meta_vote(
     judge: Judge, given_scores: Given, metas: list[float], k_meta: int | None
 ) -> None:
@@ -427,7 +428,7 @@ def test_a_model_that_gives_no_numbers_gives_no_votes(
 
 
 def test_rows_do_not_depend_on_the_batch(judge: Judge, meta: MetaModel) -> None:
-    rows = [VOTED, *(make_row(VOTED.messages, [r, "b", "c"], id=r) for r in ("x", "y", "z"))]
+    rows = [VOTED, *(make_row(VOTED.messages, [r, "b", "c"], id=r) for r in ("x", "y"))]
 
     def metas(judge: Judge, rows: list[Row]) -> list[list[float | None]]:
         found = judge.rows(rows, k=6, temperature=1.0, max_new_tokens=CUT)

@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def args(tmp_path: Path) -> meta_rm.Args:
     return args_of(meta_rm.Args,
-        out=tmp_path / "out", steps=4, rows=3, samples=3, lr=1e-3, warmup=1, max_new_tokens=220,
+        out=tmp_path / "out", steps=2, rows=3, samples=3, lr=1e-3, warmup=1, max_new_tokens=220,
         eval_every=2, eval_rows=4, eval_k=3, save_every=2,
     )  # fmt: skip
 
@@ -190,8 +190,9 @@ def test_judgements_are_read_as_the_engine_reads_them(args: meta_rm.Args) -> Non
 
 
 def test_it_learns_to_tell_judgements_apart(args: meta_rm.Args) -> None:
-    """With gradients that do not depend on how rows are put into micro-batches."""
-    for kind in ("pointwise", "pairwise"):
+    """With gradients that do not depend on how rows are put into micro-batches, and are those of
+    the mean loss."""
+    for kind in ("pointwise", "pairwise"):  # the latter goes on to learn
         trainer = meta_rm.MetaTrainer(
             with_values(args, lr=3e-3, loss=kind, weight_decay=0.0, steps=20)
         )
@@ -211,13 +212,13 @@ def test_it_learns_to_tell_judgements_apart(args: meta_rm.Args) -> None:
         for one, other, added in zip(*gradients, twice, strict=True):
             assert (one - other).norm() <= 1e-5 * one.norm()
             assert (added - 2 * one).norm() <= 1e-5 * one.norm()
-        for step in range(10):
-            trainer.learner.optimizer.zero_grad()
-            loss = trainer.add_gradients(rows)["loss"]
-            trainer.learner.update(step, loss)
-        assert loss < math.log(2) / 3
-        told = auc(logits_of(model, judgements.trajectories).detach(), judgements)
-        assert told["auc_within_rows"] > 0.9
+    for step in range(10):
+        trainer.learner.optimizer.zero_grad()
+        loss = trainer.add_gradients(rows)["loss"]
+        trainer.learner.update(step, loss)
+    assert loss < math.log(2) / 3
+    told = auc(logits_of(model, judgements.trajectories).detach(), judgements)
+    assert told["auc_within_rows"] > 0.9
 
 
 def test_judgements_of_a_file_are_learnt_from_too(args: meta_rm.Args, tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_judgements_of_a_file_are_learnt_from_too(args: meta_rm.Args, tmp_path: 
 def test_what_is_written_judges_in_the_engine_and_in_transformers(args: meta_rm.Args) -> None:
     meta_rm.train(args)
     lines = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
-    assert [("dev_auc" in line) for line in lines] == [True, False, True, False, True]
+    assert [("dev_auc" in line) for line in lines] == [True, False, True]
     meta = MetaModel.load(args.out)
     theirs = AutoModelForSequenceClassification.from_pretrained(args.out, dtype=torch.float32)
     row = some_rows(1)[0]

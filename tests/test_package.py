@@ -24,7 +24,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--no-compile"]
+    options += ["--target", str(target)]
     subprocess.run([*pip, *options, str(source)], check=True, capture_output=True)
     return target
 

@@ -168,13 +168,13 @@ def test_the_bundled_meta_model_knows_good_judgements_of_the_bundled_judge() -> 
     for name in ("tokenizer.json", "tokenizer_config.json", "judge_template.jinja", "judge.json"):
         assert (POCKET / name).read_bytes() == (POCKET_META / name).read_bytes()
     judge = Judge.load(POCKET, meta=POCKET_META)
-    rows = dev_rows("bundled", 24)
+    rows = dev_rows("bundled", 15)
     found = []
     for verdict in judge.rows(rows, k=8, temperature=1.0, max_new_tokens=300):
         assert isinstance(verdict, Verdict) and verdict.votes == min(4, verdict.valid)
         if (auc := filters.auc_within(verdict, 5.5)) is not None:
             found.append(auc)
-    assert len(found) > 12 and sum(found) / len(found) > 0.65  # .79 on many rows
+    assert len(found) > 7 and sum(found) / len(found) > 0.65  # .79 on many rows
 
 
 def test_the_whole_of_make_pocket_in_two_steps(

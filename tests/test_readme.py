@@ -2,17 +2,15 @@
 
 import importlib
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from engine.judge import Judge
 from engine.sample import POCKET
+from tests import forks
 from tests.args import option_names
 from train.trajectories import file_batches
 
@@ -37,11 +35,12 @@ def test_the_command_and_the_row_work(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(row)
     command = next(line for line in README.splitlines() if "--data rows.jsonl" in line)
     words = shlex.split(command.replace("DIR", str(ROOT / "models" / "pocket")))
-    assert words[0] == ".venv/bin/python"
+    assert words[:2] == [".venv/bin/python", "-m"]
     for name in ("rows.jsonl", "verdicts.jsonl"):
         words[words.index(name)] = str(tmp_path / name)
-    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True)
-    assert done.returncode in (0, 3), done.stderr  # 3: the pocket model may find no scores
+    process = forks.start(forks.command, *words[2:])
+    process.join()
+    assert process.exitcode in (0, 3)  # 3: the pocket model may find no scores
     verdict = json.loads((tmp_path / "verdicts.jsonl").read_text())
     shown = README[README.index('{"id": "r1", "key"') :]
     for key in (
@@ -71,20 +70,20 @@ def test_the_chat_line_is_learnt(tmp_path: Path) -> None:
     assert shown == "<|user|>What is 2 + 2?<|end|><|judge|>4<|end|>"
 
 
-def test_the_output_shown_is_the_output_seen() -> None:
+def test_the_output_shown_is_the_output_seen(tmp_path: Path) -> None:
     """That of `make sample`."""
-    command = re.search(r"^sample:.*\n\t\$\(PY\) (.*)$", MAKEFILE, re.MULTILINE)
+    command = re.search(r"^sample:.*\n\t\$\(PY\) -m (.*)$", MAKEFILE, re.MULTILINE)
     assert command is not None
-    done = subprocess.run(
-        [sys.executable, *shlex.split(command[1])],
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    with (tmp_path / "out").open("w+") as out:
+        process = forks.start(
+            forks.command, *shlex.split(command[1]), streams={"stdout": out.fileno()},
+            environment={"COLUMNS": "80", "NO_COLOR": "1"},
+        )  # fmt: skip
+        process.join()
+        out.seek(0)
+        lines = [line.rstrip() for line in out]
+    assert process.exitcode == 0
     shown = README[README.index("What it looks like") :].split("```")[1].strip("\n")
-    lines = [line.rstrip() for line in done.stdout.splitlines()]
     assert "\n".join(lines).find(shown) >= 0
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,8 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import models
 from engine.command import flat, with_values
+from tests import forks
 from tests.args import args_of
-from train import checkpoint, grpo, meta_rm, rft, scalar_rm, sft
+from train import checkpoint, grpo, meta_rm, parallel, rft, scalar_rm, sft
 from train.run import RunArgs
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +38,7 @@ RUNS: dict[str, RunArgs] = {
         log_every=1, save_every=2, eval_every=4, eval_rows=2, eval_k=2, max_new_tokens=LONGEST,
     ),
     "grpo": args_of(grpo.Args,
-        out=Path("grpo"), steps=3, rows=2, group=3, micro_rows=1, minibatches=2, epochs=2,
+        out=Path("grpo"), steps=3, rows=2, group=3, micro_rows=1, minibatches=2,
         lr=2e-5, warmup=1, save_every=1, max_new_tokens=LONGEST,
     ),
     "meta_rm": args_of(meta_rm.Args,
@@ -76,6 +78,13 @@ def run_in(out: Path, name: str) -> None:
         sft.train(with_values(ROUNDED, out=out))
     else:
         TRAIN[name](with_values(RUNS[name], out=out))
+
+
+def run_as_rank(root: Path, names: Iterable[str]) -> None:
+    """Those runs, one after another, as one of several processes."""
+    with parallel.ranks():
+        for name in names:
+            run_in(root / name, name)
 
 
 def options(args: RunArgs) -> list[str]:
@@ -170,26 +179,37 @@ def test_the_best_of_all_evaluations_is_kept(whole: dict[str, Path]) -> None:
         assert all(kept[key].equal(value) for key, value in last.items()) == is_last
 
 
+def run_to_second_checkpoint(*words: str) -> None:
+    """In a fork: a command that waits to be killed when it has logged a step past its first
+    checkpoint, and would write the second."""
+    save, saved = checkpoint.save, list[Path]()
+
+    def save_once(*arguments: Any, **options: Any) -> Path:
+        if saved:
+            signal.pause()
+        saved.append(save(*arguments, **options))
+        return saved[0]
+
+    checkpoint.save = save_once
+    forks.command(*words)
+
+
 @pytest.mark.parametrize("name", KILLED)
 def test_a_killed_run_resumes_to_the_bit(name: str, whole: dict[str, Path], tmp_path: Path) -> None:
     """SIGKILL when a checkpoint has been written and a step after it has been logged."""
     args = with_values(RUNS[name], out=tmp_path / name)
-    process = subprocess.Popen(
-        [sys.executable, "-m", type(args).__module__, *options(args)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
+    process = forks.start(run_to_second_checkpoint, type(args).__module__, *options(args))
     metrics = args.out / "metrics.jsonl"
     first = 1 + logged(args).index(args.logging.save_every + 1)
     deadline = time.monotonic() + 120
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < first:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     newest = checkpoint.latest(args.out / "checkpoints")
-    assert newest and 0 < checkpoint.read_state(newest)["step"] < args.learning.steps
+    assert newest and checkpoint.read_state(newest)["step"] == args.logging.save_every
     assert not (args.out / "model.safetensors").exists()
     with pytest.raises(ValueError, match=r"other settings: lr = .*, not 0\.5"):
         TRAIN[name](with_values(args, lr=0.5))
@@ -201,27 +221,38 @@ def test_a_killed_run_resumes_to_the_bit(name: str, whole: dict[str, Path], tmp_
     assert all(line["update"] > 0 for line in timed if line["step"])
 
 
-def run_on_two_ranks(root: Path, names: Iterable[str]) -> Path:
-    """Those runs, one after another, by two processes over gloo."""
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of the runs by two processes over gloo, in the environment that torchrun makes."""
+    root = tmp_path_factory.mktemp("ranks")
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    processes = [
+        forks.start(
+            run_as_rank, root, SHARED,
+            environment={"RANK": rank, "TORCHELASTIC_RUN_ID": "tests"} | common,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return root
+
+
+@pytest.fixture(scope="module")
+def more_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs that the suite leaves out, by torchrun itself."""
+    root = tmp_path_factory.mktemp("more")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "tests.two_ranks", str(root), *names],
+         "-m", "tests.test_resume", str(root), *RUNS.keys() - {*SHARED}],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return root
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_on_two_ranks(tmp_path_factory.mktemp("ranks"), SHARED)
-
-
-@pytest.fixture(scope="module")
-def more_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs that the suite leaves out."""
-    return run_on_two_ranks(tmp_path_factory.mktemp("more"), RUNS.keys() - {*SHARED})
 
 
 @pytest.mark.parametrize("name", RANKS)
@@ -287,3 +318,7 @@ def test_one_process_continues_what_two_have_begun(ranks: Path, whole: dict[str,
     ours, theirs = (load_file(root / WEIGHTS) for root in (args.out, whole["sft"]))
     assert all((value - theirs[key]).abs().max() < 1e-6 for key, value in ours.items())
     assert len(list(checkpoint_of(args.out).glob("shard-*"))) == 1
+
+
+if __name__ == "__main__":  # under torchrun: DIR NAME...
+    run_as_rank(Path(sys.argv[1]), sys.argv[2:])

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 from engine.command import with_values
 from engine.stopping import Stopped, Stopping
 from models import load
+from tests import forks
 from tests.args import args_of
 from tests.tiny import write_model
 from train import checkpoint, grpo, meta_rm, rft, sft
@@ -154,17 +153,19 @@ def test_a_signal_ends_a_run_after_its_step(
 
 def test_a_signal_is_the_exit_status(args: sft.Args) -> None:
     """Of the command as a person runs it."""
-    run = subprocess.Popen(
-        [sys.executable, "-m", "train.sft", "--model", str(args.model), "--data", str(args.data),
-         "--out", str(args.out), "--rows", "1", "--steps", "1000000", "--log-every", "1"],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.stderr is not None
-    first = run.stderr.readline()  # no bar where there is no terminal
-    assert first.startswith("step 1/1000000  loss ")
-    run.send_signal(signal.SIGTERM)
-    rest = run.stderr.read()
-    assert run.wait() == 128 + signal.SIGTERM and "Traceback" not in rest
+    reader, writer = os.pipe()
+    options = f"--model {args.model} --data {args.data} --out {args.out} --rows 1 --steps 1000000"
+    run = forks.start(
+        forks.command, "train.sft", *options.split(), "--log-every", "1", streams={"stderr": writer}
+    )
+    os.close(writer)
+    with open(reader, encoding="utf-8") as said:
+        first = said.readline()  # no bar where there is no terminal
+        assert first.startswith("step 1/1000000  loss ")
+        run.terminate()
+        assert "Traceback" not in said.read()
+    run.join()
+    assert run.exitcode == 128 + signal.SIGTERM
     saved = checkpoint.latest(args.out / "checkpoints")
     assert saved and checkpoint.read_state(saved)["step"] == steps_of(args.out)[-1]
 

@@ -15,8 +15,10 @@ from engine.forward import CachedForward, take_pieces
 from engine.judge import Judge
 from engine.segment_prefill import SegmentPrefill
 from kernels.forest_attention import AttentionOptions
-from models.config import ModelConfig
-from models.transformer import Transformer
+from models.config import Latent, ModelConfig
+from models.latent_attention import by_head
+from models.layers import linear
+from models.transformer import Transformer, causal_attend
 from tests.forests import make_cache, make_config
 
 FULL = AttentionOptions(0.25)
@@ -29,8 +31,11 @@ PROMPTS: list[list[tuple[int, ...]]] = [
 TOKENS = 20 + 9 + 5 + 33 + 70 + 17
 
 
-def make_model(*options: AttentionOptions, dtype: torch.dtype) -> Transformer:
-    config = make_config(2, 16, 16, groups=2, layers=len(options))
+def make_model(
+    *options: AttentionOptions, dtype: torch.dtype, latent: Latent | None = None
+) -> Transformer:
+    sizes = (2, 16, 16, 2) if latent is None else (4, 16, 20, 1)
+    config = make_config(*sizes, layers=len(options), latent=latent)
     model = Transformer(replace(config, attention=options))
     model.init_weights(torch.Generator().manual_seed(0), std=0.3)
     return model.to(dtype)
@@ -76,6 +81,28 @@ def test_hidden_states_are_those_of_forest_attention(
     torch.testing.assert_close(
         prefilled(model, "torch", room), prefilled(model, None), rtol=1e-11, atol=1e-11
     )
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("q_rank", [None, 9])
+def test_absorbed_attention_equals_expanded(backend: Any, q_rank: int | None) -> None:
+    """Of latents, in float64: with a cache, and each sequence by itself without one."""
+    model = make_model(FULL, FULL, dtype=torch.float64, latent=Latent(q_rank, 24, 10, 6))
+    hidden = prefilled(model, backend, room=30).split([20, 9, 5, 33, 70, 17])
+    attend, start = causal_attend(model.config), {1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5}
+    for prompt in PROMPTS:
+        ids = torch.tensor(sum(prompt, ()))
+        with torch.no_grad():
+            alone = model(ids, torch.arange(len(ids)), attend)
+        both = torch.cat([hidden[start[segment[0]]] for segment in prompt])
+        torch.testing.assert_close(both, alone, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("product", [linear, lambda x, w, b: x @ w.T])
+def test_each_head_is_multiplied_by_itself(product: Any) -> None:
+    x, weight = torch.rand(7, 3, 5), torch.rand(3, 4, 5)
+    expected = torch.einsum("thk,hnk->thn", x, weight)
+    torch.testing.assert_close(by_head(x, weight, product), expected)
 
 
 @pytest.mark.usefixtures("packages")

@@ -103,11 +103,11 @@ def test_room_for_two_and_a_half_of_sixteen(
 ) -> None:
     """Bit for bit the samples of a roomy run, of which some have several blocks on the host."""
     groups = make_groups(1, k=16)
-    roomy = make_generator(tiny, max_new_tokens=600)
+    roomy = make_generator(tiny, max_new_tokens=520)
     watch = Watch(roomy)
     expected = [drawn(result) for result in run(roomy, groups)]
     assert not watch.aside and watch.most_blocks == 16 * 3
-    small = with_cells(tiny, 5 * 3 * 256 // 2 + 300, max_new_tokens=600)
+    small = with_cells(tiny, 5 * 3 * 256 // 2 + 300, max_new_tokens=520)
     watch, live = Watch(small), live_of(small, monkeypatch)
     blocks = small.cache.free_blocks
     assert [drawn(result) for result in run(small, groups)] == expected
@@ -117,7 +117,7 @@ def test_room_for_two_and_a_half_of_sixteen(
     assert sorted(watch.aside, key=id_of) == sorted(watch.back, key=id_of)
     assert watch.most_blocks <= 8
     # Every token was drawn once.
-    assert small.usage.decode_tokens == roomy.usage.decode_tokens == 16 * 599
+    assert small.usage.decode_tokens == roomy.usage.decode_tokens == 16 * 519
 
 
 def id_of(entry: tuple[Any, int]) -> tuple[int, int]:
@@ -242,7 +242,7 @@ def test_any_cache_gives_the_same_samples(tiny: Transformer) -> None:
     """Rows over one head, some in rounds; samples that end anywhere; one poll late, as on a GPU."""
     set_aside = []
 
-    @settings(max_examples=12, deadline=None, derandomize=True)
+    @settings(max_examples=6, deadline=None, derandomize=True)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         rows, longest = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([8, 40]))

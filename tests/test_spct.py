@@ -11,6 +11,7 @@ from bench import filters, spct, study
 from engine.sample import POCKET
 from engine.verdict import Sample, Verdict, to_line
 
+pytestmark = pytest.mark.xdist_group("spct")  # groups come first, and the chain is long
 JUDGES = ("base", "large", "rft", "grpo", "direct", "index")
 
 
@@ -18,8 +19,13 @@ JUDGES = ("base", "large", "rft", "grpo", "direct", "index")
     "more", [[], pytest.param(["--ablations"], marks=pytest.mark.soak)], ids=str
 )
 def test_the_whole_chain_in_small(
-    more: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    more: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(study, "BOOTSTRAPS", 20)
+    monkeypatch.setattr(spct, "LONGEST", 250)
     words = ["--smoke", "--out", str(tmp_path), "--large", str(POCKET), *more]
     trainings = 8 if more else 6
     assert spct.main(words) == 0

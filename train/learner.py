@@ -1,9 +1,9 @@
 """A model under training: what learns of it, in which dtype, on how many devices, and its updates.
 
-`model` is what gradients go through: with adapters (LoRA) on a frozen base, or divided among ranks,
-where the settings say so. `plain` is the same model as one whole `Transformer` or `ScalarModel`,
-adapters merged: what samples, and what is saved. On one device without adapters the two are one;
-else `plain` is a copy, which `refresh` brings up to date.
+`model` is what gradients go through: with adapters (LoRA) on a frozen base where the settings say
+so. `plain` is what samples, and what is saved. On one device the two are one. Where what learns is
+divided among ranks, `plain` has a whole copy of that, which `refresh` brings up to date, and shares
+what is frozen: the base of adapters is there once.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from typing import Generic, Literal, TypeVar
 
 import torch
 
-from models.lora import TARGETS, AdaptedLinear, add_adapters, merged_weight, save_adapter
+from models.lora import TARGETS, add_adapters, save_adapter
 from models.scalar_head import ScalarModel, decoder_of
 from models.transformer import Transformer
 from models.weights import save_pretrained, stored_dtype
@@ -51,24 +51,25 @@ class Learner(Generic[M]):
     """A model under training and its optimizer.
 
     Without adapters training in float32 takes the memory of the weights four times: themselves,
-    gradients and two moments. With adapters it takes it twice, for the frozen base that gradients
-    go through and the whole merged copy that samples, and what learns is small beside them.
+    gradients and two moments. With adapters it takes it once, for the frozen base, and what learns
+    is small beside it. Sampling in C++ takes one packed copy more (`kernels/packed_linear.py`).
     """
 
     def __init__(self, model: M, args: LearnerArgs) -> None:
-        """model: whole, in the dtype of the settings; it becomes `plain`. Its parameters that
-        require no gradient stay as they are."""
+        """model: whole, in the dtype of the settings; it becomes `plain`, in place. Its parameters
+        that require no gradient stay as they are."""
         self.args = args
-        self.plain: M = model
-        self.model: M = model
-        if args.lora_rank or parallel.world_size() > 1:
-            self.model = deepcopy(model)
-            self.plain.requires_grad_(False)
-        decoder = decoder_of(self.model)
+        decoder = decoder_of(model)
         if args.lora_rank:
             add_adapters(decoder, args.lora_rank, args.lora_alpha, args.seed, args.lora_targets)
         decoder.recompute = args.recompute
-        parallel.shard(self.model)
+        self.plain: M = model
+        self.model: M = model
+        if parallel.world_size() > 1:
+            frozen = [p for p in model.parameters() if not p.requires_grad]
+            self.model = deepcopy(model, {id(p): p for p in frozen})
+            self.plain.requires_grad_(False)
+            parallel.shard(self.model, whole=frozen)
         self.optimizer = Optimizer(self.model, args.weight_decay)
         self._is_stale = False
 
@@ -93,41 +94,31 @@ class Learner(Generic[M]):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring `plain` up to date; all ranks together."""
+        """Bring `plain` up to date, and leave the room of gradients to what samples; all ranks
+        together."""
+        self.optimizer.zero_grad()
         if not self._is_stale:
             return
         parallel.reshard(self.model)
-        modules = dict(self.model.named_modules())
+        learning = dict(self.model.named_parameters())
         for name, target in self.plain.named_parameters():
-            owner, _, leaf = name.rpartition(".")
-            module = modules[owner]
-            is_adapted = isinstance(module, AdaptedLinear) and leaf == "weight"
-            if not is_adapted and not getattr(module, leaf).requires_grad:
-                continue
-            source = parallel.whole(getattr(module, leaf))
-            if is_adapted:
-                low, high = parallel.whole(module.lora_a), parallel.whole(module.lora_b)
-                source = merged_weight(source, low, module.spread(high), module.scale)
-            target.copy_(source)
+            if learning[name].requires_grad:
+                target.copy_(parallel.whole(learning[name]))
         self._is_stale = False
 
     def save(self, directory: Path, base: Path) -> None:
         """Write `plain`, brought up to date, with the config of `base`, the model directory that it
         was loaded from; all ranks together, of which the first writes.
 
-        With adapters the weights are written in the dtype in which those of `base` are stored, not
-        the one of training, and the adapters beside them, as `peft` reads them, in `adapter`. What
-        bfloat16 rounds away of a merged weight, the adapters still have.
+        Adapters are merged, and the weights written in the dtype in which those of `base` are
+        stored, not the one of training; the adapters are beside them, as `peft` reads them, in
+        `adapter`. What bfloat16 rounds away of a merged weight, the adapters still have.
         """
         self.refresh()
+        if not parallel.is_first():
+            return
         dtype = None
         if self.args.lora_rank:
             dtype = stored_dtype(base)
-            learnt = {
-                name: parallel.whole(parameter.detach())
-                for name, parameter in self.model.named_parameters() if parameter.requires_grad
-            }  # fmt: skip
-            if parallel.is_first():
-                save_adapter(self.model, learnt, directory / "adapter", base, dtype)
-        if parallel.is_first():
-            save_pretrained(self.plain, directory, base, dtype)
+            save_adapter(self.plain, directory / "adapter", base, dtype)
+        save_pretrained(self.plain, directory, base, dtype)

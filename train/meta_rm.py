@@ -174,6 +174,7 @@ class MetaTrainer(Trainer[ScalarModel]):
     def step(self, number: int) -> tuple[dict[str, float], dict[str, float]]:
         args = self.args
         clock = Clock()
+        self.learner.optimizer.zero_grad()
         seed = step_seed(args.learning.seed, number)
         drawn, failures = self.judge_rows(self.rows(number), seed, args.samples)
         if self.kept is not None:
@@ -183,7 +184,6 @@ class MetaTrainer(Trainer[ScalarModel]):
             why = f"; {failures[0].error}" if failures else ""
             raise ValueError(f"step {number}: no judgement was valid and fitted{why}. {NO_SCORES}")
         clock.lap("sample")
-        self.learner.optimizer.zero_grad()
         metrics: dict[str, float] = {"failed_rows": len(failures), "too_long": too_long}
         metrics |= self.add_gradients(rows)
         metrics |= self.learner.update(number, metrics["loss"], [each.row.id for each in rows])

@@ -12,6 +12,7 @@ T tokens, filled up to a multiple of 16; S trajectories; R predicted tokens.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from engine.kv_cache import Slab, round_up
 from kernels.forest_attention import forest_attention
 from kernels.forest_attention.plan import ForestPlan
 from models.config import ModelConfig
-from models.layers import Attend
+from models.layers import Attend, linear
 from models.transformer import Transformer
 from train.trajectories import Trajectory
 
@@ -144,6 +145,6 @@ def packed_attention(config: ModelConfig, batch: PackedBatch) -> Attend:
 
 
 def hidden_states(model: Transformer, batch: PackedBatch) -> Tensor:
-    """Of the tokens before those predicted, (R, H)."""
-    attend = packed_attention(model.config, batch)
-    return model(batch.token_ids, batch.positions, attend)[batch.predicting]
+    """Of the tokens before those predicted, (R, H). No packed copy of a weight is kept."""
+    attend, product = packed_attention(model.config, batch), partial(linear, keep=False)
+    return model(batch.token_ids, batch.positions, attend, product)[batch.predicting]

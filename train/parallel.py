@@ -9,7 +9,7 @@ It does not choose what is computed, and starts no processes.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -83,16 +83,15 @@ def from_first(value: T) -> T:
     return gather([value])[0]
 
 
-def shard(model: Transformer | ScalarModel) -> None:
-    """Divide the parameters among the ranks, in place: a layer's are whole while it runs, the rest
-    from the forward to the end of the backward. Gradients come out as the mean over the ranks,
-    taken in float32."""
+def shard(model: Transformer | ScalarModel, whole: Collection[nn.Parameter] = ()) -> None:
+    """Divide the parameters among the ranks, in place, but for those that are to stay `whole`: a
+    layer's are whole while it runs, the rest from the forward to the end of the backward. Gradients
+    come out as the mean over the ranks, taken in float32."""
     if world_size() == 1:
         return
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for layer in decoder_of(model).layers:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    for module in (*decoder_of(model).layers, model):
+        fully_shard(module, mp_policy=policy, ignored_params=set(whole))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import load
 from models.files import read_json
@@ -30,11 +30,12 @@ def scalar_of(
     """A scalar model with the decoder of a causal language model; its score is 0."""
     decoder, tokenizer = load(directory, dtype=dtype)
     pad = read_json(directory / "config.json").get("pad_token_id")
-    model = ScalarModel(replace(decoder.config, tied=True, pad_token_id=pad))
-    model = model.to(decoder.head_weight)
-    weights = decoder.state_dict()
-    model.model.load_state_dict({k: v for k, v in weights.items() if k != "lm_head.weight"})
-    torch.nn.init.zeros_(model.score.weight)
+    config = replace(decoder.config, tied=True, pad_token_id=pad)
+    with torch.device("meta"):
+        model = ScalarModel(config)
+    weights = {k: v for k, v in decoder.named_parameters() if k != "lm_head.weight"}
+    model.model.load_state_dict(weights, assign=True)
+    model.score.weight = nn.Parameter(decoder.head_weight.new_zeros(1, config.hidden_size))
     return model, tokenizer
 
 

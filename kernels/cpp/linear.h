@@ -44,6 +44,12 @@ void pack(const T *weight, int64_t n, int64_t k, int64_t paired, T *packed, int6
     });
 }
 
+// Numbers of a packed weight (n, k), of a pair with n that of one.
+inline int64_t packed_size(int64_t n, int64_t k, bool paired = false) {
+    const int64_t across = paired ? LANES : COLUMNS;
+    return (n + across - 1) / across * COLUMNS * k;
+}
+
 // Bytes that are used next, fetched into the second cache a few at a time.
 struct Prefetch {
     const char *from = nullptr;
@@ -95,13 +101,14 @@ struct RowTiles {
     float *data;
     std::vector<float> storage;
 
-    // Makes room for m rows of k numbers.
-    void resize(int64_t rows, int64_t terms) {
-        m = rows, k = terms;
+    // Puts m rows of k numbers at `to`.
+    void place(int64_t rows, int64_t terms, float *to) {
+        m = rows, k = terms, data = to;
         const int64_t tiles = (m + ROWS - 1) / ROWS;
         tile = tiles ? (m + tiles - 1) / tiles : 1;
-        data = room(storage, m * k);
     }
+    // Makes room for them.
+    void resize(int64_t rows, int64_t terms) { place(rows, terms, room(storage, rows * terms)); }
     // Fills it: row_of(t) gives row t, which stays until the last of its tile is there.
     template <class F>
     void fill(F row_of, int64_t threads) {
@@ -191,26 +198,43 @@ void linear(const T *x, int64_t m, int64_t k, const T *weight, int64_t n, const 
     linear(row_tiles, weight, n, bias, y, threads);
 }
 
-// A linear layer of each head. x: m rows x_t apart, of heads x_h apart, k numbers each. weight: a
-// packed one (n, k) for each head, side by side. y: as x, of n numbers.
+// One of several linear layers whose weights have one shape: m rows, a packed weight, and where the
+// results go, rows y_t apart.
 template <class T>
-void linear_heads(const T *x, int64_t x_t, int64_t x_h, int64_t m, int64_t heads, int64_t k,
-                  const T *weight, int64_t n, T *y, int64_t y_t, int64_t y_h, int64_t threads) {
-    thread_local std::vector<RowTiles> storage;
-    storage.resize(std::max<size_t>(storage.size(), heads));
-    RowTiles *tiles = storage.data();
-    const int64_t panels = (n + COLUMNS - 1) / COLUMNS;
-    for (int64_t h = 0; h < heads; h++) tiles[h].resize(m, k);
-    parallel(heads, 1, threads, [&](int64_t h) {
-        tiles[h].fill([&](int64_t t) { return x + t * x_t + h * x_h; }, 1);
+struct Product {
+    int64_t m;
+    const T *weight;
+    T *y;
+    int64_t y_t;
+};
+
+// Layers [0, count) side by side, each as `linear` has it: product_of(b) is layer b, row_of(b, i)
+// its row i of k numbers.
+template <class T, class P, class R>
+void linear_many(int64_t count, int64_t k, int64_t n, P product_of, R row_of, int64_t threads,
+                 Activation activation = NONE) {
+    thread_local std::vector<RowTiles> all_tiles;
+    thread_local std::vector<float> storage;
+    all_tiles.resize(std::max<size_t>(all_tiles.size(), count));
+    RowTiles *tiles = all_tiles.data();
+    int64_t rows = 0;
+    for (int64_t b = 0; b < count; b++) rows += product_of(b).m;
+    float *data = room(storage, rows * k);
+    for (int64_t b = 0; b < count; data += tiles[b++].m * k)
+        tiles[b].place(product_of(b).m, k, data);
+    parallel(count, 1, threads, [&](int64_t b) {
+        tiles[b].fill([&](int64_t i) { return row_of(b, i); }, 1);
     });
-    parallel(heads * panels, 4, threads, [&](int64_t task) {
-        const int64_t h = task / panels, p = task % panels, tile = tiles[h].tile;
+    const int64_t across = activation ? LANES : COLUMNS, panels = (n + across - 1) / across;
+    const int64_t grain = std::clamp<int64_t>(count * panels / (4 * threads), 1, 8);
+    parallel(count * panels, grain, threads, [&](int64_t task) {
+        const int64_t b = task / panels, p = task % panels, tile = tiles[b].tile;
+        const Product<T> product = product_of(b);
         const int64_t block = std::max<int64_t>(1, (3 << 17) / (4 * k * tile)) * tile;
-        for (int64_t first = 0; first < m; first += block)
-            linear_panel<T>(tiles[h].data, k, tile, first, std::min(m, first + block),
-                            weight + task * COLUMNS * k, nullptr, y + h * y_h + p * COLUMNS, y_t,
-                            std::min<int64_t>(COLUMNS, n - p * COLUMNS), NONE);
+        for (int64_t first = 0; first < product.m; first += block)
+            linear_panel<T>(tiles[b].data, k, tile, first, std::min(product.m, first + block),
+                            product.weight + p * COLUMNS * k, nullptr, product.y + p * across,
+                            product.y_t, std::min<int64_t>(across, n - p * across), activation);
     });
 }
 

@@ -76,6 +76,8 @@ void route(const T *x, int64_t tokens, int64_t hidden, const T *gate, int64_t co
     });
 }
 
+constexpr int64_t MAX_PAIRS = 1 << 12;
+
 // x, out: (tokens, hidden); experts, weights: (tokens, per_token). gate_up, down: packed, of `count`
 // experts that are `width` wide. Pairs of a token and an expert are sorted by expert.
 template <class T>
@@ -84,29 +86,47 @@ void moe(const T *x, int64_t tokens, int64_t hidden, const T *gate_up, const T *
          int64_t gelu, T *out, int64_t threads) {
     thread_local std::vector<int64_t> indices;
     thread_local std::vector<T> scratch;
-    thread_local RowTiles row_tiles;
     const int64_t pairs = tokens * per_token;
-    int64_t *end = room(indices, count + 2 * pairs), *order = end + count, *place = order + pairs;
+    int64_t *end = room(indices, 2 * count + 2 * pairs), *used = end + count;
+    int64_t *order = used + count, *place = order + pairs;
     T *outputs = room(scratch, pairs * (hidden + width)), *active = outputs + pairs * hidden;
     std::fill_n(end, count, 0);
     for (int64_t p = 0; p < pairs; p++) end[experts[p]]++;
+    const int64_t num_used = std::count_if(end, end + count, [](int64_t n) { return n > 0; });
+    for (int64_t e = 0, u = 0; e < count; e++)
+        if (end[e]) used[u++] = e;
     for (int64_t e = 0, before = 0; e < count; e++) std::swap(before, end[e]), before += end[e];
     for (int64_t p = 0; p < pairs; p++) order[place[p] = end[experts[p]]++] = p;
 
-    const int64_t gate_up_size = (width + LANES - 1) / LANES * COLUMNS * hidden;
-    const int64_t down_size = (hidden + COLUMNS - 1) / COLUMNS * COLUMNS * width;
-    for (int64_t e = 0, first = 0; e < count; first = end[e++]) {
-        const int64_t rows = end[e] - first;
-        if (!rows) continue;
-        row_tiles.resize(rows, hidden);
-        row_tiles.fill([&](int64_t i) { return x + order[first + i] / per_token * hidden; },
-                       threads);
-        linear<T>(row_tiles, gate_up + e * gate_up_size, width, nullptr, active, threads,
-                  gelu ? GELU : SILU);
-        row_tiles.resize(rows, width);
-        row_tiles.fill([&](int64_t i) { return active + i * width; }, threads);
-        linear<T>(row_tiles, down + e * down_size, hidden, nullptr, outputs + first * hidden,
-                  threads);
+    const int64_t gate_up_size = packed_size(width, hidden, true);
+    const int64_t down_size = packed_size(hidden, width);
+    const auto first_of = [&](int64_t e) { return e ? end[e - 1] : 0; };
+    // As many experts at once as have some thousand rows: what is laid out for them is bounded.
+    for (int64_t start = 0, stop = 0; start < num_used; start = stop) {
+        int64_t rows = 0;
+        while (stop < num_used && (stop == start || rows < MAX_PAIRS))
+            rows += end[used[stop]] - first_of(used[stop]), stop++;
+        const int64_t *here = used + start;
+        linear_many<T>(
+            stop - start, hidden, width,
+            [&](int64_t b) {
+                const int64_t e = here[b], first = first_of(e);
+                return Product<T>{end[e] - first, gate_up + e * gate_up_size,
+                                  active + first * width, width};
+            },
+            [&](int64_t b, int64_t i) {
+                return x + order[first_of(here[b]) + i] / per_token * hidden;
+            },
+            threads, gelu ? GELU : SILU);
+        linear_many<T>(
+            stop - start, width, hidden,
+            [&](int64_t b) {
+                const int64_t e = here[b], first = first_of(e);
+                return Product<T>{end[e] - first, down + e * down_size, outputs + first * hidden,
+                                  hidden};
+            },
+            [&](int64_t b, int64_t i) { return active + (first_of(here[b]) + i) * width; },
+            threads);
     }
     parallel(tokens, std::max<int64_t>(1, 4096 / hidden), threads, [&](int64_t t) {
         thread_local std::vector<float> storage;

@@ -1,8 +1,7 @@
 """Forest attention, forward: values against attention over each query's own sequence, bits, what is
 executed and what is refused. Random forests are in `test_random_forests.py`."""
 
-import subprocess
-import sys
+import resource
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ from kernels.forest_attention import (
 from kernels.forest_attention.plan import Suffixes, WorkTile, cut_between_queries
 from kernels.segment_attention import segment_attention
 from kernels.target import Target, target_of
+from tests import forks
 from tests.forests import Grove, Sample, Shape, crowd
 from tests.implementations import HALVES, Implementation
 from tests.oracles.attention import Attend, over_sequences, rounded_once
@@ -430,32 +430,22 @@ def test_a_cut_lies_between_trees() -> None:
     assert cut_between_queries(tiles[:0], 7, 640)[0][1:] == (0, 7)
 
 
-SCRIPT = """
-import resource, torch
-from tests.forests import Grove, Sample, Shape
-from kernels.forest_attention import AttentionOptions, forest_attention
-
-def attend(scale):
+def attend_to_a_tree(scale: int) -> None:
     samples = [Sample(i, ((0, 20 * scale), (1 + i, 3 * scale)), 0) for i in range(4)]
     grove = Grove(samples, Shape(1, 1, 4, 32), written=False)
     q, plan = grove.prefill(grove.whole())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    out = forest_attention(q, *grove.caches, plan, AttentionOptions(1.0))
+    out = forest_attention(q, *grove.caches, plan, PLAIN)
     assert len(q) == 32 * scale and out.isfinite().all() and plan.executed == plan.num_tiles()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-
-attend(16)
-print(attend(512))
-"""
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert taken < 100 << 10, taken
 
 
 def test_a_tree_of_16k_tokens_needs_little_memory() -> None:
     """One plan for all of it. A T x T mask would be 256 MiB, its scores 1 GiB."""
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < 100 << 10
+    process = forks.start(attend_to_a_tree, 512)
+    process.join()
+    assert process.exitcode == 0
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -151,3 +151,10 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     arguments |= {"cu_seqlens_q": [0, 3], "cu_seqlens_k": [0, 5], "options": PLAIN}
     with pytest.raises(ValueError, match=message):
         segment_attention(**(arguments | change))
+
+
+@pytest.mark.implementations("triton")
+def test_keys_of_latent_attention_are_refused(on: Implementation) -> None:
+    q, k, v = (torch.zeros(3, 1, size).to(on.device) for size in (576, 576, 512))
+    with pytest.raises(ValueError, match="triton takes keys of at most 256 channels, got 576"):
+        segment_attention(q, k, v, [0, 3], [0, 3], PLAIN, backend="triton")

@@ -2,13 +2,14 @@
 is what torch gives, to the byte."""
 
 import json
-import os
-import subprocess
-import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kernels import launch
+from kernels.launch import intercept
 from tests.implementations import ON_GPU
 
 pytestmark = [
@@ -22,53 +23,43 @@ ROW = {
     "use ( ), name Anna, mention red.",
     "responses": ["Sure Anna, take ( 1 2 3 ) in red. Bye."],
 }
-SCRIPT = """
-import atexit, collections, json, runpy, sys
-from kernels.launch import INTERPRETED, intercept
 
-counts = collections.Counter()
-atexit.register(lambda: print(json.dumps(counts), file=sys.stderr))
 
-def run(kernel, grid, arguments, options):
+counts: Counter[str] = Counter()
+
+
+def run(kernel: Any, grid: Any, arguments: Any, options: dict[str, Any]) -> None:
     name = kernel.__name__
     if name == "_forest_attention_kernel":
         name = "suffix" if options["SUFFIX"] else "narrow" if options["M"] <= 16 else "wide"
     counts[name] += 1
     kernel[grid](*arguments, **options)
 
-if INTERPRETED:
-    with intercept(run):
-        runpy.run_module("engine.sample", run_name="__main__", alter_sys=True)
-else:
-    runpy.run_module("engine.sample", run_name="__main__", alter_sys=True)
-"""
 
+def sample(directory: Path, tokens: int, name: str) -> bytes:
+    """The output file of one run, whose launches are counted."""
+    from engine.sample import main  # not where there is a GPU and little else
 
-def sample(directory: Path, tokens: int, interpreted: bool) -> tuple[bytes, dict[str, int]]:
-    """The output file of one run, and its launches."""
     rows = directory / "rows.jsonl"
     rows.write_text(json.dumps(ROW) + "\n")
-    out = directory / f"{interpreted}.jsonl"
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if interpreted else {})
+    out = directory / name
     options = ["--data", str(rows), "--out", str(out), "--k", "2", "--max-new-tokens", str(tokens)]
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *options],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode in (0, 3), run.stderr  # 3: too short for scores
-    return out.read_bytes(), json.loads(run.stderr.splitlines()[-1])
+    counts.clear()
+    with intercept(run):
+        assert main(options) in (0, 3)  # 3: too short for scores
+    return out.read_bytes()
 
 
 # The soak runs a whole judgement, with scores; the kernels are the same.
 @pytest.mark.parametrize("tokens", [3, pytest.param(80, marks=pytest.mark.soak)])
 def test_engine_sample_runs_every_kernel_and_gives_the_samples_of_torch(
-    tokens: int, tmp_path: Path
+    tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch_line, none = sample(tmp_path, tokens, interpreted=False)
-    triton_line, counts = sample(tmp_path, tokens, interpreted=True)
-    assert not none
-    assert triton_line == torch_line
+    triton_line = sample(tmp_path, tokens, "triton")
+    launches = dict(counts)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    torch_line = sample(tmp_path, tokens, "torch")
+    assert triton_line == torch_line and not counts
     verdict = json.loads(torch_line)
     assert verdict["votes"] == verdict["valid"] == (2 if tokens == 80 else 0)
     longest = max(s["tokens"] for s in verdict["samples"])
@@ -88,5 +79,5 @@ def test_engine_sample_runs_every_kernel_and_gives_the_samples_of_torch(
         "_accept_token_kernel": steps + 1,
         "_uniforms_kernel": 2,
     }.items():
-        assert counts.pop(name) >= least, name
-    assert not counts
+        assert launches.pop(name) >= least, name
+    assert not launches
