@@ -130,8 +130,8 @@ def test_values_that_are_the_first_channels_of_their_keys(
     grove = Grove(DEEP[::3], shape, capacity=336, device=on.device)
     k, v = grove.caches
     assert v.data_ptr() == k.data_ptr() and v.stride() == k.stride()
-    check_decode(on, grove, grove.decode(), PLAIN)
-    check_prefill(on, grove, grove.whole()[:2], WINDOWED, per_split=False)
+    check_decode(on, grove, grove.decode(), AttentionOptions(0.15))
+    check_prefill(on, grove, grove.whole()[:2], AttentionOptions(0.15, 30.0, 97), per_split=False)
 
 
 @pytest.mark.parametrize("options", [PLAIN, WINDOWED])
