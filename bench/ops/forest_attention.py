@@ -189,7 +189,8 @@ def pair(k: int, prefix: int, suffix: int) -> Tree:
 
 QWEN = Heads.of(SHAPES["qwen3-8b"])
 GEMMA_9B, GEMMA_27B = Heads.of(SHAPES["gemma2-9b"]), Heads.of(SHAPES["gemma2-27b"])
-DEEPSEEK = Heads.of(SHAPES["deepseek-v2-lite"])
+# Of one model: over a cache, absorbed, and without one.
+DEEPSEEK, EXPANDED = (of(SHAPES["deepseek-v2-lite"]) for of in (Heads.of, Heads.without_cache))
 POCKET, SMALL = Heads.of(SHAPES["pocket"]), Heads.of(SHAPES["qwen3-107m"])
 
 THREE_LEVELS: Forest = Tree((1, 8, 64), (1024, 2048, 256)), QWEN
@@ -243,6 +244,7 @@ CPU_DECODES: list[Forest] = [
 CPU_PREFILLS: list[Forest] = [
     (Tree((1, 4), (256, 64)), POCKET),
     (Tree((1,), (512,)), SMALL),
+    *((Tree((1,), (512,)), replace(each, dtype=torch.float32)) for each in (DEEPSEEK, EXPANDED)),
 ]
 
 CASES = [
