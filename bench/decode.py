@@ -36,7 +36,7 @@ from bench.ceilings import Ceilings, measure_ceilings
 from bench.decode_load import Round, Workload
 from bench.decode_peers import peer
 from bench.provenance import print_json
-from bench.shapes import SHAPES, Shape
+from bench.shapes import SHAPES, Shape, experts_met
 from bench.timing import DEVICE, ON_GPU
 from engine import command
 from engine.forest import TokenIds
@@ -184,11 +184,8 @@ def floor_seconds(
     multiplied = dense + sum(own.routing.per_token * size for own, size in mixtures)
 
     def read(rows: int) -> float:
-        """Weights that so many tokens need, where all experts are as likely."""
-        return dense + sum(
-            own.count * size * (1 - (1 - own.routing.per_token / own.count) ** rows)
-            for own, size in mixtures
-        )
+        """Weights that so many tokens need."""
+        return dense + sum(experts_met(own, rows) * size for own, size in mixtures)
 
     # Operations of one query and key.
     per_key = 2 * heads * (config.cached_key_dim + config.cached_value_dim)

@@ -24,7 +24,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -36,8 +35,8 @@ from engine.generate import PREFILL_TOKENS
 from engine.kv_cache import cell_bytes, round_up, scratch_cells
 from engine.memory import working_bytes
 from kernels.forest_attention.plan import MAX_SPLIT, splits_of
-from kernels.gated_act import gated_act
 from kernels.logprob import torch_impl, triton_impl
+from kernels.moe import run_counted
 from kernels.target import TARGETS
 from models import read_config, transformer
 from models.config import DTYPES, ModelConfig
@@ -158,15 +157,9 @@ def _even_moe(
     x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
 ) -> Tensor:
     """What `moe` does in torch, where all experts have as many pairs."""
-    rows = x.index_select(0, experts.flatten() // experts.shape[1])
-    count = len(gate_up)
-    sizes = [(i + 1) * len(rows) // count - i * len(rows) // count for i in range(count)]
-    each = zip(rows.split(sizes), gate_up.unbind(), down.unbind(), strict=True)
-    outputs = torch.cat(
-        [F.linear(gated_act(F.linear(own, g), activation), d) for own, g, d in each]
-    )
-    outputs = outputs.index_select(0, experts.flatten()).unflatten(0, experts.shape)
-    return (weights[..., None] * outputs.to(weights.dtype)).sum(1).to(x.dtype)
+    pairs, count = experts.numel(), len(gate_up)
+    counts = [(i + 1) * pairs // count - i * pairs // count for i in range(count)]
+    return run_counted(x, gate_up, down, experts, weights, activation, counts)
 
 
 def saved_bytes(model: Transformer, tokens: int, on_gpu: bool) -> int:
@@ -303,16 +296,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="of weights")
     parser.add_argument("--loop", choices=("grpo", "sft"), default="grpo")
-    for name, field in (
-        ("k", "k"), ("rows", "rows"), ("prompt-tokens", "prompt_tokens"),
-        ("new-tokens", "new_tokens"), ("group", "group"), ("micro-rows", "micro_rows"),
-        ("rank", "rank"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=getattr(Load, field), metavar="N")
+    names = ("k", "rows", "prompt_tokens", "new_tokens", "group", "micro_rows", "rank")
+    for name in names:
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=int, default=getattr(Load, name), metavar="N")
     parser.add_argument("--no-recompute", action="store_true", help="keep all activations")
     parser.add_argument("--gpus", nargs="+", type=float, default=(80, 141), metavar="GB")
     args = parser.parse_args(arguments)
-    names = ("k", "rows", "prompt_tokens", "new_tokens", "group", "micro_rows", "rank")
     sizes = {name: getattr(args, name) for name in names}
     for name, size in sizes.items():
         if size < 1:

@@ -138,6 +138,11 @@ SHAPES = {
 }
 
 
+def experts_met(experts: Experts, rows: int) -> float:
+    """How many experts so many tokens go to on average, where all are as likely."""
+    return experts.count * (1 - (1 - experts.routing.per_token / experts.count) ** rows)
+
+
 def projected(shape: Shape, rows: int, tensor: Fill) -> list[Tensor]:
     """Queries (rows, heads, head_dim), keys and values as slices of one projection; with latent
     attention what rope turns of them, and a latent as the value."""

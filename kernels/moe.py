@@ -16,6 +16,7 @@ choice E + P / ROWS tiles are enough, so the host need not know it. Sums over H 
 steps of a fixed size, and tiles have the same size for any T.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -445,12 +446,19 @@ def _run_torch(
     x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
 ) -> Tensor:
     """Expert by expert, over those that have pairs."""
-    chosen = experts.flatten()
-    order = chosen.argsort(stable=True)
+    counts = experts.flatten().bincount(minlength=len(gate_up)).tolist()
+    return run_counted(x, gate_up, down, experts, weights, activation, counts)
+
+
+def run_counted(
+    x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str,
+    counts: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """`moe` in torch, with how many pairs each expert has."""
+    order = experts.flatten().argsort(stable=True)
     rows = x.index_select(0, order // experts.shape[1])
-    counts = chosen.bincount(minlength=len(gate_up)).tolist()
     # Not gate_up[expert]: the gradient of each would be as large as that of all.
-    each = zip(rows.split(counts), gate_up.unbind(), down.unbind(), strict=True)
+    each = zip(rows.split(list(counts)), gate_up.unbind(), down.unbind(), strict=True)
     outputs = torch.cat(
         [F.linear(gated_act(F.linear(own, g_u), activation), d) if len(own) else own
          for own, g_u, d in each]

@@ -1,12 +1,12 @@
 """The configuration of a decoder, read from a Hugging Face `config.json`.
 
-Qwen3, Qwen3-MoE, Qwen2 (and 2.5), Llama (3.x), Gemma-2 and the text model of Gemma-3 become one
-`ModelConfig`, whose fields say what the decoder does rather than which family it is. Both spellings
-are read: `rope_theta` + `rope_scaling` and `rope_parameters`; `torch_dtype` and `dtype`. Sequence
-classifiers of one label, which are what `ScalarModel` loads, have a spelling of their own. Whatever
-the decoder does not implement raises a ValueError that names the file and the value: nothing is
-ignored that would change the logits. Of generation_config.json only the end tokens are read: how to
-sample is for the caller to say.
+Qwen3, Qwen3-MoE, Qwen2 (and 2.5), Llama (3.x), Gemma-2, the text model of Gemma-3 and DeepSeek-V2
+become one `ModelConfig`, whose fields say what the decoder does rather than which family it is.
+Both spellings are read: `rope_theta` + `rope_scaling` and `rope_parameters`; `torch_dtype` and
+`dtype`. Sequence classifiers of one label, which are what `ScalarModel` loads, have a spelling of
+their own. Whatever the decoder does not implement raises a ValueError that names the file and the
+value: nothing is ignored that would change the logits. Of generation_config.json only the end
+tokens are read: how to sample is for the caller to say.
 
 It does not read `auto_map` code, quantised checkpoints, or rope types other than those of
 `models/rope.py`.
@@ -88,7 +88,7 @@ class ModelConfig:
     config.json states less, as those do to which only YaRN was added. eos_token_ids: of config.json
     and generation_config.json together. dtype: of the stored weights, float32 where they are
     float64, None where config.json does not say. pad_token_id: of a scalar model, behind whose
-    sequences it may stand (`ScalarModel`); None elsewhere.
+    sequences it may stand (`ScalarModel`); None elsewhere. latent: None for ordinary attention.
     """
 
     architecture: str
@@ -336,6 +336,7 @@ def _refuse_unsupported(reader: Reader, architecture: str) -> None:
 
 
 def _names_published_code(code: object) -> bool:
+    """Whether auto_map names nothing but classes of the files that come with DeepSeek-V2."""
     names = code.values() if isinstance(code, dict) else ()
     pattern = r"(configuration|modeling)_deepseek\.DeepseekV2\w+"
     return bool(names) and all(isinstance(n, str) and re.fullmatch(pattern, n) for n in names)

@@ -87,19 +87,21 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
         });
         if (!first) std::swap(hidden, next);
     };
-    const auto tile_norm = [&](const void *weight, bool first = false) {
-        row_tiles.resize(n, d.hidden);
+    // Rows of k numbers, which make_row(t, y) writes, go into row_tiles.
+    const auto tile_made = [&](int64_t k, auto make_row) {
+        row_tiles.resize(n, k);
         const int64_t tile = row_tiles.tile;
-        add_and_norm(weight, first, [&](auto norm_row) {
-            row_tiles.fill(
-                [&](int64_t t) {
-                    thread_local std::vector<T> rows;
-                    T *y = room(rows, ROWS * d.hidden) + t % tile * d.hidden;
-                    norm_row(t, y);
-                    return (const T *)y;
-                },
-                threads);
-        });
+        row_tiles.fill(
+            [&](int64_t t) {
+                thread_local std::vector<T> rows;
+                T *y = room(rows, ROWS * k) + t % tile * k;
+                make_row(t, y);
+                return (const T *)y;
+            },
+            threads);
+    };
+    const auto tile_norm = [&](const void *weight, bool first = false) {
+        add_and_norm(weight, first, [&](auto norm_row) { tile_made(d.hidden, norm_row); });
     };
     const auto norm_rows = [&](const void *weight, T *y) {
         add_and_norm(weight, false, [&](auto norm_row) {
@@ -146,18 +148,11 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
         const T *heads_q = qkv;
         int64_t q_t = qkv_size, rest = head_size;
         if (d.q_rank) {
-            row_tiles.resize(n, d.q_rank);
-            const int64_t tile = row_tiles.tile;
             const float *w = widened((const T *)layer.q_a_norm, d.q_rank, weight_scratch);
-            row_tiles.fill(
-                [&](int64_t t) {
-                    thread_local std::vector<T> rows;
-                    T *y = room(rows, ROWS * d.q_rank) + t % tile * d.q_rank;
-                    rms_norm_row<T>(qkv + t * qkv_size, nullptr, w, y, nullptr, d.q_rank,
-                                    d.latent_eps, 0);
-                    return (const T *)y;
-                },
-                threads);
+            tile_made(d.q_rank, [&, w](int64_t t, T *y) {
+                rms_norm_row<T>(qkv + t * qkv_size, nullptr, w, y, nullptr, d.q_rank, d.latent_eps,
+                                0);
+            });
             linear<T>(row_tiles, (const T *)layer.q_b, head_size, nullptr, head_q, threads);
             heads_q = head_q, q_t = head_size, rest = d.q_rank;
         }

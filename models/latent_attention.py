@@ -72,8 +72,8 @@ class LatentAttention(nn.Module):
             to_latent, of_latent = self.absorbed()
             q_rope = write(self.layer, q_rope, k_rope, c[:, None], None, cos, sin)
             q = torch.cat([by_head(q_nope, to_latent, product), q_rope], -1)
-            key = torch.cat([c[:, None], k_rope], -1)
-            out = by_head(attend(self.layer, q, key, c[:, None]), of_latent, product)
+            # What it attends to is in the cache: (c, k_rope), and c again.
+            out = by_head(attend(self.layer, q, k_rope, c[:, None]), of_latent, product)
         return self.o_proj(out.flatten(1), product)
 
     def absorbed(self) -> tuple[Tensor, Tensor]:

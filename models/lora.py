@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from models.layers import Linear, Product, linear
 from models.scalar_head import ScalarModel, decoder_of
 from models.transformer import Transformer
-from models.weights import replace_file, row_order, stored_rows, write_tensors
+from models.weights import in_stored_order, replace_file, row_order, stored_rows, write_tensors
 
 TARGETS = (
     "q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
@@ -174,9 +174,7 @@ def save_adapter(
         parts = layer.lora_b.split([*layer.targets.values()])
         for target, own in zip(layer.targets, parts, strict=True):
             place = f"{prefix}{name.rpartition('.')[0]}.{target}"
-            order = row_order(model_config, target)
-            if order is not None:
-                own = own[order.argsort().to(own.device)]
+            own = in_stored_order(own, row_order(model_config, target))
             tensors |= {f"{place}.lora_A.weight": layer.lora_a, f"{place}.lora_B.weight": own}
             targets.add(target)
     if isinstance(model, ScalarModel):

@@ -69,8 +69,6 @@ def _rope(
             supported = ", ".join(["default", *_SCALINGS])
             raise reader.error(f"rope type {shown(kind)} is not supported (only {supported})")
         known |= {field.name for field in fields(scaling)}
-    if kind == "yarn":
-        known |= {"mscale", "mscale_all_dim"}
     for key in inner.values:
         if key not in known:
             raise reader.error(f"{key!r} has no meaning for rope type {kind!r}")

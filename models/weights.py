@@ -31,8 +31,9 @@ from torch import Tensor
 
 from models.config import ModelConfig, hf_config
 from models.files import parse_json, read_json
+from models.layers import Linear
 from models.scalar_head import ScalarModel, decoder_of
-from models.transformer import Linear, Transformer
+from models.transformer import Transformer
 
 Model = TypeVar("Model", Transformer, ScalarModel)
 _INDEX = "model.safetensors.index.json"
@@ -82,8 +83,7 @@ class _Slot:
 
     def saved(self, parameters: dict[str, Tensor]) -> Tensor:
         """What is stored of these parameters."""
-        own = self.of(parameters)
-        return own if self.rows is None else own[self.rows.argsort().to(own.device)]
+        return in_stored_order(self.of(parameters), self.rows)
 
 
 @dataclass(frozen=True)
@@ -329,6 +329,11 @@ def row_order(config: ModelConfig, projection: str) -> Tensor | None:
         heads, before = 1, latent.kv_rank
     head = torch.cat([torch.arange(before), before + turned])
     return (torch.arange(heads)[:, None] * len(head) + head).flatten()
+
+
+def in_stored_order(rows: Tensor, order: Tensor | None) -> Tensor:
+    """A projection's rows as checkpoints and adapters store them. order: its `row_order`."""
+    return rows if order is None else rows[order.argsort().to(rows.device)]
 
 
 def _slots(model: Transformer | ScalarModel) -> Iterator[tuple[str, _Slot]]:

@@ -75,7 +75,7 @@ def test_lines_are_the_same_everywhere(directory: Path, request: pytest.FixtureR
     assert hashlib.sha256(lines).hexdigest() == LINES[family]
 
 
-def by_length(row: Row, samples: Sequence[Sample], threshold: float) -> list[float]:
+def by_place(row: Row, samples: Sequence[Sample], threshold: float) -> list[float]:
     """A reward that differs within a group."""
     return [float(i) for i in range(len(samples))]
 
@@ -83,7 +83,7 @@ def by_length(row: Row, samples: Sequence[Sample], threshold: float) -> list[flo
 def test_reinforcement_learning(directory: Path, tmp_path: Path) -> None:
     args = args_of(
         grpo.Args, model=directory, out=tmp_path / "out", group=2,
-        reward="tests.test_families:by_length", **STEP,
+        reward="tests.test_families:by_place", **STEP,
     )  # fmt: skip
     before = weights(directory)
     grpo.train(args)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.case import Arguments, OpCase, Peers, assert_close, like, same_inputs
-from bench.shapes import SHAPES, Shape
+from bench.shapes import SHAPES, Shape, experts_met
 from bench.timing import DEVICE, ON_GPU, Fill
 from kernels.moe import moe, moe_ref
 
@@ -70,8 +70,7 @@ def _cost(shape: Shape, rows: int) -> tuple[int, int]:
     """Bytes of the weights that such a choice reads on average, and of rows; operations."""
     hidden, experts = shape.hidden_size, shape.mixture
     per_token, one = experts.routing.per_token, 3 * experts.intermediate_size * hidden
-    read = experts.count * (1 - (1 - per_token / experts.count) ** rows)
-    num_bytes = (int(read * one) + 2 * rows * hidden) * shape.dtype.itemsize
+    num_bytes = (int(experts_met(experts, rows) * one) + 2 * rows * hidden) * shape.dtype.itemsize
     return num_bytes, 2 * rows * per_token * one
 
 

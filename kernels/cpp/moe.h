@@ -76,7 +76,7 @@ void route(const T *x, int64_t tokens, int64_t hidden, const T *gate, int64_t co
     });
 }
 
-constexpr int64_t MAX_PAIRS = 1 << 12;
+constexpr int64_t MAX_PAIRS = 1 << 12;  // past so many no further expert is laid out beside others
 
 // x, out: (tokens, hidden); experts, weights: (tokens, per_token). gate_up, down: packed, of `count`
 // experts that are `width` wide. Pairs of a token and an expert are sorted by expert.
@@ -101,7 +101,7 @@ void moe(const T *x, int64_t tokens, int64_t hidden, const T *gate_up, const T *
     const int64_t gate_up_size = packed_size(width, hidden, true);
     const int64_t down_size = packed_size(hidden, width);
     const auto first_of = [&](int64_t e) { return e ? end[e - 1] : 0; };
-    // As many experts at once as have some thousand rows: what is laid out for them is bounded.
+    // Several experts at once, but not all of a prefill: what is laid out for them is bounded.
     for (int64_t start = 0, stop = 0; start < num_used; start = stop) {
         int64_t rows = 0;
         while (stop < num_used && (stop == start || rows < MAX_PAIRS))
