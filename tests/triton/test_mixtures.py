@@ -10,8 +10,6 @@ import torch
 from kernels import launch
 from models import load
 from tests.implementations import ON_GPU
-from tests.test_generate import drawn, make_generator, make_groups, run
-from tests.tiny import write_model
 
 pytestmark = [
     pytest.mark.triton,
@@ -24,6 +22,10 @@ pytestmark = [
 def test_samples_are_those_of_torch(
     family: str, deterministic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Not where there is a GPU and little else.
+    from tests.test_generate import drawn, make_generator, make_groups, run
+    from tests.tiny import write_model
+
     write_model(tmp_path, family, num_hidden_layers=2)
     model, _ = load(tmp_path, dtype=torch.float32)
     groups = make_groups(1, k=2, longest=20)
