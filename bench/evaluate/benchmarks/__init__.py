@@ -1,0 +1,6 @@
+"""The published sets, by the names that the command knows them by."""
+
+from bench.evaluate.benchmark import Benchmark
+from bench.evaluate.benchmarks import llmbar
+
+BENCHMARKS: dict[str, Benchmark] = {each.name: each for each in (llmbar.BENCHMARK,)}
