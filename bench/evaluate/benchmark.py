@@ -66,21 +66,28 @@ class Total(NamedTuple):
     statistic: Callable[[np.ndarray, Sequence[Mapping[str, Any]]], float] | None = None
 
 
+def every(item: Item) -> bool:
+    """Of `Rule.counts`: all items."""
+    return True
+
+
 class Rule(NamedTuple):
     """A way to score: `official` is that of the authors' own runner, others mend what is wrong with
     it. says: the rule in a sentence. value: (S,) float64 for an item, NaN where it cannot be said
-    of so few votes."""
+    of so few votes. counts: whether an item is part of the rule's figures at all."""
 
     name: str
     says: str
     value: Callable[[Item, Sequence[RowScores]], np.ndarray]
     total: Total = Total()
+    counts: Callable[[Item], bool] = every
 
 
 class Benchmark(NamedTuple):
     """A published set. read: its items from a file or a folder as the authors publish it. layouts:
     how an entry of many responses may be shown, the first one by default. rules: the first one
-    decides where one figure is shown."""
+    decides where one figure is shown. facts: figures of the items themselves, such as how well
+    people agree on them."""
 
     name: str
     title: str
@@ -88,3 +95,4 @@ class Benchmark(NamedTuple):
     read: Callable[[Path, Layout], Iterator[Item | BadItem]]
     rules: tuple[Rule, ...]
     layouts: tuple[Layout, ...] = ("group",)
+    facts: Callable[[Sequence[Item]], Mapping[str, float]] | None = None

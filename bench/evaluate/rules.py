@@ -1,11 +1,13 @@
 """Values that many benchmarks share. S subsets of samples, n responses; `means` (S, n) are mean
 points, NaN where no sample voted, and values (S,) float64 from 0 to 1."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from engine.labels import Label, best_of
+from bench.evaluate.benchmark import Item, RowScores
+from engine.labels import Label, best_of, has_best
 
 
 def strict(means: np.ndarray, label: Label) -> np.ndarray:
@@ -36,3 +38,47 @@ def by_order(scores: np.ndarray, label: Label) -> Sequence[np.ndarray]:
     other did, 0 for a tie or without a vote."""
     (best,) = best_of(label)
     return [np.nan_to_num(np.sign(means[:, best] - means[:, 1 - best])) for means in scores]
+
+
+def best_is_drawn(item: Item, scores: Sequence[RowScores]) -> np.ndarray:
+    """`drawn`, of an item of one row with a label."""
+    assert item.rows[0].label is not None
+    return drawn(scores[0].means, item.rows[0].label)
+
+
+def has_one_best(item: Item) -> bool:
+    """Of `Rule.counts`: items of one row whose label calls one response the best."""
+    return has_best(item.rows[0].label)
+
+
+def preferred(means: np.ndarray) -> np.ndarray:
+    """Of a pair: 1 where the first response is better, -1 where the second is, 0 for a tie and
+    without a vote."""
+    return np.nan_to_num(np.sign(means[:, 0] - means[:, 1]))
+
+
+def preference(item: Item, scores: Sequence[RowScores]) -> np.ndarray:
+    """`preferred` as a class: 1, 0, and 0.5 for a tie and without a vote."""
+    return (1 + preferred(scores[0].means)) / 2
+
+
+def precision_recall_f1(
+    predicted: np.ndarray, gold: np.ndarray, positive: float
+) -> tuple[float, float, float]:
+    """Of a class; what would be divided by 0 is 0."""
+    hits = int(((predicted == positive) & (gold == positive)).sum())
+    found, there = int((predicted == positive).sum()), int((gold == positive).sum())
+    precision, recall, f1 = hits / max(found, 1), hits / max(there, 1), 2 * hits
+    return precision, recall, f1 / max(found + there, 1)
+
+
+def macro(index: int) -> Callable[[np.ndarray, Sequence[Mapping[str, Any]]], float]:
+    """A `Total.statistic`: precision, recall or F1 (0, 1, 2), each class by itself, averaged over
+    the classes that are predicted or that `facts["gold"]` has."""
+
+    def statistic(values: np.ndarray, facts: Sequence[Mapping[str, Any]]) -> float:
+        gold = np.array([each["gold"] for each in facts])
+        classes = np.union1d(values, gold)
+        return float(np.mean([precision_recall_f1(values, gold, c)[index] for c in classes]))
+
+    return statistic

@@ -7,42 +7,31 @@ from pathlib import Path
 import numpy as np
 
 from bench.evaluate.benchmark import BadItem, Benchmark, Item, Layout, RowScores, Rule, Total
-from bench.evaluate.files import Record, records
-from bench.evaluate.rules import by_order, drawn
-from engine.request import RowError, make_row
+from bench.evaluate.files import Record, one_of, read_items, records
+from bench.evaluate.rules import best_is_drawn, by_order
+from engine.request import make_row
 
 SECTIONS = {name: {name: None} for name in ("Natural", "Neighbor", "GPTInst", "GPTOut", "Manual")}
 
 
 def read(path: Path, layout: Layout) -> Iterator[Item | BadItem]:
     """{input, output_1, output_2, label: 1 or 2}, a file for each subset."""
-    for record in records(path):
-        yield record if isinstance(record, BadItem) else _item(record)
+    return read_items(records(path), _item)
 
 
-def _item(record: Record) -> Item | BadItem:
+def _item(record: Record) -> Item:
     subset = Path(record.source).stem
     name = f"{subset}-{record.line}"
-    try:
-        fields = record.fields
-        responses = [fields["output_1"], fields["output_2"]]
-        label = {1: 0, 2: 1}[int(fields["label"])]
-        return Item(name, subset, (make_row(fields["input"], responses, id=name, label=label),))
-    except KeyError as error:
-        return BadItem(record.source, record.line, f"no {error}")
-    except (RowError, ValueError, TypeError) as error:
-        return BadItem(record.source, record.line, str(error))
+    fields = record.fields
+    responses = [fields["output_1"], fields["output_2"]]
+    label = one_of(fields["label"], {"1": 0, "2": 1})
+    return Item(name, subset, (make_row(fields["input"], responses, id=name, label=label),))
 
 
 def _both_orders(item: Item, scores: Sequence[RowScores]) -> np.ndarray:
     assert item.rows[0].label is not None
     first, second = by_order(scores[0].by_first, item.rows[0].label)
     return ((first > 0).astype(float) + (second > 0)) / 2
-
-
-def _drawn(item: Item, scores: Sequence[RowScores]) -> np.ndarray:
-    assert item.rows[0].label is not None
-    return drawn(scores[0].means, item.rows[0].label)
 
 
 BENCHMARK = Benchmark(
@@ -54,6 +43,11 @@ BENCHMARK = Benchmark(
         Rule(
             "official", "right in each of the two orders, averaged", _both_orders, Total(SECTIONS)
         ),
-        Rule("vote", "the vote of both orders is right; a tie is drawn", _drawn, Total(SECTIONS)),
+        Rule(
+            "vote",
+            "the vote of both orders is right; a tie is drawn",
+            best_is_drawn,
+            Total(SECTIONS),
+        ),
     ),
 )
