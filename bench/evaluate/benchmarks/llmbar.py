@@ -17,11 +17,8 @@ SECTIONS = {name: {name: None} for name in ("Natural", "Neighbor", "GPTInst", "G
 def read(path: Path, layout: Layout) -> Iterator[Item | BadItem]:
     """{input, output_1, output_2, label: 1 or 2}, in a file for each of the five sets, or in its
     folder as `dataset.json`. Other files beside them, the authors' copies of other sets among them,
-    are no part of LLMBar. Raises ValueError where no file is of the five."""
-    found = [record for record in records(path) if _subset(record.source) in SECTIONS]
-    if not found:
-        raise ValueError(f"{path} has no file named {', '.join(SECTIONS)}")
-    return read_items(found, _item)
+    are no part of LLMBar."""
+    return read_items(records(path, only=lambda name: _subset(name) in SECTIONS), _item)
 
 
 def _subset(source: str) -> str:
@@ -31,7 +28,7 @@ def _subset(source: str) -> str:
 
 
 def _item(record: Record) -> Item:
-    subset = _subset(record.source)
+    subset = one_of(_subset(record.source), {each: each for each in SECTIONS})
     name = f"{subset}-{record.line}"
     fields = record.fields
     responses = [fields["output_1"], fields["output_2"]]
