@@ -1,12 +1,13 @@
 """Real rows, real lengths: LLMBar through the engine, none lost. Skips without the data."""
 
-import json
 from pathlib import Path
 
 import pytest
 
+from bench.evaluate.benchmark import Item
+from bench.evaluate.benchmarks import llmbar
 from engine.judge import Judge
-from engine.request import Row, make_row
+from engine.request import Row
 from engine.sample import POCKET
 from engine.verdict import Verdict
 
@@ -14,14 +15,8 @@ DATA = Path(__file__).parents[2] / "shared" / "data" / "llmbar"
 
 
 def read_llmbar(folder: Path) -> list[Row]:
-    """The ten-line conversion: label 1 or 2 names the better output."""
-    rows = []
-    for path in sorted(folder.glob("[!P]*.json")):  # without the processed FairEval and LLMEval2
-        for i, entry in enumerate(json.loads(path.read_text(encoding="utf-8"))):
-            responses = [entry["output_1"], entry["output_2"]]
-            label = int(entry["label"]) - 1
-            rows.append(make_row(entry["input"], responses, id=f"{path.stem}-{i}", label=label))
-    return rows
+    items = [each for each in llmbar.read(folder, "group") if isinstance(each, Item)]
+    return [row for item in items for row in item.rows]
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the LLMBar rows are not here")

@@ -1,21 +1,24 @@
 """The records of published files: JSON, lines of JSON, Parquet, gzipped or in a zip archive.
 
-A folder is all files in it that can be read so, by name. What is no record, and what is no item, is
-a `BadItem` in its place, and reading goes on.
+A folder is all files in it that can be read so, by name, without hidden ones. What is no record,
+and what is no item, is a `BadItem` in its place, and reading goes on.
 """
 
 import io
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from bench.evaluate.benchmark import BadItem, Item
 from engine.labels import quote
 from engine.reading import open_rows, parse_lines
-from engine.request import BadRow, parse_fields
+from engine.request import BadRow, RowError, parse_fields
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".gz", ".zip")
+HIDDEN = (".", "__MACOSX")
+POINTER = b"version https://git-lfs"
 MOST_BYTES = 1 << 26  # of a record
 T = TypeVar("T")
 
@@ -28,20 +31,28 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
 
-def records(path: Path, password: bytes | None = None) -> Iterator[Record | BadItem]:
-    """All records of a file or a folder. password: of an archive.
+def every_file(name: str) -> bool:
+    """Of `records`: all files."""
+    return True
 
-    Raises OSError, and ValueError for a folder without any such file and for an archive that cannot
-    be opened.
+
+def records(
+    path: Path, password: bytes | None = None, only: Callable[[str], bool] = every_file
+) -> Iterator[Record | BadItem]:
+    """All records of a file or a folder.
+
+    password: of an archive. only: whether a file of a folder or an archive is read, by its path in
+    there; a file that is given by itself always is. Raises OSError, and ValueError for a folder or
+    an archive without any such file, for an archive that cannot be opened, and for a Parquet file
+    without pyarrow.
     """
     if not path.is_dir():
-        yield from _records_of(path, path.name, password)
+        yield from _records_of(path, path.name, password, only)
         return
-    files = sorted(each for each in path.rglob("*") if each.suffix in SUFFIXES and each.is_file())
-    if not files:
-        raise ValueError(f"{path} has no file of {', '.join(SUFFIXES)}")
-    for file in files:
-        yield from _records_of(file, str(file.relative_to(path)), password)
+    names = sorted(str(each.relative_to(path)) for each in path.rglob("*") if each.is_file())
+    names = [each for each in names if each.endswith(".zip") or only(each)]
+    for name in _readable(names, SUFFIXES, path):
+        yield from _records_of(path / name, name, password, only)
 
 
 def read_items(
@@ -75,24 +86,51 @@ def one_of(value: Any, meanings: Mapping[str, T]) -> T:
     return meanings[str(value)]
 
 
-def _records_of(path: Path, source: str, password: bytes | None) -> Iterator[Record | BadItem]:
+def _readable(names: list[str], suffixes: Sequence[str], path: Path) -> list[str]:
+    """The names that end so and are not hidden; raises ValueError where none does."""
+    shown = [each for each in names if not any(p.startswith(HIDDEN) for p in PurePath(each).parts)]
+    if found := [each for each in shown if PurePath(each).suffix in suffixes]:
+        return found
+    raise ValueError(f"{path} has no file of this set that ends in {', '.join(suffixes)}")
+
+
+def _records_of(
+    path: Path, source: str, password: bytes | None, only: Callable[[str], bool]
+) -> Iterator[Record | BadItem]:
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(f"{path} is Git LFS's pointer to the file, not the file")
     if path.suffix != ".zip":
         with open_rows(path) as stream:
             yield from _parsed(stream, source)
         return
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in sorted(archive.namelist()):
-                if Path(name).suffix in SUFFIXES[:2] and "__MACOSX" not in name:
-                    data = archive.read(name, pwd=password)
-                    yield from _parsed(io.BytesIO(data), f"{source}/{name}")
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+            names = [each for each in sorted(archive.namelist()) if only(each)]
+            for name in _readable(names, SUFFIXES[:2], path):
+                data = archive.read(name, pwd=password)
+                yield from _parsed(io.BytesIO(data), f"{source}/{name}")
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def _parsed(stream: BinaryIO, source: str) -> Iterator[Record | BadItem]:
+    if source.endswith(".json"):
+        data = stream.read()
+        if (whole := _object(data)) is not None:
+            yield Record(source, 1, whole)
+            return
+        stream = io.BytesIO(data)
     for line, fields in parse_lines(stream, parse_fields, MOST_BYTES):
         if isinstance(fields, BadRow):
             yield BadItem(source, line, fields.error)
         else:
             yield Record(source, line, fields)
+
+
+def _object(data: bytes) -> dict[str, Any] | None:
+    """The one object of a file; None where it holds an array, or lines."""
+    try:
+        return parse_fields(data) if data.lstrip().startswith(b"{") else None
+    except RowError:
+        return None

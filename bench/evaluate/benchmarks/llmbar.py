@@ -2,7 +2,7 @@
 natural, and adversarial, where the worse one looks better."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -15,12 +15,20 @@ SECTIONS = {name: {name: None} for name in ("Natural", "Neighbor", "GPTInst", "G
 
 
 def read(path: Path, layout: Layout) -> Iterator[Item | BadItem]:
-    """{input, output_1, output_2, label: 1 or 2}, a file for each subset."""
-    return read_items(records(path), _item)
+    """{input, output_1, output_2, label: 1 or 2}, in a file for each of the five sets, or in its
+    folder as `dataset.json`. Other files beside them, the authors' copies of other sets among them,
+    are no part of LLMBar."""
+    return read_items(records(path, only=lambda name: _subset(name) in SECTIONS), _item)
+
+
+def _subset(source: str) -> str:
+    file = PurePath(source)
+    name = file.name.split(".")[0]
+    return file.parent.name if name == "dataset" else name
 
 
 def _item(record: Record) -> Item:
-    subset = Path(record.source).stem
+    subset = one_of(_subset(record.source), {each: each for each in SECTIONS})
     name = f"{subset}-{record.line}"
     fields = record.fields
     responses = [fields["output_1"], fields["output_2"]]

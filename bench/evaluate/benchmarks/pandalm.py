@@ -1,16 +1,22 @@
 """PandaLM's test set (WeOpenML/PandaLM, arXiv 2306.05087): the better of two answers of small
 models, or a tie, by three people each."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from bench.evaluate.benchmark import BadItem, Benchmark, Item, Layout, RowScores, Rule, Total
 from bench.evaluate.files import Record, one_of, read_items, records
-from bench.evaluate.rules import best_is_drawn, has_one_best, macro, preference
+from bench.evaluate.rules import (
+    agreement,
+    best_is_drawn,
+    has_one_best,
+    macro,
+    majority_of,
+    preference,
+)
 from engine.request import make_row
 
 ANNOTATORS = ("annotator1", "annotator2", "annotator3")
@@ -21,15 +27,15 @@ LABELS: dict[int, int | str] = {0: "tie", 1: 0, 2: 1}
 def read(path: Path, layout: Layout) -> Iterator[Item | BadItem]:
     """{idx, cmp_key, instruction, input, response1, response2, annotator1, annotator2, annotator3:
     1 or 2, the better one, 0 a tie}. A subset for each pair of models. Where three people say three
-    things the row has no label."""
-    return read_items(records(path), _item)
+    things the row has no label. Of a folder only `testset-v1.json`."""
+    test_set = records(path, only=lambda name: PurePath(name).name.startswith("testset-v"))
+    return read_items(test_set, _item)
 
 
 def _item(record: Record) -> Item:
     fields = record.fields
     votes = [one_of(fields[name], {"0": 0, "1": 1, "2": 2}) for name in ANNOTATORS]
-    ((said, times),) = Counter(votes).most_common(1)
-    majority = said if times > 1 else None
+    majority = majority_of(votes)
     prompt = "\n\n".join(filter(None, (fields["instruction"], fields["input"])))
     row = make_row(
         prompt,
@@ -59,27 +65,9 @@ def _mended(item: Item, scores: Sequence[RowScores]) -> np.ndarray:
 
 
 def people(items: Sequence[Item]) -> Mapping[str, float]:
-    """How well people agree, as a ceiling for a judge.
-
-    people_majority: the official accuracy of an annotator, who is part of the majority.
-    people_others: how often one says what the other two do, where those agree. people_another: how
-    often one says what another says. without_majority, majority_tie: numbers of rows.
-    """
-    majority, others, another = [], [], []
-    for item in items:
-        votes = item.facts["annotators"]
-        for i, vote in enumerate(votes):
-            one, two = votes[:i] + votes[i + 1 :]
-            another += [vote == one, vote == two]
-            if one == two:
-                others.append(vote == one)
-            if _has_majority(item):
-                majority.append(GOLD[vote] == item.facts["gold"])
+    """`agreement`, and how many rows have no majority, or one for a tie."""
     golds = [item.facts["gold"] for item in items]
-    return {
-        "people_majority": sum(majority) / max(len(majority), 1),
-        "people_others": sum(others) / max(len(others), 1),
-        "people_another": sum(another) / max(len(another), 1),
+    return agreement([item.facts["annotators"] for item in items]) | {
         "without_majority": float(golds.count(None)),
         "majority_tie": float(golds.count(GOLD[0])),
     }
