@@ -162,9 +162,8 @@ class Decoder(CachedForward):
             config = self.config
             self.keys_per_partial = keys_per_partial(
                 config.num_heads,
-                config.cached_heads,
-                config.cached_key_dim,
                 config.cached_value_dim,
+                config.cell_width,
                 model.head_weight.dtype,
             )
         self.records = Records.empty(

@@ -31,7 +31,7 @@ from kernels.checks import check, check_triton, without_gaps
 from kernels.device_math import gated, gated_gradients
 from kernels.gated_act import ACTIVATIONS, gated_act, gated_act_ref
 from kernels.launch import launch, runs_triton
-from kernels.packed_linear import packed, packs
+from kernels.packed_linear import pack, packed, packs
 from kernels.target import Target, power_of_two, target_of
 
 _SORTED = 1024  # pairs that are sorted at a time
@@ -376,14 +376,14 @@ class _Moe(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor,
-        activation: str,
+        activation: str, learns: bool,
     ) -> Tensor:  # fmt: skip
         check_triton("moe", x, gate_up, down)
         per_token = experts.shape[1]
         groups = _group(experts, len(down), _launch(1, x.dtype, target_of(x))["ROWS"])
         weights = weights.contiguous()
         halves = None
-        if any(ctx.needs_input_grad):
+        if learns:
             shape = len(groups.order), gate_up.shape[1]
             halves = torch.empty(shape, dtype=x.dtype, device=x.device)
         active = _products(
@@ -399,7 +399,7 @@ class _Moe(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, Tensor, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, Tensor, None, None]:
         x, gate_up, down, weights, halves, *sorted_by_expert = ctx.saved_tensors
         groups, per_token = _Groups(*sorted_by_expert), weights.shape[1]
         grad = without_gaps(grad)
@@ -426,16 +426,18 @@ class _Moe(torch.autograd.Function):
             d_gate_up = _weight_gradients(d_halves, x, groups, per_token, grad_by_token=False)
         if ctx.needs_input_grad[2]:
             d_down = _weight_gradients(grad, weighted, groups, per_token, grad_by_token=True)
-        return d_x, d_gate_up, d_down, None, d_weights, None
+        return d_x, d_gate_up, d_down, None, d_weights, None, None
 
 
 def _run_cpp(
-    x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
-) -> Tensor:
+    x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str,
+    keep: bool,
+) -> Tensor:  # fmt: skip
     out = torch.empty_like(x)
     count, hidden, width = down.shape
+    laid = packed if keep else pack
     cpp.call(
-        "moe", x.dtype, x, len(x), hidden, packed(gate_up, paired=True), packed(down), count, width,
+        "moe", x.dtype, x, len(x), hidden, laid(gate_up, paired=True), laid(down), count, width,
         experts.contiguous(), weights.detach().contiguous(), experts.shape[1],
         int(activation == "gelu_tanh"), out,
     )  # fmt: skip
@@ -469,13 +471,14 @@ def run_counted(
 
 
 def moe(
-    x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
-) -> Tensor:
+    x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str,
+    keep: bool = True,
+) -> Tensor:  # fmt: skip
     """The weighted sum of what its experts make of each token.
 
     x: (T, H), gate_up: (E, 2I, H), down: (E, H, I), one floating dtype. experts: (T, K) int64 in
     [0, E), which Triton does not check. weights: (T, K) float32, or float64 for float64 x.
-    activation: "silu" or "gelu_tanh".
+    activation: "silu" or "gelu_tanh". keep: where C++ packs weights, the copies stay beside them.
     Returns (T, H) in the dtype of x; differentiable once, in all but the experts. Raises ValueError
     for anything else.
     """
@@ -488,12 +491,14 @@ def moe(
     check("moe: weights", weights, experts.shape, wide)
     if activation not in ACTIVATIONS:
         raise ValueError(f"moe: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    learns = torch.is_grad_enabled() and any(
+        each.requires_grad for each in (x, gate_up, down, weights)
+    )
     if runs_triton(x):
-        out: Tensor = _Moe.apply(x, gate_up, down, experts, weights, activation)
+        out: Tensor = _Moe.apply(x, gate_up, down, experts, weights, activation, learns)
         return out
     if bool(((experts < 0) | (experts >= count)).any()):
         raise ValueError(f"moe: experts must be in [0, {count}), got {experts.tolist()}")
-    learns = torch.is_grad_enabled() and weights.requires_grad
     if packs(x, gate_up) and packs(x, down) and not learns:
-        return _run_cpp(x, gate_up, down, experts, weights, activation)
+        return _run_cpp(x, gate_up, down, experts, weights, activation, keep)
     return _run_torch(x, gate_up, down, experts, weights, activation)

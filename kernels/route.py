@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from kernels import cpp
 from kernels.checks import check, check_triton
 from kernels.launch import launch, runs_triton
-from kernels.packed_linear import packed, packs
+from kernels.packed_linear import pack, packed, packs
 from kernels.target import Target, power_of_two, target_of
 
 
@@ -44,11 +44,13 @@ class Routing:
 
 
 def route_ref(x: Tensor, gate: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Specification of `route`, in plain torch for any device and floating dtype."""
+    """Specification of `route`, in plain torch for any device and floating dtype. Autocast does not
+    narrow its logits."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    logits = x.to(wide) @ gate.to(wide).T
-    experts = _chosen(logits.detach(), routing)
-    return experts, _weights(logits, experts, routing)
+    with torch.autocast(x.device.type, enabled=False):
+        logits = x.to(wide) @ gate.to(wide).T
+        experts = _chosen(logits.detach(), routing)
+        return experts, _weights(logits, experts, routing)
 
 
 def _chosen(logits: Tensor, routing: Routing) -> Tensor:
@@ -177,21 +179,22 @@ def routing_structure(routing: Routing) -> ctypes.Structure:
     return cpp.structure("Routing")(*astuple(routing))
 
 
-def _run_cpp(x: Tensor, gate: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+def _run_cpp(x: Tensor, gate: Tensor, routing: Routing, keep: bool) -> tuple[Tensor, Tensor]:
     experts = torch.empty(len(x), routing.per_token, dtype=torch.int64)
     weights = torch.empty(len(x), routing.per_token)
     cpp.call(
-        "route", x.dtype, x, *x.shape, packed(gate), len(gate),
+        "route", x.dtype, x, *x.shape, packed(gate) if keep else pack(gate), len(gate),
         ctypes.byref(routing_structure(routing)), experts, weights,
     )  # fmt: skip
     return experts, weights
 
 
-def route(x: Tensor, gate: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+def route(x: Tensor, gate: Tensor, routing: Routing, keep: bool = True) -> tuple[Tensor, Tensor]:
     """Choose the experts of every token.
 
     x: (T, H), gate: (E, H), one floating dtype. routing.per_token is at most E, and at most what
-    the groups that are kept hold; routing.groups divides E.
+    the groups that are kept hold; routing.groups divides E. keep: where C++ packs gate, the copy
+    stays beside it.
     Returns the experts (T, K) int64, and their weights (T, K) float32 (float64 for float64 input),
     differentiable. Raises ValueError for anything else.
     """
@@ -205,7 +208,7 @@ def route(x: Tensor, gate: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = _Route.apply(x, gate, routing)
         return found
     if packs(x, gate):
-        return _run_cpp(x, gate, routing)
+        return _run_cpp(x, gate, routing, keep)
     return route_ref(x, gate, routing)
 
 

@@ -336,9 +336,10 @@ def _refuse_unsupported(reader: Reader, architecture: str) -> None:
 
 
 def _names_published_code(code: object) -> bool:
-    """Whether auto_map names nothing but classes of the files that come with DeepSeek-V2."""
+    """Whether auto_map names nothing but classes of the files that come with DeepSeek-V2, as they
+    stand beside a config, or in a repository, `owner/name--` before them."""
     names = code.values() if isinstance(code, dict) else ()
-    pattern = r"(configuration|modeling)_deepseek\.DeepseekV2\w+"
+    pattern = r"([\w.-]+/[\w.-]+--)?(configuration|modeling)_deepseek\.DeepseekV2\w+"
     return bool(names) and all(isinstance(n, str) and re.fullmatch(pattern, n) for n in names)
 
 
@@ -420,7 +421,8 @@ def hf_config(
 
     base: the contents of the one that the decoder was read from, be it of a language model or of a
     scalar one. All of it stays, in its own spelling, but for the dtype and what a scalar model has
-    other than a language model; of a model that sees images, what it says of its text model.
+    other than a language model; of a model that sees images, what it says of its text model. What
+    names code is left out, since the code is not written.
     """
     known = SCALAR_ARCHITECTURES if scalar else ARCHITECTURES
     name = next(k for k, v in known.items() if v == config.architecture)
@@ -431,6 +433,7 @@ def hf_config(
         values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         values["pad_token_id"] = config.pad_token_id
     values["architectures"] = [name]
+    values.pop("auto_map", None)
     if config.dtype is not None:
         spelt = [key for key in ("dtype", "torch_dtype") if key in values] or ["dtype"]
         values |= dict.fromkeys(spelt, str(config.dtype).removeprefix("torch."))

@@ -6,8 +6,8 @@ B begins as zeros, so that an adapted model begins as the model itself; with its
 stays that for ever. Fused projections (q, k, v; gate, up) share one A. Where only some of them are
 adapted, B has the rows of those alone. Source: arXiv 2106.09685.
 
-Routed experts and their router have none, as under `peft`: of a mixture of experts the attention is
-adapted, and what dense and shared blocks there are.
+Of a mixture of experts the attention alone is adapted: `peft` takes gate_proj, up_proj and
+down_proj of such a model for its routed experts.
 
 An adapted model is trained and sampled as it is, over one copy of its base. C++, which lays weights
 out anew, and Hugging Face directories take each layer's merged weight, one after another.
@@ -33,6 +33,7 @@ TARGETS = (
     "q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
     "o_proj", "gate_proj", "up_proj", "down_proj",
 )  # fmt: skip
+BLOCK_TARGETS = {"gate_proj", "up_proj", "down_proj"}
 
 
 class AdaptedLinear(Linear):
@@ -97,21 +98,23 @@ def add_adapters(
     """Freeze a decoder, in place, and give the linear layers of its blocks adapters.
 
     targets: the projections that are adapted, some of TARGETS, those left out that the model does
-    not have, or in routed experts alone. Raises ValueError for other names, where none is left, and
-    for a rank or an alpha that is not positive.
+    not have, and with experts those of its blocks. Raises ValueError for other names, where none is
+    left, and for a rank or an alpha that is not positive.
     """
     if rank < 1 or not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"an adapter of rank {rank} and alpha {alpha}")
     unknown = [name for name in targets if name not in TARGETS]
     if unknown or not targets:
-        known = ", ".join(TARGETS)
-        raise ValueError(f"adapters of {', '.join(unknown) or 'nothing'}: known are {known}")
+        raise ValueError(
+            f"adapters of {', '.join(unknown) or 'nothing'}: known are {', '.join(TARGETS)}"
+        )
+    known = set(TARGETS) - (BLOCK_TARGETS if any(model.config.experts) else set())
     has = {
         name
         for path, module in model.layers.named_modules()
         if type(module) is Linear
         for name in stored_rows(model.config, path.rpartition(".")[2], module.out_features)
-        if name in TARGETS
+        if name in known
     }
     if has.isdisjoint(targets):
         raise ValueError(
@@ -125,7 +128,7 @@ def add_adapters(
                 if type(child) is not Linear:
                     continue
                 rows = stored_rows(model.config, name, child.out_features)
-                if not rows.keys().isdisjoint(targets):
+                if not rows.keys().isdisjoint(has.intersection(targets)):
                     adapted = AdaptedLinear(child, rank, alpha, rows, targets, generator)
                     setattr(parent, name, adapted)
 

@@ -142,8 +142,9 @@ def _yarn(inner: Reader, context: int) -> YarnScaling:
         raise inner.error(
             f"factor {factor} times original_max_position_embeddings {old} exceeds {MAX_CONTEXT}"
         )
+    # 0 is what DeepSeek's own code takes for none.
     mscales = [
-        inner.number(key) if inner.has(key) else None for key in ("mscale", "mscale_all_dim")
+        inner.number(key) if inner.values.get(key) else None for key in ("mscale", "mscale_all_dim")
     ]
     scaling = YarnScaling(
         factor=factor,

@@ -12,9 +12,9 @@ shared block beside them, which all tokens go through.
 
 T tokens of any number of sequences lie flat, side by side; positions say where each stands. The
 attention itself is passed in: prefill, decode and training share this forward and differ in
-`attend` alone. A run may pass in its own matrix product, in place of `linear`, and with a cache a
-`write` that takes keys and values there. q, k, v and gate, up are stored as fused weights, the only
-layout there is.
+`attend` alone. A run may pass in its own matrix product, in place of `linear`, for all but a router
+and its experts, and with a cache a `write` that takes keys and values there. q, k, v and gate, up
+are stored as fused weights, the only layout there is.
 
 On CPU the matrix products are torch's, whose bits depend on T and on the number of threads. Only
 the C++ forward (`models/decoder.py`) gives a row the same bits in any batch; on a GPU
@@ -132,8 +132,9 @@ class ExpertsMLP(nn.Module):
 
     def forward(self, x: Tensor, product: Product) -> Tensor:
         own = self.experts
-        experts, weights = route(x, self.gate.weight, self.routing)
-        out = moe(x, own.gate_up_proj, own.down_proj, experts, weights, self.activation)
+        keep = product is linear
+        experts, weights = route(x, self.gate.weight, self.routing, keep)
+        out = moe(x, own.gate_up_proj, own.down_proj, experts, weights, self.activation, keep)
         return out if self.shared_experts is None else out + self.shared_experts(x, product)
 
 
@@ -232,9 +233,9 @@ class Transformer(nn.Module):
         """Hidden states after the final norm, (T, hidden_size).
 
         token_ids, positions: (T,) int64 on the model's device. attend: see `Attend`; it is called
-        once per layer, in order. product: what all linear layers multiply with. write: where there
-        is a cache, see `Write`. Neither ids nor positions are range-checked here (that would wait
-        for the device).
+        once per layer, in order. product: what all linear layers multiply with; where it is not
+        `linear`, no packed copy of an expert stays. write: where there is a cache, see `Write`.
+        Neither ids nor positions are range-checked here (that would wait for the device).
         """
         config = self.config
         angles = self.angles(positions)

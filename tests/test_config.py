@@ -14,6 +14,7 @@ from transformers import AutoConfig, Gemma2Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from engine.kv_cache import cell_bytes
+from kernels.forest_attention.schedule import keys_per_partial
 from kernels.route import Routing
 from models.config import (
     ARCHITECTURES,
@@ -188,10 +189,39 @@ def test_deepseek_v2_lite(tmp_path: Path) -> None:
     assert config.attention[26].scale == pytest.approx(1.5896 * 192**-0.5, rel=1e-4)
     # 30.4 KiB of a token's latents and of what rope has turned.
     assert cell_bytes(config, torch.bfloat16) == 27 * (512 + 64) * 2
-    for code in ("modeling_own.DeepseekV2Model", "modeling_deepseek.Own"):
-        changed = DEEPSEEK_V2_LITE | {"auto_map": {"AutoModel": code}}
-        with pytest.raises(ValueError, match="auto_map names code"):
-            read_config(write(tmp_path, changed))
+    assert "auto_map" not in hf_config(config, base=DEEPSEEK_V2_LITE)
+    partial_bytes, key_bytes = 2 * 4 * 16 * (512 + 1), 2 * (512 + 64)
+    keys = keys_per_partial(16, config.cached_value_dim, config.cell_width, torch.bfloat16)
+    assert keys == partial_bytes // key_bytes
+
+
+@pytest.mark.parametrize(
+    ("code", "reads"),
+    [
+        ("modeling_deepseek.DeepseekV2Model", True),
+        # As transformers writes what it read by a name.
+        ("deepseek-ai/DeepSeek-V2-Lite--modeling_deepseek.DeepseekV2Model", True),
+        ("modeling_own.DeepseekV2Model", False),
+        ("modeling_deepseek.Own", False),
+        ("a/b/c--modeling_deepseek.DeepseekV2Model", False),
+    ],
+)
+def test_code_beside_a_deepseek_v2(tmp_path: Path, code: str, reads: bool) -> None:
+    write(tmp_path, DEEPSEEK_V2_LITE | {"auto_map": {"AutoModel": code}})
+    if reads:
+        assert read_config(tmp_path).latent is not None
+        return
+    with pytest.raises(ValueError, match="auto_map names code"):
+        read_config(tmp_path)
+
+
+def test_no_mscale_may_be_written_as_0(tmp_path: Path) -> None:
+    scaling: dict[str, Any] = DEEPSEEK_V2_LITE["rope_scaling"]
+    ropes = []
+    for changes in ({"mscale": 0, "mscale_all_dim": 0.0}, {"mscale": None, "mscale_all_dim": None}):
+        values = DEEPSEEK_V2_LITE | {"rope_scaling": scaling | changes}
+        ropes.append(read_config(write(tmp_path, values)).rope)
+    assert ropes[0] == ropes[1]
 
 
 def test_head_dim_and_kv_heads_have_the_usual_defaults(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
-from kernels import cpp
+from kernels import cpp, packed_linear
 from kernels.route import Routing
 from kernels.sample_token import SamplingOptions
 from models.config import read_config
 from models.experts_config import Experts, experts_values, read_experts
 from models.files import Reader
-from models.lora import AdaptedLinear, add_adapters
+from models.lora import TARGETS, AdaptedLinear, add_adapters
 from models.transformer import ExpertsMLP, linear
 from models.weights import load_weights, save_pretrained
 from tests import tiny
@@ -29,6 +29,8 @@ from tests.rows import needs_cpp
 from tests.test_cpp import assert_alike
 from tests.test_generate import drawn, make_generator, make_groups, run
 from tests.test_transformer import built, oracle_logits, tiny_config, token_ids
+from train.packing import hidden_states, pack, packed_attention
+from train.trajectories import Trajectory
 
 QWEN3_MOE: dict[str, Any] = {
     "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,
@@ -261,22 +263,32 @@ def test_the_decoder_with_groups_and_a_shared_block(tmp_path: Path) -> None:
         assert_alike(sample(), ours)
 
 
-def test_adapters_leave_routed_experts_out(checkpoint: Path) -> None:
+@pytest.mark.parametrize("targets", [TARGETS, ("up_proj", "o_proj", "q_proj")])
+def test_adapters_are_those_of_attention(checkpoint: Path, targets: Sequence[str]) -> None:
+    """In dense layers too: peft would take their names for those of routed experts."""
     model = load_weights(checkpoint, read_config(checkpoint))
-    add_adapters(model, 2, 4.0)
+    add_adapters(model, 2, 4.0, targets=targets)
     adapted = [name for name, m in model.named_modules() if isinstance(m, AdaptedLinear)]
-    assert [name for name in adapted if "mlp" in name] == [
-        "layers.1.mlp.gate_up_proj", "layers.1.mlp.down_proj",
-    ]  # fmt: skip
+    assert len(adapted) == 2 * model.config.num_layers
+    assert not any("mlp" in name for name in adapted)
 
 
-def test_adapters_of_routed_experts_alone_are_refused(tmp_path: Path) -> None:
-    model = built(tiny_config(tmp_path, "qwen3_moe", mlp_only_layers=[]))
+def test_adapters_of_blocks_alone_are_refused(tmp_path: Path) -> None:
+    model = built(tiny_config(tmp_path, "qwen3_moe"))
     has = "the model has k_proj, o_proj, q_proj, v_proj"
     with pytest.raises(ValueError, match=f"adapters of up_proj, down_proj: {has}$"):
         add_adapters(model, 2, 4.0, targets=("up_proj", "down_proj"))
-    own = Experts(6, 40, Routing(2), 72)
-    shared = built(replace(tiny_config(tmp_path, "qwen3_moe"), experts=(own,) * 3))
-    add_adapters(shared, 2, 4.0, targets=("up_proj",))
-    adapted = shared.get_submodule("layers.0.mlp.shared_experts.gate_up_proj")
-    assert isinstance(adapted, AdaptedLinear) and len(adapted.lora_b) == 72
+
+
+@needs_cpp
+def test_training_keeps_no_packed_copy_of_an_expert(checkpoint: Path) -> None:
+    model = load_weights(checkpoint, read_config(checkpoint))
+    batch = pack([Trajectory([(5, 6, 7)], (8, 9, 10))])
+    own = {id(parameter) for parameter in model.parameters()}
+    kept = lambda: own & {id(weight) for weight in packed_linear._packed}  # noqa: E731
+    with torch.no_grad():
+        found = hidden_states(model, batch)
+        assert not kept()
+        attend = packed_attention(model.config, batch)
+        sampled = model(batch.token_ids, batch.positions, attend)[batch.predicting]
+    assert len(kept()) > 2 and sampled.equal(found)

@@ -218,8 +218,9 @@ def test_gradients_equal_transformers(tmp_path: Path, family: str) -> None:
         torch.testing.assert_close(grad, expected[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_autocast_trains(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, "qwen3")
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v2"])
+def test_autocast_trains(family: str, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, family)
     model = built(config)
     ids, positions = token_ids(40), torch.arange(40)
     grads = []

@@ -68,7 +68,9 @@ def evaluate(benchmark: Benchmark, args: Args) -> int:
     assert args.out is not None
     layout = args.layout or benchmark.layouts[0]
     if layout not in benchmark.layouts:
-        raise ValueError(f"layout = {layout!r}: {benchmark.title} has {', '.join(benchmark.layouts)}")
+        raise ValueError(
+            f"layout = {layout!r}: {benchmark.title} has {', '.join(benchmark.layouts)}"
+        )
     items, unread = read(benchmark, args, layout)
     if not items:
         raise ValueError(f"{args.data} has no entry of {benchmark.title}: {_first_error(unread)}")
@@ -85,7 +87,9 @@ def evaluate(benchmark: Benchmark, args: Args) -> int:
         return status
     settings = read_judge_settings(args.model, args.settings)
     scale = None if args.meta_model is None else read_judge_settings(args.meta_model).meta_scale
-    results.write(args.out, benchmark, items, settings.threshold, scale, about(benchmark, args, layout))
+    results.write(
+        args.out, benchmark, items, settings.threshold, scale, about(benchmark, args, layout)
+    )
     write_page(args.out)
     print((args.out / "results.md").read_text(encoding="utf-8"))
     return status or int(bool(unread))
@@ -161,7 +165,9 @@ def add_time(path: Path, judged: int, summary: dict[str, Any]) -> None:
 def about(benchmark: Benchmark, args: Args, layout: Layout) -> dict[str, Any]:
     """What was evaluated, and how: part of the results."""
     values = command.flat(args) | {"benchmark": benchmark.name, "layout": layout}
-    shown = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    shown = {
+        name: str(value) if isinstance(value, Path) else value for name, value in values.items()
+    }
     left_out = ("data", "out", "show_prompt", "drain_seconds", "max_batch")
     return {name: value for name, value in sorted(shown.items()) if name not in left_out}
 

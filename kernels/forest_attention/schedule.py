@@ -89,13 +89,12 @@ def forward_key(window: int | None, shape: HeadShape) -> CompiledKey:
     return CompiledKey("triton", "forward", window, shape)
 
 
-def keys_per_partial(
-    num_heads: int, num_kv_heads: int, dim: int, v_dim: int, dtype: torch.dtype
-) -> int:
+def keys_per_partial(num_heads: int, v_dim: int, cell: int, dtype: torch.dtype) -> int:
     """How many keys and values of one layer are as many bytes as one query's partial result, which
-    is written and read again: what the choice between sharing and inlining weighs."""
+    is written and read again: what the choice between sharing and inlining weighs. cell: how many
+    numbers a token has in the cache of a layer."""
     partial_bytes = num_heads * (v_dim + 1) * 4 * 2
-    return partial_bytes // (num_kv_heads * (dim + v_dim) * dtype.itemsize)
+    return partial_bytes // (cell * dtype.itemsize)
 
 
 class Sizes(NamedTuple):

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels import moe as operation
 from kernels.gated_act import ACTIVATIONS, gated_act_ref
 from kernels.moe import moe, moe_ref
 from tests.implementations import Implementation, gradients
@@ -125,6 +127,28 @@ def test_frozen_weights_cost_no_gradient(on: Implementation) -> None:
     assert alone.equal(both[0])
 
 
+@pytest.mark.implementations("triton")
+def test_inference_keeps_nothing_for_a_backward(
+    on: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though weights ask for gradients: the halves of gate and up are not written."""
+    x, gate_up, down, experts, weights = inputs(on)
+    given: list[object] = []
+
+    def counted(*arguments: object, halves: object = None, **options: Any) -> Any:
+        given.append(halves)
+        return products(*arguments, halves=halves, **options)
+
+    products = operation._products
+    monkeypatch.setattr(operation, "_products", counted)
+    gate_up.requires_grad_()
+    with torch.no_grad():
+        moe(x, gate_up, down, experts, weights, "silu")
+    assert given == [None, None]
+    moe(x, gate_up, down, experts, weights, "silu")
+    assert given[2] is not None
+
+
 @pytest.mark.implementations("cpp", "triton")
 @pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("threads", [1, 3])
@@ -179,7 +203,7 @@ def test_other_shapes_are_refused() -> None:
         {"x": x[0]}, {"gate_up": gate_up[:, 1:]}, {"down": down.half()},
         {"experts": experts[:4]}, {"experts": experts.int()}, {"weights": weights.double()},
     ):  # fmt: skip
-        arguments = {
+        arguments: dict[str, Any] = {
             "x": x, "gate_up": gate_up, "down": down, "experts": experts, "weights": weights,
         } | change  # fmt: skip
         with pytest.raises(ValueError, match=f"moe: {next(iter(change))} must be"):
