@@ -11,6 +11,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from bench.evaluate.benchmark import Item
+from bench.evaluate.benchmarks.plain import BENCHMARK
+from bench.evaluate.curves import Way, values_of, votes_up_to
+from bench.evaluate.facts import facts_of
 from bench.evaluate.votes import read_votes, row_scores
 from engine.request import BadRow, Row, make_row
 from engine.sample import main
@@ -244,3 +248,14 @@ def test_an_evaluation_reads_them_as_votes_in_any_order(
     assert found.by_first.shape == (2, 1, 2)
     for each in found.by_first:
         assert np.array_equal(each, found.means) and not np.isnan(each).any()
+
+    labelled = [Item(x["id"], "s", (make_row(x["prompt"], x["responses"], label=1),))
+                for x in LABELLED[:2]]  # fmt: skip
+    vote = BENCHMARK.rules[0]
+    rules = [vote, vote._replace(ranks=True)]
+    plain, ranked = values_of(labelled, [two, one], rules, [Way()], votes_up_to(1))
+    right = float(lines[0]["best"] == 1)
+    assert plain.means[0].tolist() == ranked.means[0].tolist() == [[right]]
+    assert np.isnan(plain.means[1]).all() and not np.isnan(ranked.means[1]).any()
+    facts = facts_of(labelled, [two, one])
+    assert facts["first"]["won"] is facts["flips"]["share"] is None and facts["valid"] == 2

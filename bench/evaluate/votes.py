@@ -26,6 +26,7 @@ class RowVotes(NamedTuple):
     that was shown first, -1 where each was read by itself. tokens: (k,) int64, generated. invalid:
     (k,) why a sample has no scores. row_tokens: of the prompts' tree. prompt_tokens: of all
     samples' prompts, none of them shared. error: why the row has no verdict, and then k = 0.
+    has_threshold: whether a response by itself is right or wrong by its score.
     """
 
     id: str
@@ -39,6 +40,7 @@ class RowVotes(NamedTuple):
     prompt_tokens: int
     facts: Any  # the row's `meta`
     error: str | None = None
+    has_threshold: bool = True
 
 
 def read_votes(path: Path, threshold: float) -> Iterator[RowVotes]:
@@ -57,7 +59,8 @@ def _of_line(line: dict[str, Any], threshold: float) -> RowVotes:
         )  # fmt: skip
     samples = line["samples"]
     n = len(samples[0]["order"] or samples[0]["scores"])
-    shift = threshold if n == 1 and line.get("score") != "head" else 0.0
+    has_threshold = line.get("score") != "head"
+    shift = threshold if n == 1 and has_threshold else 0.0
 
     def table(name: str) -> np.ndarray:
         given = [each.get(name) or [np.nan] * n for each in samples]
@@ -75,6 +78,7 @@ def _of_line(line: dict[str, Any], threshold: float) -> RowVotes:
         line["usage"]["tree_tokens"],
         line["usage"]["prompt_tokens"],
         line.get("row_meta"),
+        has_threshold=has_threshold,
     )
 
 
