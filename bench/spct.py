@@ -188,10 +188,11 @@ def scalar_chances(directory: Path, rows: Path) -> np.ndarray:
     1/2 for a single response, on which such a model has no say."""
     judge, labelled = ScalarJudge.load(directory), labelled_rows(rows)[0]
     found = []
-    for row, scores in zip(labelled, judge.rows(labelled), strict=True):
-        if isinstance(scores, RowFailure):
-            raise ValueError(f"row {row.id}: {scores.error}")
-        assert row.label is not None
+    for row, verdict in zip(labelled, judge.rows(labelled), strict=True):
+        if isinstance(verdict, RowFailure):
+            raise ValueError(f"row {row.id}: {verdict.error}")
+        scores = verdict.mean_scores
+        assert row.label is not None and scores is not None
         found.append(0.5 if len(scores) == 1 else chance_right(scores, row.label, 0.0))
     return np.array(found)
 

@@ -1,7 +1,7 @@
 r"""How other published judges write their verdicts: a text -> a score for each response.
 
     pairwise     [[A]] or [[B]], in tags or not (MT-Bench, arXiv 2306.05685; RM-R1, 2505.02387;
-                 Skywork-Critic); [[C]] is a tie of two
+                 Skywork-Critic); [[C]] is a tie of two, and [[7]] rates one response
     answer-tags  <answer>7</answer><answer>3</answer> (JudgeLRM, arXiv 2504.00050)
     json         {"scores": {"model-1": 4, "model-2": 2}, ...} (RewardAnything, arXiv 2506.03637)
     rating       [RESULT] 4, for one response, or [RESULT] A, for several (Prometheus 2, arXiv
@@ -21,6 +21,7 @@ from kernels.score_grammar import Outcome, Reason
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _PAIRWISE = re.compile(r"\[\[([A-Z])\]\]")
+_RATED = re.compile(r"\[\[([^\[\]]*)\]\]")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _RESULT = re.compile(r"\[RESULT\]\s*(?:\(?\s*)([+-]?\d+|[A-Z]\b)")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}(?:\.0*)?")
@@ -61,6 +62,9 @@ def _scores(items: list[object], n: int, score_min: int, score_max: int) -> Outc
 
 
 def _read_pairwise(text: str, n: int, score_min: int, score_max: int) -> Outcome | None:
+    if n == 1:
+        rated = _RATED.findall(text)
+        return _scores(rated[-1:], n, score_min, score_max) if rated else None
     letters = _PAIRWISE.findall(text)
     return _winner(letters[-1], n, score_min, score_max) if letters else None
 

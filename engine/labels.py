@@ -148,7 +148,7 @@ def chance_right(scores: Sequence[float], label: int | Sequence[float], threshol
 
 
 def chance_correct(
-    votes: Sequence[Sequence[int]], label: int | Sequence[float], threshold: float
+    votes: Sequence[Sequence[float]], label: int | Sequence[float], threshold: float
 ) -> float:
     """The chance that the mean of these votes' scores agrees with the label; 0 without a vote."""
     if not votes:
@@ -157,6 +157,8 @@ def chance_correct(
     return chance_right(means, label, threshold)
 
 
-def is_right(scores: Sequence[int] | None, label: int | Sequence[float], threshold: float) -> bool:
+def is_right(
+    scores: Sequence[float] | None, label: int | Sequence[float], threshold: float
+) -> bool:
     """Whether one judgement, its scores in the row's own order, agrees with the row's label."""
     return scores is not None and chance_right(scores, label, threshold) == 1.0

@@ -109,7 +109,8 @@ class PromptOptions:
     them."""
 
     template: Path | None = None
-    """Judge template in place of the model's own: a file, or one of ours, default or grm."""
+    """Judge template in place of the model's own: a file, or one of ours: default, grm, pairwise
+    (for that format), or direct, which asks for scores at once."""
     chat_template: Path | None = None
     """Chat template in place of the model's own."""
     chat_template_kwargs: str | None = None

@@ -103,7 +103,7 @@ class SampleFacts(msgspec.Struct):
 
     order: list[int] = []
     text: str = ""
-    scores: list[int] | None = None
+    scores: list[float] | None = None
     invalid: str | None = None
     forced: bool = False
 

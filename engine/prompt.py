@@ -36,17 +36,26 @@ from models.files import read_text
 from models.tokenizer import Tokenizer, chat_template_of
 
 DEFAULT_TEMPLATE = Path(__file__).with_name("judge_template.jinja")
-GRM_TEMPLATE = Path(__file__).with_name("grm_template.jinja")
-_BUNDLED = {Path("default"): DEFAULT_TEMPLATE, Path("grm"): GRM_TEMPLATE}
+# Judge templates that come with the package. `pairwise` is for the format of that name: which
+# response is best, after a short comparison; `direct` asks for scores at once.
+BUNDLED = {
+    "default": DEFAULT_TEMPLATE,
+    **{
+        name: Path(__file__).with_name(f"{name}_template.jinja")
+        for name in ("grm", "pairwise", "direct")
+    },
+}
 
 
 def read_judge_template(directory: str | Path, file: str | Path | None = None) -> str:
     """The text of a file with a judge template, or else of a model directory's own
-    judge_template.jinja, or of the default. file: "default" and "grm", where there is no such file,
-    are those that come with the package."""
+    judge_template.jinja, or of the default. file: a name of BUNDLED, where there is no such file,
+    is that one."""
     if file is not None:
         path = Path(file)
-        return read_text(path if path.exists() else _BUNDLED.get(path, path), "a judge template")
+        if not path.exists():
+            path = BUNDLED.get(str(path), path)
+        return read_text(path, "a judge template")
     own = Path(directory) / "judge_template.jinja"
     return read_text(own if os.path.lexists(own) else DEFAULT_TEMPLATE, "a judge template")
 

@@ -1,5 +1,8 @@
 """`python -m engine.sample`: rows in, verdicts out. The command line and its wiring, nothing else.
 
+A judge writes judgements (`engine/judge.py`); where the model's directory holds a sequence
+classifier, its scores are the verdict (`engine/scalar_judge.py`).
+
 Without --out the verdicts are printed for a person; with it they are lines of JSON, in input order,
 and a summary of one JSON line goes to standard error. Input is read as the judge asks for it.
 
@@ -27,13 +30,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tqdm import tqdm
 
 from engine import command
+from engine.kind import kind_of
 from engine.options import JudgeOptions, PromptOptions
 from engine.output import LineFacts, Output, resume
 from engine.reading import MAX_ROW_BYTES, Columns, Pipe, open_rows, read_rows
@@ -42,6 +47,10 @@ from engine.stopping import STOP_SIGNALS
 from engine.summary import Tally
 from engine.verdict import RowFailure, Verdict, to_line
 from engine.view import escape, render_error, render_summary, render_verdict
+
+if TYPE_CHECKING:
+    from engine.judge import Judge
+    from engine.scalar_judge import ScalarJudge
 
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
 BUNDLED_ROWS = Path(__file__).with_name("rows.jsonl")
@@ -68,6 +77,11 @@ GROUPS = {
     "sampling": ("temperature", "top_p", "top_k", "min_p", "max_new_tokens"),
     "speed": ("max_batch", "attention", "deterministic"),
 }
+# Options that have no meaning without judgements, beside those of sampling.
+_OF_JUDGEMENTS = (
+    "meta_model", "anchor_nonce", "template", "anchor", "score_min", "score_max", "threshold",
+    "format",
+)  # fmt: skip
 EXAMPLE = "--model DIR --data rows.jsonl --out verdicts.jsonl --k 32"
 T = TypeVar("T")
 
@@ -261,19 +275,10 @@ class _Run:
         if options.out in (None, "-"):
             command.check_stream(1)
         self.entries, self.is_ready = _open(options, stack)
-        given = options.prompts.for_load(**options.settings)
-        from engine.judge import Judge  # loads torch: not for --help, nor for a refused output
-
+        load = _loader(options)
         self.sampling = options.judging
         with drain.loading():
-            self.judge = Judge.load(
-                options.model,
-                dtype=options.dtype,
-                device=options.device,
-                max_batch=options.max_batch,
-                meta=options.meta_model,
-                **given,
-            )
+            self.judge = load()
             done = 0
             if self.output is not None and options.resume:
                 done = resume(self.output, self.entries, self._key, self._count)
@@ -368,6 +373,30 @@ class _Run:
         }
 
 
+def _loader(options: Options) -> "Callable[[], Judge | ScalarJudge]":
+    """Loads what judges with the model, with all libraries imported. Raises ValueError for options
+    that have no meaning for it."""
+    prompts = options.prompts
+    place: dict[str, Any] = {"dtype": options.dtype, "device": options.device}
+    if kind_of(options.model) == "judge":
+        given = prompts.for_load(**options.settings)
+        from engine.judge import Judge  # loads torch: not for --help, nor for a refused output
+
+        place |= {"max_batch": options.max_batch, "meta": options.meta_model}
+        return partial(Judge.load, options.model, **place, **given)
+    for name in _OF_JUDGEMENTS:
+        if (value := command.flat(options)[name]) is not None:
+            raise ValueError(f"{name} = {value} has no meaning for a model that gives only a score")
+    place |= {
+        "chat_template": prompts.chat_template,
+        "chat_template_kwargs": prompts.variables,
+        "date": prompts.date,
+    }
+    from engine.scalar_judge import ScalarJudge
+
+    return partial(ScalarJudge.load, options.model, **place)
+
+
 def _open(options: Options, stack: ExitStack) -> tuple[Iterator[Row | BadRow], Callable[[], bool]]:
     """The rows of --data, and whether one can be read without waiting."""
     if not 1 <= options.max_row_bytes <= _MOST_ROW_BYTES:
@@ -414,6 +443,7 @@ def _first_prompt(options: Options, stack: ExitStack) -> str:
     """What the first sample of the first row would see, without loading weights."""
     from engine.orders import draw_orders, parts_of, seen_by  # these load torch
     from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
+    from engine.scalar_judge import TURNS, with_response
     from engine.settings import read_judge_settings
     from models.tokenizer import Tokenizer
 
@@ -423,17 +453,21 @@ def _first_prompt(options: Options, stack: ExitStack) -> str:
         raise ValueError("there is no row to show")
     if isinstance(row, BadRow):
         raise ValueError(f"line {row.line}: {row.error}")
-    given = options.prompts
+    given, scalar = options.prompts, kind_of(options.model) == "scalar"
     prompts = PromptBuilder(
         Tokenizer(options.model),
-        read_judge_template(options.model, given.template),
+        TURNS if scalar else read_judge_template(options.model, given.template),
         read_judge_settings(options.model, options.settings),
         chat_template=read_chat_template(options.model, given.chat_template),
         chat_template_kwargs=given.variables,
         date=given.date,
+        is_answered=scalar,
     )
-    part = parts_of(draw_orders(row, options)[0], options.max_shown)[0]
-    text = prompts.show(*seen_by(row, part), nonce=prompts.nonce(row, options.seed))
+    if scalar:
+        text = prompts.show(with_response(row, row.responses[0]), [0])
+    else:
+        part = parts_of(draw_orders(row, options)[0], options.max_shown)[0]
+        text = prompts.show(*seen_by(row, part), nonce=prompts.nonce(row, options.seed))
     return escape(text) if sys.stdout.isatty() else text
 
 

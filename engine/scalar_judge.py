@@ -8,13 +8,17 @@ tokenized by themselves, without control tokens (`engine/prompt.py`).
 
 All responses of a row form a tree, so that the conversation is computed once. A score means nothing
 by itself: after training by Bradley-Terry (`train/scalar_rm.py`) a difference of two scores is the
-log-odds that the one response is better than the other.
+log-odds that the one response is better than the other. So a row of one response has a score, and
+is neither right nor wrong.
 
-A row's reference and principles are not read, and nothing is sampled.
+`ScalarJudge` is to `engine.sample` what `Judge` is: a row's verdict is that of one sample, without
+a text. A row's reference and principles are not read, and nothing is drawn but ties.
 """
 
+import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +26,16 @@ from typing import Any
 import torch
 
 from engine.forest import TokenIds
+from engine.generate import Usage
+from engine.head_scores import key_options, options_of, verdict_of
+from engine.key import line_key, model_fingerprint
 from engine.prompt import PromptBuilder, read_chat_template
-from engine.request import Row
+from engine.request import BadRow, Row
 from engine.sequence_scorer import SequenceScorer
 from engine.settings import JudgeSettings, read_judge_settings
 from engine.templates import DATE
-from engine.verdict import RowFailure
+from engine.verdict import RowFailure, Sample, Verdict
+from kernels import cpp
 from models import load_scalar
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
@@ -37,6 +45,7 @@ TURNS = (
     "{% for message in messages %}{{ turn(message.role) }}{{ message.content }}{% endfor %}"
     "{{ turn('assistant') }}{{ responses[0] }}"
 )
+OPTIONS = ("seed", "deterministic", "attention")  # of `JudgeOptions`, those that have a meaning
 
 
 class ScalarJudge:
@@ -51,11 +60,17 @@ class ScalarJudge:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         date: str = DATE,
         settings: JudgeSettings | None = None,
+        fingerprint: str = "",
+        cache_bytes: int | None = None,
     ) -> None:
         """Template, its variables and date are as for `PromptBuilder`; of the settings only
-        join_blanks matters."""
+        join_blanks matters. `fingerprint` identifies the model in keys; cache_bytes is as for
+        `SequenceScorer`."""
         self.model = model
         self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
+        self.cache_bytes = cache_bytes
+        self.usage = Usage()
         self.prompts = PromptBuilder(
             tokenizer, TURNS, settings or JudgeSettings(), chat_template=chat_template,
             chat_template_kwargs=chat_template_kwargs, date=date, is_answered=True,
@@ -71,10 +86,12 @@ class ScalarJudge:
         date: str = DATE,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
+        cache_bytes: int | None = None,
     ) -> "ScalarJudge":
         """Load a directory in Hugging Face layout that holds a sequence classifier of one label.
 
-        chat_template: a file in place of the directory's own. Raises ValueError naming the file for
+        chat_template: a file in place of the directory's own; cache_bytes as for `SequenceScorer`.
+        Raises ValueError naming the file for
         anything that cannot be read or is not supported.
         """
         model, tokenizer = load_scalar(directory, dtype, device)
@@ -85,6 +102,8 @@ class ScalarJudge:
             chat_template_kwargs=chat_template_kwargs,
             date=date,
             settings=read_judge_settings(directory),
+            fingerprint=model_fingerprint(directory),
+            cache_bytes=cache_bytes,
         )
 
     def sequences(self, row: Row) -> list[list[TokenIds]]:
@@ -95,7 +114,7 @@ class ScalarJudge:
         known: dict[Any, Any] = {}
         sequences = []
         for number, response in enumerate(row.responses, 1):
-            shown = replace(row, responses=(response,), reference=None, principles=None)
+            shown = with_response(row, response)
             segments = [each.token_ids for each in self.prompts.segments(shown, [0], known=known)]
             while segments and segments[-1][-1] == config.pad_token_id:
                 *before, last = segments
@@ -109,19 +128,77 @@ class ScalarJudge:
             sequences.append(segments)
         return sequences
 
+    def opens_thinking(self, row: Row, seed: int = 0) -> bool:
+        """No prompt ends in an open `<think>`: nothing is written."""
+        return False
+
+    def key(self, entry: Row | BadRow, **options: Any) -> str:
+        """The key of an entry's line under the options of `rows`: a hash of all that decides it."""
+        weight = self.model.score.weight
+        everything = key_options(options_of(options, OPTIONS), OPTIONS) | {
+            "join_blanks": self.prompts.settings.join_blanks,
+            "judge_template": self.prompts.judge_template,
+            "chat_template": self.prompts.chat_template,
+            "chat_template_kwargs": json.dumps(self.prompts.chat_template_kwargs, sort_keys=True),
+            "date": self.prompts.date,
+            "dtype": str(weight.dtype),
+            "device": weight.device.type,
+        }
+        if weight.device.type == "cpu":
+            everything["implementation"] = cpp.implementation()
+        return line_key(entry, everything, self.fingerprint)
+
     def rows(
-        self, rows: Iterable[Row], *, deterministic: bool = False, cache_bytes: int | None = None
-    ) -> Iterator[list[float] | RowFailure]:
-        """The scores of each row's responses, in the row's own order, one row after another. A row
-        that cannot be read, or has a score that is not a finite number, comes out as a RowFailure
-        in its place. Options are those of `SequenceScorer`."""
-        scorer = SequenceScorer(self.model, deterministic=deterministic, cache_bytes=cache_bytes)
-        for row in rows:
-            try:
-                scores = scorer.score(self.sequences(row))
-                if not all(map(math.isfinite, scores)):
-                    raise ValueError(f"scores {scores} are not all finite numbers")
-            except ValueError as error:
-                yield RowFailure(row.id, row.line, None, str(error))
-            else:
-                yield scores
+        self, entries: Iterable[Row | BadRow | None], **options: Any
+    ) -> Iterator[Verdict | RowFailure]:
+        """Judge rows: one outcome for each entry but None, in input order.
+
+        Of the options of `Judge.rows`, OPTIONS have a meaning, and others have to be as they are by
+        default. A verdict has one sample, which holds the scores in the row's own order, `score` is
+        "head", and `correct` is None where there is one response. A row that cannot be read, or has
+        a score that is not a finite number, comes out as a RowFailure in its place. Raises
+        ValueError for options out of range.
+        """
+        chosen = options_of(options, OPTIONS)
+        scorer = SequenceScorer(
+            self.model,
+            deterministic=chosen.deterministic,
+            prefill_backend=None if chosen.attention == "auto" else chosen.attention,
+            cache_bytes=self.cache_bytes,
+        )
+        return (
+            self._outcome(entry, self.key(entry, **options), scorer, chosen.seed)
+            for entry in entries
+            if entry is not None
+        )
+
+    def _outcome(
+        self, entry: Row | BadRow, key: str, scorer: SequenceScorer, seed: int
+    ) -> Verdict | RowFailure:
+        if isinstance(entry, BadRow):
+            return RowFailure(entry.id, entry.line, key, entry.error)
+        start, before = time.perf_counter(), scorer.tokens
+        try:
+            sequences = self.sequences(entry)
+            scores = scorer.score(sequences)
+            if not all(map(math.isfinite, scores)):
+                raise ValueError(f"scores {scores} are not all finite numbers")
+        except ValueError as error:
+            return RowFailure(entry.id, entry.line, key, str(error))
+        finally:
+            self.usage.prefill_tokens += scorer.tokens - before
+            self.usage.prefill_seconds += time.perf_counter() - start
+        sample = Sample((), "", tuple(scores), None, None, 0, "eos", [], [], [])
+        tokens = sum(len(segment) for sequence in sequences for segment in sequence)
+        return verdict_of(entry, key, [sample], seed, tokens, distinct_tokens(sequences))
+
+
+def with_response(row: Row, response: str) -> Row:
+    """What the model reads of a row: the conversation, and one response."""
+    return replace(row, responses=(response,), reference=None, principles=None)
+
+
+def distinct_tokens(sequences: Iterable[Sequence[TokenIds]]) -> int:
+    """The tokens of the tree that sequences of segments form."""
+    paths = {tuple(each[: i + 1]) for each in sequences for i in range(len(each))}
+    return sum(len(path[-1]) for path in paths)

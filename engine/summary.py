@@ -69,7 +69,7 @@ class Tally:
             return
         self.forced += sample.forced
         top = max(sample.scores)
-        if len(sample.scores) > 1 and sample.scores.count(top) == 1:
+        if sample.order and len(sample.scores) > 1 and sample.scores.count(top) == 1:
             self.winners += 1
             self.first_won += sample.scores[sample.order[0]] == top
             self.first_expected += 1 / len(sample.scores)

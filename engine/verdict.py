@@ -21,9 +21,10 @@ _CHECK_STARTS = -len(b',"check":"0123456789abcdef"}\n')
 class Sample:
     """One judgement.
 
-    `order[j]` is the response shown in position j. `scores` are one integer per response, in the
-    row's own order, or None, and then `invalid` says why. `expected` are the means of the
-    distributions that they were drawn from, where those count. `meta` is the meta RM's or the meta
+    `order[j]` is the response shown in position j; it is empty where each was read by itself.
+    `scores` are one integer per response, or what a head gave it, in the row's own order, or None,
+    and then `invalid` says why. `expected` are the means of the distributions that they were drawn
+    from, where those count. `meta` is the meta RM's or the meta
     head's score of a valid sample, NaN where it has none and so no vote; None without either.
     `tokens` counts generated tokens; `finish` says what ended them; `forced`, that it was then made
     to write its scores, whose tokens count. The log-probs, one per
@@ -33,7 +34,7 @@ class Sample:
 
     order: tuple[int, ...]
     text: str
-    scores: tuple[int, ...] | None
+    scores: tuple[float, ...] | None
     invalid: str | None
     meta: float | None
     tokens: int
@@ -51,11 +52,11 @@ class Verdict:
 
     `best` is a response's index; `scores` are the votes' sums and `mean_scores` their means, one
     per response; all three are None where no sample voted. `score` says which scores of a sample
-    count, `vote` what it counts for a response with them, and `meta_vote` what a meta model did,
-    None without (engine/options.py); sums are integers where the scores that were drawn count
-    themselves, and all alike. `tie` says that `best` was drawn among equals. `valid` counts samples
-    with valid scores, `votes` those that were counted. `k_used` counts the samples drawn where a
-    row may be decided before it has k, and is None elsewhere.
+    count, "head" those that a head gave; `vote` what it counts for a response with them, and
+    `meta_vote` what a meta model did, None without (engine/options.py); sums are integers where the
+    scores that were drawn count themselves, and all alike. `tie` says that `best` was drawn among
+    equals. `valid` counts samples with valid scores, `votes` those that were counted. `k_used`
+    counts the samples drawn where a row may be decided before it has k, and is None elsewhere.
     `prompt_tokens` counts the full prompts of all samples, `tree_tokens` the distinct tokens of
     their tree, `decode_tokens` the generated ones. `label`, `correct` and `row_meta` are None
     without a label or meta. A label that is a tie has no `correct`, but `agrees`: whether `best` is
@@ -76,7 +77,7 @@ class Verdict:
     tree_tokens: int
     decode_tokens: int
     k_used: int | None = None
-    score: Literal["drawn", "expected"] = "drawn"
+    score: Literal["drawn", "expected", "head"] = "drawn"
     vote: Literal["sum", "standardised", "borda"] = "sum"
     meta_vote: Literal["filter", "weight"] | None = None
     label: int | tuple[float, ...] | None = None

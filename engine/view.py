@@ -64,9 +64,11 @@ def render_verdict(row: Row, verdict: Verdict | RowFailure, width: int, color: b
     number = _sample_to_show(verdict)
     sample = verdict.samples[number]
     shown = " ".join(f"[{index}]" for index in sample.order)
-    title = f"Judgement {number + 1} of {len(verdict.samples)}, which saw {shown}"
+    saw = f", which saw {shown}" if shown else ""
+    title = f"Judgement {number + 1} of {len(verdict.samples)}{saw}"
     end = "…" if sample.finish == "length" and not sample.forced else ""
-    lines += _block(title, sample.text.strip(), SAMPLE_LINES, width, paint, end)
+    if sample.order or sample.text:  # a scalar model writes none
+        lines += _block(title, sample.text.strip(), SAMPLE_LINES, width, paint, end)
     if sample.invalid is not None:
         lines.append(paint("red", _cut(f"  No valid scores: {escape(sample.invalid)}", width)))
     lines += _meta_scores(verdict, width, paint)
@@ -243,11 +245,11 @@ def _outcome(row: Row, verdict: Verdict, width: int, paint: _Paint) -> list[str]
     if verdict.label is not None:
         label = _label_text(verdict.label, len(row.responses))
         good = verdict.correct or verdict.agrees
-        if verdict.best is None:
+        if verdict.best is None or verdict.correct is verdict.agrees is None:
             text += f", where the label says {label}"
         else:
             text += ", as labelled" if good else f", but the label says {label}"
-    style = "bold" if verdict.label is None else "green" if good else "red"
+    style = "bold" if verdict.correct is verdict.agrees is None else "green" if good else "red"
     return [paint(style, line) for line in _wrap(f"{text}; {votes}.", width)]
 
 

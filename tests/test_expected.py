@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from engine.decided import samples_to_draw
 from engine.expected import UNIT, expected_scores, number_edges
 from engine.judge import Judge
+from engine.prompt import read_judge_template
 from engine.request import make_row
 from engine.sample import POCKET, main
 from engine.verdict import Sample, to_line
@@ -58,7 +59,7 @@ def by_hand(theirs: Any, judge: Judge, prompt: list[int], sample: Sample) -> lis
     with torch.no_grad():
         logits = theirs(torch.tensor([prompt + sample.token_ids])).logits[0]
     text = b"".join(size[token] for token in sample.token_ids)
-    at = text.rindex(b"boxed{") + len(b"boxed{")
+    at = text.rindex(b"boxed{") + len(b"boxed{") if b"boxed{" in text else 0  # or in the prompt
     end = text.index(b"}", at)
     found = []
     place = 0
@@ -285,3 +286,37 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert all(line["score"] == "expected" for line in lines) and len(lines) > 2
     assert any("expected" in sample for line in lines for sample in line["samples"])
+
+
+def test_a_box_that_the_prompt_opens_is_asked_for_token_probabilities(
+    judge: Judge, theirs: Any
+) -> None:
+    """As the direct template opens it: no word is written before the scores. Each order is judged
+    once, nothing is drawn, and every score has the mean that transformers gives."""
+    assert read_judge_template(POCKET, "direct").endswith(
+        '{{- turn("assistant") -}}\n{{ line }} \\boxed{\n{#- the judgement goes on from here #}\n'
+    )
+    begun = (
+        "Specific Criteria: closing 5, color 3, opening 1\nAnalysis:\n"
+        "Response 1: color blue=black no, opening Yes=Yes yes, 1+1=2\n"
+        "Response 2: color blue=blue yes, opening Yes=Yes yes, 1+5+3=9\nScores: \\boxed{"
+    )
+    template = f"{judge.prompts.judge_template.rstrip()}{{{{ turn('assistant') }}}}{begun}"
+    direct = rebuilt(judge, judge_template=template)
+    options = ASKED | {"k": 2, "temperature": 0.0, "stop": "box", "max_new_tokens": 16}
+    rows = [row for row in world_rows(24) if len(row.responses) == 2]
+    verdicts = run(direct, rows, **options)
+    valid = 0
+    for row, verdict in zip(rows, verdicts, strict=True):
+        assert {sample.order for sample in verdict.samples} == {(0, 1), (1, 0)}
+        for sample in verdict.samples:
+            if sample.expected is None:
+                continue
+            valid += 1
+            prompt = direct.prompts.render(row, sample.order)
+            assert direct.tokenizer.show(prompt).endswith("\\boxed{")
+            assert sample.text.endswith("}") and sample.tokens < 9
+            shown = [sample.expected[i] for i in sample.order]
+            assert shown == pytest.approx(by_hand(theirs, direct, prompt, sample), abs=2e-3)
+    assert valid > 5
+    assert list(map(to_line, run(direct, rows, **options))) == list(map(to_line, verdicts))

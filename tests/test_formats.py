@@ -20,6 +20,13 @@ CASES: list[tuple[str, str, int, Outcome]] = [
     ("pairwise", "<think>[[A]]</think>\n[[B]]", 2, SECOND),
     ("pairwise", "[[B]]\n<think>[[A]]", 2, SECOND),
     ("pairwise", "[A] [[a]] [[AB]]", 2, LOST),
+    ("pairwise", "Good. Rating: [[4]]", 1, (Reason.VALID, (4,))),
+    ("pairwise", "[[2]], no: [[ 4 ]]", 1, (Reason.VALID, (4,))),
+    ("pairwise", "[[7]]", 1, (Reason.RANGE, ())),
+    ("pairwise", "[[4.5]]", 1, (Reason.NOT_AN_INTEGER, ())),
+    ("pairwise", "[[A]]", 1, (Reason.NOT_AN_INTEGER, ())),
+    ("pairwise", "[4]", 1, LOST),
+    ("pairwise", "[[4]]", 2, LOST),
     ("answer-tags", "<think>7 and 3</think><answer>4</answer><answer>2</answer>", 2,
      (Reason.VALID, (4, 2))),
     ("answer-tags", "<answer> 4, 2 </answer>", 2, (Reason.VALID, (4, 2))),
@@ -64,9 +71,9 @@ def test_written_cases(format: str, text: str, n: int, expected: Outcome) -> Non
         st.text(max_size=60),
         st.lists(
             st.sampled_from(
-                [*'{}[],:"', "[[A]]", "[[", "]]", "<answer>", "</answer>", "4", "scores", "\n",
-                 '"scores": {', '"model-1": 3', "[RESULT] ", "B", "<think>", "</think>", "9" * 5000,
-                 "[" * 5000, "-1", "1e9"]
+                [*'{}[],:"', "[[A]]", "[[4]]", "[[", "]]", "<answer>", "</answer>", "4", "scores",
+                 "\n", '"scores": {', '"model-1": 3', "[RESULT] ", "B", "<think>", "</think>",
+                 "9" * 5000, "[" * 5000, "-1", "1e9"]
             ),
             max_size=12,
         ).map("".join),

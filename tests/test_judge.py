@@ -570,7 +570,7 @@ def test_a_row_of_many_responses_is_judged_in_parts(judge: Judge, size: int) -> 
     assert len(verdict.scores) == len(row.responses)
     number = 0
     for sample in verdict.samples:
-        texts, tokens, scores = list[str](), list[int](), dict[int, int]()
+        texts, tokens, scores = list[str](), list[int](), dict[int, float]()
         for part in parts_of(sample.order, size):
             shown = make_row(row.messages, [row.responses[i] for i in part], id=row.id)
             alone = run(judge, [shown], **(options | {"k": number + 1, "orders": "fixed"}))[0]

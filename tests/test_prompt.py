@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from engine.formats import read_verdict
 from engine.prompt import (
+    BUNDLED,
     DEFAULT_TEMPLATE,
-    GRM_TEMPLATE,
     PromptBuilder,
     Segment,
     read_chat_template,
@@ -24,13 +25,16 @@ from engine.prompt import (
 )
 from engine.request import Row, make_row
 from engine.settings import JudgeSettings, read_judge_settings
+from kernels.score_grammar import Reason
 from models.tokenizer import Tokenizer
 from tests.oracles.turns import judge_turns
 from tests.tiny import CONTROL, SPECIAL, write_tokenizer
 from train.world.pocket import JUDGE_TEMPLATE
 
 DEFAULT = DEFAULT_TEMPLATE.read_text(encoding="utf-8")
-GRM = GRM_TEMPLATE.read_text(encoding="utf-8")
+GRM, PAIRWISE, DIRECT = (
+    BUNDLED[name].read_text(encoding="utf-8") for name in ("grm", "pairwise", "direct")
+)
 GEMMA_CHAT = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
     "{{ raise_exception('System role not supported') }}{% endif %}"
@@ -146,7 +150,11 @@ ROWS: dict[str, Callable[[], Row]] = {
 
 
 @pytest.mark.parametrize("row_name", ROWS)
-@pytest.mark.parametrize("judge", [DEFAULT, GRM, JUDGE_TEMPLATE], ids=["default", "grm", "pocket"])
+@pytest.mark.parametrize(
+    "judge",
+    [DEFAULT, GRM, PAIRWISE, DIRECT, JUDGE_TEMPLATE],
+    ids=["default", "grm", "pairwise", "direct", "pocket"],
+)
 @pytest.mark.parametrize("chat", [None, GEMMA_CHAT, QWEN_CHAT], ids=["chatml", "gemma", "qwen"])
 def test_a_prompt_is_what_jinja2_and_transformers_render(
     tmp_path: Path, chat: str | None, judge: str, row_name: str
@@ -747,6 +755,7 @@ def test_bundled_templates_have_names_unless_a_file_has(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert read_judge_template("m", "grm") == GRM
+    assert read_judge_template("m", "pairwise") == PAIRWISE
     assert read_judge_template("m", Path("default")) == DEFAULT
     Path("grm").write_text("own")
     assert read_judge_template("m", "grm") == "own"
@@ -769,3 +778,24 @@ def test_the_grm_template_divides_any_range(
     text = written(tmp_path, builder.render(make_row("Q", ["A"]), [0]))
     assert re.findall(r"^- (\d+ to \d+):", text, re.M) == shown
     assert (f"{high} means that the response is right" in text) == (not shown)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20])
+def test_what_the_pairwise_template_asks_for_its_format_reads(tmp_path: Path, count: int) -> None:
+    """Every verdict that it names is one, and responses have the letters of their places."""
+    builder = make_builder(tmp_path, PAIRWISE, scores=JudgeSettings(format="pairwise"))
+    row = make_row("Q", [f"ANSWER{i}" for i in range(count)])
+    text = written(tmp_path, builder.render(row, range(count)))
+    assert not builder.uses_nonce
+    found = []
+    for verdict in re.findall(r"\[\[.+?\]\]", text):
+        reason, scores = read_verdict("pairwise", verdict, count, 1, 10, True)
+        assert reason == Reason.VALID
+        found.append(scores)
+    if count == 1:
+        assert found == [(5,)] and "[Begin of response]" in text
+        return
+    best = [(10, *[1] * (count - 1)), (*[1] * (count - 1), 10)]
+    assert found == (best if count > 2 else [*best, (10, 10)])
+    letters = re.findall(r"^\[Begin of response (.)\]\nANSWER(\d+)$", text, re.M)
+    assert letters == [(chr(ord("A") + i), str(i)) for i in range(count)]

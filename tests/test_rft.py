@@ -112,7 +112,7 @@ def rows_of_samples(draw: st.DrawFn) -> tuple[Any, list[Any]]:
     return label, samples
 
 
-def agrees(scores: tuple[int, ...] | None, label: Any) -> bool:
+def agrees(scores: tuple[float, ...] | None, label: Any) -> bool:
     if scores is None:
         return False
     if len(scores) == 1:

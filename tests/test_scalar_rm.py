@@ -18,6 +18,7 @@ from engine.sample import POCKET
 from engine.scalar_judge import ScalarJudge
 from models import load
 from tests.args import args_of
+from tests.judges import scores_of
 from train import scalar_rm
 from train.packing import pack
 from train.ranking import losses_of
@@ -133,10 +134,8 @@ def test_what_is_written_scores_alike_in_training_the_engine_and_transformers(
             ids = tokenizer.apply_chat_template(chat, return_dict=False)
             with torch.no_grad():
                 exact.append(theirs(torch.tensor([ids])).logits[0, 0].item())
-    found = list(ScalarJudge.load(whole).rows(rows))
-    assert [score for scores in found if isinstance(scores, list) for score in scores] == (
-        pytest.approx(exact, rel=0, abs=1e-5)
-    )
+    found = scores_of(ScalarJudge.load(whole), rows)
+    assert [score for scores in found for score in scores] == pytest.approx(exact, rel=0, abs=1e-5)
     assert len(set(exact)) == len(exact)
     trainer = scalar_rm.ScalarTrainer(args)
     packed = all_logits(ScalarJudge.load(whole).model, trainer.read(rows)[0], labelled, 3)

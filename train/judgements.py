@@ -24,7 +24,7 @@ class Judgement:
     text: str
     right: bool
     target: float
-    scores: tuple[int, ...] | None = None
+    scores: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def leave_one_out(row: Row, samples: Sequence[Sample], threshold: float) -> list
     ]
 
 
-def _chance(votes: Sequence[Sequence[int] | None], row: Row, threshold: float) -> float:
+def _chance(votes: Sequence[Sequence[float] | None], row: Row, threshold: float) -> float:
     assert row.label is not None
     valid = [scores for scores in votes if scores is not None]
     return chance_correct(valid, row.label, threshold)

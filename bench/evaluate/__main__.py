@@ -27,6 +27,8 @@ from bench.evaluate.benchmarks import BENCHMARKS
 from bench.evaluate.page import write_page
 from bench.provenance import provenance
 from engine import command, sample
+from engine.kind import kind_of
+from engine.options import JudgeOptions
 from engine.sample import GROUPS, Options, RunOptions
 from engine.settings import read_judge_settings
 from train.directory import replace_text
@@ -45,7 +47,7 @@ class Args(RunOptions):
     out: Path | None = None
     """Directory of the evaluation; an earlier one of the same rows and options is continued."""
     k: int = 32
-    """Judgements per row."""
+    """Judgements per row; a scalar model gives its scores once."""
     layout: Layout | None = None
     """Show an entry of many responses at once (group), or in pairs; none is as the benchmark has
     it."""
@@ -76,6 +78,8 @@ def evaluate(benchmark: Benchmark, args: Args) -> int:
         raise ValueError(f"{args.data} has no entry of {benchmark.title}: {_first_error(unread)}")
     prepare(args.out, items, unread)
     shared = {each.name: getattr(args, each.name) for each in dataclasses.fields(RunOptions)}
+    if kind_of(args.model) == "scalar":
+        shared["k"] = JudgeOptions.k
     rows, verdicts = args.out / "rows.jsonl", args.out / "verdicts.jsonl"
     before = _count_lines(verdicts)
     status, summary = sample.judge(

@@ -74,13 +74,15 @@ def every(item: Item) -> bool:
 class Rule(NamedTuple):
     """A way to score: `official` is that of the authors' own runner, others mend what is wrong with
     it. says: the rule in a sentence. value: (S,) float64 for an item, NaN where it cannot be said
-    of so few votes. counts: whether an item is part of the rule's figures at all."""
+    of so few votes. counts: whether an item is part of the rule's figures at all. ranks: only the
+    order of items' scores matters, so that they need no threshold, which scalar models have not."""
 
     name: str
     says: str
     value: Callable[[Item, Sequence[RowScores]], np.ndarray]
     total: Total = Total()
     counts: Callable[[Item], bool] = every
+    ranks: bool = False
 
 
 class Benchmark(NamedTuple):

@@ -187,17 +187,22 @@ def values_of(
     votes: Votes,
     meta_scale: float = 1.0,
 ) -> list[Values]:
-    """Each rule's values of the items; rows: those of all items, one after another."""
+    """Each rule's values of the items; rows: those of all items, one after another. What a rule
+    asks of the threshold has no value where there is none."""
     given = iter(rows)
     means: list[list[np.ndarray]] = [[] for _ in rules]
     draws: list[list[np.ndarray]] = [[] for _ in rules]
     for item in items:
+        judged = [next(given) for _ in item.rows]
         of_rows = [
-            ways_scores(next(given), len(row.responses), ways, votes, meta_scale)
-            for row in item.rows
+            ways_scores(each, len(row.responses), ways, votes, meta_scale)
+            for each, row in zip(judged, item.rows, strict=True)
         ]
+        compares = len(judged) > 1 or len(item.rows[0].responses) > 1
         for number, rule in enumerate(rules):
             found = rule.value(item, of_rows).reshape(len(ways), -1)
+            if not (compares or rule.ranks or judged[0].has_threshold):
+                found = np.full(found.shape, np.nan)
             means[number].append(_over_draws(found, votes))
             if rule.total.statistic is not None:
                 draws[number].append(found)

@@ -61,7 +61,8 @@ class Counts:
         self.tokens += int(votes.tokens.sum())
         self.tree_tokens += votes.row_tokens
         if len(row.responses) > 1 and valid.any():
-            self._add_comparisons(votes.scores[valid], votes.first[valid])
+            if votes.first[0] >= 0:  # else no sample was shown one first
+                self._add_comparisons(votes.scores[valid], votes.first[valid])
             self._add_verdict(row, votes)
 
     def _add_comparisons(self, scores: np.ndarray, first: np.ndarray) -> None:
@@ -75,7 +76,7 @@ class Counts:
     def _add_verdict(self, row: Row, votes: RowVotes) -> None:
         scores = row_scores(votes.scores, np.ones((1, len(votes.scores))), votes.first)
         winners = [_winner(means[0]) for means in scores.by_first]
-        if winners and None not in winners:
+        if winners and None not in winners and votes.first[0] >= 0:
             self.both_orders += 1
             self.flips += winners[0] != winners[1]
         lengths = np.array([len(response) for response in row.responses])

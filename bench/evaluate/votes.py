@@ -19,12 +19,14 @@ DECIMALS = 9  # of a mean
 class RowVotes(NamedTuple):
     """What the samples of a row said, in the row's own order.
 
-    scores: (k, n) float64, NaN for an invalid sample; where n = 1 the threshold is subtracted.
+    scores: (k, n) float64, NaN for an invalid sample; where n = 1 the threshold is subtracted,
+    which scores of a head have not.
     expected: (k, n), the means of the distributions that scores were drawn from; None where the run
     did not read them. meta: (k,) float64, NaN without a meta score. first: (k,) int64, the response
-    that was shown first. tokens: (k,) int64, generated. invalid: (k,) why a sample has no scores.
-    row_tokens: of the prompts' tree. prompt_tokens: of all samples' prompts, none of them shared.
-    error: why the row has no verdict, and then k = 0.
+    that was shown first, -1 where each was read by itself. tokens: (k,) int64, generated. invalid:
+    (k,) why a sample has no scores. row_tokens: of the prompts' tree. prompt_tokens: of all
+    samples' prompts, none of them shared. error: why the row has no verdict, and then k = 0.
+    has_threshold: whether a response by itself is right or wrong by its score.
     """
 
     id: str
@@ -38,6 +40,7 @@ class RowVotes(NamedTuple):
     prompt_tokens: int
     facts: Any  # the row's `meta`
     error: str | None = None
+    has_threshold: bool = True
 
 
 def read_votes(path: Path, threshold: float) -> Iterator[RowVotes]:
@@ -55,8 +58,9 @@ def _of_line(line: dict[str, Any], threshold: float) -> RowVotes:
             0, None, line["error"],
         )  # fmt: skip
     samples = line["samples"]
-    n = len(samples[0]["order"])
-    shift = threshold if n == 1 else 0.0
+    n = len(samples[0]["order"] or samples[0]["scores"])
+    has_threshold = line.get("score") != "head"
+    shift = threshold if n == 1 and has_threshold else 0.0
 
     def table(name: str) -> np.ndarray:
         given = [each.get(name) or [np.nan] * n for each in samples]
@@ -68,12 +72,13 @@ def _of_line(line: dict[str, Any], threshold: float) -> RowVotes:
         table("scores"),
         table("expected") if any("expected" in each for each in samples) else None,
         np.array(metas, dtype=np.float64),
-        np.array([each["order"][0] for each in samples]),
+        np.array([each["order"][0] if each["order"] else -1 for each in samples]),
         np.array([each["tokens"] for each in samples]),
         tuple(each["invalid"] for each in samples),
         line["usage"]["tree_tokens"],
         line["usage"]["prompt_tokens"],
         line.get("row_meta"),
+        has_threshold=has_threshold,
     )
 
 
@@ -88,8 +93,9 @@ def row_scores(points: np.ndarray, weights: np.ndarray, first: np.ndarray) -> Ro
     """The weighed means of points in S subsets.
 
     points: (k, n), NaN for an invalid sample. weights: (S, k) float64, 0 for samples that a subset
-    does not hold or that its filter drops. first: (k,), the response that was shown first. Means
-    are rounded, so that those that differ by the order of their sum alone are equal.
+    does not hold or that its filter drops. first: (k,), the response that was shown first, -1 for a
+    sample that says the same in any order. Means are rounded, so that those that differ by the
+    order of their sum alone are equal.
     """
     valid = ~np.isnan(points[:, 0])
     filled = np.where(valid[:, None], points, 0.0)
@@ -102,6 +108,8 @@ def row_scores(points: np.ndarray, weights: np.ndarray, first: np.ndarray) -> Ro
         return found
 
     n = points.shape[1]
-    orders = [means(counted * (first == shown)) for shown in range(2 if n == 2 else 0)]
+    orders = [
+        means(counted * ((first == shown) | (first < 0))) for shown in range(2 if n == 2 else 0)
+    ]
     by_first = np.array(orders).reshape(len(orders), len(weights), n)
     return RowScores(means(counted), by_first)

@@ -75,6 +75,7 @@ BENCHMARK = Benchmark(
             "area under the ROC curve of the mean score, of all answers; no vote is the threshold",
             _score,
             Total(over="items", statistic=roc_auc),
+            ranks=True,
         ),
     ),
 )
