@@ -17,7 +17,8 @@ import numpy as np
 
 from engine.request import Row
 
-Layout = Literal["group", "pairs"]
+# All responses of an entry in a row, two in a row, each by itself, or as the benchmark's file says.
+Layout = Literal["group", "pairs", "single", "mixed"]
 
 
 @dataclass(frozen=True)

@@ -134,3 +134,29 @@ def _object(data: bytes) -> dict[str, Any] | None:
         return parse_fields(data) if data.lstrip().startswith(b"{") else None
     except RowError:
         return None
+
+
+def name_of(value: Any) -> str:
+    """A record's own id as text. Raises ValueError for what is neither an integer nor text."""
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise ValueError(f"the id {quote(value)} is neither an integer nor text")
+    return str(value)
+
+
+def texts_of(fields: Mapping[str, Any], key: str) -> list[str]:
+    """A field that is a list of texts, of one at least. Raises KeyError and ValueError."""
+    value = fields[key]
+    if not isinstance(value, list) or not value or not all(isinstance(each, str) for each in value):
+        raise ValueError(f"{key} is {quote(value)} and no list of texts")
+    return value
+
+
+def these_or_all(path: Path, start: str) -> Callable[[str], bool]:
+    """Of `records`: files of a folder that are named so, or lie in a folder that is; where there is
+    none, every file. start: of the name."""
+
+    def named(name: str) -> bool:
+        return any(part.startswith(start) for part in PurePath(name).parts)
+
+    files = (str(each.relative_to(path)) for each in path.rglob("*") if each.is_file())
+    return named if any(map(named, files)) else every_file

@@ -10,7 +10,13 @@ from bench.evaluate.benchmarks import (
     llmbar,
     pandalm,
     plain,
+    ppe_correctness,
+    ppe_preference,
     realmistake,
+    rewardbench,
+    rewardbench2,
+    rm_bench,
+    rmb,
     ultrafeedback,
 )
 
@@ -25,7 +31,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         llmbar.BENCHMARK,
         pandalm.BENCHMARK,
         plain.BENCHMARK,
+        ppe_correctness.BENCHMARK,
+        ppe_preference.BENCHMARK,
         realmistake.BENCHMARK,
+        rewardbench.BENCHMARK,
+        rewardbench2.BENCHMARK,
+        rm_bench.BENCHMARK,
+        rmb.BENCHMARK,
         ultrafeedback.BENCHMARK,
     )
 }
