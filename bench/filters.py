@@ -43,7 +43,7 @@ from engine.judge import Judge
 from engine.labels import chance_correct, chance_right, is_right
 from engine.verdict import Sample, Verdict
 from kernels.vote import Rule, points_of
-from train.ranking import chance_above
+from train.auc import chance_above
 from train.world.cases import Split
 
 FILTERS = ("all", "meta", "random", "shortest", "likeliest", "clearest", "oracle")

@@ -73,21 +73,13 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Options(JudgeOptions):
-    """Judge responses with a generative reward model: k judgements a row, then a vote."""
+class RunOptions(JudgeOptions):
+    """What a run takes, wherever its rows come from."""
 
     model: Path = POCKET
     """Model directory in Hugging Face layout."""
     meta_model: Path | None = None
     """Directory of a meta reward model, which scores judgements; see --meta-vote."""
-    data: str | None = None
-    """Rows: lines or an array of JSON, gzipped or not, or Parquet; - is standard input, none the
-    bundled rows."""
-    columns: str | None = None
-    """Where a table in another layout has what a row needs: JSON or a file of it, such as
-    {"prompt": "input", "responses": ["a", "b"], "label": {"column": "y", "values": {"1": 0}}}."""
-    out: str | None = None
-    """Where verdicts go, one JSON line each; - is standard output, none prints for a person."""
     anchor_nonce: Literal["on", "off"] | None = None
     """Ask for a random number in that line, which no response can hold, and read no line without;
     by default on for models without a judge.json whose template shows the anchor."""
@@ -102,10 +94,35 @@ class Options(JudgeOptions):
     """Longest input line, in bytes; a longer one is an error line."""
     show_prompt: bool = False
     """Print the first row's prompt, as its first sample sees it, and judge nothing."""
-    resume: bool = False
-    """Continue --out where an earlier run of the same rows and options was cut off."""
     drain_seconds: float = 60.0
     """How long a signal lets the rows under way go on; those not finished by then are dropped."""
+
+    @property
+    def judging(self) -> dict[str, Any]:
+        """The options of `Judge.rows`."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(JudgeOptions)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is said in place of judge.json."""
+        nonce = self.anchor_nonce
+        return self.prompts.settings | ({} if nonce is None else {"anchor_nonce": nonce == "on"})
+
+
+@dataclass(frozen=True)
+class Options(RunOptions):
+    """Judge responses with a generative reward model: k judgements a row, then a vote."""
+
+    data: str | None = None
+    """Rows: lines or an array of JSON, gzipped or not, or Parquet; - is standard input, none the
+    bundled rows."""
+    columns: str | None = None
+    """Where a table in another layout has what a row needs: JSON or a file of it, such as
+    {"prompt": "input", "responses": ["a", "b"], "label": {"column": "y", "values": {"1": 0}}}."""
+    out: str | None = None
+    """Where verdicts go, one JSON line each; - is standard output, none prints for a person."""
+    resume: bool = False
+    """Continue --out where an earlier run of the same rows and options was cut off."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m engine.sample") -> int:
@@ -115,19 +132,33 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m engine.s
 
 def _judge(arguments: Sequence[str] | None, prog: str) -> int:
     options = command.parse(Options, GROUPS, prog=prog, example=EXAMPLE, arguments=arguments)
+    status, summary = judge(options)
+    if summary is not None and options.out is None:
+        print("─" * _width() + "\n" + render_summary(summary, _width()))
+    elif summary is not None:
+        print(json.dumps(summary), file=sys.stderr)
+    if status == 3:
+        assert summary is not None
+        print(_in_vain(summary), file=sys.stderr)
+    return status
+
+
+def judge(options: Options) -> tuple[int, dict[str, Any] | None]:
+    """Judge as the options say; the exit status, and what the closing summary is made of, None
+    where no row was to be judged."""
     with ExitStack() as stack:
         drain = stack.enter_context(closing(_Drain(options.drain_seconds)))
         try:
             if options.show_prompt:
                 print(_first_prompt(options, stack))
-                return 0
+                return 0, None
             run = _Run(options, drain, stack)
         except _Interrupted:
             assert drain.signal is not None
-            return 128 + drain.signal
+            return 128 + drain.signal, None
         command.begin_work()
-        run.judge_rows()
-        return run.status
+        summary = run.judge_rows()
+        return run.status, summary
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -230,12 +261,10 @@ class _Run:
         if options.out in (None, "-"):
             command.check_stream(1)
         self.entries, self.is_ready = _open(options, stack)
-        given = options.prompts.for_load(**_nonce(options))
+        given = options.prompts.for_load(**options.settings)
         from engine.judge import Judge  # loads torch: not for --help, nor for a refused output
 
-        self.sampling: dict[str, Any] = {
-            field.name: getattr(options, field.name) for field in dataclasses.fields(JudgeOptions)
-        }
+        self.sampling = options.judging
         with drain.loading():
             self.judge = Judge.load(
                 options.model,
@@ -258,11 +287,11 @@ class _Run:
                 disable=None,
             )
         )
-        self.width = min(shutil.get_terminal_size().columns, 100)
+        self.width = _width()
         self.color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
-    def judge_rows(self) -> None:
-        """Judge all rows, write their lines, and close with the summary."""
+    def judge_rows(self) -> dict[str, Any]:
+        """Judge all rows, write their lines, and return what there is to sum up."""
         if self.output is None and isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         start = time.perf_counter()
@@ -271,13 +300,7 @@ class _Run:
         if self.taken:  # the drain took too long
             print(f"rows under way that were dropped: {len(self.taken)}", file=sys.stderr)
         self.bar.close()
-        summary = self._summary(time.perf_counter() - start)
-        if self.output is None:
-            print("─" * self.width + "\n" + render_summary(summary, self.width))
-        else:
-            print(json.dumps(summary), file=sys.stderr)
-        if self.tally.is_in_vain:
-            print(_in_vain(summary), file=sys.stderr)
+        return self._summary(time.perf_counter() - start)
 
     @property
     def status(self) -> int:
@@ -362,9 +385,8 @@ def _open(options: Options, stack: ExitStack) -> tuple[Iterator[Row | BadRow], C
     return read_rows(stream, options.max_row_bytes, columns), lambda: True
 
 
-def _nonce(options: Options) -> dict[str, bool]:
-    """What the command line says of the nonce in place of judge.json."""
-    return {} if options.anchor_nonce is None else {"anchor_nonce": options.anchor_nonce == "on"}
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, 100)
 
 
 def _in_vain(summary: Mapping[str, Any]) -> str:
@@ -405,7 +427,7 @@ def _first_prompt(options: Options, stack: ExitStack) -> str:
     prompts = PromptBuilder(
         Tokenizer(options.model),
         read_judge_template(options.model, given.template),
-        read_judge_settings(options.model, given.settings | _nonce(options)),
+        read_judge_settings(options.model, options.settings),
         chat_template=read_chat_template(options.model, given.chat_template),
         chat_template_kwargs=given.variables,
         date=given.date,

@@ -12,6 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from engine.labels import chance_right, gold_index
 from engine.request import Row
 from kernels.vote import vote
+from train.auc import chance_above
 from train.judgements import Judgement
 from train.trajectories import Trajectory
 
@@ -79,13 +80,6 @@ def auc(scores: Tensor, judgements: Labelled) -> dict[str, float]:
         "auc_within_rows": sum(within) / len(within) if within else math.nan,
         "rows_with_both": len(within),
     }
-
-
-def chance_above(better: Tensor, worse: Tensor) -> float:
-    """The chance that one of the scores `better` is above one of `worse`, a tie being half; NaN
-    where one of them is empty."""
-    above, equal = better[:, None] > worse, better[:, None] == worse
-    return (above.double() + equal.double() / 2).mean().item()
 
 
 def num_pairs(row: ReadRow) -> int:

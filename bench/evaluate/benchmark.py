@@ -74,13 +74,15 @@ def every(item: Item) -> bool:
 class Rule(NamedTuple):
     """A way to score: `official` is that of the authors' own runner, others mend what is wrong with
     it. says: the rule in a sentence. value: (S,) float64 for an item, NaN where it cannot be said
-    of so few votes. counts: whether an item is part of the rule's figures at all."""
+    of so few votes. counts: whether an item is part of the rule's figures at all. least: the fewest
+    votes that it can be said of, 2 where it needs both orders."""
 
     name: str
     says: str
     value: Callable[[Item, Sequence[RowScores]], np.ndarray]
     total: Total = Total()
     counts: Callable[[Item], bool] = every
+    least: int = 1
 
 
 class Benchmark(NamedTuple):

@@ -13,6 +13,8 @@ import numpy as np
 from bench.evaluate.benchmark import RowScores
 from kernels.vote import Rule, points_of
 
+DECIMALS = 9  # of a mean
+
 
 class RowVotes(NamedTuple):
     """What the samples of a row said, in the row's own order.
@@ -21,7 +23,8 @@ class RowVotes(NamedTuple):
     expected: (k, n), the means of the distributions that scores were drawn from; None where the run
     did not read them. meta: (k,) float64, NaN without a meta score. first: (k,) int64, the response
     that was shown first. tokens: (k,) int64, generated. invalid: (k,) why a sample has no scores.
-    row_tokens: of the prompts' tree. error: why the row has no verdict, and then k = 0.
+    row_tokens: of the prompts' tree. prompt_tokens: of all samples' prompts, none of them shared.
+    error: why the row has no verdict, and then k = 0.
     """
 
     id: str
@@ -32,6 +35,7 @@ class RowVotes(NamedTuple):
     tokens: np.ndarray
     invalid: tuple[str | None, ...]
     row_tokens: int
+    prompt_tokens: int
     facts: Any  # the row's `meta`
     error: str | None = None
 
@@ -48,7 +52,7 @@ def _of_line(line: dict[str, Any], threshold: float) -> RowVotes:
         none = np.zeros(0)
         return RowVotes(
             line["id"], none.reshape(0, 0), None, none, none.astype(int), none.astype(int), (), 0,
-            None, line["error"],
+            0, None, line["error"],
         )  # fmt: skip
     samples = line["samples"]
     n = len(samples[0]["order"])
@@ -68,6 +72,7 @@ def _of_line(line: dict[str, Any], threshold: float) -> RowVotes:
         np.array([each["tokens"] for each in samples]),
         tuple(each["invalid"] for each in samples),
         line["usage"]["tree_tokens"],
+        line["usage"]["prompt_tokens"],
         line.get("row_meta"),
     )
 
@@ -83,7 +88,8 @@ def row_scores(points: np.ndarray, weights: np.ndarray, first: np.ndarray) -> Ro
     """The weighed means of points in S subsets.
 
     points: (k, n), NaN for an invalid sample. weights: (S, k) float64, 0 for samples that a subset
-    does not hold or that its filter drops. first: (k,), the response that was shown first.
+    does not hold or that its filter drops. first: (k,), the response that was shown first. Means
+    are rounded, so that those that differ by the order of their sum alone are equal.
     """
     valid = ~np.isnan(points[:, 0])
     filled = np.where(valid[:, None], points, 0.0)
@@ -92,7 +98,7 @@ def row_scores(points: np.ndarray, weights: np.ndarray, first: np.ndarray) -> Ro
     def means(weights: np.ndarray) -> np.ndarray:
         total = weights.sum(1, keepdims=True)
         with np.errstate(invalid="ignore", divide="ignore"):
-            found: np.ndarray = (weights @ filled) / total
+            found: np.ndarray = np.round((weights @ filled) / total, DECIMALS)
         return found
 
     n = points.shape[1]
