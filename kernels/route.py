@@ -47,7 +47,7 @@ def route_ref(x: Tensor, gate: Tensor, routing: Routing) -> tuple[Tensor, Tensor
     """Specification of `route`, in plain torch for any device and floating dtype. Autocast does not
     narrow its logits."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
         logits = x.to(wide) @ gate.to(wide).T
         experts = _chosen(logits.detach(), routing)
         return experts, _weights(logits, experts, routing)

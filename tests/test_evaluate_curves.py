@@ -219,3 +219,19 @@ def test_means_that_differ_by_the_order_of_a_sum_are_equal() -> None:
     assert sum(points[:, 0].tolist()) != sum(points[:, 1].tolist())
     means = row_scores(points, np.ones((1, 3)), np.array([0, 1, 0])).means
     assert means[0, 0] == means[0, 1]
+
+
+def test_rules_that_count_some_items_from_some_votes_on() -> None:
+    """A filter that keeps fewer than a rule needs leaves it without a value, as fewer votes do."""
+    votes = curves.votes_up_to(4)
+    items = [item("r", 0), item("s", 1), item("t", 0)]
+    rows = [votes_of(name, [(9, 1)] * 4, [0.0] * 4) for name in "rst"]
+    rule = VOTE._replace(counts=lambda each: each.rows[0].label == 0, least=2)
+    ways = [Way(), Way(meta="filter"), Way(meta="filter", k_meta=1), Way(meta="weights")]
+    (values,) = curves.values_of(items, rows, [rule], ways, votes)
+    assert values.places.tolist() == [0, 2]
+    for found in values.means:
+        assert np.isnan(found).tolist() == [
+            [True, False, False], [True, True, False], [True, True, True], [True, False, False],
+        ]  # fmt: skip
+        assert (found[~np.isnan(found)] == 1.0).all()

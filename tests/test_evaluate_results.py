@@ -58,8 +58,8 @@ def test_totals(total: Total, sections: dict[str, float], expected: float) -> No
     nothing: list[Mapping[str, Any]] = [{}] * len(RIGHT)
     statistic = total._replace(statistic=lambda values, facts: float(values.mean()))
     for values, asked in (
-        (Values(RIGHT[:, None, None], None), total),
-        (Values(RIGHT[:, None, None], RIGHT[:, None, None]), statistic),
+        (Values(np.arange(6), RIGHT[:, None, None], None), total),
+        (Values(np.arange(6), RIGHT[:, None, None], RIGHT[:, None, None]), statistic),
     ):
         found = totals.intervals(values, votes, nothing, SUBSETS_OF_ITEMS, asked)
         figures, low, high = found
@@ -232,7 +232,7 @@ def test_a_run(tmp_path: Path) -> None:
     """By the sum: i0 11 to 13, wrong; i1 right; i2 right and drawn, 1/2; i3 failed, wrong."""
     found, told = run(tmp_path / "out")
     assert found["about"] == {"model": "m", "k": 4, "benchmark": "toy", "title": "Toy"}
-    assert found["items"] == 4 and found["items_by_subset"] == {"a": 1, "b": 2, "c": 1}
+    assert found["items"] == 4 and found["rules"]["all"]["items"] == {"a": 1, "b": 2, "c": 1}
     assert found["unread"] == {"entries": 1, "reasons": {"no label": 1}}
     assert found["votes"] == [1, 2, 4] and list(found["rules"]) == ["all", "squared"]
     ways = found["rules"]["all"]["ways"]

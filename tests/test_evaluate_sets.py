@@ -1,6 +1,7 @@
 """The published sets, each on a few entries of our own in its format, and whole where they are
 here; and the figures of their rules, against plain Python and numbers worked by hand."""
 
+import gzip
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -9,10 +10,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from bench.evaluate.benchmark import BadItem, Benchmark, Item, RowScores
-from bench.evaluate.benchmarks import llmbar, pandalm, plain
+from bench.evaluate.benchmarks import (
+    auto_j,
+    helpsteer2,
+    helpsteer3,
+    hh,
+    judgebench,
+    llmbar,
+    pandalm,
+    plain,
+    realmistake,
+    ultrafeedback,
+)
+from bench.evaluate.rules import macro, roc_auc
 from engine.reading import Columns
+from tests.test_evaluate_files import LOCKED
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NO_VOTE = (float("nan"), float("nan"))
@@ -252,3 +268,318 @@ def test_tables_and_folders_of_ones_own(tmp_path: Path) -> None:
     assert [item.subset for item in items] == ["s", "s"]
     assert items[0].rows[0].responses == ("x", "2.5")
     assert items[0].rows[0].label == 1
+
+
+# JudgeBench
+
+
+def judged(pair_id: str, label: str, source: str = "livecodebench") -> dict[str, str]:
+    return {
+        "pair_id": pair_id, "source": source, "question": "2+2?", "response_A": "4",
+        "response_B": "5", "label": label,
+    }  # fmt: skip
+
+
+def test_entries_of_judgebench(tmp_path: Path) -> None:
+    """Of a folder the answers of GPT-4o, by either of the published names."""
+    name = "dataset=judgebench,response_model=gpt-4o-2024-05-13"
+    write_lines(
+        tmp_path / f"{name}.jsonl",
+        judged("a", "A>B", "mmlu-pro-law"), judged("b", "B>A", "livebench-math"),
+        judged("c", "A=B"), judged("d", "A>B", "other"),
+    )  # fmt: skip
+    write_lines(tmp_path / "data" / "gpt-00000-of-00001.jsonl", judged("e", "A>B"))
+    write_lines(tmp_path / f"{name},judge_name=x,judge_model=y.jsonl", judged("f", "A>B"))
+    claude = write_lines(tmp_path / "claude-00000-of-00001.jsonl", judged("g", "A>B"))
+    items, bad = read(judgebench.BENCHMARK, tmp_path)
+    assert [(item.id[-1], item.subset, item.rows[0].label) for item in items] == [
+        ("e", "Coding", 0), ("a", "Knowledge", 0), ("b", "Math", 1)
+    ]  # fmt: skip
+    assert [each.line for each in bad] == [3, 4]
+    assert bad[0].error == "'A=B' is none of A>B, B>A"
+    assert len(read(judgebench.BENCHMARK, claude)[0]) == 1
+
+
+@pytest.mark.parametrize("label", ["A>B", "B>A"])
+def test_both_orders_of_judgebench(label: str, tmp_path: Path) -> None:
+    """Every pair of verdicts: right +1, wrong -1, a tie or none 0, and the sum is above 0."""
+    (item,), _ = read(judgebench.BENCHMARK, write_lines(tmp_path / "a", judged("a", label)))
+    right, wrong = ((2, 1), (1, 2)) if label == "A>B" else ((1, 2), (2, 1))
+    verdicts = {right: 1, wrong: -1, (3, 3): 0, NO_VOTE: 0}
+    for first, one in verdicts.items():
+        for second, two in verdicts.items():
+            seen = scores(right, by_first=[[first], [second]])
+            assert value(judgebench.BENCHMARK, "official", item, seen) == [one + two > 0]
+
+
+# ReaLMistake
+
+
+def mistake(name: str, label: str, model: str = "org/m") -> dict[str, Any]:
+    about = {"id": name, "task_name": "sums", "llm_response_model": model}
+    return {"input": "2+2?", "llm_response": "4", "error_label": label, "metadata": about}
+
+
+def test_entries_of_realmistake(tmp_path: Path) -> None:
+    (tmp_path / "data.zip").write_bytes(LOCKED)
+    items, bad = read(realmistake.BENCHMARK, tmp_path / "data.zip")
+    assert [(item.id, item.subset, item.rows[0].label) for item in items] == [
+        ("realmistake-a", "sum m", 1), ("realmistake-b", "sum m", 0)
+    ]  # fmt: skip
+    assert bad == []
+    path = write_lines(
+        tmp_path / "m.jsonl", mistake("a", "errors"), mistake("b", "error") | {"metadata": {}}
+    )
+    items, bad = read(realmistake.BENCHMARK, path)
+    assert items == []
+    assert [each.error for each in bad] == ["'errors' is none of error, no_error", "no 'id'"]
+
+
+def test_the_figures_of_realmistake(tmp_path: Path) -> None:
+    """4 errors, judged error, error, none, nothing; 3 without, judged none, error, nothing."""
+    labels = ["error"] * 4 + ["no_error"] * 3
+    path = write_lines(
+        tmp_path / "m.jsonl", *(mistake(str(i), label) for i, label in enumerate(labels))
+    )
+    items, _ = read(realmistake.BENCHMARK, path)
+    means = [(-2.0,), (0.0,), (1.0,), NO_VOTE[:1], (2.0,), (-1.0,), NO_VOTE[:1]]
+    found = {rule.name: rule for rule in realmistake.BENCHMARK.rules}
+    right = [found["accuracy"].value(i, [scores(m)])[0] for i, m in zip(items, means, strict=True)]
+    assert right == [1, 1, 0, 0, 1, 0, 0]
+    figures = {
+        name: statistic(realmistake.BENCHMARK, name, items, means)
+        for name in ("official", "precision", "recall", "voted", "roc_auc")
+    }
+    # Of 3 said to have an error 2 have one; of 4 that have one 2 are said to. With no vote as a
+    # wrong one it is 2 of 4, and 2 of 4. Of 12 pairs, with
+    # scores -2, 0, 1, 0 for errors and 2, -1, 0 for none, 4 + 1 + 1 are in order and 2 tied.
+    assert figures == pytest.approx(
+        {"official": 4 / 7, "precision": 2 / 3, "recall": 1 / 2, "voted": 1 / 2, "roc_auc": 7 / 12}
+    )
+    assert np.isnan(roc_auc(np.ones(2), [{"gold": 1.0}, {"gold": 1.0}]))
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0]))))
+def test_macro_figures_are_those_of_the_definition(pairs: list[tuple[float, float]]) -> None:
+    """Each class by itself, counted one entry at a time."""
+    classes = sorted({each for pair in pairs for each in pair})
+    assume(classes)
+    figures = []
+    for c in classes:
+        hits = said = there = 0
+        for predicted, gold in pairs:
+            hits += predicted == gold == c
+            said += predicted == c
+            there += gold == c
+        precision = hits / said if said else 0.0
+        recall = hits / there if there else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+        figures.append((precision, recall, f1))
+    for index in range(3):
+        found = macro(index)(np.array([p for p, _ in pairs]), [{"gold": g} for _, g in pairs])
+        assert found == pytest.approx(sum(each[index] for each in figures) / len(figures))
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), max_size=12))
+def test_roc_auc_is_the_share_of_pairs_in_order(pairs: list[tuple[int, bool]]) -> None:
+    right = [score for score, label in pairs if label]
+    wrong = [score for score, label in pairs if not label]
+    assume(right and wrong)
+    wins = sum(1.0 if r > w else 0.5 if r == w else 0.0 for r in right for w in wrong)
+    found = roc_auc(np.array([s for s, _ in pairs]), [{"gold": float(label)} for _, label in pairs])
+    assert found == pytest.approx(wins / len(right) / len(wrong))
+
+
+# Auto-J
+
+
+def test_auto_j(tmp_path: Path) -> None:
+    entry = {"scenario": "chitchat", "prompt": "Hi?", "response 1": "x", "response 2": "y"}
+    path = write_lines(
+        tmp_path / "testdata_pairwise.jsonl",
+        entry | {"label": 0}, entry | {"label": 1}, entry | {"label": 2},
+        entry | {"label": 3}, entry | {"label": 0, "scenario": "chat"}, entry,
+    )  # fmt: skip
+    write_lines(tmp_path / "testdata_critique.jsonl", {"prompt": "Hi?"})
+    items, bad = read(auto_j.BENCHMARK, tmp_path)
+    assert [item.rows[0].label for item in items] == [0, 1, (1.0, 1.0)]
+    assert {item.subset for item in items} == {"General Communication"}
+    assert [each.line for each in bad] == [4, 5, 6]
+    assert len(auto_j.GROUP_OF) == 58
+    assert path.is_file()
+
+    one, two, tie = (2, 1), (1, 2), (3, 3)
+    meanings = {one: 0, two: 1, tie: 2, NO_VOTE: None}
+    for gold, item in enumerate(items):
+        for first, a in meanings.items():
+            for second, b in meanings.items():
+                seen = scores(first, by_first=[[first], [second]])
+                both = a is not None and a == b
+                assert value(auto_j.BENCHMARK, "consistency", item, seen) == [both]
+                assert value(auto_j.BENCHMARK, "official", item, seen) == [both and a == gold]
+                assert value(auto_j.BENCHMARK, "ties", item, seen) == [a == gold]
+    assert len(counted(auto_j.BENCHMARK, "vote", items)) == 2
+
+
+# HelpSteer
+
+
+def test_helpsteer3(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    entry = {"domain": "code", "context": turns, "response1": "x", "response2": "y"}
+
+    def preferred(overall: Any, *people: int) -> dict[str, Any]:
+        each = [{"score": score, "reasoning": ""} for score in people]
+        return entry | {"overall_preference": overall, "individual_preference": each}
+
+    write_lines(
+        tmp_path / "preference" / "validation.jsonl",
+        preferred(-3, -2, -3, 1), preferred(2, 1, 3, 2), preferred(0, 0, 1, -1),
+        preferred(4), preferred(1) | {"context": turns[:2]}, preferred(None),
+    )  # fmt: skip
+    for other in ("preference/train.jsonl", "feedback/validation.jsonl"):
+        write_lines(tmp_path / other, {"context": turns})
+    items, bad = read(helpsteer3.BENCHMARK, tmp_path)
+    assert [item.rows[0].label for item in items] == [0, 1, (1.0, 1.0)]
+    assert [message.content for message in items[0].rows[0].messages] == [
+        "user", "assistant", "user"
+    ]  # fmt: skip
+    assert [each.line for each in bad] == [4, 5, 6]
+    assert len(counted(helpsteer3.BENCHMARK, "vote", items)) == 2
+    # Rows -, -, + and +, +, + and 0, +, -: 1 + 3 + 0 of 9 pairs of people agree. Of 6 people in
+    # rows with a majority 5 say it; the other two agree in 1 + 3 cases, 3 times with a third.
+    assert helpsteer3.people(items) == {
+        "people_majority": 5 / 6,
+        "people_others": 3 / 4,
+        "people_another": 4 / 9,
+        "without_preference": 1,
+    }
+
+
+def test_preferences_of_helpsteer2(tmp_path: Path) -> None:
+    prompt = "Hi\nyou\n<extra_id_1>Assistant\nHo.\n\nHo.\n<extra_id_1>User\nWhy?"
+    entry = {"prompt": prompt, "response_1": "x", "response_2": "y", "split": "val"}
+    write_lines(
+        tmp_path / "preference" / "preference.jsonl",
+        entry | {"preference_strength": -1}, entry | {"preference_strength": 3, "split": "train"},
+        entry | {"preference_strength": 0}, entry | {"preference_strength": -100},
+    )  # fmt: skip
+    write_lines(tmp_path / "validation.jsonl", {"prompt": prompt})
+    items, bad = read(helpsteer2.BENCHMARK, tmp_path)
+    assert [(item.subset, item.rows[0].label) for item in items] == [("val", 0), ("val", (1, 1))]
+    assert [(message.role, message.content) for message in items[0].rows[0].messages] == [
+        ("user", "Hi\nyou"), ("assistant", "Ho.\n\nHo."), ("user", "Why?")
+    ]  # fmt: skip
+    assert [each.line for each in bad] == [4]
+
+
+def test_ratings_of_helpsteer2(tmp_path: Path) -> None:
+    path = tmp_path / "validation.jsonl"
+    write_lines(
+        path,
+        *({"prompt": p, "response": r, "helpfulness": h} for p, r, h in (
+            ("a", "1", 4), ("a", "2", 2), ("b", "3", 1), ("c", "4", 0), ("c", "5", 0),
+            ("c", "6", 3), ("c", "7", 9), ("d", "8", 1),
+        )),
+    )  # fmt: skip
+    items, bad = read(helpsteer2.BENCHMARK, path)
+    assert [(item.rows[0].responses, item.rows[0].label) for item in items] == [
+        (("1", "2"), (4.0, 2.0)), (("4", "5"), (0.0, 0.0))
+    ]  # fmt: skip
+    assert [(each.line, each.error) for each in bad] == [
+        (3, "a rating without another of its prompt after it"),
+        (6, "9 is none of 0, 1, 2, 3, 4"),
+        (8, "a rating without another of its prompt after it"),
+    ]
+
+
+# UltraFeedback
+
+
+def test_ultrafeedback_in_both_forms(tmp_path: Path) -> None:
+    def scored(*given: Any) -> dict[str, Any]:
+        answers = [{"response": f"r{i}", "overall_score": each} for i, each in enumerate(given)]
+        return {"source": "flan", "instruction": "Hi?", "completions": answers}
+
+    def pair(chosen: float, rejected: float) -> dict[str, Any]:
+        sides = {
+            name: [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": name}]
+            for name in ("chosen", "rejected")
+        }
+        golds = {"score_chosen": chosen, "score_rejected": rejected}
+        return {"prompt": "Hi?", "prompt_id": "same", "messages": [], **sides, **golds}
+
+    write_lines(tmp_path / "test_prefs-00000-of-00001.jsonl", pair(8, 3), pair(5, 5))
+    write_lines(tmp_path / "flan.jsonl", scored(7.5, 7.5, 3, 1), scored(2), scored(2, "N/A"))
+    for name in ("train_prefs-0", "test_gen-0", "test_sft-0"):
+        write_lines(tmp_path / f"{name}.jsonl", pair(8, 3))
+    items, bad = read(ultrafeedback.BENCHMARK, tmp_path)
+    assert [item.subset for item in items] == ["flan", "test_prefs", "test_prefs"]
+    assert items[1].rows[0].responses == ("chosen", "rejected")
+    assert [item.rows[0].label for item in items] == [(7.5, 7.5, 3, 1), (8, 3), (5, 5)]
+    assert [each.line for each in bad] == [2, 3]
+    assert counted(ultrafeedback.BENCHMARK, "pairs", items) == [items[0].id, items[1].id]
+    # Five pairs are told apart: 0 > 2, 0 > 3, 1 > 2, 1 > 3, 2 > 3.
+    seen = scores([4, 3, 2, 1], [1, 2, 3, 4], [9, 1, 1, 1], [5, 5, 5, 5], [float("nan")] * 4)
+    assert value(ultrafeedback.BENCHMARK, "pairs", items[0], seen) == pytest.approx(
+        [1, 0, (2 + 3 / 2) / 5, 1 / 2, 0]
+    )
+
+
+# HH
+
+
+def talk(*turns: str) -> str:
+    return "".join(f"\n\n{'Human' if t[0] == 'h' else 'Assistant'}: {t}" for t in turns)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "history", "replies"),
+    [
+        (["h1", "a1"], ["h1", "a2"], ["h1"], ("a1", "a2")),
+        (["h1", "a1", "h2", "a2"], ["h1", "a1", "h2", "a3"], ["h1", "a1", "h2"], ("a2", "a3")),
+        (["h1", "a1", "a2"], ["h1", "a3"], ["h1"], ("a1\n\na2", "a3")),
+        (["h1", "h2", "a1"], ["h1", "h2", "a2"], ["h1\n\nh2"], ("a1", "a2")),
+        (["h1", "a1"], ["h1", "a1"], ["h1"], ("a1", "a1")),
+        # One goes on after the other's reply, and two that part at the human's second turn.
+        (["h1", "a1", "h2", "a2"], ["h1", "a1"], ["h1"], ("a1" + talk("h2", "a2"), "a1")),
+        (
+            ["h1", "a1", "h2", "a2"], ["h1", "a1", "h3", "a3"],
+            ["h1"], ("a1" + talk("h2", "a2"), "a1" + talk("h3", "a3")),
+        ),
+        (["h1", "a ", "h2"], ["h1", "a "], ["h1"], ("a " + talk("h2"), "a ")),
+    ],
+)  # fmt: skip
+def test_conversations_of_hh(
+    chosen: list[str], rejected: list[str], history: list[str], replies: tuple[str, str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    pair = {"chosen": talk(*chosen), "rejected": talk(*rejected)}
+    path = tmp_path / "helpful-base" / "test.jsonl.gz"
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(json.dumps(pair).encode()))
+    write_lines(tmp_path / "helpful-base" / "train.jsonl", pair)
+    (item,), bad = read(hh.BENCHMARK, tmp_path)
+    assert bad == []
+    assert (item.id, item.subset) == ("helpful-base/test-1", "helpful-base")
+    (row,) = item.rows
+    assert [message.content for message in row.messages] == history
+    assert [message.role for message in row.messages] == ["user", "assistant", "user"][
+        : len(history)
+    ]
+    assert (row.responses, row.label) == (replies, 0)
+
+
+def test_transcripts_that_are_none(tmp_path: Path) -> None:
+    good = talk("h1", "a1")
+    path = write_lines(
+        tmp_path / "test.jsonl",
+        {"chosen": "Hi.", "rejected": good}, {"chosen": talk("h2", "a1"), "rejected": good},
+        {"chosen": talk("h1"), "rejected": good}, {"chosen": good}, {"chosen": 1, "rejected": good},
+        {"chosen": talk("a1", "h1"), "rejected": talk("a1", "h2")}, {"chosen": "", "rejected": ""},
+    )  # fmt: skip
+    items, bad = read(hh.BENCHMARK, path)
+    assert items == []
+    assert [each.line for each in bad] == [1, 2, 3, 4, 5, 6, 7]
+    assert bad[1].error == "two transcripts that differ before the first reply"
+    assert bad[3].error == "no 'rejected'"

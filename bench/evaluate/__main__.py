@@ -5,10 +5,10 @@
     python -m bench.evaluate report DIR ...
 
 PATH is a file or a folder as the benchmark's authors publish it. The same command continues a run
-that was stopped. OUT/results.md has the figures, and OUT/results.json all of them;
-OUT/curve.png shows what votes gain, and OUT/page.html every judgement. Beside them are OUT/rows.jsonl
-(what was judged), OUT/verdicts.jsonl (lines of `engine.sample`), OUT/items.jsonl (an item's value by
-each rule), OUT/unread.jsonl (entries that could not be read) and OUT/times.jsonl.
+that was stopped. OUT/results.md has the figures, OUT/results.json all of them; OUT/curve.png shows
+what votes gain, OUT/page.html every judgement. Beside them are OUT/rows.jsonl (what was judged),
+OUT/verdicts.jsonl (lines of `engine.sample`), OUT/items.jsonl (each item's value by each rule),
+OUT/unread.jsonl (entries that could not be read) and OUT/times.jsonl.
 
 Exit status: as of `engine.sample`; 1 too where entries could not be read.
 """

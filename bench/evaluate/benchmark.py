@@ -76,7 +76,8 @@ class Rule(NamedTuple):
     """A way to score: `official` is that of the authors' own runner, others mend what is wrong with
     it. says: the rule in a sentence. value: (S,) float64 for an item, NaN where it cannot be said
     of so few votes. counts: whether an item is part of the rule's figures at all. ranks: only the
-    order of items' scores matters, so that they need no threshold, which scalar models have not."""
+    order of items' scores matters, so that they need no threshold, which scalar models have not.
+    least: the fewest votes that it can be said of, 2 where it needs both orders."""
 
     name: str
     says: str
@@ -84,6 +85,7 @@ class Rule(NamedTuple):
     total: Total = Total()
     counts: Callable[[Item], bool] = every
     ranks: bool = False
+    least: int = 1
 
 
 class Benchmark(NamedTuple):

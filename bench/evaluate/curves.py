@@ -120,11 +120,10 @@ def way_weights(
         return subsets.astype(np.float64)
     eligible = subsets & valid & ~np.isnan(meta)
     if way.meta == "filter":
-        keep = (sizes + 1) // 2 if way.k_meta is None else np.full(len(sizes), way.k_meta)
         ranking = np.where(np.isnan(meta), np.inf, -meta).argsort(kind="stable")
         ranked = eligible[:, ranking]
         weights = np.zeros(subsets.shape)
-        weights[:, ranking] = ranked & (ranked.cumsum(1) <= keep[:, None])
+        weights[:, ranking] = ranked & (ranked.cumsum(1) <= _voters(way, sizes)[:, None])
         return weights
     quality = np.where(eligible, meta, -np.inf)
     top = quality.max(1, keepdims=True)
@@ -168,13 +167,14 @@ def ways_scores(
 
 
 class Values(NamedTuple):
-    """What a rule makes of the items.
+    """What a rule makes of the items that it counts.
 
-    means: (items, ways, sizes) float64, over the subsets of each number of votes that have a value;
-    NaN where none has. draws: (items, ways, S) float64, the values of each, where the rule takes a
-    statistic of them.
+    places: (c,) int64, which items those are. means: (c, ways, sizes) float64, over the subsets of
+    each number of votes that have a value; NaN where none has. draws: (c, ways, S) float64, the
+    values of each, where the rule takes a statistic of them.
     """
 
+    places: np.ndarray
     means: np.ndarray
     draws: np.ndarray | None
 
@@ -190,9 +190,11 @@ def values_of(
     """Each rule's values of the items; rows: those of all items, one after another. What a rule
     asks of the threshold has no value where there is none."""
     given = iter(rows)
+    voters = np.stack([_voters(way, votes.of_subset) for way in ways])
+    places: list[list[int]] = [[] for _ in rules]
     means: list[list[np.ndarray]] = [[] for _ in rules]
     draws: list[list[np.ndarray]] = [[] for _ in rules]
-    for item in items:
+    for place, item in enumerate(items):
         judged = [next(given) for _ in item.rows]
         of_rows = [
             ways_scores(each, len(row.responses), ways, votes, meta_scale)
@@ -200,16 +202,27 @@ def values_of(
         ]
         compares = len(judged) > 1 or len(item.rows[0].responses) > 1
         for number, rule in enumerate(rules):
+            if not rule.counts(item):
+                continue
             found = rule.value(item, of_rows).reshape(len(ways), -1)
             if not (compares or rule.ranks or judged[0].has_threshold):
                 found = np.full(found.shape, np.nan)
+            found = np.where(voters < rule.least, np.nan, found)
+            places[number].append(place)
             means[number].append(_over_draws(found, votes))
             if rule.total.statistic is not None:
                 draws[number].append(found)
     return [
-        Values(np.array(of_means), np.array(of_draws) if of_draws else None)
-        for of_means, of_draws in zip(means, draws, strict=True)
+        Values(np.array(at), np.array(of_means), np.array(of_draws) if of_draws else None)
+        for at, of_means, of_draws in zip(places, means, draws, strict=True)
     ]
+
+
+def _voters(way: Way, sizes: np.ndarray) -> np.ndarray:
+    """(S,): how many of that many votes are counted, where all are valid."""
+    if way.meta != "filter":
+        return sizes
+    return np.minimum(sizes, (sizes + 1) // 2 if way.k_meta is None else way.k_meta)
 
 
 def _over_draws(values: np.ndarray, votes: Votes) -> np.ndarray:

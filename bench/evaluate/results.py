@@ -60,18 +60,19 @@ def write(
     found = _rounded({
         "about": dict(about) | {"benchmark": benchmark.name, "title": benchmark.title},
         "items": len(items),
-        "items_by_subset": dict(sorted(Counter(item.subset for item in items).items())),
         "unread": {
             "entries": len(unread),
             "reasons": dict(sorted(Counter(line["error"] for line in unread).items())),
         },
         "votes": list(votes.sizes),
         "rules": {
-            rule.name: {"says": rule.says} | _figures(each, votes, ways, items, rule.total)
+            rule.name: {"says": rule.says, **_figures(each, votes, ways, items, rule.total)}
             for rule, each in zip(benchmark.rules, values, strict=True)
+            if len(each.places)
         },
         "tokens_per_item": _tokens(rows, len(items), votes, meta_scale is not None),
         "facts": facts_of(items, rows),
+        "facts_of_items": {} if benchmark.facts is None else dict(benchmark.facts(items)),
     })  # fmt: skip
     replace_text(out / "results.json", _text(found, indent=1))
     lines = _item_lines(items, rows, benchmark.rules, ways, values)
@@ -114,7 +115,8 @@ def _figures(
     values: Values, votes: Votes, ways: Sequence[Way], items: Sequence[Item], total: Total
 ) -> dict[str, Any]:
     """A rule's figures by way and votes; a filter's from as many votes as it keeps."""
-    facts, subsets = [item.facts for item in items], [item.subset for item in items]
+    counted = [items[place] for place in values.places]
+    facts, subsets = [item.facts for item in counted], [item.subset for item in counted]
     found = intervals(values, votes, facts, subsets, total)
     ways_found: dict[str, Any] = {}
     for number, way in enumerate(ways):
@@ -123,8 +125,11 @@ def _figures(
             for column, size in enumerate(votes.sizes)
             if way.k_meta is None or way.k_meta <= size
         }
-    sections = list(found.values.sections)
-    return {"over": total.over, "sections": sections, "ways": ways_found}
+    return {
+        "over": total.over,
+        "items": dict(sorted(Counter(subsets).items())),
+        "ways": ways_found,
+    }
 
 
 def _figure(found: Interval, column: int) -> dict[str, Any]:
@@ -161,19 +166,22 @@ def _item_lines(
     ways: Sequence[Way],
     values: Sequence[Values],
 ) -> Iterable[dict[str, Any]]:
-    """A line for each item, of all its rows' samples: `values` by each rule and the first way to
-    vote; `by_way` by all ways; how many samples there are, valid ones, and ties among these."""
+    """A line for each item, of all its rows' samples: `values` by each rule that counts it and the
+    first way to vote; `by_way` by all ways; how many samples there are, valid ones, and ties among
+    these."""
     given = iter(rows)
+    where = [{place: i for i, place in enumerate(each.places.tolist())} for each in values]
     for place, item in enumerate(items):
         own = [next(given) for _ in item.rows]
         judged = [each.scores for each in own if each.error is None]
         by_way = {
             rule.name: {
-                way.name: float(each.means[place, number, -1])
+                way.name: float(each.means[of_place[place], number, -1])
                 for number, way in enumerate(ways)
                 if way.k_meta is None
             }
-            for rule, each in zip(rules, values, strict=True)
+            for rule, each, of_place in zip(rules, values, where, strict=True)
+            if place in of_place
         }
         yield {
             "id": item.id,

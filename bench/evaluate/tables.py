@@ -11,10 +11,15 @@ def markdown(found: Mapping[str, Any], seconds_per_row: float | None) -> str:
     about = found["about"]
     lines = [f"# {about['title']}", "", *_about(found), ""]
     for name, rule in found["rules"].items():
-        lines += [f"## Rule: {name}", "", f"{rule['says'].capitalize()}.", ""]
+        items = sum(rule["items"].values())
+        lines += [f"## Rule: {name}", "", f"{_sentence(rule['says'])} Of {items} items.", ""]
         lines += [*_ways(rule, found["votes"]), ""]
         lines += [*_sweep(rule, found["votes"]), *_parts(rule, found), ""]
     return "\n".join([*lines, *_facts(found, seconds_per_row)]) + "\n"
+
+
+def _sentence(words: str) -> str:
+    return f"{words[:1].upper()}{words[1:]}."
 
 
 def percent(figure: Mapping[str, float | None]) -> str:
@@ -84,7 +89,7 @@ def _parts(rule: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Sections and subsets at all votes, by the first way to vote."""
     way, sizes = next(iter(rule["ways"].items()))
     figures = sizes[str(found["votes"][-1])]
-    counts = found["items_by_subset"]
+    counts = rule["items"]
     rows = []
     for name, figure in figures["sections"].items():
         if name not in counts:
@@ -112,6 +117,9 @@ def _facts(found: Mapping[str, Any], seconds_per_row: float | None) -> list[str]
     for kind, tokens in found["tokens_per_item"].items():
         costs = ", ".join(f"@{size} {value:,.0f}" for size, value in tokens.items())
         rows.append([f"tokens of an item, {kind}", costs])
+    rows += [
+        [name.replace("_", " "), _share(each)] for name, each in found["facts_of_items"].items()
+    ]
     if seconds_per_row is not None:
         rows.append(["seconds of a row", f"{seconds_per_row:.3g}"])
     return ["## Samples", "", *table(["", ""], rows)]

@@ -116,6 +116,39 @@ def _interval(values: Figures, resampled: Figures) -> Interval:
     return Interval(values, low, high)
 
 
+def _statistics(
+    columns: Sequence[np.ndarray],
+    chosen: Mapping[str, np.ndarray],
+    facts: Sequence[Mapping[str, Any]],
+    total: Total,
+) -> Figures:
+    """Figures of the chosen items of each subset: of c columns of (items, draws) values, means over
+    draws."""
+    statistic = total.statistic
+    assert statistic is not None
+
+    def over(place: np.ndarray) -> np.ndarray:
+        own = [facts[i] for i in place]
+        found = np.full(len(columns), np.nan)
+        for number, column in enumerate(columns):
+            values = column[place]
+            if not np.isnan(values).any():
+                found[number] = np.mean([statistic(draw, own) for draw in values.T])
+        return found
+
+    of_subsets = {name: over(place) for name, place in chosen.items()}
+    counts = {name: len(place) for name, place in chosen.items()}
+    everything = np.concatenate(list(chosen.values()))
+    return combine(of_subsets, counts, total, lambda: over(everything))
+
+
+def statistic_total(
+    values: np.ndarray, facts: Sequence[Mapping[str, Any]], subsets: Sequence[str], total: Total
+) -> float:
+    """The total of a statistic of (items,) values."""
+    return float(_statistics([values[:, None]], places_of(subsets), facts, total).total[0])
+
+
 def of_statistic(
     draws: np.ndarray,
     votes: Votes,
@@ -125,41 +158,21 @@ def of_statistic(
 ) -> Interval:
     """Figures of a statistic of (items, ways, S) values; a column for each way and, within it, each
     number of votes."""
-    statistic = total.statistic
-    assert statistic is not None
     places = places_of(subsets)
-    counts = {name: len(place) for name, place in places.items()}
     columns = [draws[:, way, place] for way in range(draws.shape[1]) for place in votes.places]
-
-    def figures(chosen: Mapping[str, np.ndarray], most: int | None) -> Figures:
-        """Of these items of each subset."""
-
-        def over(place: np.ndarray) -> np.ndarray:
-            own = [facts[i] for i in place]
-            found = [
-                np.mean([statistic(values, own) for values in column[place, :most].T])
-                if not np.isnan(column[place, :most]).any()
-                else np.nan
-                for column in columns
-            ]
-            return np.array(found)
-
-        of_subsets = {name: over(place) for name, place in chosen.items()}
-        everything = np.concatenate(list(chosen.values()))
-        return combine(of_subsets, counts, total, lambda: over(everything))
-
+    few = [column[:, :DRAWS] for column in columns]
     rng = np.random.default_rng(0)
-    resampled = [
-        figures({name: rng.choice(place, len(place)) for name, place in places.items()}, DRAWS)
-        for _ in range(RESAMPLES)
-    ]
+    resampled = []
+    for _ in range(RESAMPLES):
+        chosen = {name: rng.choice(place, len(place)) for name, place in places.items()}
+        resampled.append(_statistics(few, chosen, facts, total))
     stacked = Figures(
         {name: np.array([each.subsets[name] for each in resampled]) for name in places},
         {name: np.array([each.sections[name] for each in resampled])
          for name in resampled[0].sections},
         np.array([each.total for each in resampled]),
     )  # fmt: skip
-    return _interval(figures(places, None), stacked)
+    return _interval(_statistics(columns, places, facts, total), stacked)
 
 
 def intervals(

@@ -135,7 +135,7 @@ def test_inference_keeps_nothing_for_a_backward(
     x, gate_up, down, experts, weights = inputs(on)
     given: list[object] = []
 
-    def counted(*arguments: object, halves: object = None, **options: Any) -> Any:
+    def counted(*arguments: Any, halves: Tensor | None = None, **options: Any) -> Tensor:
         given.append(halves)
         return products(*arguments, halves=halves, **options)
 

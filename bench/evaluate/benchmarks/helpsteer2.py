@@ -51,7 +51,7 @@ def _alone(record: Record) -> BadItem:
 
 def _item(record: Record) -> Item:
     fields = record.fields
-    name = f"helpsteer2-{PurePath(record.source).name.split('.')[0]}-{record.line}"
+    name = f"{PurePath(record.source).name.split('.')[0]}-{record.line}"
     label: int | str | list[float]
     if "first" in fields:
         both = fields["first"], fields["second"]

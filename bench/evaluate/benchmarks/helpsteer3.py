@@ -30,10 +30,10 @@ def _item(record: Record) -> Item:
     row = make_row(
         fields["context"],
         [fields["response1"], fields["response2"]],
-        id=f"helpsteer3-{record.line}",
+        id=f"{PurePath(record.source).name.split('.')[0]}-{record.line}",
         label="tie" if strength == 0 else int(strength > 0),
     )
-    people = [one_of(each["score"], STRENGTHS) for each in fields["individual_preference"]]
+    people = [one_of(each["score"], STRENGTHS) for each in fields.get("individual_preference", ())]
     return Item(row.id, fields["domain"], (row,), {"strength": strength, "people": people})
 
 

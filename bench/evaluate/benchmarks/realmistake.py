@@ -39,6 +39,11 @@ def _said(item: Item, scores: Sequence[RowScores]) -> np.ndarray:
     return np.where(np.isnan(means), NO_VOTE, np.where(means > 0, NO_ERROR, ERROR))
 
 
+def _mended(item: Item, scores: Sequence[RowScores]) -> np.ndarray:
+    said = _said(item, scores)
+    return np.where(said == NO_VOTE, 1 - item.facts["gold"], said)
+
+
 def _right(item: Item, scores: Sequence[RowScores]) -> np.ndarray:
     return (_said(item, scores) == item.facts["gold"]).astype(float)
 
@@ -70,6 +75,7 @@ BENCHMARK = Benchmark(
         Rule("precision", "precision of finding errors, averaged likewise", _said, _of_errors(0)),
         Rule("recall", "recall of finding errors, averaged likewise", _said, _of_errors(1)),
         Rule("accuracy", "right about the error, averaged likewise; no vote is wrong", _right),
+        Rule("voted", "F1 as official, and no vote is wrong either way", _mended, _of_errors(2)),
         Rule(
             "roc_auc",
             "area under the ROC curve of the mean score, of all answers; no vote is the threshold",
