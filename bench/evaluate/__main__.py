@@ -205,7 +205,9 @@ def _run(words: list[str]) -> int | None:
         for each in BENCHMARKS.values():
             print(f"    {each.name:{width}}  {each.title} ({each.source})")
         return 0
-    groups = {"benchmark": ("data", "out", "layout", "limit"), **GROUPS}
+    own = ("data", "out", "layout", "limit")
+    others = {title: [each for each in names if each not in own] for title, names in GROUPS.items()}
+    groups = {"benchmark": own, **others}
     args = command.parse(
         Args, groups, prog=f"python -m bench.evaluate {name}", example=EXAMPLE, arguments=rest
     )
