@@ -18,17 +18,19 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.evaluate import compare, report, results
 from bench.evaluate.benchmark import BadItem, Benchmark, Item, Layout
-from bench.evaluate.benchmarks import BENCHMARKS
+from bench.evaluate.benchmarks import BENCHMARKS, plain
 from bench.evaluate.page import write_page
 from bench.provenance import provenance
 from engine import command, sample
 from engine.kind import kind_of
 from engine.options import JudgeOptions
+from engine.reading import Columns
 from engine.sample import GROUPS, Options, RunOptions
 from engine.settings import read_judge_settings
 from train.directory import replace_text
@@ -53,6 +55,8 @@ class Args(RunOptions):
     it."""
     limit: int | None = None
     """Judge the first so many entries of each subset."""
+    columns: str | None = None
+    """Where rows of one's own (plain) have what is needed, as for `engine.sample`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +77,11 @@ def evaluate(benchmark: Benchmark, args: Args) -> int:
         raise ValueError(
             f"layout = {layout!r}: {benchmark.title} has {', '.join(benchmark.layouts)}"
         )
+    if args.columns is not None:
+        if benchmark is not plain.BENCHMARK:
+            raise ValueError(f"columns: those of {benchmark.title} are known")
+        own = partial(plain.read, columns=Columns.parse(args.columns))
+        benchmark = benchmark._replace(read=own)
     items, unread = read(benchmark, args, layout)
     if not items:
         raise ValueError(f"{args.data} has no entry of {benchmark.title}: {_first_error(unread)}")
@@ -205,7 +214,7 @@ def _run(words: list[str]) -> int | None:
         for each in BENCHMARKS.values():
             print(f"    {each.name:{width}}  {each.title} ({each.source})")
         return 0
-    own = ("data", "out", "layout", "limit")
+    own = ("data", "columns", "out", "layout", "limit")
     others = {title: [each for each in names if each not in own] for title, names in GROUPS.items()}
     groups = {"benchmark": own, **others}
     args = command.parse(
