@@ -78,8 +78,14 @@ BENCHMARK = Benchmark(
     "GAIR-NLP/auto-j",
     read,
     (
-        Rule("official", "in each of both orders the label, also of a tie", _agreement, TOTAL),
-        Rule("consistency", "the same verdict in both orders", _consistency, TOTAL),
+        Rule(
+            "official",
+            "in each of both orders the label, also of a tie",
+            _agreement,
+            TOTAL,
+            least=2,
+        ),
+        Rule("consistency", "the same verdict in both orders", _consistency, TOTAL, least=2),
         Rule("ties", "the vote of both orders is the label, also of a tie", pair_or_tie, TOTAL),
         Rule(
             "vote",
