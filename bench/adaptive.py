@@ -25,7 +25,8 @@ import tyro
 from tqdm import tqdm
 
 from bench.provenance import print_json
-from bench.voting import interval, read_labelled
+from bench.statistics import interval
+from bench.voting import read_labelled
 from engine import command
 from engine.decided import samples_to_draw
 from engine.judge import Judge

@@ -5,7 +5,7 @@ votes that it weighs, and beside other rules than the sum of scores.
                             [--rows 1000] [--k 32] [--temperature 1]
 
 Every row is sampled k times, and its judgements are scored by the meta model. For j = 1, 2, 4 ... k
-a vote of j samples is taken over subsets as in `bench.voting`, by
+a vote of j samples is taken over subsets (bench/evaluate/curves.py), by
 
     all        every valid one of the j
     meta       the j / 2, rounded up, that the meta model trusts most, as `engine.sample` has it
@@ -29,44 +29,36 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 import tyro
 from tqdm import tqdm
 
+from bench.evaluate.curves import Way, chances, votes_up_to
+from bench.evaluate.votes import votes_of
 from bench.provenance import print_json
-from bench.voting import SUBSETS, interval, read_labelled
+from bench.statistics import interval, roc_auc
+from bench.voting import read_labelled
 from engine import command
 from engine.judge import Judge
-from engine.labels import chance_correct, chance_right, is_right
+from engine.labels import is_right
 from engine.verdict import Sample, Verdict
-from kernels.vote import Rule, points_of
-from train.auc import chance_above
 from train.world.cases import Split
 
-FILTERS = ("all", "meta", "random", "shortest", "likeliest", "clearest", "oracle")
-
-
-class Way(NamedTuple):
-    """What all votes count for, whether the meta model weighs them, and whether it is their
-    expected scores that count."""
-
-    rule: Rule = "sum"
-    weighs: bool = False
-    expects: bool = False
-
-
-RULES = {
-    "weighed": Way(weighs=True),
+HALF = Way(meta="filter")
+WAYS = {
+    "all": Way(),
+    "meta": HALF,
+    "weighed": Way(meta="weights"),
     "standardised": Way("standardised"),
-    "standardised, weighed": Way("standardised", weighs=True),
+    "standardised, weighed": Way("standardised", meta="weights"),
     "borda": Way("borda"),
-    "borda, weighed": Way("borda", weighs=True),
-    "expected": Way(expects=True),
+    "borda, weighed": Way("borda", meta="weights"),
+    "expected": Way(expected=True),
 }
-NAMES = (*FILTERS, *RULES)
+OTHER_HALVES = ("random", "shortest", "likeliest", "clearest", "oracle")
+NAMES = (*WAYS, *OTHER_HALVES)
 
 
 @dataclass(frozen=True)
@@ -85,61 +77,28 @@ class Args:
 
 
 def row_curves(
-    verdict: Verdict,
-    k: int,
-    threshold: float,
-    rng: np.random.Generator,
-    meta_scale: float = 1.0,
-    names: Sequence[str] = NAMES,
+    verdict: Verdict, threshold: float, rng: np.random.Generator, meta_scale: float = 1.0
 ) -> dict[str, dict[int, float]]:
-    """way to vote -> j -> the row's chance to be right, of the ways with these names."""
+    """way to vote -> j -> the row's chance to be right."""
     label = verdict.label
     assert label is not None
-    samples = [sample for sample in verdict.samples if sample.scores is not None]
-
     values: dict[str, Callable[[Sample], float]] = {
-        "meta": _meta,
         "random": lambda _: rng.random(),
         "shortest": lambda sample: -sample.tokens,
         "likeliest": lambda sample: float(np.mean(sample.logprobs)),
         "clearest": lambda sample: lead(sample, threshold),
         "oracle": lambda sample: is_right(sample.scores, label, threshold),
     }
-    valid = {id(sample) for sample in samples}
-    found: dict[str, dict[int, float]] = {name: {} for name in names}
-    for size in [1 << i for i in range(k.bit_length()) if 1 << i < k] + [k]:
-        subsets = 1 if size == k else SUBSETS
-        chances = dict.fromkeys(names, 0.0)
-        for _ in range(subsets):
-            chosen = [verdict.samples[i] for i in rng.choice(k, size, replace=False)]
-            voting = [sample for sample in chosen if id(sample) in valid]
-            for name in [name for name in FILTERS if name in chances]:
-                kept = voting
-                if name != "all":
-                    kept = sorted(voting, key=values[name], reverse=True)[: (size + 1) // 2]
-                scores = [sample.scores for sample in kept if sample.scores is not None]
-                chances[name] += chance_correct(scores, label, threshold) / subsets
-            for name, way in RULES.items():
-                if name not in chances:
-                    continue
-                means = mean_points(voting, way, meta_scale)
-                chances[name] += chance_right(means, label, threshold) / subsets if means else 0.0
-        for name in names:
-            found[name][size] = chances[name]
-    return found
-
-
-def mean_points(samples: Sequence[Sample], way: Way, meta_scale: float) -> list[float]:
-    """The mean points of valid samples, weighed, if at all, by the exponential of their meta scores
-    times `meta_scale`; samples without a meta score count as 0 there. Empty where there are none.
-    """
-    scores = [sample.expected if way.expects else sample.scores for sample in samples]
-    points = [points_of(each, way.rule) for each in scores if each is not None]
-    metas = np.array([_meta(sample) for sample in samples])
-    if way.weighs and not np.isfinite(metas).any():
-        return []
-    powers = meta_scale * (metas - metas.max()) if way.weighs else np.zeros(len(samples))
-    return np.average(points, axis=0, weights=np.exp(powers)).tolist() if points else []
+    row, votes = votes_of(verdict, threshold), votes_up_to(len(verdict.samples))
+    found = chances([row], [label], list(WAYS.values()), votes, meta_scale)[0].tolist()
+    for name in OTHER_HALVES:
+        own = [np.nan if s.scores is None else values[name](s) for s in verdict.samples]
+        ranked = row._replace(meta=np.array(own, dtype=np.float64))
+        found.append(chances([ranked], [label], [HALF], votes)[0, 0].tolist())
+    return {
+        name: dict(zip(votes.sizes, of_sizes, strict=True))
+        for name, of_sizes in zip(NAMES, found, strict=True)
+    }
 
 
 def lead(sample: Sample, threshold: float) -> float:
@@ -162,11 +121,10 @@ def auc_within(
     being half; None where there are not both."""
     valid = [sample for sample in verdict.samples if sample.scores is not None]
     assert verdict.label is not None
-    right = torch.tensor([is_right(s.scores, verdict.label, threshold) for s in valid]).bool()
-    if not len(right) or right.all() or not right.any():
+    right = np.array([is_right(s.scores, verdict.label, threshold) for s in valid], dtype=bool)
+    if right.all() or not right.any():
         return None
-    values = torch.tensor([value(sample) for sample in valid], dtype=torch.float64)
-    return chance_above(values[right], values[~right])
+    return roc_auc(np.array([value(sample) for sample in valid]), right)
 
 
 def table(curves: Sequence[dict[str, dict[int, float]]]) -> dict[str, dict[int, Any]]:
@@ -200,7 +158,7 @@ def main() -> None:
     for outcome in tqdm(outcomes, total=len(rows), unit="row"):
         if not isinstance(outcome, Verdict):
             raise ValueError(f"row {outcome.id}: {outcome.error}")
-        curves.append(row_curves(outcome, args.k, threshold, rng, judge.meta.settings.meta_scale))
+        curves.append(row_curves(outcome, threshold, rng, judge.meta.settings.meta_scale))
         for name, value in (("meta", _meta), ("clearest", partial(lead, threshold=threshold))):
             if (auc := auc_within(outcome, threshold, value)) is not None:
                 aucs[name].append(auc)

@@ -1,11 +1,11 @@
 """What the runs of a study come to: verdict lines to accuracies, differences, a table, a figure.
 
 A judge's accuracy is an array over seeds and rows: the chance that a row's verdict is right, ties
-being drawn, a mean over subsets of its samples (bench/filters.py). A difference of two judges or
-two ways to vote is taken row by row and seed by seed; its interval is a bootstrap over both.
+being drawn, a mean over subsets of its samples (bench/evaluate/curves.py). A difference of two
+judges or two ways to vote is taken row by row and seed by seed; its interval is a bootstrap over
+both.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from bench.filters import row_curves
-from bench.voting import BOOTSTRAPS
-from engine.labels import chance_correct, is_right
+from bench.evaluate.curves import chances, votes_up_to
+from bench.evaluate.votes import votes_of
+from bench.filters import WAYS
+from bench.statistics import seed_interval
+from bench.voting import label_of
+from engine.labels import is_right
 from engine.verdict import Sample, Verdict
 from train.evaluation import criteria_entropy, error_correlation
 
 PLAIN = ("all", "standardised", "borda")  # what votes count, without a meta model
 GUIDED = ("meta", "weighed", "standardised, weighed", "borda, weighed")
-Chances = dict[str, dict[int, np.ndarray]]  # way to vote -> votes -> (rows,) float64
+Accuracies = dict[str, dict[int, np.ndarray]]  # way to vote -> votes -> (rows,) float64
 
 
 def read_verdicts(path: Path) -> list[Verdict]:
@@ -54,36 +57,24 @@ def read_verdicts(path: Path) -> list[Verdict]:
     return found
 
 
-def chances(
-    path: Path, threshold: float, meta_scale: float | None, expects: bool = False
-) -> Chances:
-    """Of the verdicts of a file; kept beside it, since it takes minutes. meta_scale: None where no
-    meta model has scored the samples. expects: they have expected scores."""
+def accuracies(
+    verdicts: Sequence[Verdict],
+    threshold: float,
+    meta_scale: float | None = None,
+    expects: bool = False,
+) -> Accuracies:
+    """Each row's chance to be right, by way to vote and votes. meta_scale: None where no meta model
+    has scored the samples. expects: they have expected scores."""
     names = PLAIN if meta_scale is None else PLAIN + GUIDED
     names = (*names, "expected") if expects else names
-    key = f"{names} {meta_scale} {threshold} {hashlib.sha256(path.read_bytes()).hexdigest()}"
-    kept = path.with_suffix(".npz")
-    if kept.exists():
-        with np.load(kept) as file:
-            if str(file["key"]) == key:
-                found: Chances = {name: {} for name in names}
-                for entry in set(file.files) - {"key"}:
-                    name, size = entry.split(" @")
-                    found[name][int(size)] = file[entry]
-                return {name: dict(sorted(sizes.items())) for name, sizes in found.items()}
-    verdicts = read_verdicts(path)
-    rng = np.random.default_rng(0)
-    k = max(verdict.k for verdict in verdicts)
-    curves = [row_curves(each, k, threshold, rng, meta_scale or 1.0, names) for each in verdicts]
-    found = {
-        name: {size: np.array([curve[name][size] for curve in curves]) for size in curves[0][name]}
-        for name in names
+    votes = votes_up_to(max(verdict.k for verdict in verdicts))
+    rows = (votes_of(verdict, threshold) for verdict in verdicts)
+    ways = [WAYS[name] for name in names]
+    found = chances(rows, map(label_of, verdicts), ways, votes, meta_scale or 1.0)
+    return {
+        name: dict(zip(votes.sizes, found[:, number].T, strict=True))
+        for number, name in enumerate(names)
     }
-    arrays: dict[str, Any] = {
-        f"{name} @{size}": values for name, sizes in found.items() for size, values in sizes.items()
-    }
-    np.savez_compressed(kept, key=np.array(key), **arrays)
-    return found
 
 
 @dataclass(frozen=True)
@@ -107,16 +98,18 @@ def judged(
 ) -> Judged:
     """From the files of verdicts and of greedy verdicts, a pair for each seed, and the scale of
     each seed's meta model, if any has scored the judgements. expects: they have expected scores."""
+    judgements = [read_verdicts(votes) for votes, _ in paths]
     per_seed = [
-        chances(votes, threshold, None if scales is None else scales[i], expects)
-        for i, (votes, _) in enumerate(paths)
+        accuracies(each, threshold, None if scales is None else scales[i], expects)
+        for i, each in enumerate(judgements)
     ]
     arrays = {
         way: {size: np.stack([each[way][size] for each in per_seed]) for size in sizes}
         for way, sizes in per_seed[0].items()
     }
-    arrays["greedy"] = {1: np.stack([greedy_of(path, threshold) for _, path in paths])}
-    verdicts = [each for votes, _ in paths for each in read_verdicts(votes)]
+    greedy = [accuracies(read_verdicts(path), threshold)["all"][1] for _, path in paths]
+    arrays["greedy"] = {1: np.stack(greedy)}
+    verdicts = [each for of_seed in judgements for each in of_seed]
     samples = sum(len(each.samples) for each in verdicts)
     return Judged(
         arrays,
@@ -125,17 +118,6 @@ def judged(
         parameters,
         facts_of(verdicts, threshold),
     )
-
-
-def greedy_of(path: Path, threshold: float) -> np.ndarray:
-    """(rows,): the chance that a single judgement is right, a tie being drawn."""
-    found = []
-    for verdict in read_verdicts(path):
-        (sample,) = verdict.samples
-        assert verdict.label is not None
-        votes = [] if sample.scores is None else [sample.scores]
-        found.append(chance_correct(votes, verdict.label, threshold))
-    return np.array(found)
 
 
 def facts_of(verdicts: Sequence[Verdict], threshold: float) -> dict[str, float]:
@@ -157,23 +139,11 @@ def facts_of(verdicts: Sequence[Verdict], threshold: float) -> dict[str, float]:
     }
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of (seeds, rows) values, by a bootstrap over seeds and rows."""
-    rng = np.random.default_rng(0)
-    seeds, rows = values.shape
-    means = []
-    for _ in range(BOOTSTRAPS):
-        some = values[rng.integers(seeds, size=seeds)].mean(0)
-        means.append(some[rng.integers(rows, size=rows)].mean())
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
-
-
 def entry(values: np.ndarray) -> dict[str, Any]:
     """The mean of (seeds, rows) values, its interval, and the mean of each seed."""
     return {
         "mean": float(values.mean()),
-        "ci95": interval(values),
+        "ci95": seed_interval(values),
         "seeds": [float(each) for each in values.mean(1)],
     }
 

@@ -4,9 +4,10 @@
                            [--temperatures 0 0.5 1] [--plot FILE.png]
 
 Every row is sampled k times. Voting@j is the accuracy of a vote over j of the k samples, averaged
-over seeded random subsets; a tie counts as the chance that a fair draw gets it right, a row
-without any valid vote as wrong. Intervals are 95 %, by a bootstrap over rows. Without --data the
-rows are the judging world's final split. Ends in one JSON line; --plot writes the curves as PNG.
+over random subsets (bench/evaluate/curves.py); a tie counts as the chance that a fair draw gets it
+right, a row without any valid vote as wrong. Intervals are 95 %, by a bootstrap over rows. Without
+--data the rows are the judging world's final split. Ends in one JSON line; --plot writes the curves
+as PNG.
 """
 
 import sys
@@ -22,18 +23,18 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from bench.evaluate.curves import Way, chances, votes_up_to
+from bench.evaluate.votes import votes_of
 from bench.provenance import print_json
+from bench.statistics import interval
 from engine import command
 from engine.judge import Judge
-from engine.labels import chance_correct
+from engine.labels import Label
 from engine.reading import open_rows, read_rows
 from engine.request import BadRow, Row
 from engine.verdict import Verdict
 from train.world.cases import Split
 from train.world.rows import split_rows
-
-SUBSETS = 32
-BOOTSTRAPS = 2000
 
 
 @dataclass(frozen=True)
@@ -68,31 +69,18 @@ def read_labelled(data: Path | None, split: Split, count: int, seed: int) -> lis
     return rows
 
 
-def voting_curve(
-    verdicts: Sequence[Verdict], k: int, threshold: float, seed: int
-) -> dict[int, np.ndarray]:
+def voting_curve(verdicts: Sequence[Verdict], k: int, threshold: float) -> dict[int, np.ndarray]:
     """j -> (rows,) float64: each row's chance to be right with j votes, over subsets of its k."""
-    rng = np.random.default_rng(seed)
-    sizes = [1 << i for i in range(k.bit_length()) if 1 << i < k] + [k]
-    curve = {size: np.zeros(len(verdicts)) for size in sizes}
-    for row, verdict in enumerate(verdicts):
-        assert verdict.label is not None
-        votes = [sample.scores for sample in verdict.samples]
-        for size in sizes:
-            subsets = 1 if size == k else SUBSETS
-            for _ in range(subsets):
-                chosen = rng.choice(k, size, replace=False)
-                valid = [scores for i in chosen if (scores := votes[i]) is not None]
-                curve[size][row] += chance_correct(valid, verdict.label, threshold) / subsets
-    return curve
+    votes = votes_up_to(k)
+    rows = [votes_of(verdict, threshold) for verdict in verdicts]
+    found = chances(rows, map(label_of, verdicts), [Way()], votes)[:, 0]
+    return dict(zip(votes.sizes, found.T, strict=True))
 
 
-def interval(per_row: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over rows."""
-    rng = np.random.default_rng(seed)
-    means = per_row[rng.integers(len(per_row), size=(BOOTSTRAPS, len(per_row)))].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+def label_of(verdict: Verdict) -> Label:
+    """The label that a verdict must have."""
+    assert verdict.label is not None
+    return verdict.label
 
 
 def measure(judge: Judge, rows: Sequence[Row], args: Args, temperature: float) -> dict[str, Any]:
@@ -108,7 +96,7 @@ def measure(judge: Judge, rows: Sequence[Row], args: Args, temperature: float) -
             raise ValueError(f"row {outcome.id}: {outcome.error}")
         verdicts.append(outcome)
     seconds = time.perf_counter() - started
-    curve = voting_curve(verdicts, k, judge.settings.threshold, args.seed)
+    curve = voting_curve(verdicts, k, judge.settings.threshold)
     samples = [sample for verdict in verdicts for sample in verdict.samples]
     return {
         "temperature": temperature,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bench.evaluate.benchmark import Item
-from bench.evaluate.votes import RowVotes
+from bench.evaluate.votes import RowVotes, failed_row
 from engine.labels import Label
 from engine.request import make_row
 
@@ -58,11 +58,7 @@ def votes_of(
 
 def failed(name: str, error: str = "too long") -> RowVotes:
     """A row that could not be judged."""
-    none = np.zeros(0)
-    return RowVotes(
-        name, none.reshape(0, 0), None, none, none.astype(int), none.astype(int), (), 0, 0, None,
-        error,
-    )  # fmt: skip
+    return failed_row(name, error)
 
 
 def line_of(votes: RowVotes) -> dict[str, Any]:

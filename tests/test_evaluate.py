@@ -54,7 +54,7 @@ def test_a_run_has_its_figures_and_names_what_it_could_not_read(
     out = tmp_path / "out"
     assert evaluate(data, model, out) == 1  # of an entry that could not be read
     found = json.loads((out / "results.json").read_text())
-    assert found["items_by_subset"] == {"Manual": 2, "Natural": 3}
+    assert found["items"] == 5
     assert found["unread"] == {"entries": 1, "reasons": {"no 'output_2'": 1}}
     assert found["about"]["k"] == 4 and found["about"]["model"] == str(model)
     (unread,) = map(json.loads, (out / "unread.jsonl").read_text().splitlines())
@@ -115,6 +115,8 @@ def test_a_scalar_model_gives_its_scores_once(data: Path, tmp_path: Path) -> Non
     assert evaluate(data, tmp_path / "scalar", tmp_path / "out") == 1
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["votes"] == [1]
+    official = found["rules"]["official"]["ways"]["sum"]["1"]["total"]["value"]
+    assert official == found["rules"]["vote"]["ways"]["sum"]["1"]["total"]["value"] is not None
     lines = (tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()
     assert len(lines) == 5 and all(isinstance(json.loads(x)["scores"][0], float) for x in lines)
 
@@ -141,14 +143,16 @@ def test_rows_of_ones_own_in_a_table(model: Path, tmp_path: Path) -> None:
         (["llmbar", "--data", "DATA", "--out", "OUT", "--limit", "0"], "limit = 0"),
         (["llmbar", "--data", "DATA", "--out", "OUT", "--until-decided", ".9"], "needs all k"),
         (["llmbar", "--data", "DATA", "--out", "OUT", "--columns", "{}"], "of LLMBar are known"),
-        (["judgebench", "--data", "DATA", "--out", "OUT"], "no entry of JudgeBench: Manual.json"),
+        (["judgebench", "--data", "DATA", "--out", "OUT"], "has no file of this set"),
+        (["auto_j", "--data", "FILE", "--out", "OUT"], "no entry of Auto-J pairwise: Manual.json"),
     ],
 )
 def test_what_the_user_got_wrong(
     words: Sequence[str], error: str, data: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    places = {"DATA": str(data), "OUT": str(tmp_path / "out")}
+    file = str(data / "Manual.json")
+    places = {"DATA": str(data), "FILE": file, "OUT": str(tmp_path / "out")}
     assert main([places.get(word, word) for word in words]) == 2
     assert error in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -235,3 +235,15 @@ def test_rules_that_count_some_items_from_some_votes_on() -> None:
             [True, False, False], [True, True, False], [True, True, True], [True, False, False],
         ]  # fmt: skip
         assert (found[~np.isnan(found)] == 1.0).all()
+
+
+def test_chances_are_those_of_labels() -> None:
+    """Of an index, of gold scores with two best, and of a single response and its threshold."""
+    rows = [
+        votes_of("a", [(9, 1), None]),
+        votes_of("b", [(3, 3, 1)] * 2),
+        votes_of("c", [(1,)] * 2),
+    ]
+    found = curves.chances(rows, [0, (1.0, 0.0, 1.0), 0], [Way()], curves.votes_up_to(2))
+    assert found[:, 0, 1].tolist() == [1.0, 0.5, 0.0]
+    assert 0 < found[0, 0, 0] < 1  # one of both, of which one is invalid

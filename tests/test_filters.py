@@ -1,18 +1,15 @@
 """The filters' bench: halves by hand, AUCs by brute force, and a small run."""
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from bench import filters
 from engine.verdict import Sample, Verdict
-from kernels.vote import vote
 
 THRESHOLD = 5.5
 
@@ -38,7 +35,7 @@ def test_each_filter_keeps_its_half() -> None:
         ((6, 5), 0.9, 8, -0.1),  # right
         ((2, 9), 0.2, 2, -0.2),
     ])  # fmt: skip
-    found = filters.row_curves(verdict, 4, THRESHOLD, np.random.default_rng(0))
+    found = filters.row_curves(verdict, THRESHOLD, np.random.default_rng(0))
     assert set(found) == set(filters.NAMES) and all(list(found[f]) == [1, 2, 4] for f in found)
     at_4 = {name: sizes[4] for name, sizes in found.items() if name != "random"}
     assert at_4 == {
@@ -58,8 +55,8 @@ def test_each_filter_keeps_its_half() -> None:
     assert abs(found["all"][1] - 0.5) < 0.2  # one of four, two of which are right
     trusted = verdict_of([((9, 1), 2.0, 1, 0.0), ((1, 9), 1.0, 1, 0.0), (None, None, 1, 0.0),
                           ((1, 9), np.nan, 1, 0.0)])  # fmt: skip
-    found = filters.row_curves(trusted, 4, THRESHOLD, np.random.default_rng(0))
-    assert found["meta"][4] == 0.5 and found["all"][4] == 0.0  # NaN is trusted least
+    found = filters.row_curves(trusted, THRESHOLD, np.random.default_rng(0))
+    assert found["meta"][4] == 0.5 and found["all"][4] == 0.0  # NaN is not trusted
 
 
 def test_aucs_are_those_of_all_pairs() -> None:
@@ -102,25 +99,3 @@ def test_the_command_ends_in_one_json_line(
             low, high = entry["ci95"]
             assert 0 <= low <= entry["mean"] <= high <= 1
     assert told["ways"]["meta"]["1"]["gain"] == 0
-
-
-def test_mean_points_are_those_of_the_vote() -> None:
-    """Of the operation that the engine votes with; a sample without a meta score weighs nothing."""
-    shown = [(3, 9, 3), None, (1, 2, 8), (5, 5, 5), (7, 2, 1)]
-    metas = [0.5, math.nan, -1.0, 2.0, math.nan]
-    samples = verdict_of([(s, m, 1, 0.0) for s, m in zip(shown, metas, strict=True)]).samples
-    voting = [sample for sample in samples if sample.scores is not None]
-    for way in filters.RULES.values():
-        more = 2 * way.expects
-        expected = vote(
-            torch.tensor([[(s[0] + more, *s[1:]) if s else (0, 0, 0) for s in shown]]),
-            torch.arange(3).expand(1, 5, 3),
-            torch.tensor([[scores is not None for scores in shown]]),
-            torch.tensor([3]),
-            torch.zeros(1),
-            torch.tensor([metas]) * 2.0 if way.weighs else None,
-            rule=way.rule,
-        ).mean[0]
-        found = filters.mean_points(voting, way, 2.0)
-        assert found == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-9)
-    assert all(filters.mean_points([], way, 1.0) == [] for way in filters.RULES.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import filters, spct, study
+from bench import filters, spct, statistics, study
 from engine.sample import POCKET
 from engine.verdict import Sample, Verdict, to_line
 
@@ -24,7 +24,7 @@ def test_the_whole_chain_in_small(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(study, "BOOTSTRAPS", 20)
+    monkeypatch.setattr(statistics, "BOOTSTRAPS", 20)
     monkeypatch.setattr(spct, "LONGEST", 250)
     words = ["--smoke", "--out", str(tmp_path), "--large", str(POCKET), *more]
     trainings = 8 if more else 6
@@ -52,7 +52,7 @@ def test_the_whole_chain_in_small(
 
     assert (tmp_path / "ablations.md").exists() == bool(more)
     judged = {path: path.read_bytes() for path in (tmp_path / "seed-0" / "verdicts").iterdir()}
-    assert len(judged) == 8 + 4  # and what is kept of their figures
+    assert len(judged) == 8
     assert spct.main(words) == 0
     lines = [json.loads(x) for x in capfd.readouterr().err.splitlines() if x.startswith("{")]
     assert [line["steps_run"] for line in lines if "steps_run" in line] == [0] * trainings
@@ -65,7 +65,7 @@ def verdict(row: int, samples: list[tuple[int, int] | None]) -> Verdict:
     """Of judgements of two responses, the first of which is the best."""
     made = [
         Sample((0, 1), f"c{i % 2}\nx", scores, None if scores else "none", float(i), 7, "box",
-               [], [], [], expected=scores and (scores[0] + 0.5, scores[1]))
+               [], [-1.0], [], expected=scores and (scores[0] + 0.5, scores[1]))
         for i, scores in enumerate(samples)
     ]  # fmt: skip
     return Verdict(str(row), "", 0, [1, 2], [1.0, 2.0], False, len(made), 0, 1, made, 9, 5,
@@ -73,27 +73,27 @@ def verdict(row: int, samples: list[tuple[int, int] | None]) -> Verdict:
 
 
 def test_figures_of_verdict_lines(tmp_path: Path) -> None:
-    """The same as of the verdicts themselves, read again from what is kept beside them."""
+    """The same as of the verdicts themselves."""
     rows = [verdict(0, [(9, 1), (1, 9), None, (5, 5)]), verdict(1, [(9, 1), (8, 1), (7, 1), None])]
     path = tmp_path / "verdicts.jsonl"
     path.write_bytes(b"".join(map(to_line, rows)))
     rng = np.random.default_rng(0)
     names = (*study.PLAIN, *study.GUIDED, "expected")
-    curves = [filters.row_curves(row, 4, 5.5, rng, 0.5, names) for row in rows]
-    for _ in range(2):
-        found = study.chances(path, 5.5, 0.5, expects=True)
-        assert list(found) == list(names)
-        for name, sizes in found.items():
-            assert list(sizes) == [1, 2, 4]
-            for size, values in sizes.items():
-                assert values.tolist() == [curve[name][size] for curve in curves]
-    kept = (tmp_path / "verdicts.npz").stat().st_mtime_ns
-    assert set(study.chances(path, 5.5, None)) == set(study.PLAIN)  # no meta model: another key
-    assert (tmp_path / "verdicts.npz").stat().st_mtime_ns > kept
+    rng = np.random.default_rng(0)
+    curves = [filters.row_curves(row, 5.5, rng, 0.5) for row in rows]
+    found = study.accuracies(study.read_verdicts(path), 5.5, 0.5, expects=True)
+    assert list(found) == list(names)
+    for name, sizes in found.items():
+        assert list(sizes) == [1, 2, 4]
+        for size, values in sizes.items():
+            assert values.tolist() == [curve[name][size] for curve in curves]
+    assert found["meta"][4].tolist() == [0.0, 1.0]  # meta scores are places: (1, 9) and (5, 5)
+    assert set(study.accuracies(rows, 5.5)) == set(study.PLAIN)  # without a meta model
     greedy = tmp_path / "greedy.jsonl"
     singles = [verdict(0, [(5, 5)]), verdict(1, [None]), verdict(2, [(9, 1)])]
     greedy.write_bytes(b"".join(map(to_line, singles)))
-    assert study.greedy_of(greedy, 5.5).tolist() == [0.5, 0.0, 1.0]
+    (judged,) = study.judged([(path, greedy)], 5.5, 1).arrays["greedy"].values()
+    assert judged.tolist() == [[0.5, 0.0, 1.0]]
     facts = study.facts_of(rows, 5.5)
     assert facts["invalid"] == 2 / 8 and facts["right"] == 4 / 8
     assert facts["criteria_entropy"] == pytest.approx(math.log(2))
@@ -116,5 +116,5 @@ def test_differences_are_paired() -> None:
     ((name, found),) = study.orderings(judges, pairs).items()
     assert name == "a over b" and found["seeds"] == pytest.approx([0.1] * 3)
     assert found["ci95"] == pytest.approx((0.1, 0.1))
-    low, high = study.interval(rows)
+    low, high = statistics.seed_interval(rows)
     assert 0.3 < low < 0.5 < high < 0.7

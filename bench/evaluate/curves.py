@@ -18,7 +18,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from bench.evaluate.benchmark import Item, RowScores, Rule
+from bench.evaluate.rules import drawn
 from bench.evaluate.votes import RowVotes, points, row_scores
+from engine.labels import Label
 from kernels.vote import Rule as Points
 
 SUBSETS = 32
@@ -207,7 +209,8 @@ def values_of(
             found = rule.value(item, of_rows).reshape(len(ways), -1)
             if not (compares or rule.ranks or judged[0].has_threshold):
                 found = np.full(found.shape, np.nan)
-            found = np.where(voters < rule.least, np.nan, found)
+            if any((each.first >= 0).any() for each in judged):  # else any order is all orders
+                found = np.where(voters < rule.least, np.nan, found)
             places[number].append(place)
             means[number].append(_over_draws(found, votes))
             if rule.total.statistic is not None:
@@ -216,6 +219,22 @@ def values_of(
         Values(np.array(at), np.array(of_means), np.array(of_draws) if of_draws else None)
         for at, of_means, of_draws in zip(places, means, draws, strict=True)
     ]
+
+
+def chances(
+    rows: Iterable[RowVotes],
+    labels: Iterable[Label],
+    ways: Sequence[Way],
+    votes: Votes,
+    meta_scale: float = 1.0,
+) -> np.ndarray:
+    """(rows, ways, sizes) float64: each row's chance that a vote is right by its label, ties being
+    drawn; 0 where there is no vote. Rows that failed have no place here."""
+    found = []
+    for row, label in zip(rows, labels, strict=True):
+        scores = ways_scores(row, row.scores.shape[1], ways, votes, meta_scale)
+        found.append(_over_draws(drawn(scores.means, label).reshape(len(ways), -1), votes))
+    return np.array(found)
 
 
 def _voters(way: Way, sizes: np.ndarray) -> np.ndarray:

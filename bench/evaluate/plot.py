@@ -1,4 +1,4 @@
-"""A run's curve as PNG: the first rule's total against votes, tokens and, where known, seconds."""
+"""A run's curve as PNG: the total of the first rule that has one against votes, tokens and, where known, seconds."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +10,22 @@ STYLES = {"": "-", "meta filter": "--", "meta weights": ":"}
 
 
 def curve(found: Mapping[str, Any], seconds_per_row: float | None, path: Path) -> None:
-    """Draw results.json. seconds_per_row: of judging with all votes; those of fewer, and of ways
+    """Draw results.json; nothing where no total has a value. seconds_per_row: of judging with all votes; those of fewer, and of ways
     that need no meta model, are taken to be in proportion to tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    name, rule = next(iter(found["rules"].items()))
+    rules = [
+        (name, rule)
+        for name, rule in found["rules"].items()
+        if any(figure["total"]["value"] is not None
+               for sizes in rule["ways"].values() for figure in sizes.values())
+    ]  # fmt: skip
+    if not rules:
+        return
+    name, rule = rules[0]
     costs = list(found["tokens_per_item"].values())  # without and with a meta model
     axes_titles = ["votes", "tokens of an item"]
     seconds_per_token = None

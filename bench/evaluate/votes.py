@@ -1,16 +1,17 @@
-"""Verdict lines -> arrays: what each sample of a row said, and what some of them come to.
+"""Verdicts and their lines -> arrays: what each sample of a row said, and what some come to.
 
 k samples, n responses, S subsets of samples.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from bench.evaluate.benchmark import RowScores
+from engine.verdict import Sample, Verdict
 from kernels.vote import Rule, points_of
 
 DECIMALS = 9  # of a mean
@@ -43,42 +44,94 @@ class RowVotes(NamedTuple):
     has_threshold: bool = True
 
 
+class _Sample(msgspec.Struct):
+    """What is read of a sample's fields in a line; `engine.verdict.Sample` has them too."""
+
+    order: tuple[int, ...]
+    scores: tuple[float, ...] | None
+    invalid: str | None
+    meta: float | None
+    tokens: int
+    expected: tuple[float, ...] | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+    tree_tokens: int
+
+
+class _Line(msgspec.Struct):
+    id: str
+    samples: list[_Sample] = []
+    usage: _Usage | None = None
+    score: str = "drawn"
+    row_meta: Any = None
+    error: str | None = None
+
+
 def read_votes(path: Path, threshold: float) -> Iterator[RowVotes]:
-    """The lines of `engine.sample --out`."""
-    with path.open(encoding="utf-8") as file:
-        for line in map(json.loads, file):
-            yield _of_line(line, threshold)
+    """The lines of `engine.sample --out`. Raises ValueError for a line that is none."""
+    with path.open("rb") as file:
+        for number, text in enumerate(file, 1):
+            try:
+                line = msgspec.json.decode(text, type=_Line)
+            except msgspec.MsgspecError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            usage = line.usage
+            if line.error is not None or usage is None:
+                yield failed_row(line.id, line.error or "no verdict")
+            else:
+                yield _votes(
+                    line.id, line.samples, usage.tree_tokens, usage.prompt_tokens, line.row_meta,
+                    threshold if line.score != "head" else None,
+                )  # fmt: skip
 
 
-def _of_line(line: dict[str, Any], threshold: float) -> RowVotes:
-    if "error" in line:
-        none = np.zeros(0)
-        return RowVotes(
-            line["id"], none.reshape(0, 0), None, none, none.astype(int), none.astype(int), (), 0,
-            0, None, line["error"],
-        )  # fmt: skip
-    samples = line["samples"]
-    n = len(samples[0]["order"] or samples[0]["scores"])
-    has_threshold = line.get("score") != "head"
-    shift = threshold if n == 1 and has_threshold else 0.0
+def votes_of(verdict: Verdict, threshold: float) -> RowVotes:
+    """A verdict's own."""
+    return _votes(
+        verdict.id, verdict.samples, verdict.tree_tokens, verdict.prompt_tokens, verdict.row_meta,
+        threshold if verdict.score != "head" else None,
+    )  # fmt: skip
 
-    def table(name: str) -> np.ndarray:
-        given = [each.get(name) or [np.nan] * n for each in samples]
-        return np.array(given, dtype=np.float64) - shift
 
-    metas = [np.nan if each["meta"] is None else each["meta"] for each in samples]
+def failed_row(name: str, error: str) -> RowVotes:
+    """Of a row without a verdict."""
+    none = np.zeros(0)
+    count = none.astype(int)
+    return RowVotes(name, none.reshape(0, 0), None, none, count, count, (), 0, 0, None, error)
+
+
+def _votes(
+    name: str,
+    samples: Sequence[_Sample] | Sequence[Sample],
+    tree_tokens: int,
+    prompt_tokens: int,
+    facts: Any,
+    threshold: float | None,
+) -> RowVotes:
+    """threshold: None for a scalar model, whose samples have no order either."""
+    n = len(samples[0].order or samples[0].scores or ())
+    shift = threshold if n == 1 and threshold is not None else 0.0
+
+    def table(given: Iterable[Sequence[float] | None]) -> np.ndarray:
+        rows = [[np.nan] * n if each is None else each for each in given]
+        return np.array(rows, dtype=np.float64) - shift
+
+    metas = [np.nan if each.meta is None else each.meta for each in samples]
+    expected = [each.expected for each in samples]
     return RowVotes(
-        line["id"],
-        table("scores"),
-        table("expected") if any("expected" in each for each in samples) else None,
+        name,
+        table(each.scores for each in samples),
+        None if all(each is None for each in expected) else table(expected),
         np.array(metas, dtype=np.float64),
-        np.array([each["order"][0] if each["order"] else -1 for each in samples]),
-        np.array([each["tokens"] for each in samples]),
-        tuple(each["invalid"] for each in samples),
-        line["usage"]["tree_tokens"],
-        line["usage"]["prompt_tokens"],
-        line.get("row_meta"),
-        has_threshold=has_threshold,
+        np.array([each.order[0] if each.order else -1 for each in samples]),
+        np.array([each.tokens for each in samples]),
+        tuple(each.invalid for each in samples),
+        tree_tokens,
+        prompt_tokens,
+        facts,
+        has_threshold=threshold is not None,
     )
 
 
