@@ -39,9 +39,12 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
+def words_of(data: Path, model: Path, out: Path) -> list[str]:
+    return ["llmbar", "--data", str(data), "--model", str(model), "--out", str(out)]
+
+
 def evaluate(data: Path, model: Path, out: Path, *more: str) -> int:
-    words = ["llmbar", "--data", str(data), "--model", str(model), "--out", str(out)]
-    return main([*words, *OPTIONS, *more])
+    return main([*words_of(data, model, out), *OPTIONS, *more])
 
 
 def read(out: Path) -> dict[str, bytes]:
@@ -112,7 +115,7 @@ def test_the_first_entries_of_each_subset(data: Path, model: Path, tmp_path: Pat
 
 def test_a_scalar_model_gives_its_scores_once(data: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "scalar", scalar=True)
-    assert evaluate(data, tmp_path / "scalar", tmp_path / "out") == 1
+    assert main(words_of(data, tmp_path / "scalar", tmp_path / "out")) == 1
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["votes"] == [1]
     official = found["rules"]["official"]["ways"]["sum"]["1"]["total"]["value"]
