@@ -660,7 +660,7 @@ def test_a_pair_that_is_listed_twice_is_judged_once(tmp_path: Path) -> None:
     pairs = [[0, 1], [1, 0], [2, 3], [0, 1]]
     item = one("ppe_correctness", tmp_path, QUESTION | {"sampled_conflict_pairs": pairs})
     assert [row.id.split("-", 3)[3] for row in item.rows] == ["1-0-1", "1-2-3"]
-    assert item.facts == {"times": [3, 1]}
+    assert item.facts == {"times": [3, 1], "listed": 4, "pairs": 2}
     won, tied = of_row([7, 3]), of_row([5, 5])
     assert value("ppe_correctness", "official", item, won, tied) == 3 / 4
     assert value("ppe_correctness", "vote", item, won, tied) == (1 + 0.5) / 2

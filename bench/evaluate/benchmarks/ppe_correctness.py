@@ -10,7 +10,7 @@ it is listed.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,9 @@ def _item(record: Record, folder: Path) -> Item:
         )
         for right, wrong in times
     ]
-    name = f"{subset}-{question}-{model}"
-    return Item(name, subset, tuple(rows), {"times": list(times.values())})
+    listed = list(times.values())
+    facts = {"times": listed, "listed": sum(listed), "pairs": len(listed)}
+    return Item(f"{subset}-{question}-{model}", subset, tuple(rows), facts)
 
 
 def _set_of(path: Path) -> str:
@@ -87,12 +88,12 @@ def _drawn(item: Item, scores: Sequence[RowScores]) -> np.ndarray:
     return np.mean([drawn(each.means, 0) for each in scores], 0)
 
 
-def _over_listed(values: np.ndarray, facts: Sequence[Mapping[str, Any]]) -> float:
-    return float(np.average(values, weights=[sum(each["times"]) for each in facts]))
+def _over(count: str) -> Callable[[np.ndarray, Sequence[Mapping[str, Any]]], float]:
+    def statistic(values: np.ndarray, facts: Sequence[Mapping[str, Any]]) -> float:
+        weights = np.array([each[count] for each in facts])
+        return float(values @ weights / weights.sum())
 
-
-def _over_pairs(values: np.ndarray, facts: Sequence[Mapping[str, Any]]) -> float:
-    return float(np.average(values, weights=[len(each["times"]) for each in facts]))
+    return statistic
 
 
 SECTIONS: dict[str, dict[str, float | None]] = {name: {name: None} for name in SETS.values()}
@@ -106,13 +107,13 @@ BENCHMARK = Benchmark(
             "official",
             "the right answer of a pair wins, over all pairs as they are listed; a tie is wrong",
             _listed,
-            Total(SECTIONS, statistic=_over_listed),
+            Total(SECTIONS, statistic=_over("listed")),
         ),
         Rule(
             "vote",
             "each pair counts once, and a tie is drawn",
             _drawn,
-            Total(SECTIONS, statistic=_over_pairs),
+            Total(SECTIONS, statistic=_over("pairs")),
         ),
     ),
     ("pairs",),
