@@ -235,6 +235,11 @@ def test_rules_that_count_some_items_from_some_votes_on() -> None:
             [True, False, False], [True, True, False], [True, True, True], [True, False, False],
         ]  # fmt: skip
         assert (found[~np.isnan(found)] == 1.0).all()
+    rows = [row._replace(first=np.full(4, -1)) for row in rows]  # a sample is of both orders
+    (values,) = curves.values_of(items, rows, [rule], ways, votes)
+    assert (values.means == 1.0).all()
+    (values,) = curves.values_of(items, [*rows[:2], failed("t")], [rule], ways, votes)
+    assert (values.means[1] == 0.0).all()
 
 
 def test_chances_are_those_of_labels() -> None:
