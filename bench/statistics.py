@@ -94,13 +94,11 @@ class Detection(NamedTuple):
     precision: float
     recall: float
     f1: float
-    accuracy: float
 
 
 def detection(found: np.ndarray, positive: np.ndarray) -> Detection:
     """Of (items,) bool: those that are found to be positive, and those that are."""
-    hits = int((found & positive).sum())
-    precision = hits / max(int(found.sum()), 1)
-    recall = hits / max(int(positive.sum()), 1)
-    f1 = 2 * hits / max(int(found.sum()) + int(positive.sum()), 1)
-    return Detection(precision, recall, f1, float((found == positive).mean()))
+    hits, claimed, there = (int(each.sum()) for each in (found & positive, found, positive))
+    return Detection(
+        hits / max(claimed, 1), hits / max(there, 1), 2 * hits / max(claimed + there, 1)
+    )

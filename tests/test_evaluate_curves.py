@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bench.evaluate import curves
@@ -86,10 +86,11 @@ SAMPLE = st.tuples(
 )
 
 
-@settings(max_examples=40)
-@given(st.lists(SAMPLE, min_size=1, max_size=9), st.sampled_from([None, 1, 2, 5]))
+@settings(max_examples=50)
+@given(st.lists(SAMPLE, min_size=1, max_size=9))
+@example([((3, 1, 2), 0.0), ((1, 2, 3), 1.0), ((1, 1, 4), 0.5)])
 def test_ways_are_those_of_the_vote(
-    samples: list[tuple[tuple[int, ...] | None, float]], k_meta: int | None
+    samples: list[tuple[tuple[int, ...] | None, float]],
 ) -> None:
     """All samples' means against those of the operation that the engine votes with."""
     scores, metas = zip(*samples, strict=True)
@@ -99,8 +100,8 @@ def test_ways_are_those_of_the_vote(
     row = votes_of("r", scores, metas)
     votes = curves.votes_up_to(k)
     scale = 0.5
-    ways = [Way(rule, False, meta, k_meta if meta == "filter" else None)
-            for rule in curves.POINTS for meta in (None, "filter", "weights")]  # fmt: skip
+    kinds = [Way(), Way(meta="weights"), *(Way(meta="filter", k_meta=i) for i in (None, 1, 2, 5))]
+    ways = [way._replace(points=rule) for rule in curves.POINTS for way in kinds]
     found = curves.ways_scores(row, 3, ways, votes, scale)
     assert found.by_first.shape == (0, len(ways) * len(votes.of_subset), 3)
     at_k = found.means.reshape(len(ways), -1, 3)[:, -1]
@@ -235,6 +236,11 @@ def test_rules_that_count_some_items_from_some_votes_on() -> None:
             [True, False, False], [True, True, False], [True, True, True], [True, False, False],
         ]  # fmt: skip
         assert (found[~np.isnan(found)] == 1.0).all()
+    rows = [row._replace(first=np.full(4, -1)) for row in rows]  # a sample is of both orders
+    (values,) = curves.values_of(items, rows, [rule], ways, votes)
+    assert (values.means == 1.0).all()
+    (values,) = curves.values_of(items, [*rows[:2], failed("t")], [rule], ways, votes)
+    assert (values.means[1] == 0.0).all()
 
 
 def test_chances_are_those_of_labels() -> None:

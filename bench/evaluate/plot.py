@@ -1,4 +1,5 @@
-"""A run's curve as PNG: the total of the first rule that has one against votes, tokens and, where known, seconds."""
+"""A run's curve as PNG: the total of the first rule that has one, against votes, tokens and, where
+known, seconds."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +11,9 @@ STYLES = {"": "-", "meta filter": "--", "meta weights": ":"}
 
 
 def curve(found: Mapping[str, Any], seconds_per_row: float | None, path: Path) -> None:
-    """Draw results.json; nothing where no total has a value. seconds_per_row: of judging with all votes; those of fewer, and of ways
-    that need no meta model, are taken to be in proportion to tokens."""
+    """Draw results.json; nothing where no total has a value. seconds_per_row: of judging with all
+    votes; those of fewer, and of ways that need no meta model, are taken to be in proportion to
+    tokens."""
     import matplotlib
 
     matplotlib.use("Agg")

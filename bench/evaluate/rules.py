@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import statistics
 from bench.evaluate.benchmark import Item, RowScores, Rule, Total
 from engine.labels import Label, best_of, has_best, is_tie
 
@@ -102,16 +103,6 @@ def preference(item: Item, scores: Sequence[RowScores]) -> np.ndarray:
     return (1 + preferred(scores[0].means)) / 2
 
 
-def precision_recall_f1(
-    predicted: np.ndarray, gold: np.ndarray, positive: float
-) -> tuple[float, float, float]:
-    """Of a class; what would be divided by 0 is 0."""
-    hits = int(((predicted == positive) & (gold == positive)).sum())
-    found, there = int((predicted == positive).sum()), int((gold == positive).sum())
-    precision, recall, f1 = hits / max(found, 1), hits / max(there, 1), 2 * hits
-    return precision, recall, f1 / max(found + there, 1)
-
-
 def macro(index: int) -> Callable[[np.ndarray, Sequence[Mapping[str, Any]]], float]:
     """A `Total.statistic`: precision, recall or F1 (0, 1, 2), each class by itself, averaged over
     the classes that are predicted or that `facts["gold"]` has."""
@@ -119,7 +110,9 @@ def macro(index: int) -> Callable[[np.ndarray, Sequence[Mapping[str, Any]]], flo
     def statistic(values: np.ndarray, facts: Sequence[Mapping[str, Any]]) -> float:
         gold = np.array([each["gold"] for each in facts])
         classes = np.union1d(values, gold)
-        return float(np.mean([precision_recall_f1(values, gold, c)[index] for c in classes]))
+        return float(
+            np.mean([statistics.detection(values == c, gold == c)[index] for c in classes])
+        )
 
     return statistic
 
@@ -128,8 +121,7 @@ def roc_auc(values: np.ndarray, facts: Sequence[Mapping[str, Any]]) -> float:
     """A `Total.statistic`: how often an item with `facts["gold"]` = 1 has a greater value than one
     with 0, a tie being half; NaN where one of both is missing."""
     gold = np.array([each["gold"] for each in facts])
-    above = np.sign(values[gold == 1][:, None] - values[gold == 0][None, :])
-    return float((1 + above).mean() / 2) if above.size else float("nan")
+    return statistics.roc_auc(values, gold == 1)
 
 
 def majority_of(votes: Sequence[Any]) -> Any:

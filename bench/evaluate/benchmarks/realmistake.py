@@ -9,7 +9,8 @@ import numpy as np
 
 from bench.evaluate.benchmark import BadItem, Benchmark, Item, Layout, RowScores, Rule, Total
 from bench.evaluate.files import Record, one_of, read_items, records
-from bench.evaluate.rules import precision_recall_f1, roc_auc
+from bench.evaluate.rules import roc_auc
+from bench.statistics import detection
 from engine.request import make_row
 
 PASSWORD = b"open-realmistake"  # its authors' README states it
@@ -55,7 +56,7 @@ def _score(item: Item, scores: Sequence[RowScores]) -> np.ndarray:
 def _of_errors(index: int) -> Total:
     def statistic(values: np.ndarray, facts: Sequence[Mapping[str, Any]]) -> float:
         gold = np.array([each["gold"] for each in facts])
-        return precision_recall_f1(values, gold, ERROR)[index]
+        return detection(values == ERROR, gold == ERROR)[index]
 
     return Total(statistic=statistic)
 
