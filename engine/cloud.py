@@ -29,7 +29,7 @@ from engine.key import model_fingerprint
 from engine.options import JudgeOptions
 from engine.prompt import PromptBuilder, Segment, read_chat_template
 from engine.request import Row, make_row
-from engine.scalar_judge import TURNS, with_response
+from engine.scalar_judge import TURNS, with_responses
 from engine.sequence_scorer import SequenceScorer
 from engine.settings import JudgeSettings
 from engine.templates import DATE
@@ -76,7 +76,7 @@ class CritiquePrompts(PromptBuilder):
         nonce: str | None = None,
     ) -> list[Segment]:
         """As of `PromptBuilder`, of the first response; reference and principles are not shown."""
-        shown = with_response(row, row.responses[order[0]])
+        shown = with_responses(row, order[:1])
         return self._ended(super().segments(shown, [0], known=known))[0]
 
     def continuation(self, row: Row, hint: str | None = None, nonce: str | None = None) -> str:

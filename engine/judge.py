@@ -231,7 +231,7 @@ class Judge:
     ) -> str:
         weight = self.model.head_weight
         everything = asdict(options) | {
-            **{f"judge_{name}": value for name, value in asdict(self.settings).items()},
+            **{f"judge_{name}": value for name, value in self.settings.of_judges().items()},
             "stop": options.stop or self.settings.stop,
             "judge_template": self.prompts.judge_template,
             "chat_template": self.prompts.chat_template,

@@ -465,7 +465,7 @@ def _prompt_of(options: Options, row: Row) -> str:
     from engine.cloud import CritiquePrompts, read_critique_template  # these load torch
     from engine.orders import draw_orders, parts_of, seen_by
     from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
-    from engine.scalar_judge import TURNS, with_response
+    from engine.scalar_judge import template_of, with_responses
     from engine.settings import read_judge_settings
     from models.tokenizer import Tokenizer
 
@@ -481,8 +481,11 @@ def _prompt_of(options: Options, row: Row) -> str:
         return CritiquePrompts(tokenizer, template, **chat).show(row, [0])
     settings = read_judge_settings(options.model, options.settings)
     if kind == "scalar":
-        prompts = PromptBuilder(tokenizer, TURNS, settings, is_answered=True, **chat)
-        return prompts.show(with_response(row, row.responses[0]), [0])
+        prompts = PromptBuilder(
+            tokenizer, template_of(settings), settings, is_answered=True, **chat
+        )
+        shown = range(min(2, len(row.responses)) if settings.compares else 1)
+        return prompts.show(with_responses(row, shown), shown)
     template = read_judge_template(options.model, given.template)
     prompts = PromptBuilder(tokenizer, template, settings, **chat)
     part = parts_of(draw_orders(row, options)[0], options.max_shown)[0]
