@@ -39,7 +39,7 @@ from engine.orders import draw_orders, parts_of, seen_by
 from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
 from engine.request import BadRow, Message, Row, make_row
 from engine.score_reader import ScoreReader
-from engine.sequence_scorer import CACHE_SHARE
+from engine.sequence_scorer import CACHE_SHARE, SequenceScorer
 from engine.settings import JudgeSettings, read_judge_settings
 from engine.templates import DATE, Template
 from engine.thinking import open_thinking
@@ -231,7 +231,7 @@ class Judge:
     ) -> str:
         weight = self.model.head_weight
         everything = asdict(options) | {
-            **{f"judge_{name}": value for name, value in asdict(self.settings).items()},
+            **{f"judge_{name}": value for name, value in self.settings.of_judges().items()},
             "stop": options.stop or self.settings.stop,
             "judge_template": self.prompts.judge_template,
             "chat_template": self.prompts.chat_template,
@@ -289,9 +289,9 @@ class Judge:
         sampling = SamplingOptions(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
         stream_key(chosen.seed, "", "token")  # refuses a seed out of range now, not at a row
         backend = None if chosen.attention == "auto" else chosen.attention
-        cache_bytes, scorer = self.cache_bytes, None
-        if self.meta is not None:
-            scorer, cache_bytes = self._scorer(self.meta, chosen, backend)
+        scorer, cache_bytes = self._scorer(chosen, backend), self.cache_bytes
+        if scorer is not None:
+            cache_bytes = self._cache_beside(scorer)
         rules = self.settings.rules(chosen.stop or self.settings.stop, self.prompts.uses_nonce)
         generator = Generator(
             self.model,
@@ -310,33 +310,38 @@ class Judge:
         )
         return self._run(generator, scorer, entries, chosen, hint)
 
-    def _scorer(
-        self, meta: MetaModel, options: JudgeOptions, backend: Backend | None
-    ) -> tuple[MetaScorer, int]:
-        """What scores samples, and the bytes of cache that it leaves to the judge."""
+    def _scorer(self, options: JudgeOptions, backend: Backend | None) -> SequenceScorer | None:
+        """What scores samples, where they are scored."""
+        if self.meta is None:
+            return None
+        return MetaScorer(self.meta, usage=self.usage, **self._scorer_options(options, backend))
+
+    def _scorer_options(self, options: JudgeOptions, backend: Backend | None) -> dict[str, Any]:
         bound = self.cache_bytes
-        scorer = MetaScorer(
-            meta,
-            deterministic=options.deterministic,
-            prefill_backend=backend,
-            cache_bytes=None if bound is None else bound // CACHE_SHARE,
-            usage=self.usage,
-        )
+        return {
+            "deterministic": options.deterministic,
+            "prefill_backend": backend,
+            "cache_bytes": None if bound is None else bound // CACHE_SHARE,
+        }
+
+    def _cache_beside(self, scorer: SequenceScorer) -> int:
+        """The bytes of cache that a scorer leaves to the judge."""
+        bound = self.cache_bytes
         if bound is not None:
-            return scorer, bound - bound // CACHE_SHARE
+            return bound - bound // CACHE_SHARE
         config, weight = self.model.config, self.model.head_weight
         free = cache_budget(config, weight.dtype, weight.device, self.max_batch, PREFILL_TOKENS)
-        return scorer, max(free - scorer.working_bytes, 0)
+        return max(free - scorer.working_bytes, 0)
 
     def _run(
         self,
         generator: Generator,
-        scorer: MetaScorer | None,
+        scorer: SequenceScorer | None,
         entries: Iterable[Row | BadRow | None],
         options: JudgeOptions,
         hint: Hint | None,
     ) -> Iterator[Verdict | RowFailure]:
-        flying: deque[_Flight] = deque()
+        flying: deque[Flight] = deque()
 
         def groups() -> Iterator[Group | None]:
             for entry in entries:
@@ -356,15 +361,15 @@ class Judge:
                 yield outcome
         assert not flying, "a row without an outcome"
 
-    def _flight(self, entry: Row | BadRow, options: JudgeOptions, hint: Hint | None) -> "_Flight":
+    def _flight(self, entry: Row | BadRow, options: JudgeOptions, hint: Hint | None) -> "Flight":
         if isinstance(entry, BadRow):
-            return _Flight(entry, self._key(entry, options), [], [], [])
+            return Flight(entry, self._key(entry, options), [], [], [])
         orders = draw_orders(entry, options)
         hints = [None if hint is None else hint(entry, order) for order in orders]
         shown = [part for order in orders for part in parts_of(order, options.max_shown)]
-        return _Flight(entry, self._key(entry, options, hints), orders, hints, shown)
+        return Flight(entry, self._key(entry, options, hints), orders, hints, shown)
 
-    def _group(self, flight: "_Flight", options: JudgeOptions) -> Group:
+    def _group(self, flight: "Flight", options: JudgeOptions) -> Group:
         """What is to be sampled of an entry: nothing of one that has failed."""
         row, prompts = flight.entry, []
         if isinstance(row, BadRow):
@@ -387,7 +392,7 @@ class Judge:
         return Group(prompts, key, [*map(len, flight.shown)], flight, rounds, opening, nonce)
 
     def _prompts(
-        self, row: Row, flight: "_Flight", nonce: str | None
+        self, row: Row, flight: "Flight", nonce: str | None
     ) -> list[list[tuple[int, ...]]]:
         """The prompt of each judgement as segments; those that see the same thing share one."""
         hints = [hint for hint in flight.hints for _ in range(flight.num_parts)]
@@ -408,7 +413,7 @@ class Judge:
         return [prompts[each] for each in shown]
 
     def _rounds(
-        self, flight: "_Flight", options: JudgeOptions
+        self, flight: "Flight", options: JudgeOptions
     ) -> Callable[[Sequence[Generation]], int] | None:
         """How many samples a row draws next, given those that it has; None: all of them."""
         sure = options.until_decided
@@ -425,9 +430,9 @@ class Judge:
 
     def _verdict(
         self,
-        flight: "_Flight",
+        flight: "Flight",
         result: GroupResult,
-        scorer: MetaScorer | None,
+        scorer: SequenceScorer | None,
         options: JudgeOptions,
     ) -> Verdict | RowFailure:
         row = flight.entry
@@ -435,7 +440,7 @@ class Judge:
         if result.error is not None:
             return flight.failure(result.error)
         samples = self._reader.samples(flight.orders, flight.shown, result.generations)
-        if scorer is not None:
+        if isinstance(scorer, MetaScorer):
             valid = [sample for sample in samples if sample.scores is not None]
             try:
                 scored = scorer.scores(row, [(sample.order, sample.text) for sample in valid])
@@ -500,7 +505,7 @@ class Judge:
 
 
 @dataclass
-class _Flight:
+class Flight:
     """An entry between its arrival and its place in the output: orders and hints of its samples,
     and the responses that each judgement is shown, num_parts of them for a sample."""
 

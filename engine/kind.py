@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["judge", "scalar"]
+Kind = Literal["judge", "scalar", "cloud"]
+_CLOUD = ("FeedbackRewardModel", "CLoudRewardModel")  # published, and as its own code calls it
 
 
 def kind_of(directory: str | Path) -> Kind:
-    """A language model, which writes judgements, or a sequence classifier, which gives a scalar.
+    """A language model, which writes judgements, a sequence classifier, which gives a scalar, or a
+    language model with a reward head, which writes critiques.
 
     A directory that cannot be read is a judge's: loading it says what is wrong.
     """
@@ -18,4 +20,6 @@ def kind_of(directory: str | Path) -> Kind:
     except (ValueError, KeyError, TypeError):
         return "judge"
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    if name in _CLOUD:
+        return "cloud"
     return "scalar" if str(name).endswith("ForSequenceClassification") else "judge"

@@ -1,7 +1,8 @@
 """`python -m engine.sample`: rows in, verdicts out. The command line and its wiring, nothing else.
 
-A judge writes judgements (`engine/judge.py`); where the model's directory holds a sequence
-classifier, its scores are the verdict (`engine/scalar_judge.py`).
+A judge writes judgements (`engine/judge.py`). Where the model's directory holds a sequence
+classifier, its scores are the verdict (`engine/scalar_judge.py`); where it holds a language model
+with a reward head, the rewards of its critiques are (`engine/cloud.py`).
 
 Without --out the verdicts are printed for a person; with it they are lines of JSON, in input order,
 and a summary of one JSON line goes to standard error. Input is read as the judge asks for it.
@@ -49,6 +50,7 @@ from engine.verdict import RowFailure, Verdict, to_line
 from engine.view import escape, render_error, render_summary, render_verdict
 
 if TYPE_CHECKING:
+    from engine.cloud import CloudJudge
     from engine.judge import Judge
     from engine.scalar_judge import ScalarJudge
 
@@ -79,8 +81,7 @@ GROUPS = {
 }
 # Options that have no meaning without judgements, beside those of sampling.
 _OF_JUDGEMENTS = (
-    "meta_model", "anchor_nonce", "template", "anchor", "score_min", "score_max", "threshold",
-    "format",
+    "meta_model", "anchor_nonce", "anchor", "score_min", "score_max", "threshold", "format",
 )  # fmt: skip
 EXAMPLE = "--model DIR --data rows.jsonl --out verdicts.jsonl --k 32"
 T = TypeVar("T")
@@ -373,25 +374,33 @@ class _Run:
         }
 
 
-def _loader(options: Options) -> "Callable[[], Judge | ScalarJudge]":
+def _loader(options: Options) -> "Callable[[], Judge | ScalarJudge | CloudJudge]":
     """Loads what judges with the model, with all libraries imported. Raises ValueError for options
     that have no meaning for it."""
     prompts = options.prompts
     place: dict[str, Any] = {"dtype": options.dtype, "device": options.device}
-    if kind_of(options.model) == "judge":
+    kind = kind_of(options.model)
+    if kind == "judge":
         given = prompts.for_load(**options.settings)
         from engine.judge import Judge  # loads torch: not for --help, nor for a refused output
 
         place |= {"max_batch": options.max_batch, "meta": options.meta_model}
         return partial(Judge.load, options.model, **place, **given)
-    for name in _OF_JUDGEMENTS:
+    for name in (*_OF_JUDGEMENTS, "template") if kind == "scalar" else _OF_JUDGEMENTS:
         if (value := command.flat(options)[name]) is not None:
-            raise ValueError(f"{name} = {value} has no meaning for a model that gives only a score")
+            raise ValueError(
+                f"{name} = {value} has no meaning for a model whose head gives the scores"
+            )
     place |= {
         "chat_template": prompts.chat_template,
         "chat_template_kwargs": prompts.variables,
         "date": prompts.date,
     }
+    if kind == "cloud":
+        from engine.cloud import CloudJudge
+
+        place |= {"template": prompts.template, "max_batch": options.max_batch}
+        return partial(CloudJudge.load, options.model, **place)
     from engine.scalar_judge import ScalarJudge
 
     return partial(ScalarJudge.load, options.model, **place)
@@ -441,34 +450,46 @@ def _in_vain(summary: Mapping[str, Any]) -> str:
 
 def _first_prompt(options: Options, stack: ExitStack) -> str:
     """What the first sample of the first row would see, without loading weights."""
-    from engine.orders import draw_orders, parts_of, seen_by  # these load torch
-    from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
-    from engine.scalar_judge import TURNS, with_response
-    from engine.settings import read_judge_settings
-    from models.tokenizer import Tokenizer
-
     entries, _ = _open(options, stack)
     row = next(entries, None)
     if row is None:
         raise ValueError("there is no row to show")
     if isinstance(row, BadRow):
         raise ValueError(f"line {row.line}: {row.error}")
-    given, scalar = options.prompts, kind_of(options.model) == "scalar"
-    prompts = PromptBuilder(
-        Tokenizer(options.model),
-        TURNS if scalar else read_judge_template(options.model, given.template),
-        read_judge_settings(options.model, options.settings),
-        chat_template=read_chat_template(options.model, given.chat_template),
-        chat_template_kwargs=given.variables,
-        date=given.date,
-        is_answered=scalar,
-    )
-    if scalar:
-        text = prompts.show(with_response(row, row.responses[0]), [0])
-    else:
-        part = parts_of(draw_orders(row, options)[0], options.max_shown)[0]
-        text = prompts.show(*seen_by(row, part), nonce=prompts.nonce(row, options.seed))
+    text = _prompt_of(options, row)
     return escape(text) if sys.stdout.isatty() else text
+
+
+def _prompt_of(options: Options, row: Row) -> str:
+    """The first prompt of a row."""
+    from engine.cloud import CritiquePrompts, read_critique_template  # these load torch
+    from engine.orders import draw_orders, parts_of, seen_by
+    from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
+    from engine.scalar_judge import template_of, with_responses
+    from engine.settings import read_judge_settings
+    from models.tokenizer import Tokenizer
+
+    given, tokenizer = options.prompts, Tokenizer(options.model)
+    chat: dict[str, Any] = {
+        "chat_template": read_chat_template(options.model, given.chat_template),
+        "chat_template_kwargs": given.variables,
+        "date": given.date,
+    }
+    kind = kind_of(options.model)
+    if kind == "cloud":
+        template = read_critique_template(given.template)
+        return CritiquePrompts(tokenizer, template, **chat).show(row, [0])
+    settings = read_judge_settings(options.model, options.settings)
+    if kind == "scalar":
+        prompts = PromptBuilder(
+            tokenizer, template_of(settings), settings, is_answered=True, **chat
+        )
+        shown = range(min(2, len(row.responses)) if settings.compares else 1)
+        return prompts.show(with_responses(row, shown), shown)
+    template = read_judge_template(options.model, given.template)
+    prompts = PromptBuilder(tokenizer, template, settings, **chat)
+    part = parts_of(draw_orders(row, options)[0], options.max_shown)[0]
+    return prompts.show(*seen_by(row, part), nonce=prompts.nonce(row, options.seed))
 
 
 def _count_lines(path: str) -> int | None:

@@ -11,6 +11,10 @@ by itself: after training by Bradley-Terry (`train/scalar_rm.py`) a difference o
 log-odds that the one response is better than the other. So a row of one response has a score, and
 is neither right nor wrong.
 
+A model whose judge.json says `"compares": true` reads two responses in one turn, and its scalar is
+the log-odds that the first is better. All ordered pairs of a row are read, and its scores are those
+whose differences are nearest to what both orders say. A single response has none.
+
 `ScalarJudge` is to `engine.sample` what `Judge` is: a row's verdict is that of one sample, without
 a text. A row's reference and principles are not read, and nothing is drawn but ties.
 """
@@ -20,6 +24,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +50,12 @@ TURNS = (
     "{% for message in messages %}{{ turn(message.role) }}{{ message.content }}{% endfor %}"
     "{{ turn('assistant') }}{{ responses[0] }}"
 )
+# Another: what a model that compares reads.
+PAIR = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n\n{% endfor %}"
+    "[Response A]\n{{ responses[0] }}\n\n[Response B]\n{{ responses[1] }}\n\n"
+    "Is response A better than response B?"
+)
 OPTIONS = ("seed", "deterministic", "attention")  # of `JudgeOptions`, those that have a meaning
 
 
@@ -64,15 +75,17 @@ class ScalarJudge:
         cache_bytes: int | None = None,
     ) -> None:
         """Template, its variables and date are as for `PromptBuilder`; of the settings only
-        join_blanks matters. `fingerprint` identifies the model in keys; cache_bytes is as for
-        `SequenceScorer`."""
+        join_blanks and compares matter. `fingerprint` identifies the model in keys; cache_bytes is
+        as for `SequenceScorer`."""
         self.model = model
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.cache_bytes = cache_bytes
         self.usage = Usage()
+        settings = settings or JudgeSettings()
+        self.compares = settings.compares
         self.prompts = PromptBuilder(
-            tokenizer, TURNS, settings or JudgeSettings(), chat_template=chat_template,
+            tokenizer, template_of(settings), settings, chat_template=chat_template,
             chat_template_kwargs=chat_template_kwargs, date=date, is_answered=True,
         )  # fmt: skip
 
@@ -107,26 +120,49 @@ class ScalarJudge:
         )
 
     def sequences(self, row: Row) -> list[list[TokenIds]]:
-        """What is read of a row, as segments: a sequence for each response, up to the token that
-        its score is read at. Raises ValueError where one is longer than the model's context, and
-        where the templates refuse the row."""
+        """What is read of a row, as segments: a sequence for each of `reads_of`, up to the token
+        that its scalar is read at. Raises ValueError where one is longer than the model's context,
+        where the templates refuse the row, and where there is nothing to compare."""
         config = self.model.model.config
         known: dict[Any, Any] = {}
         sequences = []
-        for number, response in enumerate(row.responses, 1):
-            shown = with_response(row, response)
-            segments = [each.token_ids for each in self.prompts.segments(shown, [0], known=known)]
+        for read in self.reads_of(row):
+            shown = with_responses(row, read)
+            order = range(len(read))
+            segments = [each.token_ids for each in self.prompts.segments(shown, order, known=known)]
             while segments and segments[-1][-1] == config.pad_token_id:
                 *before, last = segments
                 segments = [*before, last[:-1]] if len(last) > 1 else before
             tokens = sum(map(len, segments))
             if not 0 < tokens <= config.max_position_embeddings:
                 raise ValueError(
-                    f"the conversation with response {number} has {tokens} tokens, the context is "
-                    f"{config.max_position_embeddings}"
+                    f"the conversation with response {' and '.join(str(i + 1) for i in read)} has "
+                    f"{tokens} tokens, the context is {config.max_position_embeddings}"
                 )
             sequences.append(segments)
         return sequences
+
+    def reads_of(self, row: Row) -> list[tuple[int, ...]]:
+        """The responses that each sequence of a row shows: one, or all ordered pairs. Raises
+        ValueError where there is nothing to compare."""
+        places = range(len(row.responses))
+        if not self.compares:
+            return [(place,) for place in places]
+        if len(places) < 2:
+            raise ValueError("one response, and the model compares two")
+        return list(permutations(places, 2))
+
+    def scores_of(self, row: Row, scalars: Sequence[float]) -> list[float]:
+        """A row's scores, of the scalars of its sequences. Of comparisons by least squares: a
+        response's score is what it has over each response, itself too, on average."""
+        if not self.compares:
+            return list(scalars)
+        of_pair = dict(zip(self.reads_of(row), scalars, strict=True))
+        places = range(len(row.responses))
+        return [
+            math.fsum(of_pair[i, j] - of_pair[j, i] for j in places if j != i) / (2 * len(places))
+            for i in places
+        ]
 
     def opens_thinking(self, row: Row, seed: int = 0) -> bool:
         """No prompt ends in an open `<think>`: nothing is written."""
@@ -180,7 +216,7 @@ class ScalarJudge:
         start, before = time.perf_counter(), scorer.tokens
         try:
             sequences = self.sequences(entry)
-            scores = scorer.score(sequences)
+            scores = self.scores_of(entry, scorer.score(sequences))
             if not all(map(math.isfinite, scores)):
                 raise ValueError(f"scores {scores} are not all finite numbers")
         except ValueError as error:
@@ -193,9 +229,15 @@ class ScalarJudge:
         return verdict_of(entry, key, [sample], seed, tokens, distinct_tokens(sequences))
 
 
-def with_response(row: Row, response: str) -> Row:
-    """What the model reads of a row: the conversation, and one response."""
-    return replace(row, responses=(response,), reference=None, principles=None)
+def template_of(settings: JudgeSettings) -> str:
+    """What a model with these settings reads, as a judge template."""
+    return PAIR if settings.compares else TURNS
+
+
+def with_responses(row: Row, places: Sequence[int]) -> Row:
+    """What a scalar is of: a row's conversation, and some of its responses."""
+    shown = tuple(row.responses[place] for place in places)
+    return replace(row, responses=shown, reference=None, principles=None)
 
 
 def distinct_tokens(sequences: Iterable[Sequence[TokenIds]]) -> int:

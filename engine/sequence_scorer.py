@@ -4,8 +4,8 @@ The sequences of one call form a forest: segments that begin several of them are
 a head that calls have in common once for all. The forest runs in pieces of PREFILL_TOKENS. A score
 depends on its sequence alone: on CPU in float32, and in a deterministic run on a GPU, bit for bit.
 
-It does not know what a sequence says: a judgement (`engine/meta.py`) or a response
-(`engine/scalar_judge.py`).
+It does not know what a sequence says: a judgement (`engine/meta.py`), a response
+(`engine/scalar_judge.py`) or a critique (`engine/cloud.py`).
 """
 
 import math
@@ -20,6 +20,7 @@ from engine.generate import PREFILL_TOKENS
 from engine.kv_cache import ALIGN, KVCache, cell_bytes, round_up, scratch_cells
 from engine.memory import cache_budget, working_bytes
 from kernels.segment_attention import Backend
+from models.critique_model import CritiqueModel
 from models.scalar_head import ScalarModel
 
 CACHE_SHARE = 4  # one part in so many: the keys and values of a judge's samples need more
@@ -30,7 +31,7 @@ class SequenceScorer:
 
     def __init__(
         self,
-        model: ScalarModel,
+        model: ScalarModel | CritiqueModel,
         *,
         deterministic: bool = False,
         prefill_backend: Backend | None = None,

@@ -21,6 +21,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "format": (str,),
     "join_blanks": (bool,),
     "meta_scale": (int, float),
+    "compares": (bool,),
 }
 _MOST_SCORE = (2**63 - 1) // MAX_K  # so that the sum of all votes fits in int64
 
@@ -37,7 +38,8 @@ class JudgeSettings:
     for any other. format: how scores are written, a box or a name of `engine/formats.py`.
     join_blanks: blanks of a template right before a text of the row are tokenized with that text,
     as most models are trained; False: by themselves. meta_scale, of a meta model: a vote's
-    weight is exp of its score times this.
+    weight is exp of its score times this. compares, of a scalar model: it reads two responses, and
+    its scalar is the log-odds that the first is better.
     Raises ValueError for wrong types, scores whose sum over all votes could pass 2^63, an empty
     range of scores, a threshold that no score or every score passes, an anchor that cannot begin a
     line, a stop or nonce that a format has not, and a scale that is no positive number.
@@ -52,6 +54,7 @@ class JudgeSettings:
     format: str = "boxed"
     join_blanks: bool = True
     meta_scale: float = 1.0
+    compares: bool = False
 
     def __post_init__(self) -> None:
         for name, types in _TYPES.items():
@@ -77,6 +80,10 @@ class JudgeSettings:
         if self.format != "boxed" and (self.stop == "box" or self.anchor_nonce):
             raise ValueError(f"format = {self.format!r} has no box and no anchor")
         self.rules(self.stop, bool(self.anchor_nonce))
+
+    def of_judges(self) -> dict[str, Any]:
+        """All but what is said of scalar models alone."""
+        return {name: value for name, value in asdict(self).items() if name != "compares"}
 
     def rules(self, stop: str, nonce: bool) -> ScoreRules:
         """What is read of a sample, which ends by `stop`, of a row with or without a nonce."""

@@ -5,11 +5,13 @@ import os
 import torch
 
 from models.config import DTYPES, ModelConfig, read_config
+from models.critique_model import CritiqueModel, base_of
 from models.layers import Attend
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from models.weights import (
+    load_critique_weights,
     load_scalar_weights,
     load_weights,
     save_pretrained,
@@ -17,11 +19,14 @@ from models.weights import (
 
 __all__ = [
     "Attend",
+    "CritiqueModel",
     "ModelConfig",
     "ScalarModel",
     "Tokenizer",
     "Transformer",
     "load",
+    "load_critique",
+    "load_critique_weights",
     "load_scalar",
     "load_scalar_weights",
     "load_weights",
@@ -42,7 +47,7 @@ def load(
     device: "auto" is the GPU if there is one, else the CPU.
     Raises ValueError naming the file and the reason for whatever is malformed or unsupported.
     """
-    config, tokenizer, chosen, place = _open(directory, dtype, device, scalar=False)
+    config, tokenizer, chosen, place = _open(directory, dtype, device)
     return load_weights(directory, config, chosen, place), tokenizer
 
 
@@ -56,14 +61,27 @@ def load_scalar(
     return load_scalar_weights(directory, config, chosen, place), tokenizer
 
 
+def load_critique(
+    directory: str | os.PathLike[str],
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+) -> tuple[CritiqueModel, Tokenizer]:
+    """`load` of a critique model, in the layout of Critique-out-Loud reward models."""
+    base = base_of(directory)
+    config, tokenizer, chosen, place = _open(directory, dtype, device, base=base)
+    return load_critique_weights(directory, config, chosen, place), tokenizer
+
+
 def _open(
     directory: str | os.PathLike[str],
     dtype: str | torch.dtype,
     device: str | torch.device,
-    scalar: bool,
+    *,
+    scalar: bool = False,
+    base: str | os.PathLike[str] | None = None,
 ) -> tuple[ModelConfig, Tokenizer, torch.dtype | None, str | torch.device]:
     """All of a model directory but its weights: config and tokenizer, and which dtype (None: the
-    stored one) and device were meant."""
+    stored one) and device were meant. base: whose config it is, where not the directory's own."""
     if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
     if device == "auto":
@@ -73,7 +91,7 @@ def _open(
         raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} asks for a GPU, and torch finds none")
-    config = read_config(directory, scalar)
+    config = read_config(directory if base is None else base, scalar)
     tokenizer = Tokenizer(directory)
     if tokenizer.size > config.vocab_size:
         last = tokenizer.size - 1

@@ -10,6 +10,8 @@ end token. R rows.
 It does not choose the position, squash the logit, or know what is scored.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -19,12 +21,15 @@ from models.config import ModelConfig
 from models.layers import Attend, Linear
 from models.transformer import Transformer
 
+if TYPE_CHECKING:
+    from models.critique_model import CritiqueModel
+
 _BLOCK = 16
 
 
-def decoder_of(model: "Transformer | ScalarModel") -> Transformer:
+def decoder_of(model: "Transformer | ScalarModel | CritiqueModel") -> Transformer:
     """The decoder that a model is, or has."""
-    return model.model if isinstance(model, ScalarModel) else model
+    return model if isinstance(model, Transformer) else model.model
 
 
 class ScalarModel(nn.Module):
@@ -49,13 +54,18 @@ class ScalarModel(nn.Module):
         Rows do not depend on each other, bit for bit, where R is a multiple of 16: they are summed
         16 at a time, since torch on a GPU cuts a sum by the number of rows.
         """
-        weight = self.score.weight
-        learns = weight.requires_grad and torch.is_grad_enabled()
-        if runs_cpp(hidden) and hidden.is_contiguous() and not learns:
-            out = torch.empty(len(hidden))
-            as_float = weight.detach().float().contiguous()
-            cpp.call("row_dots", hidden.dtype, hidden, *hidden.shape, as_float, out)
-            return out
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        weight = weight.to(wide)
-        return torch.cat([(rows.to(wide) * weight).sum(-1) for rows in hidden.split(_BLOCK)])
+        return row_dots(hidden, self.score.weight)
+
+
+def row_dots(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The product of each row of (R, hidden_size) with a weight (1, hidden_size): (R,), as
+    `ScalarModel.logits` has it."""
+    learns = weight.requires_grad and torch.is_grad_enabled()
+    if runs_cpp(hidden) and hidden.is_contiguous() and not learns:
+        out = torch.empty(len(hidden))
+        as_float = weight.detach().float().contiguous()
+        cpp.call("row_dots", hidden.dtype, hidden, *hidden.shape, as_float, out)
+        return out
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    weight = weight.to(wide)
+    return torch.cat([(rows.to(wide) * weight).sum(-1) for rows in hidden.split(_BLOCK)])

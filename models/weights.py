@@ -9,7 +9,8 @@ checkpoints is ignored, because it follows from config.json; `lm_head.weight` be
 embedding is accepted if it equals the embedding, though not in a scalar model, whose only head is
 `score.weight`.
 
-Of a model that sees images the text model is read, and what is saved is that alone.
+Of a model that sees images the text model is read, and what is saved is that alone. The decoder of
+a critique model is stored under another name (`models/critique_model.py`).
 
 It does not read pickles, quantised or integer tensors.
 """
@@ -30,12 +31,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.config import ModelConfig, hf_config
+from models.critique_model import CritiqueModel
 from models.files import parse_json, read_json
 from models.layers import Linear
 from models.scalar_head import ScalarModel, decoder_of
 from models.transformer import Transformer
 
-Model = TypeVar("Model", Transformer, ScalarModel)
+Model = TypeVar("Model", Transformer, ScalarModel, CritiqueModel)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -53,6 +55,7 @@ _IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 _BLOCK = 1 << 22  # elements of a tensor that are converted, checked and copied together
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SCORE = "score.weight"
+_BASE = "reward_base_model."  # of a critique model: its decoder
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,25 @@ def load_scalar_weights(
     return _load(model, Path(directory), dtype, device)
 
 
+def load_critique_weights(
+    directory: str | os.PathLike[str],
+    config: ModelConfig,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> CritiqueModel:
+    """`load_weights` of a critique model; config: its base's."""
+    with torch.device("meta"):
+        model = CritiqueModel(config)
+    return _load(model, Path(directory), dtype, device)
+
+
 def _load(model: Model, root: Path, dtype: torch.dtype | None, device: str | torch.device) -> Model:
     """Give a model of the meta device its place and its weights."""
     decoder = decoder_of(model)
     config = decoder.config
     stored: dict[str, _Stored] = _stored_tensors(root)
     slots = dict(_slots(model))
-    may_repeat = config.tied and isinstance(model, Transformer)
+    may_repeat = config.tied and not isinstance(model, ScalarModel)
     if may_repeat and _HEAD in stored:
         slots[_HEAD] = slots[_EMBEDDING]
     _check_names(root, stored, slots)
@@ -336,15 +351,19 @@ def in_stored_order(rows: Tensor, order: Tensor | None) -> Tensor:
     return rows if order is None else rows[order.argsort().to(rows.device)]
 
 
-def _slots(model: Transformer | ScalarModel) -> Iterator[tuple[str, _Slot]]:
+def _slots(model: Transformer | ScalarModel | CritiqueModel) -> Iterator[tuple[str, _Slot]]:
     """Every Hugging Face tensor name of a model with its place in the fused parameters."""
     config = decoder_of(model).config
     for name, parameter in model.named_parameters():
-        prefix = "" if name == _HEAD or isinstance(model, ScalarModel) else "model."
-        places: list[tuple[int | None, str]] = [(None, name)]
+        stored_name = name
+        if isinstance(model, CritiqueModel):
+            stored_name = name.replace("model." + _HEAD, _HEAD)
+        elif isinstance(model, Transformer) and name != _HEAD:
+            stored_name = "model." + name
+        places: list[tuple[int | None, str]] = [(None, stored_name)]
         module, sizes = name.split(".")[-2], parameter.shape
         if parameter.ndim == 3:  # of all experts
-            parent, _, module = name.rpartition(".")
+            parent, _, module = stored_name.rpartition(".")
             places = [(i, f"{parent}.{i}.{module}.weight") for i in range(len(parameter))]
             sizes = sizes[1:]
         for expert, place in places:
@@ -352,7 +371,7 @@ def _slots(model: Transformer | ScalarModel) -> Iterator[tuple[str, _Slot]]:
             for part, rows in stored_rows(config, module, sizes[0]).items():
                 shape, order = (rows, *sizes[1:]), row_order(config, part)
                 slot = _Slot(name, start, shape, order, expert)
-                yield prefix + place.replace(module, part), slot
+                yield place.replace(module, part), slot
                 start += rows
             assert start == sizes[0], name
 
@@ -390,6 +409,7 @@ def _stored_tensors(root: Path) -> dict[str, _Stored]:
         if pickles:
             raise ValueError(f"{pickles[0]}: pickled weights are refused, convert to safetensors")
         raise ValueError(f"{root}: holds neither {_SINGLE} nor {_INDEX}")
+    stored = {name.removeprefix(_BASE): tensor for name, tensor in stored.items()}
     stored = {name: tensor for name, tensor in stored.items() if not _IGNORED.fullmatch(name)}
     if not any(_TEXT.match(name) for name in stored):
         return stored

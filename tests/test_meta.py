@@ -577,7 +577,7 @@ def test_wrong_models_and_options(
     pocket, meta = str(POCKET), str(directory)
     for options, words in (
         (["--meta-model", pocket], "Qwen3ForCausalLM is a language model"),
-        (["--model", meta], "Qwen3ForSequenceClassification gives a scalar"),
+        (["--model", meta, "--meta-model", meta], "has no meaning for a model whose head"),
         (["--k-meta", "2"], "k_meta = 2 needs a meta model"),
         (["--meta-model", meta, "--k", "2", "--k-meta", "3"], "k_meta = 3 is more than k = 2"),
         (["--meta-model", meta, "--until-decided", "0.9"], "until_decided has no meaning"),

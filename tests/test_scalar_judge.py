@@ -259,3 +259,4 @@ def test_an_evaluation_reads_them_as_votes_in_any_order(
     assert np.isnan(plain.means[1]).all() and not np.isnan(ranked.means[1]).any()
     facts = facts_of(labelled, [two, one])
     assert facts["first"]["won"] is facts["flips"]["share"] is None and facts["valid"] == 2
+    assert facts["without_threshold"] == 1

@@ -16,6 +16,7 @@ from engine.command import with_values
 from engine.request import Row, make_row
 from engine.sample import POCKET
 from engine.scalar_judge import ScalarJudge
+from engine.verdict import RowFailure
 from models import load
 from tests.args import args_of
 from tests.judges import scores_of
@@ -23,7 +24,8 @@ from train import scalar_rm
 from train.packing import pack
 from train.ranking import losses_of
 from train.scalar import all_logits, logits_of
-from train.scalar_rm import ReadRow, accuracy, labelled
+from train.scalar_rm import ReadRow, accuracy, compared, labelled
+from train.trajectories import Trajectory
 from train.world.rows import split_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,6 +77,66 @@ def test_the_loss_is_that_of_all_pairs(drawn: list[tuple[int | list[float], list
     found = losses_of(flat, labelled([ReadRow(row, []) for row in rows]), "pairwise")
     assert len(found) == len(lost) and abs(found.sum().item() - sum(lost)) < 1e-12
     assert accuracy(rows, flat) == pytest.approx(sum(right) / len(right))
+
+
+@given(st.lists(st.tuples(labels, st.lists(st.floats(-9, 9), min_size=6, max_size=6)),
+                min_size=1, max_size=3))  # fmt: skip
+def test_the_loss_of_comparisons_is_that_of_both_orders(
+    drawn: list[tuple[int | list[float], list[float]]],
+) -> None:
+    """Of all ordered pairs with different gold scores, and of no others."""
+    rows, odds, lost = list[ReadRow](), list[float](), list[float]()
+    for number, (label, of_pairs) in enumerate(drawn):
+        shown = list(permutations(range(3), 2))
+        row = make_row("q", ["a", "b", "c"], label=label)
+        rows.append(ReadRow(row, [Trajectory([(number,)], (i,)) for i in range(6)], shown))
+        gold = label if isinstance(label, list) else [float(i == label) for i in range(3)]
+        for (i, j), own in zip(shown, of_pairs, strict=True):
+            if gold[i] != gold[j]:
+                odds.append(own)
+                lost.append(math.log1p(math.exp(-own if gold[i] > gold[j] else own)))
+    everyone = compared(rows)
+    read = [drawn[int(t.prompt[0][0])][1][int(t.completion[0])] for t in everyone.trajectories]
+    assert read == odds and everyone.row.tolist() == [
+        int(t.prompt[0][0]) for t in everyone.trajectories
+    ]
+    found = losses_of(torch.tensor(odds, dtype=torch.float64), everyone, "pointwise")
+    assert found.tolist() == pytest.approx(lost, abs=1e-12)
+
+
+def test_a_model_that_compares_learns_and_scores_as_transformers(args: scalar_rm.Args) -> None:
+    """Scores are those whose differences are nearest to what both orders of each pair say."""
+    args = with_values(args, reads="pair", steps=6, lr=3e-3, eval_every=0, save_every=6)
+    scalar_rm.train(args)
+    lines = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text().splitlines()]
+    assert abs(lines[0]["loss"] - math.log(2)) < 1e-6 and lines[0]["accuracy"] == 0.5
+    assert json.loads((args.out / "judge.json").read_text())["compares"] is True
+    theirs = AutoModelForSequenceClassification.from_pretrained(args.out, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.out)
+    (row,) = [row for row in some_rows(30) if len(row.responses) == 3][:1]
+    said = "".join(f"{each.role}: {each.content}\n\n" for each in row.messages)
+    odds = {}
+    for i, j in permutations(range(3), 2):
+        text = (
+            f"{said}[Response A]\n{row.responses[i]}\n\n[Response B]\n{row.responses[j]}\n\n"
+            "Is response A better than response B?"
+        )
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], return_dict=False)
+        with torch.no_grad():
+            odds[i, j] = theirs(torch.tensor([ids])).logits[0, 0].item()
+    assert len(set(odds.values())) == 6
+    equations = torch.zeros(7, 3, dtype=torch.float64)  # a score less another; their sum is 0
+    for number, (i, j) in enumerate(odds):
+        equations[number, i], equations[number, j] = 1, -1
+    equations[6] = 1
+    wanted = torch.tensor([*odds.values(), 0.0], dtype=torch.float64)
+    exact = torch.linalg.lstsq(equations, wanted[:, None]).solution[:, 0].tolist()
+    judge = ScalarJudge.load(args.out)
+    assert judge.compares
+    (found,) = scores_of(judge, [row])
+    assert found == pytest.approx(exact, rel=0, abs=1e-5)
+    (failure,) = judge.rows([make_row("q", ["a"])])
+    assert isinstance(failure, RowFailure) and "the model compares two" in failure.error
 
 
 def test_it_begins_as_its_decoder_and_learns(args: scalar_rm.Args) -> None:

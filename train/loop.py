@@ -58,6 +58,7 @@ def loop(args: RunArgs, trainer: Trainer[M]) -> None:
                 run.judge_settings = trainer.judge_settings
             run.record(step, metrics, timings, shown=trainer.shown, score=score)
 
+        run.judge_settings |= trainer.judge_settings
         for step in run.steps():
             if step == 0 and evaluation.eval_every:
                 record(0, {}, {})

@@ -1,15 +1,17 @@
-"""Training of a scalar reward model by Bradley-Terry, the baseline of the field; resumable.
+"""Training of a scalar reward model, the baseline of the field; resumable.
 
     python -m train.scalar_rm [--model DIR] [--out DIR] [--data ROWS.jsonl] [--steps N] ...
     torchrun --nproc-per-node N -m train.scalar_rm ...
 
 The model begins as the decoder of --model under a new score weight of zeros. It reads a
-conversation and one response as `engine/scalar_judge.py` does, and gives that a score r. Loss:
+conversation as `engine/scalar_judge.py` does, with one response, which gets a score r, or (--reads
+pair) with two, and gives the log-odds c that the first is better. Losses, means over all pairs:
 
-    -log sigmoid(r(better) - r(worse)), the mean over all pairs of the step
+    response    -log sigmoid(r(better) - r(worse)), Bradley-Terry
+    pair        -log sigmoid(c(better, worse)) and -log sigmoid(-c(worse, better))
 
 A pair is two responses of a row that its label puts in an order: the best and any other or, where
-the label is gold scores, any two that differ in theirs. All responses of a row are packed as one
+the label is gold scores, any two that differ in theirs. All that is read of a row is packed as one
 tree. A row of one response has no pair: in a file such rows are left out and counted, and of the
 synthetic world, which rows come from without --data, none are drawn.
 
@@ -23,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,12 +60,13 @@ _OF_JUDGEMENTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Args(RunArgs):
-    """Training of a scalar reward model by Bradley-Terry."""
+    """Training of a scalar reward model."""
 
     command: ClassVar[str] = "train.scalar_rm"
     model: Path = POCKET  # what it begins as: a causal language model
     out: Path = Path("runs/scalar_rm")
     data: Path | None = None  # a JSONL file of labelled rows; the synthetic world when left out
+    reads: Literal["response", "pair"] = "response"  # scores one, or compares two
     rows: int = 32  # per step
     micro_rows: int = 16  # rows whose gradients are computed together
     learning: LearnerArgs = LearnerArgs(steps=300, lr=1e-3, warmup=20)
@@ -82,10 +85,11 @@ class Args(RunArgs):
 
 
 class ReadRow(NamedTuple):
-    """A labelled row of several responses, and what is read of each."""
+    """A labelled row of several responses, what is read of it, and which responses each shows."""
 
     row: Row
     trajectories: list[Trajectory]
+    shown: Sequence[tuple[int, ...]] = ()
 
 
 def gold_scores(row: Row) -> list[float]:
@@ -108,6 +112,28 @@ def labelled(rows: Sequence[ReadRow]) -> Labelled:
     )
 
 
+def compared(rows: Sequence[ReadRow]) -> Labelled:
+    """The ordered pairs of rows' responses that differ in their gold scores, side by side; the
+    target is 1 where the first is better, and else 0."""
+    pairs = [
+        (trajectory, gold[first] - gold[second], number)
+        for number, each in enumerate(rows)
+        for gold in [gold_scores(each.row)]
+        for trajectory, (first, second) in zip(each.trajectories, each.shown, strict=True)
+        if gold[first] != gold[second]
+    ]
+    trajectories, differences, numbers = zip(*pairs, strict=True)
+    right = torch.tensor(differences, dtype=torch.float64) > 0
+    return Labelled(list(trajectories), right, right.float(), torch.tensor(numbers))
+
+
+def everything(rows: Sequence[ReadRow]) -> Labelled:
+    """All that is read of rows, side by side, without targets."""
+    trajectories = [own for each in rows for own in each.trajectories]
+    none = torch.zeros(len(trajectories))
+    return Labelled(trajectories, none > 0, none, none.long())
+
+
 class ScalarTrainer(Trainer[ScalarModel]):
     """The scalar model under training, and the rows that it reads."""
 
@@ -118,15 +144,16 @@ class ScalarTrainer(Trainer[ScalarModel]):
         super().__init__()
         model, tokenizer = scalar_of(args.model, args.learning.dtype)
         self.args, self.learner = args, Learner(model, args.learning)
-        prompts = args.prompts
+        prompts, self.compares = args.prompts, args.reads == "pair"
         self.judge = ScalarJudge(
             self.learner.plain,
             tokenizer,
             chat_template=read_chat_template(args.model, prompts.chat_template),
             chat_template_kwargs=prompts.variables,
             date=prompts.date,
-            settings=read_judge_settings(args.model),
+            settings=read_judge_settings(args.model, {"compares": self.compares}),
         )
+        self.judge_settings: dict[str, Any] = {"compares": True} if self.compares else {}
         found, dev, self.left_out = divide(
             args.data, args.evaluation, "scalar", evaluates=args.evaluation.eval_every > 0
         )
@@ -158,7 +185,8 @@ class ScalarTrainer(Trainer[ScalarModel]):
                 errors.append(f"row {row.id}: {error}")
                 continue
             # The last token of a completion is a target only; it is not read.
-            found.append(ReadRow(row, [Trajectory(each, (0,)) for each in sequences]))
+            trajectories = [Trajectory(each, (0,)) for each in sequences]
+            found.append(ReadRow(row, trajectories, self.judge.reads_of(row)))
         return found, errors
 
     def step(self, number: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -177,20 +205,29 @@ class ScalarTrainer(Trainer[ScalarModel]):
     def add_gradients(self, rows: Sequence[ReadRow]) -> dict[str, float]:
         """Add the gradients of the mean loss over the pairs of rows; a rank takes its share.
         Returns that loss, and the share of pairs that the scores put in the right order."""
-        everyone = labelled(rows)
-        better, worse = pairs(everyone)
-        loss, scores = add_gradients(
-            self.learner.model, rows, labelled, "pairwise", self.args.micro_rows, len(better)
-        )
-        ordered = (scores[better] > scores[worse]).double()
-        ordered += (scores[better] == scores[worse]).double() / 2
-        return {"loss": loss, "pairs": len(better), "accuracy": ordered.mean().item()}
+        model, micro_rows = self.learner.model, self.args.micro_rows
+        if self.compares:
+            right = compared(rows).right
+            loss, odds = add_gradients(model, rows, compared, "pointwise", micro_rows, len(right))
+            leads = torch.where(right, odds, -odds)
+        else:
+            better, worse = pairs(labelled(rows))
+            loss, scores = add_gradients(model, rows, labelled, "pairwise", micro_rows, len(better))
+            leads = scores[better] - scores[worse]
+        ordered = (leads > 0).double() + (leads == 0).double() / 2
+        return {"loss": loss, "pairs": len(leads), "accuracy": ordered.mean().item()}
 
     def evaluate(self) -> dict[str, float]:
         """On those rows of evaluations that have several responses and can be read: the loss, how
         many they are, and the accuracy."""
         self.learner.refresh()
-        scores = all_logits(self.learner.plain, self.dev, labelled, self.args.micro_rows)
+        scalars = all_logits(self.learner.plain, self.dev, everything, self.args.micro_rows)
+        own = scalars.split([len(each.trajectories) for each in self.dev])
+        scores = torch.tensor([
+            score
+            for each, of_row in zip(self.dev, own, strict=True)
+            for score in self.judge.scores_of(each.row, of_row.tolist())
+        ])  # fmt: skip
         return {
             "dev_loss": losses_of(scores, labelled(self.dev), "pairwise").mean().item(),
             "dev_rows": len(self.dev),

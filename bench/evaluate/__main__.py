@@ -51,8 +51,8 @@ class Args(RunOptions):
     k: int = 32
     """Judgements per row; a scalar model gives its scores once."""
     layout: Layout | None = None
-    """Show an entry of many responses at once (group), or in pairs; none is as the benchmark has
-    it."""
+    """How an entry of many responses is shown: all at once (group), in pairs, one by one (single),
+    or some so and some so (mixed); none is as the benchmark has it."""
     limit: int | None = None
     """Judge the first so many entries of each subset."""
     columns: str | None = None
@@ -103,7 +103,7 @@ def evaluate(benchmark: Benchmark, args: Args) -> int:
     results.write(
         args.out, benchmark, items, settings.threshold, scale, about(benchmark, args, layout)
     )
-    write_page(args.out)
+    write_page(args.out, scale if scale is not None and args.meta_vote == "weight" else 1.0)
     print((args.out / "results.md").read_text(encoding="utf-8"))
     return status or int(bool(unread))
 

@@ -30,6 +30,7 @@ class Counts:
     rows: int = 0
     failed: Counter[str] = field(default_factory=Counter)  # rows by reason
     undecided: int = 0  # rows judged without a valid sample
+    without_threshold: int = 0  # rows of one response, by a model that has none
     samples: int = 0
     valid: int = 0
     invalid: Counter[str] = field(default_factory=Counter)  # samples by reason
@@ -58,6 +59,7 @@ class Counts:
         self.valid += int(valid.sum())
         self.invalid.update(reason for reason in votes.invalid if reason is not None)
         self.undecided += not valid.any()
+        self.without_threshold += len(row.responses) == 1 and not votes.has_threshold
         self.tokens += int(votes.tokens.sum())
         self.tree_tokens += votes.row_tokens
         if len(row.responses) > 1 and valid.any():
@@ -98,6 +100,7 @@ class Counts:
             "rows": self.rows,
             "failed": {"rows": self.failed.total(), "reasons": _by_count(self.failed)},
             "undecided_rows": self.undecided,
+            "without_threshold": self.without_threshold,
             "samples": self.samples,
             "valid": self.valid,
             "invalid": _by_count(self.invalid),

@@ -58,6 +58,12 @@ def _about(found: Mapping[str, Any]) -> list[str]:
     if failed["rows"]:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in failed["reasons"].items())
         lines += ["", f"{failed['rows']} rows could not be judged: {reasons}."]
+    if count := found["facts"]["without_threshold"]:
+        lines += [
+            "",
+            f"The model's scores have no threshold: {count} rows are of one response, and rules "
+            "that ask whether it is right have no value.",
+        ]
     return lines
 
 
