@@ -16,6 +16,7 @@ Exit status: as of `engine.sample`; 1 too where entries could not be read.
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -109,23 +110,16 @@ def evaluate(benchmark: Benchmark, args: Args) -> int:
 
 
 def read(benchmark: Benchmark, args: Args, layout: Layout) -> tuple[list[Item], list[BadItem]]:
-    """The items to judge, and the entries that could not be read. An item whose id, or the id of
-    one of whose rows, an earlier one has is of the latter."""
+    """The items to judge, and the entries that could not be read."""
     assert args.data is not None
     items: list[Item] = []
     unread: list[BadItem] = []
-    taken: dict[str, int] = {}
-    known: set[str] = set()
+    taken: Counter[str] = Counter()
     for item in benchmark.read(args.data, layout):
         if isinstance(item, BadItem):
             unread.append(item)
             continue
-        ids = {item.id, *(row.id for row in item.rows)}
-        if known & ids:
-            unread.append(BadItem(str(args.data), 0, f"the id {item.id} is that of another entry"))
-            continue
-        known |= ids
-        taken[item.subset] = taken.get(item.subset, 0) + 1
+        taken[item.subset] += 1
         if args.limit is None or taken[item.subset] <= args.limit:
             items.append(item)
     return items, unread
