@@ -39,6 +39,16 @@ def test_a_difference_is_paired() -> None:
     assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.15)
 
 
+def test_sections_weigh_in_the_test_as_in_the_total() -> None:
+    """All six items of one gain, and as many of sixty gain as lose: by items alone p is 0.5."""
+    second = np.array([1.0] * 6 + [1.0, 0.0] * 30)
+    first = np.array([0.0] * 6 + [0.0, 1.0] * 30)
+    found = difference(first, second, ["a"] * 6 + ["b"] * 60, NOTHING, Total())
+    assert found.second - found.first == pytest.approx(0.5) and found.p < 0.1
+    found = difference(first, second, ["a"] * 6 + ["b"] * 60, NOTHING, Total(over="items"))
+    assert found.p > 0.3
+
+
 def test_equal_runs_do_not_differ() -> None:
     values = (np.arange(30) % 3 == 0).astype(float)
     for total in (Total(), SQUARE):
