@@ -154,8 +154,9 @@ class _Experts(torch.autograd.Function):
 
 
 def _even_moe(
-    x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
-) -> Tensor:
+    x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str,
+    keep: bool,
+) -> Tensor:  # fmt: skip
     """What `moe` does in torch, where all experts have as many pairs."""
     pairs, count = experts.numel(), len(gate_up)
     counts = [(i + 1) * pairs // count - i * pairs // count for i in range(count)]
@@ -171,7 +172,7 @@ def saved_bytes(model: Transformer, tokens: int, on_gpu: bool) -> int:
         return tensor
 
     ids = torch.zeros(tokens, dtype=torch.int64, device="meta")
-    experts = (lambda *x: _Experts.apply(*x[:-1])) if on_gpu else _even_moe
+    experts = (lambda *x: _Experts.apply(*x[:5])) if on_gpu else _even_moe
     with (
         patch.object(transformer, "moe", experts),  # which tokens go where is not known here
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),

@@ -150,6 +150,7 @@ def test_peers_say_what_they_cannot_do() -> None:
         peer("transformers", model, Workload(10, 2, 2, levels=2))
 
 
+@pytest.mark.soak
 def test_growth_measures_and_plots_every_axis(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,7 +74,7 @@ def training(load: Load, shape: Shape, how: str) -> Callable[[], int]:
     ("how", "shape", "dtype", "recompute"),
     [
         ("full", QWEN, torch.float32, True),
-        ("full", GEMMA, torch.bfloat16, False),
+        pytest.param("full", GEMMA, torch.bfloat16, False, marks=pytest.mark.soak),
         ("lora", GEMMA, torch.float32, True),
         ("lora", QWEN, torch.bfloat16, False),
         ("full", DEEPSEEK, torch.float32, False),

@@ -1,6 +1,7 @@
 """`python -m bench.evaluate`: a benchmark's rows judged and scored, stopped and continued."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,16 +28,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
+def write_data(folder: Path) -> Path:
     """Two subsets of LLMBar; an entry of the second one cannot be read."""
-    folder = tmp_path / "data"
     folder.mkdir()
     (folder / "Natural.json").write_text(json.dumps([entry(i) for i in range(3)]))
     broken = entry(4)
     del broken["output_2"]
     (folder / "Manual.json").write_text(json.dumps([entry(3, label=2), broken, entry(5)]))
     return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT of a run that nothing has stopped."""
+    root = tmp_path_factory.mktemp("whole")
+    assert evaluate(write_data(root / "data"), model, root / "out") == 1
+    return root / "out"
 
 
 def words_of(data: Path, model: Path, out: Path) -> list[str]:
@@ -51,11 +63,8 @@ def read(out: Path) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in FILES}
 
 
-def test_a_run_has_its_figures_and_names_what_it_could_not_read(
-    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    assert evaluate(data, model, out) == 1  # of an entry that could not be read
+def test_a_run_has_its_figures_and_names_what_it_could_not_read(whole: Path, model: Path) -> None:
+    out = whole
     found = json.loads((out / "results.json").read_text())
     assert found["items"] == 5
     assert found["unread"] == {"entries": 1, "reasons": {"no 'output_2'": 1}}
@@ -67,17 +76,17 @@ def test_a_run_has_its_figures_and_names_what_it_could_not_read(
     assert [row["label"] for row in rows] == [1, 0, 0, 0, 0]
     (time,) = map(json.loads, (out / "times.jsonl").read_text().splitlines())
     assert time["rows"] == 5 and time["seconds"] > 0 and "processor" in time["machine"]
-    assert capsys.readouterr().out.startswith("# LLMBar\n")
-    assert "no 'output_2'" in (out / "results.md").read_text()
+    shown = (out / "results.md").read_text()
+    assert shown.startswith("# LLMBar\n") and "no 'output_2'" in shown
 
 
 @pytest.mark.parametrize("cut", [0, 1.5, 5])
 def test_a_stopped_run_continues_to_the_same_bytes(
-    data: Path, model: Path, tmp_path: Path, cut: float
-) -> None:
+    whole: Path, data: Path, model: Path, tmp_path: Path, cut: float,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """Wherever it was stopped: before any verdict, within a line, before the figures."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert evaluate(data, model, whole) == evaluate(data, model, stopped) == 1
+    stopped = Path(shutil.copytree(whole, tmp_path / "stopped"))
     path = stopped / "verdicts.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     left = b"".join(lines[: int(cut)])
@@ -88,15 +97,15 @@ def test_a_stopped_run_continues_to_the_same_bytes(
         (stopped / name).unlink()
     assert evaluate(data, model, stopped) == 1
     assert read(stopped) == read(whole)
+    assert (whole / "results.md").read_text()[:400] == capsys.readouterr().out[:400]
     times = [json.loads(line) for line in (stopped / "times.jsonl").read_text().splitlines()]
     assert [time["rows"] for time in times] == [5, *([5 - int(cut)] if cut < 5 else [])]
 
 
 def test_an_evaluation_of_other_rows_is_left_alone(
-    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    evaluate(data, model, out)
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
     before = read(out)
     (data / "Natural.json").write_text(json.dumps([entry(9)]))
     assert evaluate(data, model, out) == 2

@@ -105,6 +105,7 @@ def storages(objects: Iterable[object]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
+@pytest.mark.soak
 @needs_cpp
 def test_under_adapters_the_base_is_there_once(tmp_path: Path) -> None:
     """For learner, reference and judge. What is packed for sampling goes with the sampling, but for

@@ -94,6 +94,8 @@ def options_in(text: str) -> set[str]:
 def options_of(module: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
     """Those of a command."""
     found = importlib.import_module(module)
+    if hasattr(found, "__path__"):  # a package
+        found = importlib.import_module(f"{module}.__main__")
     settings = getattr(found, "Args", None) or getattr(found, "Options", None)
     if settings is not None:
         return {name.replace("_", "-") for name in option_names(settings)}

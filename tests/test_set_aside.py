@@ -202,6 +202,7 @@ def test_forced_scores_after_samples_that_were_set_aside(monkeypatch: pytest.Mon
     assert {sample.forced for sample in samples} == {True, False}
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("short_splits", "in_torch")
 def test_samples_that_were_set_aside_in_torch(tiny: Transformer) -> None:
     """Log-probs stay those of a plain forward."""

@@ -56,7 +56,7 @@ GROUPS = {
         "chunk_rows",
         "sample_only",
     ),
-    "loss": ("labels", "loss"),
+    "loss": ("reads", "labels", "loss"),
     "work": ("out", "step_rows", "micro_rows", "autocast"),
 }  # fmt: skip
 
