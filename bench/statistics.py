@@ -67,7 +67,7 @@ def sign_flip(differences: np.ndarray, seed: int = 0, flips: int = FLIPS) -> flo
     the differences as they are count as one more. Differences may be weighed beforehand.
     """
     moved = differences[differences != 0]
-    least = abs(moved.sum()) * (1 - 1e-12)
+    least = abs(moved.sum()) - 1e-12 * abs(moved).sum()
     if 2 ** len(moved) <= flips:
         bits = np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved)) & 1
         return float(np.mean(abs((2 * bits - 1) @ moved) >= least))

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
 BUNDLED_ROWS = Path(__file__).with_name("rows.jsonl")
-_MOST_ROW_BYTES = 1 << 30
+MOST_ROW_BYTES = 1 << 30
 _MOST_TAKEN = 1 << 14  # entries whose lines are not written yet: bad ones behind a row need no room
 _ALARM_SECONDS = 0.1  # from one look at the end of a drain to the next
 GROUPS = {
@@ -105,8 +105,6 @@ class RunOptions(JudgeOptions):
     """auto, cpu or cuda."""
     max_batch: int | None = None
     """Most samples decoded together."""
-    max_row_bytes: int = MAX_ROW_BYTES
-    """Longest input line, in bytes; a longer one is an error line."""
     show_prompt: bool = False
     """Print the first row's prompt, as its first sample sees it, and judge nothing."""
     drain_seconds: float = 60.0
@@ -134,6 +132,8 @@ class Options(RunOptions):
     columns: str | None = None
     """Where a table in another layout has what a row needs: JSON or a file of it, such as
     {"prompt": "input", "responses": ["a", "b"], "label": {"column": "y", "values": {"1": 0}}}."""
+    max_row_bytes: int = MAX_ROW_BYTES
+    """Longest input line, in bytes; a longer one is an error line."""
     out: str | None = None
     """Where verdicts go, one JSON line each; - is standard output, none prints for a person."""
     resume: bool = False
@@ -408,9 +408,9 @@ def _loader(options: Options) -> "Callable[[], Judge | ScalarJudge | CloudJudge]
 
 def _open(options: Options, stack: ExitStack) -> tuple[Iterator[Row | BadRow], Callable[[], bool]]:
     """The rows of --data, and whether one can be read without waiting."""
-    if not 1 <= options.max_row_bytes <= _MOST_ROW_BYTES:
+    if not 1 <= options.max_row_bytes <= MOST_ROW_BYTES:
         raise ValueError(
-            f"--max-row-bytes {options.max_row_bytes} is not from 1 to {_MOST_ROW_BYTES}"
+            f"--max-row-bytes {options.max_row_bytes} is not from 1 to {MOST_ROW_BYTES}"
         )
     columns = None if options.columns is None else Columns.parse(options.columns)
     if options.data == "-":

@@ -156,6 +156,8 @@ def test_rows_of_ones_own_in_a_table(model: Path, tmp_path: Path) -> None:
         (["llmbar", "--data", "DATA", "--out", "OUT", "--until-decided", ".9"], "needs all k"),
         (["llmbar", "--data", "DATA", "--out", "OUT", "--columns", "{}"], "of LLMBar are known"),
         (["judgebench", "--data", "DATA", "--out", "OUT"], "has no file of this set"),
+        (["llmbar", "--data", "DATA", "--out", "DATA"], "one is within the other"),
+        (["llmbar", "--data", "DATA", "--out", "FULL"], "holds something else than an evaluation"),
         (["auto_j", "--data", "FILE", "--out", "OUT"], "no entry of Auto-J pairwise: Manual.json"),
     ],
 )
@@ -164,10 +166,26 @@ def test_what_the_user_got_wrong(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     file = str(data / "Manual.json")
-    places = {"DATA": str(data), "FILE": file, "OUT": str(tmp_path / "out")}
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").touch()
+    places = {"DATA": str(data), "FILE": file, "FULL": str(full), "OUT": str(tmp_path / "out")}
     assert main([places.get(word, word) for word in words]) == 2
     assert error in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_longer_than_lines_of_input_may_be(model: Path, tmp_path: Path) -> None:
+    """They are judged, here to say that the context is too short; none ends the run."""
+    table = tmp_path / "own.jsonl"
+    long = {"prompt": "x" * (1 << 20), "responses": ["a", "b"], "label": 0}
+    short = {"prompt": "\u2028", "responses": ["a", "b"], "label": 0}
+    table.write_text("".join(json.dumps(each) + "\n" for each in (long, short, {"id": "\u2028"})))
+    words = ["plain", "--data", str(table), "--model", str(model), "--out", str(tmp_path / "out")]
+    assert main([*words, *OPTIONS]) == 1
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["facts"]["failed"]["rows"] == 1 and found["unread"]["entries"] == 1
+    assert found["facts"]["valid"] == 4
 
 
 def test_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Two runs beside each other, and runs beside the paper's table."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def test_sections_weigh_in_the_test_as_in_the_total() -> None:
     assert found.second - found.first == pytest.approx(0.5) and found.p < 0.1
     found = difference(first, second, ["a"] * 6 + ["b"] * 60, NOTHING, Total(over="items"))
     assert found.p > 0.3
+
+
+def test_what_has_no_value_has_no_p() -> None:
+    total = Total(over="items", statistic=lambda values, facts: math.nan)
+    found = difference(np.zeros(3), np.ones(3), ["a"] * 3, [{}] * 3, total)
+    assert math.isnan(found.first) and math.isnan(found.p)
 
 
 def test_equal_runs_do_not_differ() -> None:
@@ -140,6 +147,15 @@ def test_runs_are_compared_over_what_both_have(tmp_path: Path) -> None:
         comparison(first, second, TOY._replace(name="other"))
 
 
+def test_an_item_of_other_rows_is_not_compared(tmp_path: Path) -> None:
+    first = run(tmp_path / "one", {"a1": 0, "a2": 1})
+    second = run(tmp_path / "two", {"a1": 0, "a2": 0})
+    second.items["a2"] = {**second.items["a2"], "digest": "of another prompt"}
+    text = comparison(first, second, TOY)
+    assert cells(text, "| vote | sum |")[:4] == ["vote", "sum", "1", "100.0"]
+    assert "1 items have other rows in the second run: a2." in text
+
+
 def test_many_items_alone_are_not_all_named(tmp_path: Path) -> None:
     first = run(tmp_path / "one", {f"a{i:02}": 0 for i in range(14)})
     second = run(tmp_path / "two", {"a00": 0})
@@ -179,6 +195,16 @@ def test_the_report() -> None:
     assert ours == ["ours, sum @1", "ours, sum @8", "ours, sum @16", "ours, borda @16"]
     with pytest.raises(ValueError, match="two runs are of RMB by ours"):
         report.report([*runs, runs[3]])
+
+
+def test_judges_are_told_apart_by_path_and_options() -> None:
+    ways = {"sum": {"16": 0.5}}
+    runs = [results_of("rmb", "a/model", ways), results_of("llmbar", "b/model", ways)]
+    names = [line.split("|")[1].strip() for line in report.report(runs).splitlines()]
+    assert names[-2:] == ["a/model, sum @16", "b/model, sum @16"]
+    runs[1]["about"] |= {"model": "a/model", "temperature": 0.0}
+    names = [line.split("|")[1].strip() for line in report.report(runs).splitlines()]
+    assert names[-2:] == ["model, sum @16", "model, temperature 0.0, sum @16"]
 
 
 @pytest.mark.parametrize("name, figures", list(report.QUOTED.items()))

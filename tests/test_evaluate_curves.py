@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from bench.evaluate import curves
 from bench.evaluate.benchmark import Item, RowScores, Rule, Total
 from bench.evaluate.curves import SUBSETS, Way
-from bench.evaluate.rules import drawn
+from bench.evaluate.rules import by_order, drawn
 from bench.evaluate.votes import row_scores
 from engine.labels import chance_right
 from kernels.vote import points_of, vote
@@ -222,25 +223,75 @@ def test_means_that_differ_by_the_order_of_a_sum_are_equal() -> None:
     assert means[0, 0] == means[0, 1]
 
 
-def test_rules_that_count_some_items_from_some_votes_on() -> None:
-    """A filter that keeps fewer than a rule needs leaves it without a value, as fewer votes do."""
+def test_rules_that_count_some_items_and_need_both_orders() -> None:
+    """One vote has one order. A filter that drops all of an order leaves it what the others say."""
     votes = curves.votes_up_to(4)
     items = [item("r", 0), item("s", 1), item("t", 0)]
     rows = [votes_of(name, [(9, 1)] * 4, [0.0] * 4) for name in "rst"]
-    rule = VOTE._replace(counts=lambda each: each.rows[0].label == 0, least=2)
+    rule = VOTE._replace(counts=lambda each: each.rows[0].label == 0, both_orders=True)
     ways = [Way(), Way(meta="filter"), Way(meta="filter", k_meta=1), Way(meta="weights")]
     (values,) = curves.values_of(items, rows, [rule], ways, votes)
     assert values.places.tolist() == [0, 2]
     for found in values.means:
-        assert np.isnan(found).tolist() == [
-            [True, False, False], [True, True, False], [True, True, True], [True, False, False],
-        ]  # fmt: skip
+        assert np.isnan(found).tolist() == [[True, False, False]] * 4
         assert (found[~np.isnan(found)] == 1.0).all()
     rows = [row._replace(first=np.full(4, -1)) for row in rows]  # a sample is of both orders
     (values,) = curves.values_of(items, rows, [rule], ways, votes)
     assert (values.means == 1.0).all()
     (values,) = curves.values_of(items, [*rows[:2], failed("t")], [rule], ways, votes)
     assert (values.means[1] == 0.0).all()
+
+
+def both_right(item: Item, scores: Sequence[RowScores]) -> np.ndarray:
+    first, second = by_order(scores[0].by_first, 0)
+    return ((first > 0).astype(float) + (second > 0)) / 2
+
+
+def test_both_orders_of_a_judge_that_is_always_right() -> None:
+    """However its samples are filtered; not where all saw the same order, and an order of invalid
+    samples alone is wrong."""
+    rng = np.random.default_rng(0)
+    votes = curves.votes_up_to(8)
+    ways = curves.ways_of(8, most=2, expected=False, meta=True)
+    rule = VOTE._replace(value=both_right, both_orders=True)
+    items = [item(str(i), 0) for i in range(40)]
+
+    def values(**changes: Any) -> np.ndarray:
+        rows = [votes_of(each.id, [(9, 1)] * 8, rng.normal(size=8).tolist(), **changes)
+                for each in items]  # fmt: skip
+        (found,) = curves.values_of(items, rows, [rule], ways, votes)
+        return found.means
+
+    found = values()
+    assert np.isnan(found[:, :, 0]).all() and (found[:, :, 1:] == 1.0).all()
+    found = values(first=[0, 1, 1, 0, 0, 0, 1, 1])  # drawn
+    assert (found[~np.isnan(found)] == 1.0).all() and not np.isnan(found[:, :, 2:]).any()
+    assert np.isnan(values(first=[0] * 8)).all()
+    row = votes_of("0", [(9, 1), None] * 4, [0.0] * 8)
+    (one,) = curves.values_of(items[:1], [row], [rule], ways, votes)
+    assert (one.means[:, :, 1:] == 0.5).all()
+
+
+def test_a_row_without_a_valid_sample_has_no_expected_scores_either() -> None:
+    rows = [votes_of("a", [(9, 1)] * 2, expected=[(8.5, 1.5)] * 2), votes_of("b", [(9, 1)] * 2)]
+    rows[1] = rows[1]._replace(scores=np.full((2, 2), np.nan))
+    ways = curves.ways_of(2, most=2, expected=True, meta=False)
+    (values,) = curves.values_of([item("a"), item("b")], rows, [VOTE], ways, curves.votes_up_to(2))
+    assert (values.means[0] == 1.0).all() and (values.means[1] == 0.0).all()
+
+
+@pytest.mark.parametrize(
+    ("most", "own", "first"),
+    [
+        (2, Way("borda"), "borda"), (2, Way("standardised"), "borda"), (3, Way(), "sum"),
+        (2, Way("sum", True, "weights"), "expected sum, meta weights"),
+        (2, Way("sum", False, "filter", 2), "sum, meta filter 2"), (2, None, "sum"),
+    ],
+)  # fmt: skip
+def test_the_way_that_a_run_voted_by_comes_first(most: int, own: Way | None, first: str) -> None:
+    plain = curves.ways_of(4, most=most, expected=True, meta=True)
+    found = curves.ways_of(4, most=most, expected=True, meta=True, own=own)
+    assert found[0].name == first and sorted(map(str, found)) == sorted(map(str, plain))
 
 
 def test_chances_are_those_of_labels() -> None:

@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,22 @@ def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"a.parquet is a Parquet file: reading it needs pyarrow"):
         list(records(tmp_path))
+
+
+def test_what_no_item_can_hold_is_a_bad_item() -> None:
+    """The next record is read all the same."""
+    row = make_row("p", ["x", "y"], id="r", label=0)
+    made: list[Callable[[], Item]] = [
+        lambda: Item("a", ["list"], (row,)),  # type: ignore[arg-type]
+        lambda: Item("b", "\ud800", (row,)),
+        lambda: Item("c", "s", (row,), {"gold": float("nan")}),
+        lambda: Item("d", str(float(10**400)), (row,)),
+        lambda: Item("e", (5).startswith("x"), (row,)),  # type: ignore[attr-defined]
+        lambda: Item("f", "s", (row,)),
+    ]
+    given = [Record("f", number, {}) for number in range(len(made))]
+    found = list(read_items(given, lambda record: made[record.line]()))
+    assert [isinstance(each, BadItem) for each in found] == [True] * 5 + [False]
 
 
 def test_records_become_items_or_say_why_not(tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ def share(values: np.ndarray, facts: Sequence[Mapping[str, Any]]) -> float:
 
 
 def benchmark(*rules: Rule) -> Benchmark:
-    return Benchmark("toy", "Toy", "nowhere", lambda path, layout: iter(()), rules)
+    counts = {"majority_tie": 12, "people": 0.5}
+    return Benchmark("toy", "Toy", "nowhere", lambda path, layout: iter(()), rules,
+                     facts=lambda items: counts)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -247,6 +249,7 @@ def test_a_run(tmp_path: Path) -> None:
     assert squared == round((1.5 / 4) ** 2, 6)
     lines = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").open()]
     assert [line["values"]["all"] for line in lines] == [0.0, 1.0, 0.5, 0.0]
+    assert len({line.pop("digest") for line in lines}) == 4
     assert lines[2] == {
         "id": "i2", "subset": "b", "values": {"all": 0.5, "squared": 0.5},
         "by_way": {name: {"sum": 0.5, "borda": 0.5} for name in ("all", "squared")},
@@ -256,6 +259,7 @@ def test_a_run(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "| sum | " in told and "| 25.0 | 16.7 to 33.3 |" in told
     assert "1 entries could not be read" in told and "1 rows could not be judged" in told
+    assert "| majority tie | 12 |" in told and "| people | 50.0 % |" in told
     assert "| seconds of a row | 1.5 |" in told and "1.5" not in json.dumps(found)
 
 
@@ -274,7 +278,7 @@ def test_a_meta_model_adds_ways(tmp_path: Path) -> None:
     found, told = run(tmp_path / "out", meta_scale=0.5)
     ways = found["rules"]["all"]["ways"]
     assert [name for name in ways if name.startswith("sum")] == [
-        "sum", "sum, meta filter", "sum, meta weights",
+        "sum, meta filter", "sum", "sum, meta weights",
         "sum, meta filter 1", "sum, meta filter 2", "sum, meta filter 4",
     ]  # fmt: skip
     assert list(ways["sum, meta filter 2"]) == ["2", "4"]

@@ -32,7 +32,7 @@ from engine import command, sample
 from engine.kind import kind_of
 from engine.options import JudgeOptions
 from engine.reading import Columns
-from engine.sample import GROUPS, Options, RunOptions
+from engine.sample import GROUPS, MOST_ROW_BYTES, Options, RunOptions
 from engine.settings import read_judge_settings
 from train.directory import replace_text
 
@@ -72,7 +72,8 @@ class Args(RunOptions):
 
 def evaluate(benchmark: Benchmark, args: Args) -> int:
     """Judge, score, write everything to OUT; returns the exit status."""
-    assert args.out is not None
+    out, data = args.out, args.data
+    assert out is not None and data is not None
     layout = args.layout or benchmark.layouts[0]
     if layout not in benchmark.layouts:
         raise ValueError(
@@ -83,29 +84,32 @@ def evaluate(benchmark: Benchmark, args: Args) -> int:
             raise ValueError(f"columns: those of {benchmark.title} are known")
         own = partial(plain.read, columns=Columns.parse(args.columns))
         benchmark = benchmark._replace(read=own)
+    inner, outer = out.resolve(), data.resolve()
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise ValueError(f"--out {out} and --data {data}: one is within the other")
     items, unread = read(benchmark, args, layout)
     if not items:
-        raise ValueError(f"{args.data} has no entry of {benchmark.title}: {_first_error(unread)}")
-    prepare(args.out, items, unread)
-    shared = {each.name: getattr(args, each.name) for each in dataclasses.fields(RunOptions)}
+        raise ValueError(f"{data} has no entry of {benchmark.title}: {_first_error(unread)}")
+    prepare(out, items, unread)
     if kind_of(args.model) == "scalar":
-        shared["k"] = JudgeOptions.k
-    rows, verdicts = args.out / "rows.jsonl", args.out / "verdicts.jsonl"
+        args = dataclasses.replace(args, k=JudgeOptions.k)
+    shared = {each.name: getattr(args, each.name) for each in dataclasses.fields(RunOptions)}
+    rows, verdicts = out / "rows.jsonl", out / "verdicts.jsonl"
     before = _count_lines(verdicts)
     status, summary = sample.judge(
-        Options(**shared, data=str(rows), out=str(verdicts), resume=True)
+        Options(
+            **shared, data=str(rows), out=str(verdicts), resume=True, max_row_bytes=MOST_ROW_BYTES
+        )
     )
     if summary is not None and (judged := _count_lines(verdicts) - before) > 0:
-        add_time(args.out / "times.jsonl", judged, summary)
+        add_time(out / "times.jsonl", judged, summary)
     if status not in JUDGED or summary is None:
         return status
     settings = read_judge_settings(args.model, args.settings)
     scale = None if args.meta_model is None else read_judge_settings(args.meta_model).meta_scale
-    results.write(
-        args.out, benchmark, items, settings.threshold, scale, about(benchmark, args, layout)
-    )
-    write_page(args.out, scale if scale is not None and args.meta_vote == "weight" else 1.0)
-    print((args.out / "results.md").read_text(encoding="utf-8"))
+    results.write(out, benchmark, items, settings.threshold, scale, about(benchmark, args, layout))
+    write_page(out, scale if scale is not None and args.meta_vote == "weight" else 1.0)
+    print((out / "results.md").read_text(encoding="utf-8"))
     return status or int(bool(unread))
 
 
@@ -126,8 +130,11 @@ def read(benchmark: Benchmark, args: Args, layout: Layout) -> tuple[list[Item], 
 
 
 def prepare(out: Path, items: Sequence[Item], unread: Sequence[BadItem]) -> None:
-    """Write OUT/rows.jsonl and OUT/unread.jsonl. Raises ValueError where OUT has other rows."""
+    """Write OUT/rows.jsonl and OUT/unread.jsonl. Raises ValueError where OUT has other rows, or
+    files of something else."""
     out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()) and not (out / "rows.jsonl").exists():
+        raise ValueError(f"{out} holds something else than an evaluation")
     text = "".join(line + "\n" for item in items for line in row_lines(item))
     rows = out / "rows.jsonl"
     if rows.exists() and rows.read_text(encoding="utf-8") != text:
@@ -135,7 +142,7 @@ def prepare(out: Path, items: Sequence[Item], unread: Sequence[BadItem]) -> None
     replace_text(rows, text)
     replace_text(
         out / "unread.jsonl",
-        "".join(json.dumps(each._asdict(), ensure_ascii=False) + "\n" for each in unread),
+        "".join(json.dumps(each._asdict()) + "\n" for each in unread),
     )
 
 

@@ -77,7 +77,7 @@ class Rule(NamedTuple):
     it. says: the rule in a sentence. value: (S,) float64 for an item, NaN where it cannot be said
     of so few votes. counts: whether an item is part of the rule's figures at all. ranks: only the
     order of items' scores matters, so that they need no threshold, which scalar models have not.
-    least: the fewest votes that it can be said of, 2 where it needs both orders."""
+    both_orders: it can be said only where samples have seen a pair in both orders."""
 
     name: str
     says: str
@@ -85,7 +85,7 @@ class Rule(NamedTuple):
     total: Total = Total()
     counts: Callable[[Item], bool] = every
     ranks: bool = False
-    least: int = 1
+    both_orders: bool = False
 
 
 class Benchmark(NamedTuple):

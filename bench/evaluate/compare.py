@@ -119,6 +119,8 @@ def difference(
         places[:, None, None], Votes((1,)), facts, subsets, total._replace(statistic=gain)
     )
     totals = total_of(first), total_of(second)
+    if np.isnan(totals).any():
+        return Difference(len(first), *totals, np.nan, np.nan, np.nan)
     rng, reached = np.random.default_rng(0), 1
     least = abs(totals[1] - totals[0]) - 1e-12
     for _ in range(SWAPS):
@@ -135,7 +137,7 @@ def of_rule(first: Run, second: Run, rule: Rule, way: str, other_way: str) -> Di
     for name, line in first.items.items():
         one = line["by_way"].get(rule.name, {}).get(way)
         other = second.items.get(name, {}).get("by_way", {}).get(rule.name, {}).get(other_way)
-        if one is not None and other is not None:
+        if one is not None and other is not None and _same(line, second.items[name]):
             pairs.append((one, other, line["subset"], line["facts"]))
     if not pairs:
         return None
@@ -190,7 +192,16 @@ def comparison(
             more = f" and {len(alone) - NAMED} more" if len(alone) > NAMED else ""
             named = ", ".join(alone[:NAMED])
             lines += ["", f"{len(alone)} items are in the {name} run alone: {named}{more}."]
+    both = [each for each in first.items if each in second.items]
+    if other_rows := [each for each in both if not _same(first.items[each], second.items[each])]:
+        named = ", ".join(other_rows[:NAMED])
+        lines += ["", f"{len(other_rows)} items have other rows in the second run: {named}."]
     return "\n".join(lines) + "\n"
+
+
+def _same(line: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether an item of two runs is of the same rows."""
+    return bool(line["digest"] == other["digest"])
 
 
 def _cells(found: Difference) -> list[str]:

@@ -69,11 +69,13 @@ def votes_up_to(k: int) -> Votes:
     return Votes((*(1 << i for i in range(k.bit_length()) if 1 << i < k), k))
 
 
-def ways_of(k: int, *, most: int, expected: bool, meta: bool) -> list[Way]:
-    """All ways to vote that differ. most: responses of a row: a single one has its score alone, and
-    of two, standardised scores vote as ranks do. expected, meta: the samples have expected scores,
-    and meta scores."""
-    found = []
+def ways_of(k: int, *, most: int, expected: bool, meta: bool, own: Way | None = None) -> list[Way]:
+    """All ways to vote that differ, the run's own first. most: responses of a row: a single one has
+    its score alone, and of two, standardised scores vote as ranks do. expected, meta: the samples
+    have expected scores, and meta scores."""
+    if own is not None and own.points == "standardised" and most < 3:
+        own = own._replace(points="borda" if most == 2 else "sum")
+    found: list[Way] = []
     rules: tuple[Points, ...] = ("sum",) if most == 1 else ("sum", "borda")
     for is_expected in (False, True)[: 1 + expected]:
         for rule in rules if most < 3 else POINTS:
@@ -81,7 +83,7 @@ def ways_of(k: int, *, most: int, expected: bool, meta: bool) -> list[Way]:
             if meta:
                 found += [Way(rule, is_expected, "filter"), Way(rule, is_expected, "weights")]
                 found += [Way(rule, is_expected, "filter", size) for size in votes_up_to(k).sizes]
-    return found
+    return sorted(found, key=lambda way: way != own)
 
 
 def row_subsets(first: np.ndarray, votes: Votes, rng: np.random.Generator) -> np.ndarray:
@@ -103,6 +105,19 @@ def row_subsets(first: np.ndarray, votes: Votes, rng: np.random.Generator) -> np
         place[: each.stop - each.start] < size
         for size, each in zip(votes.sizes, votes.places, strict=True)
     ])  # fmt: skip
+
+
+def subsets_of(row: RowVotes, votes: Votes) -> np.ndarray:
+    """(S, k) bool: those that a row's id draws."""
+    return row_subsets(row.first, votes, np.random.default_rng(zlib.crc32(row.id.encode())))
+
+
+def lacks_an_order(row: RowVotes, votes: Votes) -> np.ndarray:
+    """(S,) bool: of a pair, the subsets whose samples were all shown the same response first."""
+    if row.error is not None or (row.first < 0).any():
+        return np.zeros(len(votes.of_subset), dtype=bool)
+    subsets = subsets_of(row, votes)
+    return ~((subsets & (row.first == 0)).any(1) & (subsets & (row.first == 1)).any(1))
 
 
 def way_weights(
@@ -137,27 +152,28 @@ def way_weights(
 def ways_scores(
     row: RowVotes, n: int, ways: Sequence[Way], votes: Votes, meta_scale: float
 ) -> RowScores:
-    """What the votes of a row of n responses came to by each way in S subsets that its id draws:
-    (ways x S, n) means. All are NaN for a row that failed."""
+    """What the votes of a row of n responses came to by each way in S subsets: (ways x S, n) means.
+    All are NaN for a row that failed."""
     sizes = votes.of_subset
     if row.error is not None:
         count = len(ways) * len(sizes)
         return RowScores(
             np.full((count, n), np.nan), np.full((2 if n == 2 else 0, count, n), np.nan)
         )
-    rng = np.random.default_rng(zlib.crc32(row.id.encode()))
-    subsets = row_subsets(row.first, votes, rng)
+    subsets = subsets_of(row, votes)
     valid = ~np.isnan(row.scores[:, 0])
     kinds = {way[2:]: way for way in ways}
     weights = np.concatenate([
         way_weights(subsets, valid, row.meta, way, sizes, meta_scale) for way in kinds.values()
     ])  # fmt: skip
+    drawn = np.tile(subsets, (len(kinds), 1))
     counted: dict[tuple[Points, bool], RowScores] = {}
     for way in ways:
         if way[:2] not in counted:
             scores = row.expected if way.expected else row.scores
-            assert scores is not None, "the run has no expected scores"
-            counted[way[:2]] = row_scores(points(scores, way.points), weights, row.first)
+            if scores is None:  # no sample is valid
+                scores = np.full_like(row.scores, np.nan)
+            counted[way[:2]] = row_scores(points(scores, way.points), weights, row.first, drawn)
     starts = {kind: number * len(sizes) for number, kind in enumerate(kinds)}
     found = []
     for way in ways:
@@ -192,7 +208,6 @@ def values_of(
     """Each rule's values of the items; rows: those of all items, one after another. What a rule
     asks of the threshold has no value where there is none."""
     given = iter(rows)
-    voters = np.stack([_voters(way, votes.of_subset) for way in ways])
     places: list[list[int]] = [[] for _ in rules]
     means: list[list[np.ndarray]] = [[] for _ in rules]
     draws: list[list[np.ndarray]] = [[] for _ in rules]
@@ -209,8 +224,8 @@ def values_of(
             found = rule.value(item, of_rows).reshape(len(ways), -1)
             if not (compares or rule.ranks or judged[0].has_threshold):
                 found = np.full(found.shape, np.nan)
-            if any((each.first >= 0).any() for each in judged):  # else any order is all orders
-                found = np.where(voters < rule.least, np.nan, found)
+            if rule.both_orders:
+                found = np.where(lacks_an_order(judged[0], votes), np.nan, found)
             places[number].append(place)
             means[number].append(_over_draws(found, votes))
             if rule.total.statistic is not None:

@@ -5,6 +5,7 @@ and what is no item, is a `BadItem` in its place, and reading goes on.
 """
 
 import io
+import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 from bench.evaluate.benchmark import BadItem, Item
 from engine.labels import quote
 from engine.reading import open_rows, parse_lines
-from engine.request import BadRow, RowError, parse_fields
+from engine.request import BadRow, RowError, check_json, parse_fields
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".gz", ".zip")
 HIDDEN = (".", "__MACOSX")
@@ -58,8 +59,8 @@ def records(
 def read_items(
     records: Iterable[Record | BadItem], make: Callable[[Record], Item]
 ) -> Iterator[Item | BadItem]:
-    """What `make` makes of each record. A record is bad that lacks a key, one that `make` raises
-    ValueError or TypeError for, and one whose item has the id of an earlier one."""
+    """What `make` makes of each record. A record is bad that lacks a key, one that `make` cannot
+    take, one whose subset or facts JSON cannot say, and one whose item has an earlier one's id."""
     seen: dict[str, Record] = {}
     for record in records:
         if isinstance(record, BadItem):
@@ -67,13 +68,16 @@ def read_items(
             continue
         try:
             item = make(record)
+            if not isinstance(item.subset, str):
+                raise ValueError(f"the subset {quote(item.subset)} is no text")
+            check_json({"subset": item.subset, "facts": item.facts}, "entry")
             first = seen.setdefault(item.id, record)
             if first is not record:
                 place = f"{first.source}, line {first.line}"
                 raise ValueError(f"the id {quote(item.id)} is that of {place}")
         except KeyError as error:
             yield BadItem(record.source, record.line, f"no {error}")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             yield BadItem(record.source, record.line, str(error))
         else:
             yield item
@@ -110,7 +114,9 @@ def _records_of(
             for name in _readable(names, SUFFIXES[:2], path):
                 data = archive.read(name, pwd=password)
                 yield from _parsed(io.BytesIO(data), f"{source}/{name}")
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError
+    ) as error:  # fmt: skip
         raise ValueError(f"{path}: {error}") from None
 
 

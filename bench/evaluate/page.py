@@ -175,7 +175,7 @@ def sorts(entries: Sequence[Entry]) -> dict[str, list[int]]:
 def _natural(text: str) -> list[tuple[int, str]]:
     """A key by which row-9 comes before row-10."""
     parts = re.split("([0-9]+)", text)
-    return [(int(part) if odd % 2 else 0, part) for odd, part in enumerate(parts)]
+    return [(len(part.lstrip("0")) if odd % 2 else 0, part) for odd, part in enumerate(parts)]
 
 
 def _judged(out: Path) -> Iterator[tuple[Row, dict[str, Any], int]]:
@@ -232,6 +232,8 @@ def _about(results: Path) -> dict[str, Any]:
     if not results.exists():
         return {"run": {}, "figure": None}
     found = json.loads(results.read_text(encoding="utf-8"))
+    if not found["rules"]:
+        return {"run": found["about"], "figure": None}
     rule, figures = next(iter(found["rules"].items()))
     way, sizes = next(iter(figures["ways"].items()))
     votes = found["votes"][-1]

@@ -47,7 +47,7 @@ def curve(found: Mapping[str, Any], seconds_per_row: float | None, path: Path) -
         means = [100 * total["value"] for total in totals.values()]
         ends = [
             [
-                abs(100 * total[end] - mean)
+                0.0 if total[end] is None else abs(100 * total[end] - mean)
                 for total, mean in zip(totals.values(), means, strict=True)
             ]
             for end in ("low", "high")

@@ -25,6 +25,7 @@ PAPER = {
 }
 SIZES = (1, 8, 32)  # votes that the paper shows
 # Per cent: Reward Bench, PPE Preference, PPE Correctness, RMB, and their mean as the paper has it.
+PER_SET = ("benchmark", "title", "layout", "limit", "columns")  # what may differ between sets
 QUOTED = {
     "Nemotron-4-340B-Reward": (92.0, 59.3, 60.8, 69.9, 70.5),
     "GPT-4o": (86.7, 67.1, 57.6, 73.8, 71.3),
@@ -63,7 +64,7 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
     seen: set[tuple[str, str]] = set()
     for run in runs:
         about = run["about"]
-        judge, benchmark = _judge(about), about["benchmark"]
+        judge, benchmark = _judge(about, runs), about["benchmark"]
         if (judge, benchmark) in seen:
             raise ValueError(f"two runs are of {about['title']} by {judge}")
         seen.add((judge, benchmark))
@@ -82,22 +83,37 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(table(head, rows)) + "\n"
 
 
-def _judge(about: Mapping[str, Any]) -> str:
-    name = Path(about["model"]).name
-    meta = about.get("meta_model")
-    return name if meta is None else f"{name} + {Path(meta).name}"
+def _judge(about: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
+    """The models' names, or their whole paths where those of two runs end alike, and what is not as
+    it is in all runs of them."""
+
+    def models(of: Mapping[str, Any]) -> list[str]:
+        return [each for each in (of["model"], of.get("meta_model")) if each is not None]
+
+    def short(of: Mapping[str, Any]) -> list[str]:
+        return [Path(each).name for each in models(of)]
+
+    alike = [run["about"] for run in runs if short(run["about"]) == short(about)]
+    is_one = all(models(other) == models(about) for other in alike)
+    own = [other for other in alike if models(other) == models(about)]
+    differs = [
+        f"{name} {value}"
+        for name, value in about.items()
+        if name not in PER_SET and any(other.get(name) != value for other in own)
+    ]
+    return ", ".join([" + ".join(short(about) if is_one else models(about)), *differs])
 
 
 def _totals(run: Mapping[str, Any]) -> dict[tuple[str, int], float]:
-    """Per cent by way and votes: of the first way those that the paper shows, and all votes; of
-    others all votes."""
+    """Per cent by way and votes: of the run's own way and of sums those that the paper shows, and
+    all votes; of others all votes."""
     most = run["votes"][-1]
-    rule = next(iter(run["rules"].values()))
+    rule: Mapping[str, Any] = next(iter(run["rules"].values()), {"ways": {}})
     found = {}
     for number, (way, sizes) in enumerate(rule["ways"].items()):
         if FILTER in way:
             continue
-        for size in sorted({most, *SIZES}) if number == 0 else (most,):
+        for size in sorted({most, *SIZES}) if number == 0 or way == "sum" else (most,):
             value = sizes.get(str(size), {"total": {"value": None}})["total"]["value"]
             if value is not None:
                 found[way, size] = 100 * value

@@ -6,13 +6,14 @@ are in no JSON file. What an entry of results.json means is said where it is com
 `totals.py`, facts in `facts.py`.
 """
 
+import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -53,6 +54,7 @@ def write(
         most=max(len(row.responses) for item in items for row in item.rows),
         expected=any(row.expected is not None for row in rows),
         meta=meta_scale is not None,
+        own=_own_way(about, meta_scale is not None),
     )
     scale = 1.0 if meta_scale is None else meta_scale
     values = values_of(items, rows, benchmark.rules, ways, votes, scale)
@@ -83,6 +85,17 @@ def write(
         plot.curve(found, seconds, out / "curve.png")
 
 
+def _own_way(about: Mapping[str, Any], meta: bool) -> Way:
+    """How the verdicts of a run were voted, by its options."""
+    kind: Literal["weights", "filter"] = (
+        "weights" if about.get("meta_vote") == "weight" else "filter"
+    )
+    return Way(
+        about.get("vote", "sum"), about.get("score") == "expected", kind if meta else None,
+        about.get("k_meta"),
+    )  # fmt: skip
+
+
 def _check_rows(items: Sequence[Item], rows: Sequence[RowVotes], out: Path) -> None:
     asked = [row.id for item in items for row in item.rows]
     judged = [row.id for row in rows]
@@ -101,7 +114,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a file; none where it is not there."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def _seconds_per_row(path: Path) -> float | None:
@@ -192,8 +206,15 @@ def _item_lines(
             "valid": sum(int((~np.isnan(scores[:, 0])).sum()) for scores in judged),
             "ties": sum(num_tied(scores) for scores in judged),
             "errors": [each.error for each in own if each.error is not None],
+            "digest": _digest(item),
             "facts": dict(item.facts),
         }
+
+
+def _digest(item: Item) -> str:
+    """The start of a hash of all that an item's rows say."""
+    whole = hashlib.sha256("".join(row.digest for row in item.rows).encode())
+    return whole.hexdigest()[:16]
 
 
 def _text(value: Any, indent: int | None = None) -> str:

@@ -124,7 +124,8 @@ def _facts(found: Mapping[str, Any], seconds_per_row: float | None) -> list[str]
         costs = ", ".join(f"@{size} {value:,.0f}" for size, value in tokens.items())
         rows.append([f"tokens of an item, {kind}", costs])
     rows += [
-        [name.replace("_", " "), _share(each)] for name, each in found["facts_of_items"].items()
+        [name.replace("_", " "), f"{each:,}" if isinstance(each, int) else _share(each)]
+        for name, each in found["facts_of_items"].items()
     ]
     if seconds_per_row is not None:
         rows.append(["seconds of a row", f"{seconds_per_row:.3g}"])

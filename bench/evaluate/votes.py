@@ -142,13 +142,16 @@ def points(scores: np.ndarray, rule: Rule) -> np.ndarray:
     return np.array([each if np.isnan(each[0]) else points_of(each, rule) for each in scores])
 
 
-def row_scores(points: np.ndarray, weights: np.ndarray, first: np.ndarray) -> RowScores:
+def row_scores(
+    points: np.ndarray, weights: np.ndarray, first: np.ndarray, drawn: np.ndarray | None = None
+) -> RowScores:
     """The weighed means of points in S subsets.
 
     points: (k, n), NaN for an invalid sample. weights: (S, k) float64, 0 for samples that a subset
     does not hold or that its filter drops. first: (k,), the response that was shown first, -1 for a
-    sample that says the same in any order. Means are rounded, so that those that differ by the
-    order of their sum alone are equal.
+    sample that says the same in any order. drawn: (S, k) bool, the samples of each subset, where a
+    filter has dropped some: an order whose valid samples it has all dropped says what the others
+    do. Means are rounded, so that those that differ by the order of their sum alone are equal.
     """
     valid = ~np.isnan(points[:, 0])
     filled = np.where(valid[:, None], points, 0.0)
@@ -161,8 +164,12 @@ def row_scores(points: np.ndarray, weights: np.ndarray, first: np.ndarray) -> Ro
         return found
 
     n = points.shape[1]
-    orders = [
-        means(counted * ((first == shown) | (first < 0))) for shown in range(2 if n == 2 else 0)
-    ]
-    by_first = np.array(orders).reshape(len(orders), len(weights), n)
-    return RowScores(means(counted), by_first)
+    overall, orders = means(counted), []
+    for shown in range(2 if n == 2 else 0):
+        own = (first == shown) | (first < 0)
+        found = means(counted * own)
+        if drawn is not None:
+            dropped = (drawn & valid & own).any(1) & ~(counted * own).any(1)
+            found = np.where(dropped[:, None], overall, found)
+        orders.append(found)
+    return RowScores(overall, np.array(orders).reshape(len(orders), len(weights), n))

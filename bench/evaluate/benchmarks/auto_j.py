@@ -83,9 +83,11 @@ BENCHMARK = Benchmark(
             "in each of both orders the label, also of a tie",
             _agreement,
             TOTAL,
-            least=2,
+            both_orders=True,
         ),
-        Rule("consistency", "the same verdict in both orders", _consistency, TOTAL, least=2),
+        Rule(
+            "consistency", "the same verdict in both orders", _consistency, TOTAL, both_orders=True
+        ),
         Rule("ties", "the vote of both orders is the label, also of a tie", pair_or_tie, TOTAL),
         Rule(
             "vote",

@@ -41,7 +41,7 @@ def people(items: Sequence[Item]) -> Mapping[str, float]:
     """`agreement` about which answer is better, if any, and how many have no preference."""
     votes = [[(each > 0) - (each < 0) for each in item.facts["people"]] for item in items]
     without = sum(item.facts["strength"] == 0 for item in items)
-    return agreement(votes) | {"without_preference": float(without)}
+    return agreement(votes) | {"without_preference": without}
 
 
 BENCHMARK = Benchmark(

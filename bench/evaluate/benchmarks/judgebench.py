@@ -60,7 +60,7 @@ BENCHMARK = Benchmark(
             "of both orders more are right than wrong; a tie is neither",
             _both_orders,
             TOTAL,
-            least=2,
+            both_orders=True,
         ),
         Rule("vote", "the vote of both orders is right; a tie is drawn", best_is_drawn, TOTAL),
     ),

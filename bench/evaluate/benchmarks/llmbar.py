@@ -53,7 +53,7 @@ BENCHMARK = Benchmark(
             "right in each of the two orders, averaged",
             _both_orders,
             Total(SECTIONS),
-            least=2,
+            both_orders=True,
         ),
         Rule(
             "vote",

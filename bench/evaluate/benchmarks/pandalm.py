@@ -68,8 +68,8 @@ def people(items: Sequence[Item]) -> Mapping[str, float]:
     """`agreement`, and how many rows have no majority, or one for a tie."""
     golds = [item.facts["gold"] for item in items]
     return agreement([item.facts["annotators"] for item in items]) | {
-        "without_majority": float(golds.count(None)),
-        "majority_tie": float(golds.count(GOLD[0])),
+        "without_majority": golds.count(None),
+        "majority_tie": golds.count(GOLD[0]),
     }
 
 
