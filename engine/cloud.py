@@ -7,7 +7,8 @@ responses; the means of k samples decide.
 
 The turn of the critique begins as the published models were trained on (CRITIQUE), or as a template
 has it. Rewards are read over the tokens that were drawn, with the turn's end token in the place of
-any other. The authors' sampler had a repetition penalty of 1.01; there is none here.
+any other, where the authors strip a critique and tokenize it anew. Their sampler had a repetition
+penalty of 1.01; there is none here.
 
 `CloudJudge` is to `engine.sample` what `Judge` is. One copy of the weights writes and is read.
 """
@@ -76,7 +77,7 @@ class CritiquePrompts(PromptBuilder):
         nonce: str | None = None,
     ) -> list[Segment]:
         """As of `PromptBuilder`, of the first response; reference and principles are not shown."""
-        shown = with_responses(row, order[:1])
+        shown = with_responses(row, order[:1], self.trims)
         return self._ended(super().segments(shown, [0], known=known))[0]
 
     def continuation(self, row: Row, hint: str | None = None, nonce: str | None = None) -> str:
@@ -143,6 +144,8 @@ class CloudJudge(Judge):
         cannot be read or is not supported."""
         critic, tokenizer = load_critique(directory, dtype, device)
         base = (base_of(directory) / "config.json").read_bytes()
+        ends = sorted(critic.model.config.eos_token_ids)
+        of_base = hashlib.sha256(base + str(ends).encode()).hexdigest()
         return cls(
             critic.eval(),
             tokenizer,
@@ -150,7 +153,7 @@ class CloudJudge(Judge):
             chat_template=read_chat_template(directory, chat_template),
             chat_template_kwargs=chat_template_kwargs,
             date=date,
-            fingerprint=f"{model_fingerprint(directory)} {hashlib.sha256(base).hexdigest()}",
+            fingerprint=f"{model_fingerprint(directory)} {of_base}",
             max_batch=max_batch,
             cache_bytes=cache_bytes,
         )

@@ -318,6 +318,12 @@ class PromptBuilder:
         }
         return self._chat.render(variables, long=long)
 
+    @cached_property
+    def trims(self) -> bool:
+        """Whether the chat template drops blanks around what turns say, as `| trim` does."""
+        text = self.write_chat([("user", " q "), ("assistant", " a ")], False)
+        return " q " not in text and " a " not in text
+
     def _make_layout(self, shape: _Shape) -> _Layout:
         fields = shape.fields()
         written = self._write(shape, _Sentinels(secrets.token_hex(4)))

@@ -386,7 +386,8 @@ def _loader(options: Options) -> "Callable[[], Judge | ScalarJudge | CloudJudge]
 
         place |= {"max_batch": options.max_batch, "meta": options.meta_model}
         return partial(Judge.load, options.model, **place, **given)
-    for name in (*_OF_JUDGEMENTS, "template") if kind == "scalar" else _OF_JUDGEMENTS:
+    of_judges = ("template", "max_batch") if kind == "scalar" else ()
+    for name in (*_OF_JUDGEMENTS, *of_judges):
         if (value := command.flat(options)[name]) is not None:
             raise ValueError(
                 f"{name} = {value} has no meaning for a model whose head gives the scores"
@@ -450,6 +451,7 @@ def _in_vain(summary: Mapping[str, Any]) -> str:
 
 def _first_prompt(options: Options, stack: ExitStack) -> str:
     """What the first sample of the first row would see, without loading weights."""
+    _loader(options)  # refuses options without a meaning
     entries, _ = _open(options, stack)
     row = next(entries, None)
     if row is None:
@@ -485,7 +487,9 @@ def _prompt_of(options: Options, row: Row) -> str:
             tokenizer, template_of(settings), settings, is_answered=True, **chat
         )
         shown = range(min(2, len(row.responses)) if settings.compares else 1)
-        return prompts.show(with_responses(row, shown), shown)
+        return prompts.show(
+            with_responses(row, shown, prompts.trims and not settings.compares), shown
+        )
     template = read_judge_template(options.model, given.template)
     prompts = PromptBuilder(tokenizer, template, settings, **chat)
     part = parts_of(draw_orders(row, options)[0], options.max_shown)[0]

@@ -35,12 +35,13 @@ from engine.generate import Usage
 from engine.head_scores import key_options, options_of, verdict_of
 from engine.key import line_key, model_fingerprint
 from engine.prompt import PromptBuilder, read_chat_template
-from engine.request import BadRow, Row
+from engine.request import BadRow, Message, Row
 from engine.sequence_scorer import SequenceScorer
 from engine.settings import JudgeSettings, read_judge_settings
 from engine.templates import DATE
 from engine.verdict import RowFailure, Sample, Verdict
 from kernels import cpp
+from kernels.sample_token import stream_key
 from models import load_scalar
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
@@ -104,8 +105,7 @@ class ScalarJudge:
         """Load a directory in Hugging Face layout that holds a sequence classifier of one label.
 
         chat_template: a file in place of the directory's own; cache_bytes as for `SequenceScorer`.
-        Raises ValueError naming the file for
-        anything that cannot be read or is not supported.
+        Raises ValueError naming the file for anything that cannot be read or is not supported.
         """
         model, tokenizer = load_scalar(directory, dtype, device)
         return cls(
@@ -127,7 +127,7 @@ class ScalarJudge:
         known: dict[Any, Any] = {}
         sequences = []
         for read in self.reads_of(row):
-            shown = with_responses(row, read)
+            shown = with_responses(row, read, self.prompts.trims and not self.compares)
             order = range(len(read))
             segments = [each.token_ids for each in self.prompts.segments(shown, order, known=known)]
             while segments and segments[-1][-1] == config.pad_token_id:
@@ -196,6 +196,7 @@ class ScalarJudge:
         ValueError for options out of range.
         """
         chosen = options_of(options, OPTIONS)
+        stream_key(chosen.seed, "", "tie")  # refuses a seed out of range now, not at a row
         scorer = SequenceScorer(
             self.model,
             deterministic=chosen.deterministic,
@@ -234,10 +235,20 @@ def template_of(settings: JudgeSettings) -> str:
     return PAIR if settings.compares else TURNS
 
 
-def with_responses(row: Row, places: Sequence[int]) -> Row:
-    """What a scalar is of: a row's conversation, and some of its responses."""
-    shown = tuple(row.responses[place] for place in places)
-    return replace(row, responses=shown, reference=None, principles=None)
+def with_responses(row: Row, places: Sequence[int], trims: bool) -> Row:
+    """What a scalar is of: a row's conversation, and some of its responses. trims: the texts are
+    without outer blanks, as the chat template has them where each is a turn."""
+
+    def shown(text: str) -> str:
+        return text.strip() if trims else text
+
+    return replace(
+        row,
+        messages=tuple(Message(each.role, shown(each.content)) for each in row.messages),
+        responses=tuple(shown(row.responses[place]) for place in places),
+        reference=None,
+        principles=None,
+    )
 
 
 def distinct_tokens(sequences: Iterable[Sequence[TokenIds]]) -> int:

@@ -1,6 +1,7 @@
 """Decoders and tokenizers, loaded from Hugging Face model directories."""
 
 import os
+from dataclasses import replace
 
 import torch
 
@@ -69,6 +70,7 @@ def load_critique(
     """`load` of a critique model, in the layout of Critique-out-Loud reward models."""
     base = base_of(directory)
     config, tokenizer, chosen, place = _open(directory, dtype, device, base=base)
+    config = replace(config, dtype=None)  # the base's; the weights have their own
     return load_critique_weights(directory, config, chosen, place), tokenizer
 
 

@@ -150,7 +150,8 @@ def test_runs_are_compared_over_what_both_have(tmp_path: Path) -> None:
 def test_an_item_of_other_rows_is_not_compared(tmp_path: Path) -> None:
     first = run(tmp_path / "one", {"a1": 0, "a2": 1})
     second = run(tmp_path / "two", {"a1": 0, "a2": 0})
-    second.items["a2"] = {**second.items["a2"], "digest": "of another prompt"}
+    items = {**second.items, "a2": {**second.items["a2"], "digest": "of another prompt"}}
+    second = Run(second.out, second.results, items)
     text = comparison(first, second, TOY)
     assert cells(text, "| vote | sum |")[:4] == ["vote", "sum", "1", "100.0"]
     assert "1 items have other rows in the second run: a2." in text

@@ -30,6 +30,7 @@ LINES = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+TRIMMING = LINES.replace("m.content", "m.content | trim")
 ENDING = LINES.replace("<|im_end|>\\n", "<|im_end|>")
 HISTORY = [
     {"role": "system", "content": "Be kind."},
@@ -41,6 +42,7 @@ ROWS = [
     make_row("What is 2 + 2?", ["4", "It is 5.", "4", ""], id="a"),
     make_row(HISTORY, ["Blue, as the sea is on a clear day.", "No."], id="b"),
     make_row("One?", ["Yes"], id="c"),
+    make_row(" Blanks\n", ["around", " around \n"], id="d"),
 ]
 
 
@@ -51,8 +53,8 @@ def texts(row: Row) -> list[list[dict[str, str]]]:
 
 @pytest.mark.parametrize(
     ("family", "template", "pad"),
-    [("qwen3", LINES, 0), ("gemma2", LINES, 0), ("llama", ENDING, END)],
-    ids=["qwen3", "gemma2", "llama, which ends with its pad token"],
+    [("qwen3", LINES, 0), ("gemma2", TRIMMING, 0), ("llama", ENDING, END)],
+    ids=["qwen3", "gemma2, which trims", "llama, which ends with its pad token"],
 )
 def test_scores_are_those_of_transformers(
     family: str, template: str, pad: int, tmp_path: Path
@@ -73,7 +75,8 @@ def test_scores_are_those_of_transformers(
             with torch.inference_mode():
                 exact.append(float(theirs(torch.tensor([ids])).logits))
         assert scores == pytest.approx(exact, rel=0, abs=1e-5)
-        assert len(set(exact)) == len(set(row.responses))
+        assert len(set(exact)) == len({x.strip() if template == TRIMMING else x
+                                       for x in row.responses})  # fmt: skip
         sequences = judge.sequences(row)
         scorer.score(sequences)
         paths = {tuple(each[: i + 1]): len(each[i]) for each in sequences for i in range(len(each))}
@@ -212,6 +215,9 @@ def test_keys_say_what_decides_a_line(directory: Path) -> None:
         (["--format", "pairwise"], "format = pairwise has no meaning"),
         (["--score-max", "5"], "score_max = 5 has no meaning"),
         (["--anchor-nonce", "on"], "anchor_nonce = on has no meaning"),
+        (["--max-batch", "3"], "max_batch = 3 has no meaning"),
+        (["--format", "pairwise", "--show-prompt"], "format = pairwise has no meaning"),
+        (["--seed", "-1"], "seed"),
     ],
     ids=str,
 )
