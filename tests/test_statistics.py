@@ -13,12 +13,16 @@ from bench import statistics
 from engine.decided import student_tail
 from engine.summary import wilson
 
-RNG = np.random.default_rng(5)
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A test draws the same values whatever has run before it."""
+    return np.random.default_rng(8)
 
 
-def test_the_interval_of_a_mean_is_scipys() -> None:
+def test_the_interval_of_a_mean_is_scipys(rng: np.random.Generator) -> None:
     """scipy's percentile bootstrap draws other resamples: ends agree to what B of them tell."""
-    values = RNG.gamma(2.0, size=120)
+    values = rng.gamma(2.0, size=120)
     expected = stats.bootstrap(
         (values,), np.mean, n_resamples=20_000, method="percentile", rng=1
     ).confidence_interval  # fmt: skip
@@ -40,8 +44,10 @@ def test_resampled_means_are_those_of_rows() -> None:
     assert (found != statistics.resampled_means(values, 4, resamples=400)).any()
 
 
-def test_parts_of_resamples_are_drawn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = RNG.random((7, 2))
+def test_parts_of_resamples_are_drawn_alike(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = rng.random((7, 2))
     whole = statistics.resampled_means(values, 0)
     monkeypatch.setattr(statistics, "_CELLS", 21)
     assert (statistics.resampled_means(values, 0) == whole).all()
@@ -56,9 +62,9 @@ def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
     assert stats.binomtest(covered, 200, 0.94).pvalue > 1e-4
 
 
-def test_the_interval_over_seeds_and_rows() -> None:
+def test_the_interval_over_seeds_and_rows(rng: np.random.Generator) -> None:
     """Its variance is that of both: of a table that only seeds tell apart, and only rows."""
-    of_rows = np.tile(RNG.random(80), (4, 1))
+    of_rows = np.tile(rng.random(80), (4, 1))
     assert np.ptp(statistics.seed_interval(of_rows)) == pytest.approx(
         np.ptp(statistics.interval(of_rows[0])), rel=0.1
     )
@@ -81,8 +87,8 @@ def test_sign_flips_are_all_gone_through(differences: list[int]) -> None:
     assert found == pytest.approx(expected)
 
 
-def test_sign_flips_are_drawn_where_there_are_many() -> None:
-    values = RNG.normal(0.25, 1.0, 60)
+def test_sign_flips_are_drawn_where_there_are_many(rng: np.random.Generator) -> None:
+    values = rng.normal(0.25, 1.0, 60)
     found = statistics.sign_flip(values)
     expected = stats.permutation_test(
         (values,), np.sum, permutation_type="samples", n_resamples=50_000, rng=0
