@@ -45,6 +45,7 @@ CRITIQUE = (
     TURNS + "{{ turn('user') }}The following is a break down on the correctness and usefulness of "
     "the assistant's response to my question: "
 )
+SETTINGS = JudgeSettings(anchor=None)  # no scores are read
 # Of `JudgeOptions`, those that have a meaning.
 OPTIONS = (
     "k", "temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed", "deterministic",
@@ -64,8 +65,7 @@ class CritiquePrompts(PromptBuilder):
         """template: a judge template whose last turn the critique goes on with; options: those of
         `PromptBuilder`. Raises ValueError as that does, and for a chat template that ends its turns
         with no token of its own."""
-        settings = JudgeSettings(anchor=None)
-        super().__init__(tokenizer, template, settings, is_answered=True, **options)
+        super().__init__(tokenizer, template, SETTINGS, is_answered=True, **options)
         self.end = self._ended(super().segments(make_row("q", ["a"]), [0]))[1]
 
     def segments(
@@ -97,6 +97,8 @@ class CritiquePrompts(PromptBuilder):
 class CloudJudge(Judge):
     """A critique model with its tokenizer and chat template."""
 
+    end: int  # the token that ends a turn
+
     def __init__(
         self,
         critic: CritiqueModel,
@@ -111,19 +113,19 @@ class CloudJudge(Judge):
         cache_bytes: int | None = None,
     ) -> None:
         """template: as for `CritiquePrompts`, all else as for `Judge`."""
-        prompts = CritiquePrompts(
-            tokenizer, template, chat_template=chat_template,
-            chat_template_kwargs=chat_template_kwargs, date=date,
-        )  # fmt: skip
         super().__init__(
             critic.model, tokenizer, judge_template=template, chat_template=chat_template,
-            settings=prompts.settings, fingerprint=fingerprint, max_batch=max_batch,
-            cache_bytes=cache_bytes,
+            chat_template_kwargs=chat_template_kwargs, date=date, settings=SETTINGS,
+            fingerprint=fingerprint, max_batch=max_batch, cache_bytes=cache_bytes,
         )  # fmt: skip
         self.critic = critic
-        self.prompts, self.end = prompts, prompts.end
         config = critic.model.config
-        critic.model.config = replace(config, eos_token_ids=config.eos_token_ids | {prompts.end})
+        critic.model.config = replace(config, eos_token_ids=config.eos_token_ids | {self.end})
+
+    def _build_prompts(self, template: str, **options: Any) -> PromptBuilder:
+        prompts = CritiquePrompts(self.tokenizer, template, **options)
+        self.end = prompts.end
+        return prompts
 
     @classmethod
     def load(  # type: ignore[override]

@@ -7,13 +7,13 @@ neither right nor wrong.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from engine.labels import agrees, is_correct
-from engine.options import JudgeOptions
+from engine.options import JudgeOptions, meaningless
 from engine.request import Row
 from engine.verdict import Sample, Verdict
 from kernels.sample_token import stream_key, uniforms
@@ -26,15 +26,8 @@ def options_of(given: Mapping[str, Any], meaningful: Sequence[str]) -> JudgeOpti
     for field in fields(options):
         value = getattr(options, field.name)
         if field.name not in meaningful and value != field.default:
-            raise ValueError(
-                f"{field.name} = {value} has no meaning for a model whose head gives the scores"
-            )
+            raise meaningless(field.name, value)
     return options
-
-
-def key_options(options: JudgeOptions, meaningful: Sequence[str]) -> dict[str, Any]:
-    """Those that decide what a line says."""
-    return {name: value for name, value in asdict(options).items() if name in meaningful}
 
 
 def verdict_of(

@@ -30,7 +30,7 @@ from engine.generate import (
     Usage,
     too_long,
 )
-from engine.key import line_key, model_fingerprint
+from engine.key import line_key, model_fingerprint, run_options
 from engine.labels import agrees, is_correct
 from engine.memory import cache_budget
 from engine.meta import MetaModel, MetaScorer
@@ -44,7 +44,6 @@ from engine.settings import JudgeSettings, read_judge_settings
 from engine.templates import DATE, Template
 from engine.thinking import open_thinking
 from engine.verdict import RowFailure, Verdict
-from kernels import cpp
 from kernels.sample_token import SamplingOptions, stream_key, uniforms
 from kernels.segment_attention import Backend
 from kernels.vote import vote
@@ -81,8 +80,8 @@ class Judge:
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings or JudgeSettings()
-        self.prompts = PromptBuilder(
-            tokenizer, judge_template, self.settings, chat_template=chat_template,
+        self.prompts = self._build_prompts(
+            judge_template, chat_template=chat_template,
             chat_template_kwargs=chat_template_kwargs, date=date,
         )  # fmt: skip
         self.fingerprint = fingerprint
@@ -98,6 +97,10 @@ class Judge:
             )
         self.usage = Usage()
         self._reader = ScoreReader(tokenizer, self.settings, model)
+
+    def _build_prompts(self, template: str, **options: Any) -> PromptBuilder:
+        """What writes prompts; options: those of `PromptBuilder`."""
+        return PromptBuilder(self.tokenizer, template, self.settings, **options)
 
     @classmethod
     def load(
@@ -229,21 +232,13 @@ class Judge:
     def _key(
         self, row: Row | BadRow, options: JudgeOptions, hints: Sequence[str | None] = ()
     ) -> str:
-        weight = self.model.head_weight
         everything = asdict(options) | {
             **{f"judge_{name}": value for name, value in self.settings.of_judges().items()},
             "stop": options.stop or self.settings.stop,
-            "judge_template": self.prompts.judge_template,
-            "chat_template": self.prompts.chat_template,
-            "chat_template_kwargs": json.dumps(self.prompts.chat_template_kwargs, sort_keys=True),
-            "date": self.prompts.date,
-            "dtype": str(weight.dtype),
-            "device": weight.device.type,
+            **run_options(self.prompts, self.model.head_weight),
         }
         if options.score == "drawn":  # as it always was: those lines keep their keys
             del everything["score"]
-        if weight.device.type == "cpu":
-            everything["implementation"] = cpp.implementation()
         if self.meta is not None:
             everything |= {
                 "meta_fingerprint": self.meta.fingerprint,

@@ -6,7 +6,11 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
+from engine.prompt import PromptBuilder
 from engine.request import BadRow, Row
+from kernels import cpp
 
 # What is read of a model directory, beside its weights; an index decides which of those.
 MODEL_FILES = (
@@ -37,6 +41,22 @@ def line_key(
         [row.digest, plain, fingerprint], ensure_ascii=False, allow_nan=False, separators=(",", ":")
     )
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_options(prompts: PromptBuilder, weight: Tensor) -> dict[str, str]:
+    """What `line_key` is told of the templates, and of what computes with a model; weight: one of
+    the model's."""
+    found = {
+        "judge_template": prompts.judge_template,
+        "chat_template": prompts.chat_template,
+        "chat_template_kwargs": json.dumps(prompts.chat_template_kwargs, sort_keys=True),
+        "date": prompts.date,
+        "dtype": str(weight.dtype),
+        "device": weight.device.type,
+    }
+    if weight.device.type == "cpu":
+        found["implementation"] = cpp.implementation()
+    return found
 
 
 def model_fingerprint(directory: str | Path) -> str:

@@ -14,6 +14,11 @@ MAX_SHOWN = 20  # responses that one judgement is shown
 MAX_K = 1 << 14  # every sample of a row has a prompt before any is drawn
 
 
+def meaningless(name: str, value: object) -> ValueError:
+    """The refusal of an option by a model that has no use for it."""
+    return ValueError(f"{name} = {value} has no meaning for a model whose head gives the scores")
+
+
 @dataclass(frozen=True)
 class JudgeOptions:
     """The options of `Judge.rows`; raises ValueError for values out of range.

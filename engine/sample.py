@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from engine import command
 from engine.kind import kind_of
-from engine.options import JudgeOptions, PromptOptions
+from engine.options import JudgeOptions, PromptOptions, meaningless
 from engine.output import LineFacts, Output, resume
 from engine.reading import MAX_ROW_BYTES, Columns, Pipe, open_rows, read_rows
 from engine.request import BadRow, Row
@@ -386,12 +386,10 @@ def _loader(options: Options) -> "Callable[[], Judge | ScalarJudge | CloudJudge]
 
         place |= {"max_batch": options.max_batch, "meta": options.meta_model}
         return partial(Judge.load, options.model, **place, **given)
-    of_judges = ("template", "max_batch") if kind == "scalar" else ()
+    of_judges, values = ("template", "max_batch") if kind == "scalar" else (), command.flat(options)
     for name in (*_OF_JUDGEMENTS, *of_judges):
-        if (value := command.flat(options)[name]) is not None:
-            raise ValueError(
-                f"{name} = {value} has no meaning for a model whose head gives the scores"
-            )
+        if values[name] is not None:
+            raise meaningless(name, values[name])
     place |= {
         "chat_template": prompts.chat_template,
         "chat_template_kwargs": prompts.variables,
@@ -467,7 +465,7 @@ def _prompt_of(options: Options, row: Row) -> str:
     from engine.cloud import CritiquePrompts, read_critique_template  # these load torch
     from engine.orders import draw_orders, parts_of, seen_by
     from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
-    from engine.scalar_judge import template_of, with_responses
+    from engine.scalar_judge import ScalarPrompts
     from engine.settings import read_judge_settings
     from models.tokenizer import Tokenizer
 
@@ -483,13 +481,8 @@ def _prompt_of(options: Options, row: Row) -> str:
         return CritiquePrompts(tokenizer, template, **chat).show(row, [0])
     settings = read_judge_settings(options.model, options.settings)
     if kind == "scalar":
-        prompts = PromptBuilder(
-            tokenizer, template_of(settings), settings, is_answered=True, **chat
-        )
         shown = range(min(2, len(row.responses)) if settings.compares else 1)
-        return prompts.show(
-            with_responses(row, shown, prompts.trims and not settings.compares), shown
-        )
+        return ScalarPrompts(tokenizer, settings, **chat).show(row, shown)
     template = read_judge_template(options.model, given.template)
     prompts = PromptBuilder(tokenizer, template, settings, **chat)
     part = parts_of(draw_orders(row, options)[0], options.max_shown)[0]

@@ -19,7 +19,6 @@ whose differences are nearest to what both orders say. A single response has non
 a text. A row's reference and principles are not read, and nothing is drawn but ties.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,15 +31,15 @@ import torch
 
 from engine.forest import TokenIds
 from engine.generate import Usage
-from engine.head_scores import key_options, options_of, verdict_of
-from engine.key import line_key, model_fingerprint
-from engine.prompt import PromptBuilder, read_chat_template
+from engine.head_scores import options_of, verdict_of
+from engine.key import line_key, model_fingerprint, run_options
+from engine.options import JudgeOptions
+from engine.prompt import PromptBuilder, Segment, read_chat_template
 from engine.request import BadRow, Message, Row
 from engine.sequence_scorer import SequenceScorer
 from engine.settings import JudgeSettings, read_judge_settings
 from engine.templates import DATE
 from engine.verdict import RowFailure, Sample, Verdict
-from kernels import cpp
 from kernels.sample_token import stream_key
 from models import load_scalar
 from models.scalar_head import ScalarModel
@@ -58,6 +57,28 @@ PAIR = (
     "Is response A better than response B?"
 )
 OPTIONS = ("seed", "deterministic", "attention")  # of `JudgeOptions`, those that have a meaning
+
+
+class ScalarPrompts(PromptBuilder):
+    """What a scalar model reads: a conversation and one response, or two where it compares."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: JudgeSettings, **options: Any) -> None:
+        """options: those of `PromptBuilder`."""
+        template = PAIR if settings.compares else TURNS
+        super().__init__(tokenizer, template, settings, is_answered=True, **options)
+
+    def segments(
+        self,
+        row: Row,
+        order: Sequence[int],
+        hint: str | None = None,
+        known: dict[Any, Any] | None = None,
+        nonce: str | None = None,
+    ) -> list[Segment]:
+        """As of `PromptBuilder`, of the responses in `order`; reference and principles are not
+        shown."""
+        shown = with_responses(row, order, self.trims and not self.settings.compares)
+        return super().segments(shown, range(len(order)), known=known)
 
 
 class ScalarJudge:
@@ -85,9 +106,9 @@ class ScalarJudge:
         self.usage = Usage()
         settings = settings or JudgeSettings()
         self.compares = settings.compares
-        self.prompts = PromptBuilder(
-            tokenizer, template_of(settings), settings, chat_template=chat_template,
-            chat_template_kwargs=chat_template_kwargs, date=date, is_answered=True,
+        self.prompts = ScalarPrompts(
+            tokenizer, settings, chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs, date=date,
         )  # fmt: skip
 
     @classmethod
@@ -127,9 +148,7 @@ class ScalarJudge:
         known: dict[Any, Any] = {}
         sequences = []
         for read in self.reads_of(row):
-            shown = with_responses(row, read, self.prompts.trims and not self.compares)
-            order = range(len(read))
-            segments = [each.token_ids for each in self.prompts.segments(shown, order, known=known)]
+            segments = [each.token_ids for each in self.prompts.segments(row, read, known=known)]
             while segments and segments[-1][-1] == config.pad_token_id:
                 *before, last = segments
                 segments = [*before, last[:-1]] if len(last) > 1 else before
@@ -170,18 +189,13 @@ class ScalarJudge:
 
     def key(self, entry: Row | BadRow, **options: Any) -> str:
         """The key of an entry's line under the options of `rows`: a hash of all that decides it."""
-        weight = self.model.score.weight
-        everything = key_options(options_of(options, OPTIONS), OPTIONS) | {
+        return self._key(entry, options_of(options, OPTIONS))
+
+    def _key(self, entry: Row | BadRow, options: JudgeOptions) -> str:
+        everything = {name: getattr(options, name) for name in OPTIONS} | {
             "join_blanks": self.prompts.settings.join_blanks,
-            "judge_template": self.prompts.judge_template,
-            "chat_template": self.prompts.chat_template,
-            "chat_template_kwargs": json.dumps(self.prompts.chat_template_kwargs, sort_keys=True),
-            "date": self.prompts.date,
-            "dtype": str(weight.dtype),
-            "device": weight.device.type,
+            **run_options(self.prompts, self.model.score.weight),
         }
-        if weight.device.type == "cpu":
-            everything["implementation"] = cpp.implementation()
         return line_key(entry, everything, self.fingerprint)
 
     def rows(
@@ -204,7 +218,7 @@ class ScalarJudge:
             cache_bytes=self.cache_bytes,
         )
         return (
-            self._outcome(entry, self.key(entry, **options), scorer, chosen.seed)
+            self._outcome(entry, self._key(entry, chosen), scorer, chosen.seed)
             for entry in entries
             if entry is not None
         )
@@ -228,11 +242,6 @@ class ScalarJudge:
         sample = Sample((), "", tuple(scores), None, None, 0, "eos", [], [], [])
         tokens = sum(len(segment) for sequence in sequences for segment in sequence)
         return verdict_of(entry, key, [sample], seed, tokens, distinct_tokens(sequences))
-
-
-def template_of(settings: JudgeSettings) -> str:
-    """What a model with these settings reads, as a judge template."""
-    return PAIR if settings.compares else TURNS
 
 
 def with_responses(row: Row, places: Sequence[int], trims: bool) -> Row:

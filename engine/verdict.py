@@ -24,12 +24,11 @@ class Sample:
     `order[j]` is the response shown in position j; it is empty where each was read by itself.
     `scores` are one integer per response, or what a head gave it, in the row's own order, or None,
     and then `invalid` says why. `expected` are the means of the distributions that they were drawn
-    from, where those count. `meta` is the meta RM's or the meta
-    head's score of a valid sample, NaN where it has none and so no vote; None without either.
-    `tokens` counts generated tokens; `finish` says what ended them; `forced`, that it was then made
-    to write its scores, whose tokens count. The log-probs, one per
-    generated token, are natural logarithms under the model's own distribution and under the one
-    sampled from.
+    from, where those count. `meta` is the meta RM's score of a valid sample, NaN where it has none
+    and so no vote; None without a meta RM. `tokens` counts generated tokens; `finish` says what
+    ended them; `forced`, that it was then made to write its scores, whose tokens count. The
+    log-probs, one per generated token, are natural logarithms under the model's own distribution
+    and under the one sampled from.
     """
 
     order: tuple[int, ...]

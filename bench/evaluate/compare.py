@@ -114,13 +114,13 @@ def difference(
     def total_of(values: np.ndarray) -> float:
         return statistic_total(values, facts, subsets, total)
 
+    totals = total_of(first), total_of(second)
+    if np.isnan(totals).any():
+        return Difference(len(first), *totals, np.nan, np.nan, np.nan)
     places = np.arange(len(first), dtype=np.float64)
     resampled = of_statistic(
         places[:, None, None], Votes((1,)), facts, subsets, total._replace(statistic=gain)
     )
-    totals = total_of(first), total_of(second)
-    if np.isnan(totals).any():
-        return Difference(len(first), *totals, np.nan, np.nan, np.nan)
     rng, reached = np.random.default_rng(0), 1
     least = abs(totals[1] - totals[0]) - 1e-12
     for _ in range(SWAPS):

@@ -208,6 +208,7 @@ def values_of(
     """Each rule's values of the items; rows: those of all items, one after another. What a rule
     asks of the threshold has no value where there is none."""
     given = iter(rows)
+    needs_orders = any(rule.both_orders for rule in rules)
     places: list[list[int]] = [[] for _ in rules]
     means: list[list[np.ndarray]] = [[] for _ in rules]
     draws: list[list[np.ndarray]] = [[] for _ in rules]
@@ -217,6 +218,7 @@ def values_of(
             ways_scores(each, len(row.responses), ways, votes, meta_scale)
             for each, row in zip(judged, item.rows, strict=True)
         ]
+        lacking = lacks_an_order(judged[0], votes) if needs_orders else np.zeros(1, dtype=bool)
         compares = len(judged) > 1 or len(item.rows[0].responses) > 1
         for number, rule in enumerate(rules):
             if not rule.counts(item):
@@ -225,7 +227,7 @@ def values_of(
             if not (compares or rule.ranks or judged[0].has_threshold):
                 found = np.full(found.shape, np.nan)
             if rule.both_orders:
-                found = np.where(lacks_an_order(judged[0], votes), np.nan, found)
+                found = np.where(lacking, np.nan, found)
             places[number].append(place)
             means[number].append(_over_draws(found, votes))
             if rule.total.statistic is not None:

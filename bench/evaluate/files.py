@@ -31,6 +31,11 @@ class Record(NamedTuple):
     line: int
     fields: dict[str, Any]
 
+    @property
+    def file(self) -> str:
+        """The file's name without its endings."""
+        return PurePath(self.source).name.split(".")[0]
+
 
 def every_file(name: str) -> bool:
     """Of `records`: all files."""
@@ -155,6 +160,11 @@ def texts_of(fields: Mapping[str, Any], key: str) -> list[str]:
     if not isinstance(value, list) or not value or not all(isinstance(each, str) for each in value):
         raise ValueError(f"{key} is {quote(value)} and no list of texts")
     return value
+
+
+def named(start: str) -> Callable[[str], bool]:
+    """Of `records`: files whose names begin so."""
+    return lambda name: PurePath(name).name.startswith(start)
 
 
 def these_or_all(path: Path, start: str) -> Callable[[str], bool]:

@@ -78,7 +78,7 @@ def write(
     })  # fmt: skip
     replace_text(out / "results.json", _text(found, indent=1))
     lines = _item_lines(items, rows, benchmark.rules, ways, values)
-    replace_text(out / "items.jsonl", "".join(map(_text, lines)))
+    replace_text(out / "items.jsonl", "".join(_text(_rounded(line)) for line in lines))
     seconds = _seconds_per_row(out / "times.jsonl")
     replace_text(out / "results.md", tables.markdown(found, seconds))
     if find_spec("matplotlib") is not None:
@@ -218,11 +218,12 @@ def _digest(item: Item) -> str:
 
 
 def _text(value: Any, indent: int | None = None) -> str:
-    """A line of JSON or more, with few decimals; what is not a number is null."""
-    return json.dumps(_rounded(value), ensure_ascii=False, allow_nan=False, indent=indent) + "\n"
+    """A line of JSON or more."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent) + "\n"
 
 
 def _rounded(value: Any) -> Any:
+    """For JSON: with few decimals, and null for what is not a number."""
     if isinstance(value, dict):
         return {name: _rounded(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

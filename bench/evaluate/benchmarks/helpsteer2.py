@@ -3,10 +3,10 @@ prefer, or which they rate as more helpful."""
 
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from bench.evaluate.benchmark import BadItem, Benchmark, Item, Layout
-from bench.evaluate.files import Record, one_of, read_items, records
+from bench.evaluate.files import Record, named, one_of, read_items, records
 from bench.evaluate.rules import BY_VOTE, STRICT, TIES
 from engine.request import make_row
 
@@ -20,7 +20,7 @@ def read(path: Path, layout: Layout) -> Iterator[Item | BadItem]:
     where the first is better, 0 for neither}, without those of the split `train`. Or ratings,
     {prompt, response, helpfulness: 0 to 4}, two in a row of the same prompt. Of a folder only the
     preferences."""
-    of_set = records(path, only=lambda name: PurePath(name).name.startswith("preference"))
+    of_set = records(path, only=named("preference"))
     held_out = (
         each for each in of_set if isinstance(each, BadItem) or each.fields.get("split") != "train"
     )
@@ -51,7 +51,7 @@ def _alone(record: Record) -> BadItem:
 
 def _item(record: Record) -> Item:
     fields = record.fields
-    name = f"{PurePath(record.source).name.split('.')[0]}-{record.line}"
+    name = f"{record.file}-{record.line}"
     label: int | str | list[float]
     if "first" in fields:
         both = fields["first"], fields["second"]

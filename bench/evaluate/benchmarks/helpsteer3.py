@@ -5,11 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from bench.evaluate.benchmark import BadItem, Benchmark, Item, Layout
+from bench.evaluate.benchmarks.helpsteer2 import STRENGTHS
 from bench.evaluate.files import Record, one_of, read_items, records
 from bench.evaluate.rules import BY_VOTE, STRICT, TIES, agreement
 from engine.request import make_row
-
-STRENGTHS = {str(each): each for each in range(-3, 4)}
 
 
 def read(path: Path, layout: Layout) -> Iterator[Item | BadItem]:
@@ -30,7 +29,7 @@ def _item(record: Record) -> Item:
     row = make_row(
         fields["context"],
         [fields["response1"], fields["response2"]],
-        id=f"{PurePath(record.source).name.split('.')[0]}-{record.line}",
+        id=f"{record.file}-{record.line}",
         label="tie" if strength == 0 else int(strength > 0),
     )
     people = [one_of(each["score"], STRENGTHS) for each in fields.get("individual_preference", ())]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 from bench.evaluate.benchmark import BadItem, Benchmark, Item, Layout
-from bench.evaluate.files import Record, read_items, records
+from bench.evaluate.files import Record, named, read_items, records
 from bench.evaluate.rules import BY_VOTE, STRICT
 from engine.request import make_row
 
@@ -17,22 +17,21 @@ _SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
 def read(path: Path, layout: Layout) -> Iterator[Item | BadItem]:
     """{chosen, rejected}, transcripts of "\\n\\nHuman: " and "\\n\\nAssistant: ". A subset for each
     folder. Of a folder only the files named `test`."""
-    tests = records(path, only=lambda name: PurePath(name).name.startswith("test"))
+    tests = records(path, only=named("test"))
     return read_items(tests, _item)
 
 
 def _item(record: Record) -> Item:
     chosen, rejected = (_turns(record.fields[name]) for name in ("chosen", "rejected"))
     shared = _length_of_history(chosen, rejected)
-    file = PurePath(record.source)
-    subset = file.parent.name or file.name.split(".")[0]
+    folder = PurePath(record.source).parent
     row = make_row(
         [{"role": ROLES[speaker], "content": text} for speaker, text in chosen[:shared]],
         [_reply(chosen[shared:]), _reply(rejected[shared:])],
-        id=f"{file.parent / file.name.split('.')[0]}-{record.line}",
+        id=f"{folder / record.file}-{record.line}",
         label=0,
     )
-    return Item(row.id, subset, (row,))
+    return Item(row.id, folder.name or record.file, (row,))
 
 
 def _turns(transcript: str) -> list[tuple[str, str]]:

@@ -2,13 +2,13 @@
 models, or a tie, by three people each."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.evaluate.benchmark import BadItem, Benchmark, Item, Layout, RowScores, Rule, Total
-from bench.evaluate.files import Record, one_of, read_items, records
+from bench.evaluate.files import Record, named, one_of, read_items, records
 from bench.evaluate.rules import (
     agreement,
     best_is_drawn,
@@ -28,7 +28,7 @@ def read(path: Path, layout: Layout) -> Iterator[Item | BadItem]:
     """{idx, cmp_key, instruction, input, response1, response2, annotator1, annotator2, annotator3:
     1 or 2, the better one, 0 a tie}. A subset for each pair of models. Where three people say three
     things the row has no label. Of a folder only `testset-v1.json`."""
-    test_set = records(path, only=lambda name: PurePath(name).name.startswith("testset-v"))
+    test_set = records(path, only=named("testset-v"))
     return read_items(test_set, _item)
 
 

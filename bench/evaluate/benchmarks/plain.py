@@ -1,7 +1,7 @@
 """Rows of one's own: whatever `engine.request` reads, with labels."""
 
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from bench.evaluate.benchmark import BadItem, Benchmark, Item, Layout
 from bench.evaluate.files import Record, read_items, records
@@ -16,7 +16,6 @@ def read(path: Path, layout: Layout, columns: Columns | None = None) -> Iterator
     after its file and line; in a folder the file is part of every id."""
 
     def make(record: Record) -> Item:
-        file = PurePath(record.source).name.split(".")[0]
         fields = dict(record.fields) if columns is None else columns.row(record.fields)
         subset = fields.pop("subset", None)
         row = build_row(fields)
@@ -25,10 +24,10 @@ def read(path: Path, layout: Layout, columns: Columns | None = None) -> Iterator
         if subset is None and isinstance(row.meta, dict):
             subset = row.meta.get("subset")
         if fields.get("id") is None:
-            row = build_row(fields | {"id": f"{file}-{record.line}"})
+            row = build_row(fields | {"id": f"{record.file}-{record.line}"})
         elif path.is_dir():
             row = build_row(fields | {"id": f"{record.source}:{row.id}"})
-        return Item(row.id, file if subset is None else str(subset), (row,))
+        return Item(row.id, record.file if subset is None else str(subset), (row,))
 
     return read_items(records(path), make)
 

@@ -46,7 +46,7 @@ def read(path: Path, layout: Layout) -> Iterator[Item | BadItem]:
 
 def _item(record: Record, layout: Layout) -> Item:
     fields = record.fields
-    file = Path(record.source).name.split(".")[0].removesuffix("_filtered")
+    file = record.file.removesuffix("_filtered")
     domain = one_of(fields.get("domain", file), DOMAINS)
     name = f"{domain}-{name_of(fields['id'])}"
     chosen, rejected = texts_of(fields, "chosen"), texts_of(fields, "rejected")

@@ -24,7 +24,7 @@ def read(path: Path, layout: Layout) -> Iterator[Item | BadItem]:
 def _item(record: Record) -> Item:
     fields = record.fields
     file = re.split(r"[.-]", PurePath(record.source).name)[0]
-    name = f"{PurePath(record.source).name.split('.')[0]}-{record.line}"
+    name = f"{record.file}-{record.line}"
     if "completions" in fields:
         return Item(name, fields["source"], (_scored(record, name),))
     row = build_row({key: fields[key] for key in ("prompt", "chosen", "rejected")} | {"id": name})
