@@ -1,8 +1,8 @@
 """A judge without a model, for tests of the command line: it draws scores from a hash.
 
 It keeps a few rows in flight, as the real one does, refuses rows that say TOO LONG, and counts what
-it has taken. As a script it is `python -m engine.sample` with this judge. Environment: FAKE_DELAY_S
-(seconds a row takes).
+it has taken. `python -m tests.fake_judge` is `python -m engine.sample` with this judge.
+Environment: FAKE_DELAY_S (seconds a row takes).
 """
 
 import hashlib

@@ -32,8 +32,7 @@ from engine.stopping import STOP_SIGNALS
 from engine.verdict import RowFailure, Verdict
 from tests.fake_judge import IN_FLIGHT, Judge, as_module
 
-FAKE = Path(__file__).with_name("fake_judge.py")
-ROOT = FAKE.parent.parent
+ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 60
 
 
@@ -69,7 +68,7 @@ def judge(lines: list[bytes], *options: str) -> tuple[int, bytes]:
 def start(*options: str, delay_s: float = 0.0, **popen: Any) -> subprocess.Popen[bytes]:
     """The command line in a process of its own, with the judge that needs no model."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "FAKE_DELAY_S": str(delay_s)}
-    command = [sys.executable, str(FAKE), "--model", ".", *options]
+    command = [sys.executable, "-m", "tests.fake_judge", "--model", ".", *options]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, **popen)
 
 
