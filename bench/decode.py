@@ -2,7 +2,7 @@
 
     python -m bench.decode --shape qwen3-107m | --model DIR  [--prefix 1024] [--k 32]
         [--new-tokens 64] [--levels 1] [--dtype bfloat16] [--device auto] [--repeats 5]
-        [--no-sharing] [--compare transformers llama.cpp] [--json]
+        [--numerics fast] [--no-sharing] [--compare transformers llama.cpp] [--json]
 
 A named shape gets random weights, a directory its own; the prompt is random tokens. With L levels
 the prefix is cut into L segments of equal length, of which the first is shared by all samples and
@@ -46,7 +46,7 @@ from kernels.extract_scores import ScoreAutomaton
 from kernels.forest_attention import AttentionOptions
 from kernels.sample_token import SamplingOptions
 from kernels.score_grammar import ScoreRules
-from models import load_weights, read_config
+from models import NUMERICS, load_weights, read_config
 from models.config import DTYPES, ModelConfig, Rope
 from models.transformer import Transformer
 
@@ -324,6 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--dtype", choices=sorted(DTYPES), help="default: the shape's or the file's"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--numerics", choices=NUMERICS, default="portable")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-sharing", action="store_true")
     parser.add_argument("--compare", nargs="+", choices=COMPARE, default=[], metavar="PEER")
@@ -346,9 +347,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shape = SHAPES[args.shape]
         config = config_of(shape, context_of(load))
         model = random_model(config, DTYPES[args.dtype] if args.dtype else shape.dtype, DEVICE)
+    if args.numerics == "fast":
+        model.use_fast_numerics()
     ceilings = measure_ceilings()
     figures = measure(model, load, args.repeats, args.compare, ceilings)
-    figures = {"model": args.shape or str(args.model), **figures}
+    figures = {"model": args.shape or str(args.model), "numerics": args.numerics, **figures}
     if not args.json:
         print(ceilings.describe())
         print(describe(figures))

@@ -138,13 +138,14 @@ class CloudJudge(Judge):
         date: str = DATE,
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
+        numerics: str = "portable",
         max_batch: int | None = None,
         cache_bytes: int | None = None,
     ) -> "CloudJudge":
         """Load a directory in the layout of the published models; template: a file in place of
         CRITIQUE, all else as for `Judge.load`. Raises ValueError naming the file for anything that
         cannot be read or is not supported."""
-        critic, tokenizer = load_critique(directory, dtype, device)
+        critic, tokenizer = load_critique(directory, dtype, device, numerics)
         base = (base_of(directory) / "config.json").read_bytes()
         ends = sorted(critic.model.config.eos_token_ids)
         of_base = hashlib.sha256(base + str(ends).encode()).hexdigest()

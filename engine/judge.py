@@ -113,6 +113,7 @@ class Judge:
         date: str = DATE,
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
+        numerics: str = "portable",
         max_batch: int | None = None,
         cache_bytes: int | None = None,
         meta: str | Path | None = None,
@@ -124,7 +125,8 @@ class Judge:
         default. chat_template: a file in place of the directory's own chat template;
         chat_template_kwargs: variables for it, such as {"enable_thinking": False}; date
         (YYYY-MM-DD): what templates take for today. dtype "auto" is the stored one; device "auto"
-        is a GPU where there is one; max_batch and cache_bytes as for the constructor. meta: the
+        is a GPU where there is one; numerics "fast" may use CPU instructions whose bits differ from
+        processor to processor; max_batch and cache_bytes as for the constructor. meta: the
         directory of a meta reward model, a sequence classifier of one label, with a template of its
         own. settings: fields of `JudgeSettings` in place of what the directory's judge.json says.
         Raises ValueError naming the file for anything that cannot be read or is not supported.
@@ -135,7 +137,8 @@ class Judge:
         chat = read_chat_template(directory, chat_template)
         for each in (Template("judge", own, date), Template("chat", chat, date)):
             each.check()
-        model, tokenizer = load(directory, dtype=dtype, device=device)
+        place: dict[str, Any] = {"dtype": dtype, "device": device, "numerics": numerics}
+        model, tokenizer = load(directory, **place)
         return cls(
             model.eval(),
             tokenizer,
@@ -147,7 +150,7 @@ class Judge:
             fingerprint=model_fingerprint(directory),
             max_batch=max_batch,
             cache_bytes=cache_bytes,
-            meta=None if meta is None else MetaModel.load(meta, dtype=dtype, device=device),
+            meta=None if meta is None else MetaModel.load(meta, **place),
         )
 
     def __call__(

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.prompt import PromptBuilder
 from engine.request import BadRow, Row
 from kernels import cpp
+from kernels.packed_linear import uses_dot_products
 
 # What is read of a model directory, beside its weights; an index decides which of those.
 MODEL_FILES = (
@@ -56,6 +57,8 @@ def run_options(prompts: PromptBuilder, weight: Tensor) -> dict[str, str]:
     }
     if weight.device.type == "cpu":
         found["implementation"] = cpp.implementation()
+    if uses_dot_products(weight):
+        found["numerics"] = "fast"
     return found
 
 

@@ -65,13 +65,14 @@ class MetaModel:
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
+        numerics: str = "portable",
     ) -> "MetaModel":
         """Load a directory in Hugging Face layout that holds a sequence classifier of one label.
 
         Its judge_template.jinja and judge.json count, or the defaults. Raises ValueError naming the
         file for anything that cannot be read or is not supported.
         """
-        model, tokenizer = load_scalar(directory, dtype, device)
+        model, tokenizer = load_scalar(directory, dtype, device, numerics)
         return cls(
             model.eval(),
             tokenizer,

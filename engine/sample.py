@@ -60,7 +60,7 @@ MOST_ROW_BYTES = 1 << 30
 _MOST_TAKEN = 1 << 14  # entries whose lines are not written yet: bad ones behind a row need no room
 _ALARM_SECONDS = 0.1  # from one look at the end of a drain to the next
 GROUPS = {
-    "model": ("model", "meta_model", "dtype", "device"),
+    "model": ("model", "meta_model", "dtype", "device", "numerics"),
     "rows": ("data", "columns", "max_row_bytes"),
     "scores": ("anchor_nonce", "stop", "force_scores"),
     "output": ("out", "resume", "drain_seconds", "show_prompt"),
@@ -103,6 +103,8 @@ class RunOptions(JudgeOptions):
     """Of weights and cache: auto, float32, bfloat16 or float16."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    numerics: Literal["portable", "fast"] = "portable"
+    """portable has the same bits on every CPU; fast may use instructions that have not."""
     max_batch: int | None = None
     """Most samples decoded together."""
     show_prompt: bool = False
@@ -378,7 +380,11 @@ def _loader(options: Options) -> "Callable[[], Judge | ScalarJudge | CloudJudge]
     """Loads what judges with the model, with all libraries imported. Raises ValueError for options
     that have no meaning for it."""
     prompts = options.prompts
-    place: dict[str, Any] = {"dtype": options.dtype, "device": options.device}
+    place: dict[str, Any] = {
+        "dtype": options.dtype,
+        "device": options.device,
+        "numerics": options.numerics,
+    }
     kind = kind_of(options.model)
     if kind == "judge":
         given = prompts.for_load(**options.settings)

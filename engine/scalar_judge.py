@@ -121,6 +121,7 @@ class ScalarJudge:
         date: str = DATE,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
+        numerics: str = "portable",
         cache_bytes: int | None = None,
     ) -> "ScalarJudge":
         """Load a directory in Hugging Face layout that holds a sequence classifier of one label.
@@ -128,7 +129,7 @@ class ScalarJudge:
         chat_template: a file in place of the directory's own; cache_bytes as for `SequenceScorer`.
         Raises ValueError naming the file for anything that cannot be read or is not supported.
         """
-        model, tokenizer = load_scalar(directory, dtype, device)
+        model, tokenizer = load_scalar(directory, dtype, device, numerics)
         return cls(
             model.eval(),
             tokenizer,

@@ -31,7 +31,7 @@ from kernels.checks import check, check_triton, without_gaps
 from kernels.device_math import gated, gated_gradients
 from kernels.gated_act import ACTIVATIONS, gated_act, gated_act_ref
 from kernels.launch import launch, runs_triton
-from kernels.packed_linear import pack, packed, packs
+from kernels.packed_linear import pack, packed, packs, uses_dot_products
 from kernels.target import Target, power_of_two, target_of
 
 _SORTED = 1024  # pairs that are sorted at a time
@@ -439,7 +439,7 @@ def _run_cpp(
     cpp.call(
         "moe", x.dtype, x, len(x), hidden, laid(gate_up, paired=True), laid(down), count, width,
         experts.contiguous(), weights.detach().contiguous(), experts.shape[1],
-        int(activation == "gelu_tanh"), out,
+        int(activation == "gelu_tanh"), out, dots=uses_dot_products(down),
     )  # fmt: skip
     return out
 

@@ -7,9 +7,13 @@ and are widened in registers; the sum is rounded once.
 A packed copy is kept beside each weight for as long as the weight lives, and made anew when the
 weight has changed. It doubles the memory of the weights; `pack` makes one that is not kept. The
 C++ is in `kernels/cpp/linear.h`; the specification is `matmul_ref`. Inference only.
+
+`allow_dot_products`: twice the speed on processors that multiply and add pairs of bfloat16 in one
+instruction. A row still does not depend on the others, but its bits depend on the processor.
 """
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +33,7 @@ class _Packed:
 
 
 _packed = WeakTensorKeyDictionary()
+_for_dots = WeakTensorKeyDictionary()  # the weights that `allow_dot_products` was given
 _packing = threading.Lock()
 
 
@@ -60,8 +65,33 @@ def packed_linear(
     columns = len(weight)
     y = torch.empty(rows, columns, dtype=x.dtype)
     panels = packed(weight) if keep else pack(weight)
-    cpp.call("linear", x.dtype, x, rows, terms, panels, columns, bias, y)
+    dots = uses_dot_products(weight)
+    cpp.call("linear", x.dtype, x, rows, terms, panels, columns, bias, y, dots=dots)
     return y
+
+
+def allow_dot_products(weights: Iterable[Tensor]) -> None:
+    """Let products with these weights, (..., N, K) bfloat16, run on the processor's dot products,
+    before one is packed. Raises ValueError where they cannot: another dtype or device, an odd K, a
+    processor without such instructions."""
+    weights = list(weights)
+    for weight in weights:
+        if weight.dtype != torch.bfloat16 or not weight.is_cpu:
+            raise ValueError(
+                f"fast numerics are for bfloat16 on a CPU, the weights are {weight.dtype} on "
+                f"{weight.device.type}"
+            )
+        if weight.shape[-1] % 2:
+            raise ValueError(f"fast numerics add terms in pairs, a sum has {weight.shape[-1]}")
+    if not cpp.has_dot_products():
+        raise ValueError("fast numerics need a processor with AVX512-BF16, this one has none")
+    for weight in weights:
+        _for_dots[weight] = True
+
+
+def uses_dot_products(weight: Tensor) -> bool:
+    """Whether `allow_dot_products` was given this weight."""
+    return weight in _for_dots
 
 
 def packed(weight: Tensor, paired: bool = False) -> Tensor:
@@ -76,14 +106,17 @@ def packed(weight: Tensor, paired: bool = False) -> Tensor:
         return kept.panels
 
 
-def pack(weight: Tensor, paired: bool = False) -> Tensor:
-    """`packed`, for one use: nothing is kept. weight: contiguous."""
+def pack(weight: Tensor, paired: bool = False, dots: bool | None = None) -> Tensor:
+    """`packed`, for one use: nothing is kept. weight: contiguous. dots: for dot products; by
+    default as `uses_dot_products` says."""
+    dots = uses_dot_products(weight) if dots is None else dots
     columns, terms = weight.shape[-2:]
     width = cpp.panel_columns()
     across = columns // 2 if paired else columns
+    assert not (dots and terms % 2)
     panels = -(-across // (width // 2 if paired else width))
     matrices = weight.detach().reshape(-1, columns, terms)
     laid = torch.empty(len(matrices), panels * width * terms, dtype=weight.dtype)
     for matrix, to in zip(matrices, laid, strict=True):
-        cpp.call("pack", weight.dtype, matrix, columns, terms, int(paired), to)
+        cpp.call("pack", weight.dtype, matrix, columns, terms, int(paired), to, dots=dots)
     return laid

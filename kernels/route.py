@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from kernels import cpp
 from kernels.checks import check, check_triton
 from kernels.launch import launch, runs_triton
-from kernels.packed_linear import pack, packed, packs
+from kernels.packed_linear import pack, packed, packs, uses_dot_products
 from kernels.target import Target, power_of_two, target_of
 
 
@@ -185,6 +185,7 @@ def _run_cpp(x: Tensor, gate: Tensor, routing: Routing, keep: bool) -> tuple[Ten
     cpp.call(
         "route", x.dtype, x, *x.shape, packed(gate) if keep else pack(gate), len(gate),
         ctypes.byref(routing_structure(routing)), experts, weights,
+        dots=uses_dot_products(gate),
     )  # fmt: skip
     return experts, weights
 

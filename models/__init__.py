@@ -19,6 +19,7 @@ from models.weights import (
 )
 
 __all__ = [
+    "NUMERICS",
     "Attend",
     "CritiqueModel",
     "ModelConfig",
@@ -35,43 +36,62 @@ __all__ = [
     "save_pretrained",
 ]
 
+NUMERICS = ("portable", "fast")
+
 
 def load(
     directory: str | os.PathLike[str],
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    numerics: str = "portable",
 ) -> tuple[Transformer, Tokenizer]:
     """Load a model directory: config.json, safetensors, tokenizer.json.
 
     dtype: "auto" for the stored one (float32 for float64), a torch.dtype, or the name of one of
     `DTYPES` ("bfloat16"). torch.float64 is for gradients and references: nothing samples in it.
-    device: "auto" is the GPU if there is one, else the CPU.
+    device: "auto" is the GPU if there is one, else the CPU. numerics: "portable" gives the same
+    bits on every CPU, "fast" may use instructions that do not.
     Raises ValueError naming the file and the reason for whatever is malformed or unsupported.
     """
     config, tokenizer, chosen, place = _open(directory, dtype, device)
-    return load_weights(directory, config, chosen, place), tokenizer
+    model = load_weights(directory, config, chosen, place)
+    _set_numerics(model, numerics)
+    return model, tokenizer
 
 
 def load_scalar(
     directory: str | os.PathLike[str],
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    numerics: str = "portable",
 ) -> tuple[ScalarModel, Tokenizer]:
     """`load` of a sequence classifier with one label."""
     config, tokenizer, chosen, place = _open(directory, dtype, device, scalar=True)
-    return load_scalar_weights(directory, config, chosen, place), tokenizer
+    scalar = load_scalar_weights(directory, config, chosen, place)
+    _set_numerics(scalar.model, numerics)
+    return scalar, tokenizer
 
 
 def load_critique(
     directory: str | os.PathLike[str],
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    numerics: str = "portable",
 ) -> tuple[CritiqueModel, Tokenizer]:
     """`load` of a critique model, in the layout of Critique-out-Loud reward models."""
     base = base_of(directory)
     config, tokenizer, chosen, place = _open(directory, dtype, device, base=base)
     config = replace(config, dtype=None)  # the base's; the weights have their own
-    return load_critique_weights(directory, config, chosen, place), tokenizer
+    critic = load_critique_weights(directory, config, chosen, place)
+    _set_numerics(critic.model, numerics)
+    return critic, tokenizer
+
+
+def _set_numerics(model: Transformer, numerics: str) -> None:
+    if numerics not in NUMERICS:
+        raise ValueError(f"numerics must be one of {', '.join(NUMERICS)}, got {numerics!r}")
+    if numerics == "fast":
+        model.use_fast_numerics()
 
 
 def _open(

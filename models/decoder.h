@@ -40,8 +40,8 @@ QUORUM_STRUCT(Layer, QUORUM_LAYER);
 QUORUM_STRUCT(Decoder, QUORUM_DECODER);
 
 // The hidden states (n, hidden) of n tokens after the final norm. suffixes: null where there are
-// none. o, lse: room for partial results.
-template <class T>
+// none. o, lse: room for partial results. Matrices are packed as W.
+template <class T, class W>
 void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int64_t *positions,
             const int64_t *slots, const Suffixes *suffixes, float *o, float *lse, T *out,
             int64_t threads) {
@@ -56,7 +56,7 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
     const int64_t half = (latent ? d.rope_dim : d.dim) / 2, stream = n * d.hidden;
     thread_local std::vector<T> scratch;
     thread_local std::vector<float> lse_scratch, weight_scratch;
-    thread_local RowTiles row_tiles;
+    thread_local RowTiles<W> row_tiles;
     float *merged_lse = room(lse_scratch, n * d.heads);
     int64_t intermediate = 0;
     bool has_experts = false;
@@ -114,10 +114,10 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
     };
     // The block of rows in row_tiles, given to `out`.
     const auto feed_forward = [&](const Layer &layer, T *out) {
-        linear<T>(row_tiles, (const T *)layer.gate_up, layer.intermediate, nullptr, active, threads,
+        linear<W, T>(row_tiles, (const W *)layer.gate_up, layer.intermediate, nullptr, active, threads,
                   d.gelu ? GELU : SILU);
         tile_rows(active, layer.intermediate);
-        linear<T>(row_tiles, (const T *)layer.down, d.hidden, nullptr, out, threads);
+        linear<W, T>(row_tiles, (const W *)layer.down, d.hidden, nullptr, out, threads);
     };
     // Norms and turns the heads of queries and keys; keys and values go into the cache.
     const auto turn_and_write = [&](const Layer &layer) {
@@ -153,7 +153,7 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
                 rms_norm_row<T>(qkv + t * qkv_size, nullptr, w, y, nullptr, d.q_rank, d.latent_eps,
                                 0);
             });
-            linear<T>(row_tiles, (const T *)layer.q_b, head_size, nullptr, head_q, threads);
+            linear<W, T>(row_tiles, (const W *)layer.q_b, head_size, nullptr, head_q, threads);
             heads_q = head_q, q_t = head_size, rest = d.q_rank;
         }
         const float *w = widened((const T *)layer.latent_norm, d.v_dim, weight_scratch);
@@ -168,11 +168,11 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
             rope_head<T>(x + d.v_dim, c, s, cell + d.v_dim, half);
         });
         const auto to_latent = [&](int64_t h) {
-            return Product<T>{n, (const T *)layer.to_latent + h * packed_size(d.v_dim, d.nope_dim),
+            return Product<T, W>{n, (const W *)layer.to_latent + h * packed_size(d.v_dim, d.nope_dim),
                               q + h * d.dim, q_size};
         };
         const auto query = [&](int64_t h, int64_t t) { return heads_q + t * q_t + h * head_dim; };
-        linear_many<T>(d.heads, d.nope_dim, d.v_dim, to_latent, query, threads);
+        linear_many<T, W>(d.heads, d.nope_dim, d.v_dim, to_latent, query, threads);
     };
 
     const T *table = (const T *)d.embedding;
@@ -186,7 +186,7 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
     for (int64_t i = 0; i < d.num_layers; i++) {
         const Layer &layer = d.layers[i];
         tile_norm(layer.input_norm, i == 0);
-        linear(row_tiles, (const T *)layer.qkv, qkv_size, (const T *)layer.qkv_bias, qkv, threads);
+        linear(row_tiles, (const W *)layer.qkv, qkv_size, (const T *)layer.qkv_bias, qkv, threads);
         if (latent) turn_and_write_latent(layer);
         else turn_and_write(layer);
         const T *k_cache = (const T *)layer.k_cache, *v_cache = (const T *)layer.v_cache;
@@ -194,7 +194,7 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
         const int64_t k_h = d.cache_size * d.dim, v_h = d.cache_size * v_n;
         const Attention<T> a(AttentionArguments{
             q, k_cache, v_cache, q_size, d.dim, k_h, d.dim, v_h, v_n, d.heads, d.kv_heads,
-            d.dim, d.v_dim, positions, layer.scale, layer.softcap, layer.window, o, lse});
+            d.dim, d.v_dim, positions, layer.scale, layer.softcap, layer.window, o, lse}, IN_PAIRS<W>);
         if (suffixes) attend_suffixes(a, *suffixes, threads);
         for (int64_t c = 0; c < layer.num_chunks; c++) {
             const int64_t *chunk = layer.chunks + c * 6, start = chunk[4];
@@ -204,19 +204,19 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
         }
         if (latent) {
             const auto of_latent = [&](int64_t h) {
-                return Product<T>{
-                    n, (const T *)layer.of_latent + h * packed_size(d.out_dim, d.v_dim),
+                return Product<T, W>{
+                    n, (const W *)layer.of_latent + h * packed_size(d.out_dim, d.v_dim),
                     head_out + h * d.out_dim, out_size};
             };
             const auto mixed = [&](int64_t h, int64_t t) {
                 return attended + t * attended_size + h * d.v_dim;
             };
-            linear_many<T>(d.heads, d.v_dim, d.out_dim, of_latent, mixed, threads);
+            linear_many<T, W>(d.heads, d.v_dim, d.out_dim, of_latent, mixed, threads);
             tile_rows(head_out, out_size);
         } else {
             tile_rows(attended, attended_size);
         }
-        linear<T>(row_tiles, (const T *)layer.o, d.hidden, nullptr, update, threads);
+        linear<W, T>(row_tiles, (const W *)layer.o, d.hidden, nullptr, update, threads);
         const void *norm = layer.post_attention_norm;
         if (layer.pre_feedforward_norm) {
             norm_update(norm);
@@ -224,7 +224,7 @@ void decode(const Decoder *decoder, const int64_t *tokens, int64_t n, const int6
         }
         if (layer.experts) {
             norm_rows(norm, normed);
-            mix_experts(*layer.experts, normed, n, d.hidden, d.gelu, update, threads);
+            mix_experts<W>(*layer.experts, normed, n, d.hidden, d.gelu, update, threads);
             if (layer.gate_up) {
                 tile_rows(normed, d.hidden);
                 feed_forward(layer, normed);

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels import cpp
 from kernels.forest_attention.cpp_impl import compile_plan, partials_of, suffixes_of
 from kernels.forest_attention.plan import CompiledKey, ForestPlan
-from kernels.packed_linear import pack, packed, packed_linear
+from kernels.packed_linear import pack, packed, packed_linear, uses_dot_products
 from kernels.route import routing_structure
 from kernels.target import power_of_two
 from models.latent_attention import LATENT_EPS, LatentAttention
@@ -50,6 +50,7 @@ class CppDecoder:
             assert v.data_ptr() == k.data_ptr() if aliased else v.is_contiguous()
         self.model, self.k_caches, self.v_caches = model, list(k_caches), list(v_caches)
         self.dtype = model.head_weight.dtype
+        self.dots = uses_dot_products(model.head_weight)
         self._parameters = list(model.parameters())
         self._versions: list[tuple[int, int]] = []
         self._kept: list[object] = []  # what the layers point to
@@ -83,7 +84,7 @@ class CppDecoder:
         cpp.call(
             "decode", self.dtype, ctypes.byref(self._decoder), token_ids, len(token_ids),
             positions, slots, None if suffixes is None else ctypes.byref(suffixes), o,
-            lse, out,
+            lse, out, dots=self.dots,
         )  # fmt: skip
         return out
 
@@ -167,7 +168,9 @@ class CppDecoder:
                 weights["q_b"] = self._packed(attention.q_b_proj)
             absorbed = zip(("to_latent", "of_latent"), attention.absorbed(), strict=True)
             for name, by_head in absorbed:
-                laid = torch.cat([pack(each.detach().contiguous()) for each in by_head])
+                laid = torch.cat(
+                    [pack(each.detach().contiguous(), dots=self.dots) for each in by_head]
+                )
                 self._kept.append(laid)
                 weights[name] = laid
         return cpp.structure("Layer")(
@@ -199,6 +202,7 @@ class CppDecoder:
         """A layer's weight; a merged one, which is there for its packing alone, lives as long as
         this decoder."""
         weight = layer.merged()
-        laid = packed(weight, paired) if weight is layer.weight else pack(weight, paired)
+        kept = weight is layer.weight
+        laid = packed(weight, paired) if kept else pack(weight, paired, self.dots)
         self._kept.append(laid)
         return laid

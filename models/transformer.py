@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.gated_act import gated_act
 from kernels.moe import moe
 from kernels.norm_rope_write import HeadNorms
+from kernels.packed_linear import allow_dot_products
 from kernels.rope import rope, rope_cos_sin
 from kernels.route import route
 from models.config import ModelConfig
@@ -210,6 +211,11 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         """The (vocab, hidden) matrix of the head: the embedding where tied."""
         return self.embed_tokens.weight if self.config.tied else self.lm_head.weight
+
+    def use_fast_numerics(self) -> None:
+        """Let its matrix products run on instructions whose bits differ between processors: see
+        `kernels.packed_linear.allow_dot_products`."""
+        allow_dot_products(weight for weight in self.parameters() if weight.ndim > 1)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:

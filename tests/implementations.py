@@ -72,9 +72,9 @@ class Implementation:
         }
         call = cpp.call
 
-        def called(name: str, *arguments: Any) -> None:
+        def called(name: str, *arguments: Any, **form: Any) -> None:
             counts["cpp"][name] += 1
-            call(name, *arguments)
+            call(name, *arguments, **form)
 
         def launched(
             kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]

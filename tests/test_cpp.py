@@ -43,9 +43,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counter: Counter[str] = Counter()
     call = cpp.call
 
-    def counted(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+    def counted(name: str, dtype: torch.dtype, *arguments: Any, **form: Any) -> None:
         counter[name] += 1
-        call(name, dtype, *arguments)
+        call(name, dtype, *arguments, **form)
 
     monkeypatch.setattr(cpp, "call", counted)
     return counter

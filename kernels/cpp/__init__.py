@@ -51,6 +51,12 @@ def implementation() -> str:
     return "cpp" if _enabled.get() and library() is not None else "torch"
 
 
+def has_dot_products() -> bool:
+    """Whether products of bfloat16 can run on this processor's own dot products."""
+    loaded = library() if _enabled.get() else None
+    return loaded is not None and "linear_bf16_dots" in loaded.functions
+
+
 @contextmanager
 def torch_only() -> Iterator[None]:
     """Run this thread's operations in torch: what C++ is tested against."""
@@ -61,10 +67,11 @@ def torch_only() -> Iterator[None]:
         _enabled.reset(token)
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+def call(name: str, dtype: torch.dtype, *arguments: Any, dots: bool = False) -> None:
     """Call a C++ function for tensors of `dtype` on torch's number of threads. Tensors go by their
-    address, None as a null pointer."""
-    function = _library().functions[f"{name}_{_SUFFIX[dtype]}"]
+    address, None as a null pointer. dots: its form for weights packed for dot products."""
+    suffix = _SUFFIX[dtype] + ("_dots" if dots else "")
+    function = _library().functions[f"{name}_{suffix}"]
     passed = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     passed.append(torch.get_num_threads())
     function(*passed)

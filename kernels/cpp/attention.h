@@ -25,12 +25,14 @@ QUORUM_STRUCT(AttentionArguments, QUORUM_ATTENTION);
 template <class T>
 struct Attention : AttentionArguments {
     const T *q, *k, *v;
+    bool dots;  // scores of many query rows are added up in pairs of channels
 
-    explicit Attention(const AttentionArguments &a)
+    explicit Attention(const AttentionArguments &a, bool dots = false)
         : AttentionArguments(a),
           q((const T *)a.q_data),
           k((const T *)a.k_data),
-          v((const T *)a.v_data) {}
+          v((const T *)a.v_data),
+          dots(dots && dim % 2 == 0) {}
 };
 
 // As `kernels/forest_attention/plan.py` has it: queries, keys, the position of the first key, and
@@ -50,8 +52,20 @@ inline int64_t whole_vectors(int64_t channels) { return (channels + LANES - 1) /
 
 // -- products ------------------------------------------------------------------------------------
 
-// Scores of K keys under V vectors of query rows, (K, V * LANES), and the largest so far of each
-// row.
+// Keeps the scores (K, V * LANES) of a tile, and the largest so far of each row.
+template <int V, int K>
+inline void keep_scores(const vec (&sum)[K][V], float *scores, float *row_max) {
+    for (int v = 0; v < V; v++) {
+        vec most = load(row_max + v * LANES);
+        for (int k = 0; k < K; k++) {
+            store(scores + (k * V + v) * LANES, sum[k][v]);
+            most = select(sum[k][v] > most, sum[k][v], most);
+        }
+        store(row_max + v * LANES, most);
+    }
+}
+
+// Scores of K keys under V vectors of query rows.
 template <int V, int K>
 [[gnu::noinline]] void scores_tile(const float *q, const float *keys, int64_t stride, int64_t dim,
                                    float *scores, float *row_max) {
@@ -67,37 +81,57 @@ template <int V, int K>
             for (int v = 0; v < V; v++) sum[k][v] = fma(row[v], key, sum[k][v]);
         }
     }
-    for (int v = 0; v < V; v++) {
-        vec most = load(row_max + v * LANES);
-        for (int k = 0; k < K; k++) {
-            store(scores + (k * V + v) * LANES, sum[k][v]);
-            most = select(sum[k][v] > most, sum[k][v], most);
-        }
-        store(row_max + v * LANES, most);
-    }
+    keep_scores(sum, scores, row_max);
 }
+#ifdef QUORUM_DOTS
+// The same with pairs of channels: the rows are not yet scaled.
+template <int V, int K>
+[[gnu::noinline]] QUORUM_DOTS void scores_tile(const float *q, const bf16 *keys, int64_t stride,
+                                               int64_t dim, float *scores, float *row_max,
+                                               float scale) {
+    vec sum[K][V];
+    for (int k = 0; k < K; k++)
+        for (int v = 0; v < V; v++) sum[k][v] = vec{};
+#pragma GCC unroll 4
+    for (int64_t d = 0; d < dim; d += 2) {
+        vec row[V];
+        for (int v = 0; v < V; v++) row[v] = load(q + (d / 2 * V + v) * LANES);
+        for (int k = 0; k < K; k++) {
+            const vec key = splat(read<float>(keys + k * stride + d));
+            for (int v = 0; v < V; v++) sum[k][v] = add_dots(sum[k][v], row[v], key);
+        }
+    }
+    for (int k = 0; k < K; k++)
+        for (int v = 0; v < V; v++) sum[k][v] *= splat(scale);
+    keep_scores(sum, scores, row_max);
+}
+#endif
 
-template <int V>
-void scores_of(const float *q, const float *keys, int64_t stride, int64_t n, int64_t dim,
-               float *scores, float *row_max) {
+// scale: nothing for rows that are scaled.
+template <int V, class T, class... S>
+void scores_of(const float *q, const T *keys, int64_t stride, int64_t n, int64_t dim,
+               float *scores, float *row_max, S... scale) {
     constexpr int K = std::min(SCORE_TILE / V, 12);
     int64_t j = 0;
     for (; j + K <= n; j += K)
-        scores_tile<V, K>(q, keys + j * stride, stride, dim, scores + j * V * LANES, row_max);
+        scores_tile<V, K>(q, keys + j * stride, stride, dim, scores + j * V * LANES, row_max,
+                          scale...);
     for (; j < n; j++)
-        scores_tile<V, 1>(q, keys + j * stride, stride, dim, scores + j * V * LANES, row_max);
+        scores_tile<V, 1>(q, keys + j * stride, stride, dim, scores + j * V * LANES, row_max,
+                          scale...);
 }
 
-inline void scores_of(int64_t vectors, const float *q, const float *keys, int64_t stride, int64_t n,
-                      int64_t dim, float *scores, float *row_max) {
+template <class T, class... S>
+void scores_of(int64_t vectors, const float *q, const T *keys, int64_t stride, int64_t n,
+               int64_t dim, float *scores, float *row_max, S... scale) {
     switch (vectors) {
-        case 1: scores_of<1>(q, keys, stride, n, dim, scores, row_max); break;
-        case 2: scores_of<2>(q, keys, stride, n, dim, scores, row_max); break;
-        case 3: scores_of<3>(q, keys, stride, n, dim, scores, row_max); break;
+        case 1: scores_of<1>(q, keys, stride, n, dim, scores, row_max, scale...); break;
+        case 2: scores_of<2>(q, keys, stride, n, dim, scores, row_max, scale...); break;
+        case 3: scores_of<3>(q, keys, stride, n, dim, scores, row_max, scale...); break;
         default:
             if constexpr (MAX_VECTORS > 3) {
-                if (vectors == 4) scores_of<4>(q, keys, stride, n, dim, scores, row_max);
-                else scores_of<6>(q, keys, stride, n, dim, scores, row_max);
+                if (vectors == 4) scores_of<4>(q, keys, stride, n, dim, scores, row_max, scale...);
+                else scores_of<6>(q, keys, stride, n, dim, scores, row_max, scale...);
             }
     }
 }
@@ -125,6 +159,58 @@ template <int R, int V, bool by_row, class T>
         for (int v = 0; v < V; v++) store(out + r * out_stride + v * LANES, sum[r][v]);
 }
 
+#ifdef QUORUM_DOTS
+// The same over n pairs of keys: weights (n, rows) or (R, rows) and values (n, stride) of two
+// bfloat16 each.
+template <int R, int V, bool by_row>
+[[gnu::noinline]] QUORUM_DOTS void values_tile(const float *weights, int64_t rows,
+                                               const bf16_pair *values, int64_t stride, int64_t n,
+                                               float *out, int64_t out_stride, bool first) {
+    vec sum[R][V];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++)
+            sum[r][v] = first ? vec{} : load(out + r * out_stride + v * LANES);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < n; j++) {
+        vec value[V];
+        for (int v = 0; v < V; v++) value[v] = read<vec>(values + j * stride + 2 * v * LANES);
+        for (int r = 0; r < R; r++) {
+            const vec weight = splat(by_row ? weights[r * rows + j] : weights[j * rows + r]);
+            for (int v = 0; v < V; v++) sum[r][v] = add_dots(sum[r][v], weight, value[v]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) store(out + r * out_stride + v * LANES, sum[r][v]);
+}
+
+// Numbers of two vectors side by side as bfloat16, those of `a` first.
+inline vec pair_up(vec a, vec b) {
+    const auto rounded = [](vec x) {
+        const ivec bits = (ivec)x;
+        return bits + 0x7FFF + ((bits >> 16) & 1);
+    };
+    return (vec)((ivec)((uvec)rounded(a) >> 16) | (rounded(b) & (int32_t)0xFFFF0000));
+}
+
+// Pairs of n rows of values, `width` wide: what lies past the last row and past `dim` is 0.
+inline const bf16_pair *pairs_of(const bf16 *x, int64_t stride, int64_t n, int64_t dim,
+                                 int64_t width, std::vector<bf16_pair> &to) {
+    bf16_pair *pairs = room(to, (n + 1) / 2 * 2 * width);
+    for (int64_t j = 0; j < n; j += 2) {
+        float *row = (float *)(pairs + j * width);
+        const bf16 *one = x + j * stride, *other = one + stride;
+        for (int64_t c = 0; c < width; c += LANES) {
+            const int64_t here = std::clamp<int64_t>(dim - c, 0, LANES);
+            const auto from = [&](const bf16 *y) {
+                return here == LANES ? load(y + c) : load_first(y + c, here);
+            };
+            store(row + c, pair_up(from(one), j + 1 < n ? from(other) : vec{}));
+        }
+    }
+    return pairs;
+}
+#endif
+
 // The same for all `width` channels, a multiple of LANES, of R rows.
 template <int R, bool by_row, class T>
 void add_values(const float *weights, int64_t rows, const T *values, int64_t stride, int64_t n,
@@ -133,7 +219,8 @@ void add_values(const float *weights, int64_t rows, const T *values, int64_t str
     const auto add = [&](auto vectors) {
         constexpr int V = decltype(vectors)::value;
         for (; c + V * LANES <= width; c += V * LANES)
-            values_tile<R, V, by_row>(weights, rows, values + c, stride, n, out + c, width, first);
+            values_tile<R, V, by_row>(weights, rows, values + c * STEP_TERMS<T>, stride, n, out + c,
+                                      width, first);
     };
     if constexpr (VALUE_VECTORS > 2) add(std::integral_constant<int, VALUE_VECTORS>{});
     add(std::integral_constant<int, 2>{});
@@ -241,27 +328,61 @@ inline int64_t add_channels(const float *q, const bf16 *keys, int64_t stride, in
     return 2 * LANES;
 }
 
+// Keys j to j + LANES of n, or where there are not so many a copy: nothing is read past the last.
+template <class T>
+inline const T *block_of_lanes(const T *keys, int64_t stride, int64_t j, int64_t n, int64_t dim) {
+    thread_local std::vector<T> tail;
+    const T *block = keys + j * stride;
+    if (j + LANES <= n) return block;
+    T *rows = room(tail, LANES * stride);
+    std::copy_n(block, (n - j - 1) * stride + dim, rows);
+    return rows;
+}
+
 // Scores (R, stride) of n keys under R query rows (R, dim); past them anything.
 template <int R, class T>
 [[gnu::noinline]] void few_scores(const float *q, const T *keys, int64_t k_stride, int64_t n,
                                   int64_t dim, float *scores, int64_t stride,
                                   const NextKeys &next) {
-    thread_local std::vector<T> tail;
     const int64_t parts = (n + LANES - 1) / LANES;
     for (int64_t j = 0; j < n; j += LANES) {
         fetch(next.k, next.k_bytes, j / LANES, parts);
-        const T *block = keys + j * k_stride;
-        if (j + LANES > n) {  // nothing is read past the last key
-            T *rows = room(tail, LANES * k_stride);
-            std::copy_n(block, (n - j - 1) * k_stride + dim, rows);
-            block = rows;
-        }
+        const T *block = block_of_lanes(keys, k_stride, j, n, dim);
         vec sum[R];
         for (int r = 0; r < R; r++) sum[r] = vec{};
         for (int64_t d = 0; d < dim;) d += add_channels<R>(q, block, k_stride, d, dim, sum);
         for (int r = 0; r < R; r++) store(scores + r * stride + j, sum[r]);
     }
 }
+
+#ifdef QUORUM_DOTS
+// The same with pairs of channels: q is (R, dim / 2) of them, and not yet scaled.
+template <int R>
+[[gnu::noinline]] QUORUM_DOTS void few_scores(const float *q, const bf16 *keys, int64_t k_stride,
+                                              int64_t n, int64_t dim, float scale, float *scores,
+                                              int64_t stride, const NextKeys &next) {
+    const int64_t parts = (n + LANES - 1) / LANES, pairs = dim / 2;
+    for (int64_t j = 0; j < n; j += LANES) {
+        fetch(next.k, next.k_bytes, j / LANES, parts);
+        const bf16 *block = block_of_lanes(keys, k_stride, j, n, dim);
+        vec sum[R];
+        for (int r = 0; r < R; r++) sum[r] = vec{};
+        for (int64_t d = 0; d < pairs; d += LANES) {
+            const int64_t here = std::min<int64_t>(LANES, pairs - d);
+            vec key[LANES];
+            for (int i = 0; i < LANES; i++) {
+                const bf16 *from = block + i * k_stride + 2 * d;
+                key[i] = here == LANES ? read<vec>(from) : load_first((const float *)from, here);
+            }
+            transpose(key);
+            for (int64_t i = 0; i < here; i++)
+                for (int r = 0; r < R; r++)
+                    sum[r] = add_dots(sum[r], splat(q[r * pairs + d + i]), key[i]);
+        }
+        for (int r = 0; r < R; r++) store(scores + r * stride + j, sum[r] * splat(scale));
+    }
+}
+#endif
 
 // Turns the scores (R, stride) into weights, 0 outside keys [low, high) of a row; also the largest
 // score and the sum of the weights of each row. stride is a multiple of 16.
@@ -305,22 +426,29 @@ void attend_few(const Attention<T> &a, int64_t head, const Tile &tile, const Nex
     int64_t index[R];
     for (int64_t r = 0, t = tile.query, g = 0; r < R; r++) {
         const T *from = a.q + t * a.q_t + (head * groups + g) * a.q_h;
-        map_row(a.dim, q + r * a.dim, [&](vec x) { return x * splat(a.scale); }, from);
+        if (a.dots) std::memcpy(q + r * a.dim / 2, from, a.dim * sizeof(T));
+        else map_row(a.dim, q + r * a.dim, [&](vec x) { return x * splat(a.scale); }, from);
         visible_keys(a, tile, a.positions[t], low[r], high[r]);
         index[r] = (tile.partial + t - tile.query) * a.heads + head * groups + g;
         if (++g == groups) t++, g = 0;
     }
-    few_scores<R>(q, a.k + head * a.k_h + tile.key * a.k_n, a.k_n, num_keys, a.dim, scores, stride,
-                  next);
+    const T *keys = a.k + head * a.k_h + tile.key * a.k_n;
+#ifdef QUORUM_DOTS
+    if constexpr (std::is_same_v<T, bf16>)
+        if (a.dots)
+            few_scores<R>(q, keys, a.k_n, num_keys, a.dim, a.scale, scores, stride, next);
+#endif
+    if (!a.dots) few_scores<R>(q, keys, a.k_n, num_keys, a.dim, scores, stride, next);
     float row_max[R], row_sum[R];
     few_weights<R>(scores, stride, a.softcap, low, high, row_max, row_sum);
 
-    const auto add_all = [&](const auto *values, int64_t v_stride) {
+    // Values of 32 keys at a time, in steps of `step` keys.
+    const auto add_all = [&](const auto *values, int64_t v_stride, int64_t step) {
         constexpr int FIRST = R <= 6 ? R : 4;
         for (int64_t j = 0; j < num_keys; j += 32) {
-            const int64_t here = std::min<int64_t>(32, num_keys - j);
-            const float *weights = scores + j;
-            const auto *from = values + j * v_stride;
+            const int64_t here = (std::min<int64_t>(32, num_keys - j) + step - 1) / step;
+            const float *weights = scores + j / step;
+            const auto *from = values + j / step * v_stride;
             fetch(next.v, next.v_bytes, j / 32, (num_keys + 31) / 32);
             add_values<FIRST, true>(weights, stride, from, v_stride, here, sums, width, j == 0);
             if constexpr (R > FIRST)
@@ -330,11 +458,23 @@ void attend_few(const Attention<T> &a, int64_t head, const Tile &tile, const Nex
     };
     const T *values = a.v + head * a.v_h + tile.key * a.v_n;
     int64_t v_stride = a.v_n;
-    if (width == a.v_dim) {
-        add_all(values, v_stride);
+    if (a.dots) {
+#ifdef QUORUM_DOTS
+        if constexpr (std::is_same_v<T, bf16>) {
+            thread_local std::vector<bf16_pair> pairs_storage;
+            for (int r = 0; r < R; r++) {
+                float *row = scores + r * stride;  // its weights become bfloat16 where they lie
+                for (int64_t j = 0; j < stride; j += LANES) store((bf16 *)row + j, load(row + j));
+            }
+            add_all(pairs_of(values, v_stride, num_keys, a.v_dim, width, pairs_storage), 2 * width,
+                    2);
+        }
+#endif
+    } else if (width == a.v_dim) {
+        add_all(values, v_stride, 1);
     } else {
         const float *block = block_of(values, v_stride, num_keys, a.v_dim, width, values_storage);
-        add_all(block, v_stride);
+        add_all(block, v_stride, 1);
     }
     for (int r = 0; r < R; r++)
         write_partial(a, index[r], sums + r * width, row_max[r], row_sum[r]);
@@ -377,10 +517,14 @@ QueryRows lay_out_queries(const Attention<T> &a, int64_t head, const Tile &tile,
         if (++g == groups) t++, g = 0;
     }
     if (n < rows) std::fill_n(q, a.dim * rows, 0.0f);
-    for (int64_t v = 0; v < n; v += LANES)
-        lay_out([&](int64_t r) { return q_rows[v + r]; }, std::min<int64_t>(n - v, LANES), a.dim,
-                q + v, rows);
-    map_row(a.dim * rows, q, [&](vec x) { return x * splat(a.scale); }, q);
+    for (int64_t v = 0; v < n; v += LANES) {
+        const int64_t here = std::min<int64_t>(n - v, LANES);
+        if (a.dots)  // pairs of channels, each moved as a float
+            lay_out([&](int64_t r) { return (const float *)q_rows[v + r]; }, here, a.dim / 2, q + v,
+                    rows);
+        else lay_out([&](int64_t r) { return q_rows[v + r]; }, here, a.dim, q + v, rows);
+    }
+    if (!a.dots) map_row(a.dim * rows, q, [&](vec x) { return x * splat(a.scale); }, q);
     return query_rows;
 }
 
@@ -393,10 +537,8 @@ void attend_rows(const Attention<T> &a, int64_t head, const Tile &tile,
     const int64_t num_keys = tile.num_keys, n = query_rows.n, rows = query_rows.rows,
                   vectors = query_rows.vectors;
     int64_t k_stride = a.k_n, v_stride = a.v_n;
-    const float *keys = block_of(a.k + head * a.k_h + tile.key * a.k_n, k_stride, num_keys, a.dim,
-                                 a.dim, keys_buffer);
-    const float *values = block_of(a.v + head * a.v_h + tile.key * a.v_n, v_stride, num_keys,
-                                   a.v_dim, width, values_buffer);
+    const T *tile_keys = a.k + head * a.k_h + tile.key * a.k_n;
+    const T *tile_values = a.v + head * a.v_h + tile.key * a.v_n;
     float *scores = room(scores_buffer, num_keys * rows), *out = room(out_buffer, rows * width);
 
     int32_t low[MAX_VECTORS * LANES], high[MAX_VECTORS * LANES];
@@ -414,7 +556,16 @@ void attend_rows(const Attention<T> &a, int64_t head, const Tile &tile,
     }
     float row_max[MAX_VECTORS * LANES];
     std::fill_n(row_max, rows, -INF);
-    scores_of(vectors, query_rows.q, keys, k_stride, num_keys, a.dim, scores, row_max);
+    if (a.dots) {
+#ifdef QUORUM_DOTS
+        if constexpr (std::is_same_v<T, bf16>)
+            scores_of(vectors, query_rows.q, tile_keys, k_stride, num_keys, a.dim, scores, row_max,
+                      a.scale);
+#endif
+    } else {
+        const float *keys = block_of(tile_keys, k_stride, num_keys, a.dim, a.dim, keys_buffer);
+        scores_of(vectors, query_rows.q, keys, k_stride, num_keys, a.dim, scores, row_max);
+    }
     if (masked || a.softcap > 0) {
         for (int64_t v = 0; v < rows; v += LANES) {
             const ivec from = masked ? read<ivec>(low + v) : ivec{};
@@ -438,30 +589,63 @@ void attend_rows(const Attention<T> &a, int64_t head, const Tile &tile,
     // values; a multiple of 16, so that a key keeps its lane of the sum.
     vec lanes[MAX_VECTORS][LaneSums::WIDTH] = {};
     const int64_t piece = std::max<int64_t>(16, 4096 / rows / 16 * 16);
-    for (int64_t j = 0; j < num_keys; j += piece) {
-        const int64_t here = std::min(piece, num_keys - j);
-        float *weights = scores + j * rows;
-        for (int64_t v = 0; v < vectors; v++) {
-            const vec most = load(row_max + v * LANES);
-            for (int64_t i = 0; i < here; i++) {
-                float *at = weights + i * rows + v * LANES;
-                const vec weight = exp(load(at) - most);
-                store(at, weight);
-                lanes[v][i % LaneSums::WIDTH] += weight;
+    // keep(weights, i, last, weight) takes the weights of key i of a piece; then add_up takes all.
+    const auto weigh = [&](auto keep, auto add_up) {
+        for (int64_t j = 0; j < num_keys; j += piece) {
+            const int64_t here = std::min(piece, num_keys - j);
+            float *weights = scores + j * rows;
+            for (int64_t v = 0; v < vectors; v++) {
+                const vec most = load(row_max + v * LANES);
+                for (int64_t i = 0; i < here; i++) {
+                    const vec weight = exp(load(weights + i * rows + v * LANES) - most);
+                    keep(weights + v * LANES, i, i + 1 == here, weight);
+                    lanes[v][i % LaneSums::WIDTH] += weight;
+                }
             }
+            add_up(weights, j, here);
         }
-        const float *from = values + j * v_stride;
+    };
+    // Adds n steps of values to all rows.
+    const auto add_rows = [&](const float *weights, const auto *from, int64_t stride, int64_t steps,
+                              bool first) {
         for (int64_t r = 0; r < n;) {
             const auto add = [&](auto count) {
                 constexpr int R = decltype(count)::value;
-                add_values<R, false>(weights + r, rows, from, v_stride, here, out + r * width,
-                                     width, j == 0);
+                add_values<R, false>(weights + r, rows, from, stride, steps, out + r * width, width,
+                                     first);
                 r += R;
             };
             if (n - r > 4 && rows - r >= 6) add(std::integral_constant<int, 6>{});
             else if (n - r > 2) add(std::integral_constant<int, 4>{});
             else add(std::integral_constant<int, 2>{});
         }
+    };
+    if (a.dots) {
+#ifdef QUORUM_DOTS
+        if constexpr (std::is_same_v<T, bf16>) {
+            thread_local std::vector<bf16_pair> pairs_buffer;
+            const bf16_pair *pairs =
+                pairs_of(tile_values, v_stride, num_keys, a.v_dim, width, pairs_buffer);
+            vec even = {};
+            weigh(
+                [&](float *weights, int64_t i, bool last, vec weight) {
+                    if (i % 2) store(weights + i / 2 * rows, pair_up(even, weight));
+                    else if (last) store(weights + i / 2 * rows, pair_up(weight, vec{}));
+                    even = weight;
+                },
+                [&](const float *weights, int64_t j, int64_t here) {
+                    add_rows(weights, pairs + j * width, 2 * width, (here + 1) / 2, j == 0);
+                });
+        }
+#endif
+    } else {
+        const float *values =
+            block_of(tile_values, v_stride, num_keys, a.v_dim, width, values_buffer);
+        weigh([&](float *weights, int64_t i, bool,
+                  vec weight) { store(weights + i * rows, weight); },
+              [&](const float *weights, int64_t j, int64_t here) {
+                  add_rows(weights, values + j * v_stride, v_stride, here, j == 0);
+              });
     }
     float row_sum[MAX_VECTORS * LANES];
     for (int64_t v = 0; v < vectors; v++) {

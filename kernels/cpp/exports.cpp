@@ -17,10 +17,10 @@ template <class T>
 void attend_suffixes_of(const AttentionArguments *a, const Suffixes *suffixes, int64_t threads) {
     attend_suffixes(Attention<T>(*a), *suffixes, threads);
 }
-template <class T>
-void linear_rows_of(const T *x, int64_t m, int64_t k, const T *weight, int64_t n, const T *bias,
+template <class T, class W>
+void linear_rows_of(const T *x, int64_t m, int64_t k, const W *weight, int64_t n, const T *bias,
                     T *y, int64_t threads) {
-    linear<T>(x, m, k, weight, n, bias, y, threads);
+    linear<T, W>(x, m, k, weight, n, bias, y, threads);
 }
 template <class T>
 void row_dots_of(const T *x, int64_t rows, int64_t size, const float *weight, float *out,
@@ -40,6 +40,13 @@ inline void elementary(const float *x, float *y, int64_t n, int64_t f, int64_t t
 }
 inline void panel_columns(int64_t *columns, int64_t) { *columns = COLUMNS; }
 
+template <class T, class W>
+bool add_products(const std::string &suffix) {
+    return add_function("pack" + suffix, pack<W>) &&
+           add_function("linear" + suffix, linear_rows_of<T, W>) &&
+           add_function("route" + suffix, route<T, W>) &&
+           add_function("moe" + suffix, moe<T, W>);
+}
 template <class T>
 bool add_all(const std::string &suffix) {
     return add_function("rms_norm" + suffix, rms_norm<T>) &&
@@ -49,15 +56,14 @@ bool add_all(const std::string &suffix) {
            add_function("attend_tiles" + suffix, attend_tiles_of<T>) &&
            add_function("attend_suffixes" + suffix, attend_suffixes_of<T>) &&
            add_function("attend_backward" + suffix, attend_backward<T>) &&
-           add_function("merge" + suffix, merge<T>) && add_function("pack" + suffix, pack<T>) &&
-           add_function("linear" + suffix, linear_rows_of<T>) &&
+           add_function("merge" + suffix, merge<T>) &&
            add_function("row_dots" + suffix, row_dots_of<T>) &&
-           add_function("route" + suffix, route<T>) && add_function("moe" + suffix, moe<T>) &&
            add_function("sample_token" + suffix, sample_token<T>) &&
            add_function("expected_score" + suffix, expected_score<T>);
 }
 static const bool described =
-    add_all<float>("_f32") && add_all<bf16>("_bf16") && add_function("uniforms_f32", uniforms) &&
+    add_all<float>("_f32") && add_all<bf16>("_bf16") && add_products<float, float>("_f32") &&
+    add_products<bf16, bf16>("_bf16") && add_function("uniforms_f32", uniforms) &&
     add_function("rope_cos_sin_f32", rope_cos_sin) && add_function("elementary_f32", elementary) &&
     add_function("accept_token_f32", accept_token) &&
     add_function("distinct_slots_f32", distinct_slots) &&
@@ -67,6 +73,9 @@ static const bool described =
     add_struct("Gradients", sizeof(Gradients), Gradients::describe()) &&
     add_struct("Suffixes", sizeof(Suffixes), Suffixes::describe()) &&
     add_struct("Automaton", sizeof(Automaton), Automaton::describe());
+#ifdef QUORUM_DOTS
+static const bool fast = has_dots() && add_products<bf16, bf16_pair>("_bf16_dots");
+#endif
 
 }  // namespace quorum
 

@@ -2,8 +2,9 @@
 //
 // A sum adds BLOCK_TERMS terms in index order, each with one fused multiply-add, then the sums of
 // such blocks in order: one chain over thousands of terms would round off several times as much.
-// Weights are packed in panels of COLUMNS columns, term by term; rows are laid out in tiles of up
-// to ROWS rows, term by term. A block of a panel stays in the first cache for all tiles.
+// Weights are packed in panels of COLUMNS columns, step by step; rows are laid out in tiles of up
+// to ROWS rows, step by step. A block of a panel stays in the first cache for all tiles. A step is
+// a term of every sum; with bf16_pair it is two, which one instruction multiplies and adds.
 
 #pragma once
 
@@ -26,10 +27,11 @@ inline void panel(const bf16 *w, vec &a, vec &b) {
     b = (vec)(both & (int32_t)0xFFFF0000);
 }
 
-// weight: (n, k) to panels. With `paired` it holds two matrices of n / 2 rows, and a panel LANES
-// columns of each: gate and up.
-template <class T>
-void pack(const T *weight, int64_t n, int64_t k, int64_t paired, T *packed, int64_t threads) {
+// weight: (n, k) to panels; k is even where terms go in pairs. With `paired` it holds two matrices
+// of n / 2 rows, and a panel LANES columns of each: gate and up.
+template <class W>
+void pack(const W *weight, int64_t n, int64_t k, int64_t paired, W *packed, int64_t threads) {
+    constexpr int64_t step = STEP_TERMS<W>;
     const int64_t apart = paired ? n / 2 : LANES, across = paired ? LANES : COLUMNS;
     const int64_t end = paired ? n / 2 : n;
     parallel((end + across - 1) / across, 1, threads, [&](int64_t p) {
@@ -37,9 +39,11 @@ void pack(const T *weight, int64_t n, int64_t k, int64_t paired, T *packed, int6
             const int64_t of_first = p * across + c % LANES;
             const int64_t column = of_first + c / LANES * apart;
             const bool exists = paired ? of_first < end : column < end;
-            const int64_t place = sizeof(T) == 4 ? c : c % LANES * 2 + c / LANES;
+            const bool halves = sizeof(W) == 2 && step == 1;
+            const int64_t place = halves ? c % LANES * 2 + c / LANES : c * step;
             for (int64_t i = 0; i < k; i++)
-                packed[(p * k + i) * COLUMNS + place] = exists ? weight[column * k + i] : T{};
+                packed[(p * k + i / step * step) * COLUMNS + place + i % step] =
+                    exists ? weight[column * k + i] : W{};
         }
     });
 }
@@ -53,13 +57,22 @@ inline int64_t packed_size(int64_t n, int64_t k, bool paired = false) {
 // Bytes that are used next, fetched into the second cache a few at a time.
 struct Prefetch {
     const char *from = nullptr;
-    int64_t step = 0;  // bytes a term
+    int64_t bytes = 0;  // a step
 };
 
-// sums (M, COLUMNS) += a block of terms of M rows, laid out term by term in x (terms, M), times a
+template <int M>
+inline void add_sums(const vec (&sum)[M][2], bool first, float *sums) {
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < 2; v++) {
+            float *total = sums + m * COLUMNS + v * LANES;
+            store(total, first ? sum[m][v] : load(total) + sum[m][v]);
+        }
+}
+
+// sums (M, COLUMNS) += a block of steps of M rows, laid out step by step in x (steps, M), times a
 // panel. The first block starts the sums.
-template <int M, class T>
-[[gnu::noinline]] void linear_tile(const float *x, const T *weight, int64_t terms, bool first,
+template <int M, class W>
+[[gnu::noinline]] void linear_tile(const float *x, const W *weight, int64_t steps, bool first,
                                    Prefetch ahead, float *sums) {
     vec sum[M][2];
     for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = vec{};
@@ -73,37 +86,56 @@ template <int M, class T>
         }
     };
     int64_t i = 0;
-    for (; i + 4 <= terms; i += 4) {
-        for (int64_t byte = 0; byte < 4 * ahead.step; byte += 64)
-            __builtin_prefetch(ahead.from + i * ahead.step + byte, 0, 2);
+    for (; i + 4 <= steps; i += 4) {
+        for (int64_t byte = 0; byte < 4 * ahead.bytes; byte += 64)
+            __builtin_prefetch(ahead.from + i * ahead.bytes + byte, 0, 2);
         for (int j = 0; j < 4; j++) add(i + j);
     }
-    for (; i < terms; i++) add(i);
-    for (int m = 0; m < M; m++)
-        for (int v = 0; v < 2; v++) {
-            float *total = sums + m * COLUMNS + v * LANES;
-            store(total, first ? sum[m][v] : load(total) + sum[m][v]);
-        }
+    for (; i < steps; i++) add(i);
+    add_sums(sum, first, sums);
 }
+#ifdef QUORUM_DOTS
+template <int M>
+[[gnu::noinline]] QUORUM_DOTS void linear_tile(const float *x, const bf16_pair *weight,
+                                               int64_t steps, bool first, Prefetch ahead,
+                                               float *sums) {
+    vec sum[M][2];
+    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = vec{};
+    for (int64_t i = 0; i < steps; i++) {
+        if (i % 4 == 0)
+            for (int64_t byte = 0; byte < 4 * ahead.bytes; byte += 64)
+                __builtin_prefetch(ahead.from + i * ahead.bytes + byte, 0, 2);
+        const vec a = read<vec>(weight + i * 2 * COLUMNS);
+        const vec b = read<vec>(weight + i * 2 * COLUMNS + 2 * LANES);
+        for (int m = 0; m < M; m++) {
+            const vec by = splat(x[i * M + m]);
+            sum[m][0] = add_dots(sum[m][0], by, a);
+            sum[m][1] = add_dots(sum[m][1], by, b);
+        }
+    }
+    add_sums(sum, first, sums);
+}
+#endif
 
-template <int M, class T>
-void linear_rows(int64_t rows, const float *x, const T *weight, int64_t terms, bool first,
+template <int M, class W>
+void linear_rows(int64_t rows, const float *x, const W *weight, int64_t steps, bool first,
                  Prefetch ahead, float *sums) {
     if constexpr (M > 0) {
-        if (rows == M) return linear_tile<M>(x, weight, terms, first, ahead, sums);
-        linear_rows<M - 1>(rows, x, weight, terms, first, ahead, sums);
+        if (rows == M) return linear_tile<M>(x, weight, steps, first, ahead, sums);
+        linear_rows<M - 1>(rows, x, weight, steps, first, ahead, sums);
     }
 }
 
-// Rows of a linear layer's input, laid out for its tiles: tile by tile, term by term.
+// Rows of a linear layer's input, laid out for tiles of weights W: tile by tile, step by step.
+template <class W>
 struct RowTiles {
-    int64_t m, k, tile;
+    int64_t m, k, tile;  // rows, steps, rows of a tile
     float *data;
     std::vector<float> storage;
 
-    // Puts m rows of k numbers at `to`.
+    // Puts m rows of so many terms at `to`.
     void place(int64_t rows, int64_t terms, float *to) {
-        m = rows, k = terms, data = to;
+        m = rows, k = terms / STEP_TERMS<W>, data = to;
         const int64_t tiles = (m + ROWS - 1) / ROWS;
         tile = tiles ? (m + tiles - 1) / tiles : 1;
     }
@@ -117,8 +149,13 @@ struct RowTiles {
             decltype(row_of(0)) rows[ROWS];
             for (int64_t r = 0; r < here; r++) rows[r] = row_of(first + r);
             for (int64_t r = 0; r < here; r += LANES)
-                lay_out([&](int64_t i) { return rows[r + i]; }, std::min<int64_t>(here - r, LANES),
-                        k, data + first * k + r, here);
+                lay_out(
+                    [&](int64_t i) {
+                        // A pair of bfloat16 is moved as a float.
+                        if constexpr (IN_PAIRS<W>) return (const float *)rows[r + i];
+                        else return rows[r + i];
+                    },
+                    std::min<int64_t>(here - r, LANES), k, data + first * k + r, here);
         });
     }
 };
@@ -141,23 +178,24 @@ inline void finish_row(const float *sums, const float *bias, Activation activati
 }
 
 // Rows [first, last) of one panel's columns of y, rows y_t apart: x is laid out in tiles of `tile`
-// rows of k numbers, weight and bias are the panel's.
-template <class T, class Y>
+// rows of k steps, weight and bias are the panel's.
+template <class W, class B, class Y>
 inline void linear_panel(const float *x, int64_t k, int64_t tile, int64_t first, int64_t last,
-                         const T *weight, const T *bias, Y *y, int64_t y_t, int64_t columns,
+                         const W *weight, const B *bias, Y *y, int64_t y_t, int64_t columns,
                          Activation activation) {
+    constexpr int64_t step = STEP_TERMS<W>, block = BLOCK_TERMS / step;
     thread_local std::vector<float> storage;
     float *sums = room(storage, (last - first) * COLUMNS), wide_bias[COLUMNS] = {};
     if (bias) widen_row(bias, wide_bias, columns);
-    Prefetch ahead{(const char *)(weight + COLUMNS * k),
-                   COLUMNS * (int64_t)sizeof(T) / ((last - first + tile - 1) / tile)};
-    for (int64_t start = 0; start < k; start += BLOCK_TERMS) {
-        const int64_t terms = std::min(BLOCK_TERMS, k - start);
+    Prefetch ahead{(const char *)(weight + COLUMNS * step * k),
+                   COLUMNS * step * (int64_t)sizeof(W) / ((last - first + tile - 1) / tile)};
+    for (int64_t start = 0; start < k; start += block) {
+        const int64_t steps = std::min(block, k - start);
         for (int64_t t = first; t < last; t += tile) {
             const int64_t here = std::min(tile, last - t);
-            linear_rows<ROWS>(here, x + t * k + start * here, weight + start * COLUMNS, terms,
-                              start == 0, ahead, sums + (t - first) * COLUMNS);
-            ahead.from += ahead.step * terms;
+            linear_rows<ROWS>(here, x + t * k + start * here, weight + start * step * COLUMNS,
+                              steps, start == 0, ahead, sums + (t - first) * COLUMNS);
+            ahead.from += ahead.bytes * steps;
         }
     }
     for (int64_t t = first; t < last; t++)
@@ -166,8 +204,8 @@ inline void linear_panel(const float *x, int64_t k, int64_t tile, int64_t first,
 }
 
 // y (m, n) of a packed weight (n, k); with an activation the weight is a pair and n that of one.
-template <class T, class Y>
-void linear(const RowTiles &x, const T *weight, int64_t n, const T *bias, Y *y, int64_t threads,
+template <class W, class B, class Y>
+void linear(const RowTiles<W> &x, const W *weight, int64_t n, const B *bias, Y *y, int64_t threads,
             Activation activation = NONE) {
     const int64_t m = x.m, k = x.k, tile = x.tile;
     if (!m) return;
@@ -184,15 +222,16 @@ void linear(const RowTiles &x, const T *weight, int64_t n, const T *bias, Y *y, 
     const float *rows = x.data;
     parallel(blocks * panels, grain, threads, [&](int64_t task) {
         const int64_t p = task % panels, first = task / panels * block;
-        linear_panel(rows, k, tile, first, std::min(m, first + block), weight + p * COLUMNS * k,
+        linear_panel(rows, k, tile, first, std::min(m, first + block),
+                     weight + p * COLUMNS * STEP_TERMS<W> * k,
                      bias ? bias + p * across : nullptr, y + p * across, n,
                      std::min<int64_t>(across, n - p * across), activation);
     });
 }
-template <class T>
-void linear(const T *x, int64_t m, int64_t k, const T *weight, int64_t n, const T *bias, T *y,
+template <class T, class W>
+void linear(const T *x, int64_t m, int64_t k, const W *weight, int64_t n, const T *bias, T *y,
             int64_t threads) {
-    thread_local RowTiles row_tiles;
+    thread_local RowTiles<W> row_tiles;
     row_tiles.resize(m, k);
     row_tiles.fill([&](int64_t t) { return x + t * k; }, threads);
     linear(row_tiles, weight, n, bias, y, threads);
@@ -200,23 +239,23 @@ void linear(const T *x, int64_t m, int64_t k, const T *weight, int64_t n, const 
 
 // One of several linear layers whose weights have one shape: m rows, a packed weight, and where the
 // results go, rows y_t apart.
-template <class T>
+template <class T, class W>
 struct Product {
     int64_t m;
-    const T *weight;
+    const W *weight;
     T *y;
     int64_t y_t;
 };
 
 // Layers [0, count) side by side, each as `linear` has it: product_of(b) is layer b, row_of(b, i)
 // its row i of k numbers.
-template <class T, class P, class R>
+template <class T, class W, class P, class R>
 void linear_many(int64_t count, int64_t k, int64_t n, P product_of, R row_of, int64_t threads,
                  Activation activation = NONE) {
-    thread_local std::vector<RowTiles> all_tiles;
+    thread_local std::vector<RowTiles<W>> all_tiles;
     thread_local std::vector<float> storage;
     all_tiles.resize(std::max<size_t>(all_tiles.size(), count));
-    RowTiles *tiles = all_tiles.data();
+    RowTiles<W> *tiles = all_tiles.data();
     int64_t rows = 0;
     for (int64_t b = 0; b < count; b++) rows += product_of(b).m;
     float *data = room(storage, rows * k);
@@ -229,12 +268,14 @@ void linear_many(int64_t count, int64_t k, int64_t n, P product_of, R row_of, in
     const int64_t grain = std::clamp<int64_t>(count * panels / (4 * threads), 1, 8);
     parallel(count * panels, grain, threads, [&](int64_t task) {
         const int64_t b = task / panels, p = task % panels, tile = tiles[b].tile;
-        const Product<T> product = product_of(b);
-        const int64_t block = std::max<int64_t>(1, (3 << 17) / (4 * k * tile)) * tile;
+        const Product<T, W> product = product_of(b);
+        const int64_t steps = tiles[b].k;
+        const int64_t block = std::max<int64_t>(1, (3 << 17) / (4 * steps * tile)) * tile;
         for (int64_t first = 0; first < product.m; first += block)
-            linear_panel<T>(tiles[b].data, k, tile, first, std::min(product.m, first + block),
-                            product.weight + p * COLUMNS * k, nullptr, product.y + p * across,
-                            product.y_t, std::min<int64_t>(across, n - p * across), activation);
+            linear_panel<W, T>(tiles[b].data, steps, tile, first,
+                               std::min(product.m, first + block),
+                               product.weight + p * COLUMNS * k, nullptr, product.y + p * across,
+                               product.y_t, std::min<int64_t>(across, n - p * across), activation);
     });
 }
 

@@ -61,15 +61,15 @@ inline void route_row(const float *logits, int64_t count, const Routing &r, int6
 }
 
 // x: (tokens, hidden); gate: packed (count, hidden); experts, weights: (tokens, per_token).
-template <class T>
-void route(const T *x, int64_t tokens, int64_t hidden, const T *gate, int64_t count,
+template <class T, class W>
+void route(const T *x, int64_t tokens, int64_t hidden, const W *gate, int64_t count,
            const Routing *routing, int64_t *experts, float *weights, int64_t threads) {
-    thread_local RowTiles row_tiles;
+    thread_local RowTiles<W> row_tiles;
     thread_local std::vector<float> storage;
     float *logits = room(storage, tokens * count);
     row_tiles.resize(tokens, hidden);
     row_tiles.fill([&](int64_t t) { return x + t * hidden; }, threads);
-    linear<T>(row_tiles, gate, count, nullptr, logits, threads);
+    linear<W, T>(row_tiles, gate, count, nullptr, logits, threads);
     const int64_t k = routing->per_token;
     parallel(tokens, 16, threads, [&](int64_t t) {
         route_row(logits + t * count, count, *routing, experts + t * k, weights + t * k);
@@ -80,8 +80,8 @@ constexpr int64_t MAX_PAIRS = 1 << 12;  // past so many no further expert is lai
 
 // x, out: (tokens, hidden); experts, weights: (tokens, per_token). gate_up, down: packed, of `count`
 // experts that are `width` wide. Pairs of a token and an expert are sorted by expert.
-template <class T>
-void moe(const T *x, int64_t tokens, int64_t hidden, const T *gate_up, const T *down, int64_t count,
+template <class T, class W>
+void moe(const T *x, int64_t tokens, int64_t hidden, const W *gate_up, const W *down, int64_t count,
          int64_t width, const int64_t *experts, const float *weights, int64_t per_token,
          int64_t gelu, T *out, int64_t threads) {
     thread_local std::vector<int64_t> indices;
@@ -107,22 +107,22 @@ void moe(const T *x, int64_t tokens, int64_t hidden, const T *gate_up, const T *
         while (stop < num_used && (stop == start || rows < MAX_PAIRS))
             rows += end[used[stop]] - first_of(used[stop]), stop++;
         const int64_t *here = used + start;
-        linear_many<T>(
+        linear_many<T, W>(
             stop - start, hidden, width,
             [&](int64_t b) {
                 const int64_t e = here[b], first = first_of(e);
-                return Product<T>{end[e] - first, gate_up + e * gate_up_size,
+                return Product<T, W>{end[e] - first, gate_up + e * gate_up_size,
                                   active + first * width, width};
             },
             [&](int64_t b, int64_t i) {
                 return x + order[first_of(here[b]) + i] / per_token * hidden;
             },
             threads, gelu ? GELU : SILU);
-        linear_many<T>(
+        linear_many<T, W>(
             stop - start, width, hidden,
             [&](int64_t b) {
                 const int64_t e = here[b], first = first_of(e);
-                return Product<T>{end[e] - first, down + e * down_size, outputs + first * hidden,
+                return Product<T, W>{end[e] - first, down + e * down_size, outputs + first * hidden,
                                   hidden};
             },
             [&](int64_t b, int64_t i) { return active + (first_of(here[b]) + i) * width; },
@@ -143,7 +143,7 @@ void moe(const T *x, int64_t tokens, int64_t hidden, const T *gate_up, const T *
 }
 
 // What a layer's experts make of the rows x (tokens, hidden).
-template <class T>
+template <class W, class T>
 void mix_experts(const Experts &e, const T *x, int64_t tokens, int64_t hidden, int64_t gelu, T *out,
                  int64_t threads) {
     thread_local std::vector<int64_t> experts;
@@ -151,8 +151,8 @@ void mix_experts(const Experts &e, const T *x, int64_t tokens, int64_t hidden, i
     const int64_t k = e.routing->per_token;
     int64_t *chosen = room(experts, tokens * k);
     float *shares = room(weights, tokens * k);
-    route(x, tokens, hidden, (const T *)e.gate, e.count, e.routing, chosen, shares, threads);
-    moe(x, tokens, hidden, (const T *)e.gate_up, (const T *)e.down, e.count, e.intermediate, chosen,
+    route(x, tokens, hidden, (const W *)e.gate, e.count, e.routing, chosen, shares, threads);
+    moe(x, tokens, hidden, (const W *)e.gate_up, (const W *)e.down, e.count, e.intermediate, chosen,
         shares, k, gelu, out, threads);
 }
 

@@ -25,6 +25,14 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 struct bf16 {
     uint16_t bits;
 };
+// bfloat16 laid out for dot products: the terms of a sum in pairs.
+struct bf16_pair {
+    uint16_t bits;
+};
+template <class W>
+constexpr bool IN_PAIRS = std::is_same_v<W, bf16_pair>;
+template <class W>
+constexpr int64_t STEP_TERMS = IN_PAIRS<W> ? 2 : 1;  // terms that are added at once
 
 template <class V, class T>
 inline V read(const T *p) {
@@ -129,8 +137,9 @@ void lay_out(F row, int64_t n, int64_t k, float *to, int64_t stride) {
         transpose(block);
         for (int j = 0; j < LANES; j++) store_lanes(to + (i + j) * stride, block[j], n);
     }
+    using T = std::remove_cvref_t<decltype(*row(0))>;
     for (; i < k; i++)
-        for (int64_t r = 0; r < n; r++) to[i * stride + r] = widen(row(r)[i]);
+        for (int64_t r = 0; r < n; r++) to[i * stride + r] = widen(read<T>(row(r) + i));
 }
 
 }  // namespace quorum

@@ -38,4 +38,12 @@ inline void store(bf16 *p, vec v) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)upper));
 }
 
+// Dot products of bfloat16, in functions that say QUORUM_DOTS and run where `has_dots`: a lane is
+// two numbers, and sum += a0 b0 + a1 b1. How it rounds is the processor's own affair.
+#define QUORUM_DOTS [[gnu::target("avx512bf16")]]
+QUORUM_DOTS inline vec add_dots(vec sum, vec a, vec b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+inline bool has_dots() { return __builtin_cpu_supports("avx512bf16"); }
+
 }  // namespace quorum
