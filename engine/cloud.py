@@ -25,8 +25,10 @@ import torch
 from engine.forest import TokenIds
 from engine.generate import GroupResult
 from engine.head_scores import options_of, verdict_of
-from engine.judge import Flight, Judge
+from engine.judge import Judge, JudgeFlight
 from engine.key import model_fingerprint
+from engine.memory import cache_bound
+from engine.online import TOO_LATE
 from engine.options import JudgeOptions
 from engine.prompt import PromptBuilder, Segment, read_chat_template
 from engine.request import Row, make_row
@@ -141,6 +143,7 @@ class CloudJudge(Judge):
         numerics: str = "portable",
         max_batch: int | None = None,
         cache_bytes: int | None = None,
+        memory_fraction: float | None = None,
     ) -> "CloudJudge":
         """Load a directory in the layout of the published models; template: a file in place of
         CRITIQUE, all else as for `Judge.load`. Raises ValueError naming the file for anything that
@@ -158,26 +161,26 @@ class CloudJudge(Judge):
             date=date,
             fingerprint=f"{model_fingerprint(directory)} {of_base}",
             max_batch=max_batch,
-            cache_bytes=cache_bytes,
+            cache_bytes=cache_bound(cache_bytes, memory_fraction, critic.model.head_weight.device),
         )
 
-    def _options(self, given: dict[str, Any]) -> JudgeOptions:
+    def _options(self, given: Mapping[str, Any]) -> JudgeOptions:
         return replace(options_of(given, OPTIONS), orders="fixed", max_shown=1)
 
     def _scorer(self, options: JudgeOptions, backend: Backend | None) -> SequenceScorer:
         return SequenceScorer(self.critic, **self._scorer_options(options, backend))
 
-    def _verdict(
-        self,
-        flight: Flight,
-        result: GroupResult,
-        scorer: SequenceScorer | None,
-        options: JudgeOptions,
+    def verdict(
+        self, flight: JudgeFlight, result: GroupResult, scorer: SequenceScorer | None
     ) -> Verdict | RowFailure:
-        row = flight.entry
+        row, options = flight.entry, flight.options
         assert isinstance(row, Row) and scorer is not None
         if result.error is not None:
             return flight.failure(result.error)
+        if result.drawn is not None:
+            flight, result = flight.cut(result)
+            if not flight.orders:
+                return flight.failure(TOO_LATE)
         prompts = result.group.prompts
         before = scorer.tokens
         try:
@@ -198,7 +201,8 @@ class CloudJudge(Judge):
             )
         ]
         tokens = sum(len(segment) for prompt in prompts for segment in prompt)
-        return verdict_of(row, flight.key, samples, options.seed, tokens, result.tree_tokens)
+        found = verdict_of(row, flight.key, samples, options.seed, tokens, result.tree_tokens)
+        return replace(found, partial=result.drawn is not None)
 
     def _critique(
         self, prompt: Sequence[TokenIds], tokens: Sequence[int], ended: bool

@@ -127,6 +127,12 @@ class Forest:
         for node in reversed(path):
             self._drop(node)
 
+    def forget(self) -> None:
+        """Let go of the heads that no leaf uses: what is in the cache of them does not count any
+        more."""
+        for head in [h for h in self._kept if h.slab is not None and h.slab.holders == 1]:
+            self._drop(head)
+
     def check(self, leaf_ends: Sequence[Node]) -> None:
         """Assert that holders are exactly the live leaves (and the forest, for heads)."""
         self.cache.check()

@@ -59,6 +59,8 @@ class Group:
     is done (at first none), and says how many to draw next: 0 ends the group. It must depend on
     nothing else. Without it all samples are drawn at once. `opening` is the text at the end of the
     prompt that a sample goes on with, and `nonce` the row's, as `ScoreAutomaton.start` takes them.
+    `is_over`, where there is one, is asked from time to time: once it says True the group ends with
+    the samples that are done by then.
     """
 
     prompts: Sequence[Sequence[TokenIds]]
@@ -68,6 +70,7 @@ class Group:
     next_round: Callable[[Sequence["Generation"]], int] | None = None
     opening: bytes = b""
     nonce: str | None = None
+    is_over: Callable[[], bool] | None = None
 
 
 @dataclass
@@ -92,12 +95,14 @@ class Generation:
 @dataclass
 class GroupResult:
     """The samples of a group that were drawn, in order, and the distinct tokens of their prompts.
-    `error` instead of samples when it could not be run."""
+    `error` instead of samples when it could not be run. `drawn`, of a group that was over before
+    all its samples were done: which samples these are."""
 
     group: Group
     generations: list[Generation]
     tree_tokens: int
     error: str | None = None
+    drawn: list[int] | None = None
 
 
 @dataclass
@@ -114,7 +119,7 @@ class Usage:
     meta_seconds: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pending:
     """A group under way: its ends in the forest, the ends that it retains until its last sample has
     a slot (so that no prompt is computed twice), how many samples it has requested, the samples
@@ -283,6 +288,7 @@ class Generator:
         self._ended = False  # the source of groups
         self.leaves: list[_Leaf] = []
         self._admitted = 0  # leaves so far
+        self._watched: list[_Pending] = []  # groups under way that may be over early
         self._joining: list[_Leaf] = []  # those whose prompts are being prefilled
         self._filling: list[tuple[_Pending, int]] = []  # forced samples that are, beside them
         self._queue: deque[tuple[Node, int]] = deque()  # what is left of that, from which token on
@@ -314,6 +320,7 @@ class Generator:
         waiting: deque[tuple[_Pending, int]] = deque()
         self._ended = False
         while True:
+            yield from self._end_early(waiting)
             yield from self._admit(source, waiting)
             yield from self._prefill(waiting)
             if not self.leaves and not self._joining and not self._filling:
@@ -358,8 +365,11 @@ class Generator:
                     error = f"a sample needs up to {needed} cells of cache, there are {room}"
                     yield GroupResult(group, [], 0, error)
                     continue
-                waiting.extend(_Pending(group, self.forest.grow(group.prompts)[0]).next_round())
+                begun = _Pending(group, self.forest.grow(group.prompts)[0])
+                waiting.extend(begun.next_round())
                 assert waiting, "a group that wants none of its samples"
+                if group.is_over is not None:
+                    self._watched.append(begun)
             pending, sample = waiting[0]
             end = pending.end(sample)
             leaf, forced = pending.aside.get(sample), pending.forced.get(sample)
@@ -383,6 +393,7 @@ class Generator:
                 waiting.extend(others)
                 for other in pending.aside.values():
                     self.cache.free_slot(other.slot)
+                self._unwatch(pending)
                 room = self.cache.size - self.cache.base
                 error = f"no scores can be forced after {end.stop} tokens in {room} cells of cache"
                 yield GroupResult(pending.group, [], 0, error)
@@ -419,6 +430,43 @@ class Generator:
         ends |= {pending.end(sample) for pending, sample in self._filling}
         old = ends.difference(fresh)
         self._queue.extend((end, len(end.token_ids) - 1) for end in old if end.logits is None)
+
+    def _end_early(self, waiting: deque[tuple[_Pending, int]]) -> Iterator[GroupResult]:
+        """End the groups that are over, with the samples that are done. Those whose prompts are
+        being prefilled are asked once they have joined."""
+        if not self._watched or self._joining or self._filling:
+            return
+        over = [p for p in self._watched if p.group.is_over is not None and p.group.is_over()]
+        if not over:
+            return
+        leaving = [leaf for leaf in self.leaves if leaf.pending in over]
+        if leaving:
+            staying = [i for i, leaf in enumerate(self.leaves) if leaf.pending not in over]
+            self._select(self.decoder.live, staying)
+        for leaf in leaving:
+            self.cache.free_slot(leaf.slot)
+            self._free_blocks(leaf)
+            self.forest.release(leaf.end)
+        others = [entry for entry in waiting if entry[0] not in over]
+        waiting.clear()
+        waiting.extend(others)
+        for pending in over:
+            self._watched.remove(pending)
+            for leaf in pending.aside.values():
+                self.cache.free_slot(leaf.slot)
+            self._let_go(pending)
+            drawn = sorted(pending.done)
+            tokens = tree_tokens([pending.ends[j] for j in drawn])
+            yield GroupResult(pending.group, [pending.done[j] for j in drawn], tokens, drawn=drawn)
+
+    def _unwatch(self, pending: _Pending) -> None:
+        if pending in self._watched:
+            self._watched.remove(pending)
+
+    def forget(self) -> None:
+        """Between two runs: compute anew what prompts begin with, since the model has changed."""
+        assert not self.leaves, "samples are under way"
+        self.forest.forget()
 
     def _context(self, group: Group) -> int:
         """The most tokens of a prompt and what follows it, but for what may be forced."""
@@ -649,6 +697,7 @@ class Generator:
                 waiting.insert(begun, entry)  # ahead of new groups
             return []
         self._let_go(pending)
+        self._unwatch(pending)
         generations = [pending.done[j] for j in range(pending.num_requested)]
         tokens = tree_tokens(pending.ends[: pending.num_requested])
         return [GroupResult(pending.group, generations, tokens)]

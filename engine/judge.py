@@ -11,9 +11,8 @@ how a tie falls, is drawn from streams of its own.
 
 import json
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,18 @@ from engine.generate import (
     Usage,
     too_long,
 )
-from engine.key import line_key, model_fingerprint, run_options
+from engine.key import line_key, model_fingerprint, run_options, weights_fingerprint
 from engine.labels import agrees, is_correct
-from engine.memory import cache_budget
+from engine.memory import cache_bound, cache_budget
 from engine.meta import MetaModel, MetaScorer
+from engine.online import TOO_LATE
 from engine.options import MAX_SHOWN, JudgeOptions
 from engine.orders import draw_orders, parts_of, seen_by
 from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
 from engine.request import BadRow, Message, Row, make_row
 from engine.score_reader import ScoreReader
 from engine.sequence_scorer import CACHE_SHARE, SequenceScorer
+from engine.session import Flight, Hint, RowJudge, Session
 from engine.settings import JudgeSettings, read_judge_settings
 from engine.templates import DATE, Template
 from engine.thinking import open_thinking
@@ -47,15 +48,14 @@ from engine.verdict import RowFailure, Verdict
 from kernels.sample_token import SamplingOptions, stream_key, uniforms
 from kernels.segment_attention import Backend
 from kernels.vote import vote
-from models import load, read_config
+from models import load, load_weights, read_config
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
 DEFAULT_BATCH = 256
-Hint = Callable[[Row, Sequence[int]], str | None]  # a row and a sample's order -> its hint
 
 
-class Judge:
+class Judge(RowJudge):
     """A generative reward model with its tokenizer, templates and score settings."""
 
     def __init__(
@@ -77,6 +77,7 @@ class Judge:
         the model in keys. max_batch: most samples decoded together (default 256). cache_bytes
         bounds the cache; by default free memory does. meta: says which samples vote, or how much;
         ValueError where it takes scores to be in another range."""
+        super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings or JudgeSettings()
@@ -116,6 +117,7 @@ class Judge:
         numerics: str = "portable",
         max_batch: int | None = None,
         cache_bytes: int | None = None,
+        memory_fraction: float | None = None,
         meta: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> "Judge":
@@ -126,10 +128,12 @@ class Judge:
         chat_template_kwargs: variables for it, such as {"enable_thinking": False}; date
         (YYYY-MM-DD): what templates take for today. dtype "auto" is the stored one; device "auto"
         is a GPU where there is one; numerics "fast" may use CPU instructions whose bits differ from
-        processor to processor; max_batch and cache_bytes as for the constructor. meta: the
-        directory of a meta reward model, a sequence classifier of one label, with a template of its
-        own. settings: fields of `JudgeSettings` in place of what the directory's judge.json says.
-        Raises ValueError naming the file for anything that cannot be read or is not supported.
+        processor to processor; max_batch and cache_bytes as for the constructor,
+        memory_fraction in place of the latter: of the memory that is free once the weights are
+        loaded. meta: the directory of a meta reward model, a sequence classifier of one label, with
+        a template of its own. settings: fields of `JudgeSettings` in place of what the directory's
+        judge.json says. Raises ValueError naming the file for anything that cannot be read or is
+        not supported.
         """
         directory = Path(directory)
         read_config(directory)  # whatever is wrong there is said first, then of the templates
@@ -149,7 +153,7 @@ class Judge:
             settings=read_judge_settings(directory, settings),
             fingerprint=model_fingerprint(directory),
             max_batch=max_batch,
-            cache_bytes=cache_bytes,
+            cache_bytes=cache_bound(cache_bytes, memory_fraction, model.head_weight.device),
             meta=None if meta is None else MetaModel.load(meta, **place),
         )
 
@@ -209,7 +213,7 @@ class Judge:
             return self._key(entry, chosen)
         return self._flight(entry, chosen, hint).key
 
-    def _options(self, given: dict[str, Any]) -> JudgeOptions:
+    def _options(self, given: Mapping[str, Any]) -> JudgeOptions:
         """The options, checked, with k_meta as it holds where there is a meta model."""
         options = JudgeOptions(**given)
         needs_box = options.stop == "box" or options.force_scores or options.score == "expected"
@@ -283,30 +287,32 @@ class Judge:
         ValueError for options out of range, for an attention that cannot run here, for
         until_decided with a meta model, and for a box where the judge's format has none.
         """
-        chosen = self._options(options)
-        sampling = SamplingOptions(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
-        stream_key(chosen.seed, "", "token")  # refuses a seed out of range now, not at a row
-        backend = None if chosen.attention == "auto" else chosen.attention
-        scorer, cache_bytes = self._scorer(chosen, backend), self.cache_bytes
-        if scorer is not None:
-            cache_bytes = self._cache_beside(scorer)
-        rules = self.settings.rules(chosen.stop or self.settings.stop, self.prompts.uses_nonce)
-        generator = Generator(
-            self.model,
-            self._reader.automaton(rules),
-            options=sampling,
-            max_new_tokens=chosen.max_new_tokens,
-            max_batch=self.max_batch,
-            max_scores=MAX_SHOWN,
-            stop=chosen.stop or self.settings.stop,
-            form=self._reader.form(rules) if chosen.force_scores else None,
-            edges=self._reader.edges(rules) if chosen.score == "expected" else None,
-            deterministic=chosen.deterministic,
-            prefill_backend=backend,
-            cache_bytes=cache_bytes,
-            usage=self.usage,
-        )
-        return self._run(generator, scorer, entries, chosen, hint)
+        return super().rows(entries, hint=hint, **options)
+
+    def update_weights(self, source: str | Path | Transformer, fingerprint: str = "") -> None:
+        """Go on with other weights of the same model, in the same memory, once the submitted rows
+        are done: those of a directory in Hugging Face layout, or of a model that is trained beside
+        this one. fingerprint: of a model, for keys; by default a hash of its weights. Raises
+        ValueError for another model."""
+        mine = self.model
+        if isinstance(source, Transformer):
+            theirs = source
+        else:
+            theirs = load_weights(source, mine.config, mine.head_weight.dtype, "cpu")
+            fingerprint = model_fingerprint(source)
+        state = theirs.state_dict()
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+        if shapes != {name: tensor.shape for name, tensor in mine.state_dict().items()}:
+            raise ValueError("the weights are of another model")
+
+        def update() -> None:
+            mine.load_state_dict(state)
+            self.fingerprint = fingerprint or weights_fingerprint(state)
+
+        self.between_rows(update)
+
+    def _new_session(self, options: JudgeOptions) -> "JudgeSession":
+        return JudgeSession(self, options)
 
     def _scorer(self, options: JudgeOptions, backend: Backend | None) -> SequenceScorer | None:
         """What scores samples, where they are scored."""
@@ -331,45 +337,20 @@ class Judge:
         free = cache_budget(config, weight.dtype, weight.device, self.max_batch, PREFILL_TOKENS)
         return max(free - scorer.working_bytes, 0)
 
-    def _run(
-        self,
-        generator: Generator,
-        scorer: SequenceScorer | None,
-        entries: Iterable[Row | BadRow | None],
-        options: JudgeOptions,
-        hint: Hint | None,
-    ) -> Iterator[Verdict | RowFailure]:
-        flying: deque[Flight] = deque()
-
-        def groups() -> Iterator[Group | None]:
-            for entry in entries:
-                if entry is None:
-                    yield None
-                    continue
-                flight = self._flight(entry, options, hint)
-                flying.append(flight)
-                yield self._group(flight, options)
-
-        for result in generator.run(groups()):
-            flight = result.group.tag
-            if flight.outcome is None:
-                flight.outcome = self._verdict(flight, result, scorer, options)
-            while flying and (outcome := flying[0].outcome) is not None:
-                flying.popleft()
-                yield outcome
-        assert not flying, "a row without an outcome"
-
-    def _flight(self, entry: Row | BadRow, options: JudgeOptions, hint: Hint | None) -> "Flight":
+    def _flight(
+        self, entry: Row | BadRow, options: JudgeOptions, hint: Hint | None
+    ) -> "JudgeFlight":
         if isinstance(entry, BadRow):
-            return Flight(entry, self._key(entry, options), [], [], [])
+            return JudgeFlight(entry, self._key(entry, options), options)
         orders = draw_orders(entry, options)
         hints = [None if hint is None else hint(entry, order) for order in orders]
         shown = [part for order in orders for part in parts_of(order, options.max_shown)]
-        return Flight(entry, self._key(entry, options, hints), orders, hints, shown)
+        key = self._key(entry, options, hints)
+        return JudgeFlight(entry, key, options, orders=orders, hints=hints, shown=shown)
 
-    def _group(self, flight: "Flight", options: JudgeOptions) -> Group:
+    def group(self, flight: "JudgeFlight") -> Group:
         """What is to be sampled of an entry: nothing of one that has failed."""
-        row, prompts = flight.entry, []
+        row, options, prompts = flight.entry, flight.options, []
         if isinstance(row, BadRow):
             flight.outcome = flight.failure(row.error)
             return Group([], (0, 0), [], flight)
@@ -386,11 +367,13 @@ class Judge:
         except ValueError as error:
             flight.outcome = flight.failure(str(error))
         key = stream_key(options.seed, row.id, "token")
-        rounds = self._rounds(flight, options)
-        return Group(prompts, key, [*map(len, flight.shown)], flight, rounds, opening, nonce)
+        counts = [*map(len, flight.shown)]
+        return Group(
+            prompts, key, counts, flight, self._rounds(flight), opening, nonce, flight.is_over
+        )
 
     def _prompts(
-        self, row: Row, flight: "Flight", nonce: str | None
+        self, row: Row, flight: "JudgeFlight", nonce: str | None
     ) -> list[list[tuple[int, ...]]]:
         """The prompt of each judgement as segments; those that see the same thing share one."""
         hints = [hint for hint in flight.hints for _ in range(flight.num_parts)]
@@ -410,10 +393,9 @@ class Judge:
                 prompts[order, hint] = [segment.token_ids for segment in segments]
         return [prompts[each] for each in shown]
 
-    def _rounds(
-        self, flight: "Flight", options: JudgeOptions
-    ) -> Callable[[Sequence[Generation]], int] | None:
+    def _rounds(self, flight: "JudgeFlight") -> Callable[[Sequence[Generation]], int] | None:
         """How many samples a row draws next, given those that it has; None: all of them."""
+        options = flight.options
         sure = options.until_decided
         if sure is None:
             return None
@@ -426,17 +408,18 @@ class Judge:
 
         return further
 
-    def _verdict(
-        self,
-        flight: "Flight",
-        result: GroupResult,
-        scorer: SequenceScorer | None,
-        options: JudgeOptions,
+    def verdict(
+        self, flight: "JudgeFlight", result: GroupResult, scorer: SequenceScorer | None
     ) -> Verdict | RowFailure:
-        row = flight.entry
+        """What comes of an entry whose samples are drawn."""
+        row, options = flight.entry, flight.options
         assert isinstance(row, Row)
         if result.error is not None:
             return flight.failure(result.error)
+        if result.drawn is not None:
+            flight, result = flight.cut(result)
+            if not flight.orders:
+                return flight.failure(TOO_LATE)
         samples = self._reader.samples(flight.orders, flight.shown, result.generations)
         if isinstance(scorer, MetaScorer):
             valid = [sample for sample in samples if sample.scores is not None]
@@ -499,27 +482,92 @@ class Judge:
             correct=is_correct(best, means, row.label, self.settings.threshold),
             agrees=agrees(best, row.label),
             row_meta=row.meta,
+            partial=result.drawn is not None,
         )
 
 
 @dataclass
-class Flight:
-    """An entry between its arrival and its place in the output: orders and hints of its samples,
-    and the responses that each judgement is shown, num_parts of them for a sample."""
+class JudgeFlight(Flight):
+    """And orders and hints of its samples, and the responses that each judgement is shown,
+    num_parts of them for a sample."""
 
-    entry: Row | BadRow
-    key: str
-    orders: list[tuple[int, ...]]
-    hints: list[str | None]
-    shown: list[tuple[int, ...]]
-    outcome: Verdict | RowFailure | None = None
+    orders: list[tuple[int, ...]] = field(default_factory=list)
+    hints: list[str | None] = field(default_factory=list)
+    shown: list[tuple[int, ...]] = field(default_factory=list)
 
     @property
     def num_parts(self) -> int:
         return len(self.shown) // len(self.orders)
 
-    def failure(self, error: str) -> RowFailure:
-        return RowFailure(self.entry.id, self.entry.line, self.key, error)
+    def cut(self, result: GroupResult) -> tuple["JudgeFlight", GroupResult]:
+        """Flight and result with those samples alone all of whose judgements were drawn."""
+        assert result.drawn is not None
+        parts, drawn = self.num_parts, dict(zip(result.drawn, result.generations, strict=True))
+        whole = [
+            sample
+            for sample in range(len(self.orders))
+            if all(sample * parts + part in drawn for part in range(parts))
+        ]
+        judgements = [sample * parts + part for sample in whole for part in range(parts)]
+        prompts = [result.group.prompts[j] for j in judgements]
+        flight = replace(
+            self,
+            orders=[self.orders[sample] for sample in whole],
+            shown=[self.shown[j] for j in judgements],
+        )
+        generations = [drawn[j] for j in judgements]
+        return flight, replace(
+            result, group=replace(result.group, prompts=prompts), generations=generations
+        )
+
+
+class JudgeSession(Session):
+    """A generator, and a scorer of samples where there is one."""
+
+    def __init__(self, judge: Judge, options: JudgeOptions) -> None:
+        self.judge = judge
+        sampling = SamplingOptions(options.temperature, options.top_k, options.top_p, options.min_p)
+        backend = None if options.attention == "auto" else options.attention
+        self.scorer, cache_bytes = judge._scorer(options, backend), judge.cache_bytes
+        if self.scorer is not None:
+            cache_bytes = judge._cache_beside(self.scorer)
+        stop = options.stop or judge.settings.stop
+        rules = judge.settings.rules(stop, judge.prompts.uses_nonce)
+        reader = judge._reader
+        self.generator = Generator(
+            judge.model,
+            reader.automaton(rules),
+            options=sampling,
+            max_new_tokens=options.max_new_tokens,
+            max_batch=judge.max_batch,
+            max_scores=MAX_SHOWN,
+            stop=stop,
+            form=reader.form(rules) if options.force_scores else None,
+            edges=reader.edges(rules) if options.score == "expected" else None,
+            deterministic=options.deterministic,
+            prefill_backend=backend,
+            cache_bytes=cache_bytes,
+            usage=judge.usage,
+        )
+        models = [judge.model, *([] if self.scorer is None else [self.scorer.model])]
+        super().__init__(options, [p for model in models for p in model.parameters()])
+
+    def run(self, flights: Iterable[Flight | None]) -> Iterator[Flight]:
+        def groups() -> Iterator[Group | None]:
+            for flight in flights:
+                assert flight is None or isinstance(flight, JudgeFlight)
+                yield None if flight is None else self.judge.group(flight)
+
+        for result in self.generator.run(groups()):
+            flight: JudgeFlight = result.group.tag
+            if flight.outcome is None:
+                flight.outcome = self.judge.verdict(flight, result, self.scorer)
+            yield flight
+
+    def forget(self) -> None:
+        self.generator.forget()
+        if self.scorer is not None:
+            self.scorer.forest.forget()
 
 
 def _shown(row: Row, order: Sequence[int] | None) -> list[int]:

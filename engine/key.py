@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from engine.prompt import PromptBuilder
@@ -60,6 +61,15 @@ def run_options(prompts: PromptBuilder, weight: Tensor) -> dict[str, str]:
     if uses_dot_products(weight):
         found["numerics"] = "fast"
     return found
+
+
+def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, over named tensors: of a model that is in no directory."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+        digest.update(f"{name}\0{tensor.dtype}\0".encode() + hashlib.sha256(content).digest())
+    return digest.hexdigest()
 
 
 def model_fingerprint(directory: str | Path) -> str:

@@ -32,6 +32,21 @@ def free_bytes(device: torch.device) -> int:
     return max(free, 0)
 
 
+def cache_bound(
+    cache_bytes: int | None, memory_fraction: float | None, device: torch.device
+) -> int | None:
+    """The bytes that keys and values may take: as many as are said, or a fraction of the memory
+    that is free now; None where neither is said. Raises ValueError for both, and for a fraction
+    that is not above 0 and at most 1."""
+    if memory_fraction is None:
+        return cache_bytes
+    if cache_bytes is not None:
+        raise ValueError(f"cache_bytes = {cache_bytes} and memory_fraction = {memory_fraction}")
+    if not 0 < memory_fraction <= 1:
+        raise ValueError(f"memory_fraction = {memory_fraction} is not above 0 and at most 1")
+    return int(free_bytes(device) * memory_fraction)
+
+
 def working_bytes(config: ModelConfig, dtype: torch.dtype, rows: int, tokens: int) -> int:
     """Memory that a decode step of `rows` samples and a prefill of `tokens` tokens need beside
     weights and cache, the larger of them, and the logits that wait at the ends of prompts."""

@@ -77,7 +77,7 @@ GROUPS = {
         "seed",
     ),
     "sampling": ("temperature", "top_p", "top_k", "min_p", "max_new_tokens"),
-    "speed": ("max_batch", "attention", "deterministic"),
+    "speed": ("max_batch", "cache_bytes", "memory_fraction", "attention", "deterministic"),
 }
 # Options that have no meaning without judgements, beside those of sampling.
 _OF_JUDGEMENTS = (
@@ -107,6 +107,10 @@ class RunOptions(JudgeOptions):
     """portable has the same bits on every CPU; fast may use instructions that have not."""
     max_batch: int | None = None
     """Most samples decoded together."""
+    cache_bytes: int | None = None
+    """Most bytes of keys and values; none is what memory allows."""
+    memory_fraction: float | None = None
+    """In place of that: a fraction of the memory that is free once the weights are loaded."""
     show_prompt: bool = False
     """Print the first row's prompt, as its first sample sees it, and judge nothing."""
     drain_seconds: float = 60.0
@@ -384,6 +388,8 @@ def _loader(options: Options) -> "Callable[[], Judge | ScalarJudge | CloudJudge]
         "dtype": options.dtype,
         "device": options.device,
         "numerics": options.numerics,
+        "cache_bytes": options.cache_bytes,
+        "memory_fraction": options.memory_fraction,
     }
     kind = kind_of(options.model)
     if kind == "judge":

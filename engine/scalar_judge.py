@@ -33,14 +33,15 @@ from engine.forest import TokenIds
 from engine.generate import Usage
 from engine.head_scores import options_of, verdict_of
 from engine.key import line_key, model_fingerprint, run_options
+from engine.memory import cache_bound
 from engine.options import JudgeOptions
 from engine.prompt import PromptBuilder, Segment, read_chat_template
 from engine.request import BadRow, Message, Row
 from engine.sequence_scorer import SequenceScorer
+from engine.session import Flight, Hint, RowJudge, Session
 from engine.settings import JudgeSettings, read_judge_settings
 from engine.templates import DATE
 from engine.verdict import RowFailure, Sample, Verdict
-from kernels.sample_token import stream_key
 from models import load_scalar
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
@@ -81,7 +82,7 @@ class ScalarPrompts(PromptBuilder):
         return super().segments(shown, range(len(order)), known=known)
 
 
-class ScalarJudge:
+class ScalarJudge(RowJudge):
     """A scalar reward model of responses, with its tokenizer and chat template."""
 
     def __init__(
@@ -99,6 +100,7 @@ class ScalarJudge:
         """Template, its variables and date are as for `PromptBuilder`; of the settings only
         join_blanks and compares matter. `fingerprint` identifies the model in keys; cache_bytes is
         as for `SequenceScorer`."""
+        super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
@@ -123,10 +125,12 @@ class ScalarJudge:
         device: str | torch.device = "auto",
         numerics: str = "portable",
         cache_bytes: int | None = None,
+        memory_fraction: float | None = None,
     ) -> "ScalarJudge":
         """Load a directory in Hugging Face layout that holds a sequence classifier of one label.
 
-        chat_template: a file in place of the directory's own; cache_bytes as for `SequenceScorer`.
+        chat_template: a file in place of the directory's own; cache_bytes as for `SequenceScorer`,
+        memory_fraction as for `Judge.load`.
         Raises ValueError naming the file for anything that cannot be read or is not supported.
         """
         model, tokenizer = load_scalar(directory, dtype, device, numerics)
@@ -138,7 +142,7 @@ class ScalarJudge:
             date=date,
             settings=read_judge_settings(directory),
             fingerprint=model_fingerprint(directory),
-            cache_bytes=cache_bytes,
+            cache_bytes=cache_bound(cache_bytes, memory_fraction, model.score.weight.device),
         )
 
     def sequences(self, row: Row) -> list[list[TokenIds]]:
@@ -200,35 +204,32 @@ class ScalarJudge:
         return line_key(entry, everything, self.fingerprint)
 
     def rows(
-        self, entries: Iterable[Row | BadRow | None], **options: Any
+        self, entries: Iterable[Row | BadRow | None], *, hint: Hint | None = None, **options: Any
     ) -> Iterator[Verdict | RowFailure]:
         """Judge rows: one outcome for each entry but None, in input order.
 
         Of the options of `Judge.rows`, OPTIONS have a meaning, and others have to be as they are by
-        default. A verdict has one sample, which holds the scores in the row's own order, `score` is
-        "head", and `correct` is None where there is one response. A row that cannot be read, or has
-        a score that is not a finite number, comes out as a RowFailure in its place. Raises
-        ValueError for options out of range.
+        default; a hint has none. A verdict has one sample, which holds the scores in the row's own
+        order, `score` is "head", and `correct` is None where there is one response. A row that
+        cannot be read, or has a score that is not a finite number, comes out as a RowFailure in its
+        place. Raises ValueError for options out of range.
         """
-        chosen = options_of(options, OPTIONS)
-        stream_key(chosen.seed, "", "tie")  # refuses a seed out of range now, not at a row
-        scorer = SequenceScorer(
-            self.model,
-            deterministic=chosen.deterministic,
-            prefill_backend=None if chosen.attention == "auto" else chosen.attention,
-            cache_bytes=self.cache_bytes,
-        )
-        return (
-            self._outcome(entry, self._key(entry, chosen), scorer, chosen.seed)
-            for entry in entries
-            if entry is not None
-        )
+        return super().rows(entries, hint=hint, **options)
 
-    def _outcome(
-        self, entry: Row | BadRow, key: str, scorer: SequenceScorer, seed: int
-    ) -> Verdict | RowFailure:
+    def _options(self, given: Mapping[str, Any]) -> JudgeOptions:
+        return options_of(given, OPTIONS)
+
+    def _flight(self, entry: Row | BadRow, options: JudgeOptions, hint: Hint | None) -> Flight:
+        return Flight(entry, self._key(entry, options), options)
+
+    def _new_session(self, options: JudgeOptions) -> "ScalarSession":
+        return ScalarSession(self, options)
+
+    def outcome(self, flight: Flight, scorer: SequenceScorer) -> Verdict | RowFailure:
+        """What comes of an entry."""
+        entry = flight.entry
         if isinstance(entry, BadRow):
-            return RowFailure(entry.id, entry.line, key, entry.error)
+            return flight.failure(entry.error)
         start, before = time.perf_counter(), scorer.tokens
         try:
             sequences = self.sequences(entry)
@@ -236,13 +237,37 @@ class ScalarJudge:
             if not all(map(math.isfinite, scores)):
                 raise ValueError(f"scores {scores} are not all finite numbers")
         except ValueError as error:
-            return RowFailure(entry.id, entry.line, key, str(error))
+            return flight.failure(str(error))
         finally:
             self.usage.prefill_tokens += scorer.tokens - before
             self.usage.prefill_seconds += time.perf_counter() - start
         sample = Sample((), "", tuple(scores), None, None, 0, "eos", [], [], [])
         tokens = sum(len(segment) for sequence in sequences for segment in sequence)
-        return verdict_of(entry, key, [sample], seed, tokens, distinct_tokens(sequences))
+        seed, tree_tokens = flight.options.seed, distinct_tokens(sequences)
+        return verdict_of(entry, flight.key, [sample], seed, tokens, tree_tokens)
+
+
+class ScalarSession(Session):
+    """A scorer of sequences."""
+
+    def __init__(self, judge: ScalarJudge, options: JudgeOptions) -> None:
+        self.judge = judge
+        self.scorer = SequenceScorer(
+            judge.model,
+            deterministic=options.deterministic,
+            prefill_backend=None if options.attention == "auto" else options.attention,
+            cache_bytes=judge.cache_bytes,
+        )
+        super().__init__(options, judge.model.parameters())
+
+    def run(self, flights: Iterable[Flight | None]) -> Iterator[Flight]:
+        for flight in flights:
+            if flight is not None:
+                flight.outcome = self.judge.outcome(flight, self.scorer)
+                yield flight
+
+    def forget(self) -> None:
+        self.scorer.forest.forget()
 
 
 def with_responses(row: Row, places: Sequence[int], trims: bool) -> Row:

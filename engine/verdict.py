@@ -59,7 +59,8 @@ class Verdict:
     `prompt_tokens` counts the full prompts of all samples, `tree_tokens` the distinct tokens of
     their tree, `decode_tokens` the generated ones. `label`, `correct` and `row_meta` are None
     without a label or meta. A label that is a tie has no `correct`, but `agrees`: whether `best` is
-    among its best.
+    among its best. `partial` says that the row ended before all its samples were done
+    (`engine/online.py`); the samples are those that were.
     """
 
     id: str
@@ -83,6 +84,7 @@ class Verdict:
     correct: bool | None = None
     agrees: bool | None = None
     row_meta: Any = None
+    partial: bool = False
 
 
 @dataclass
@@ -99,9 +101,9 @@ def to_line(outcome: Verdict | RowFailure) -> bytes:
     """The JSON line of a verdict or a failure, newline included.
 
     Fields that are optional in a line (a failure's id, line and key; k_used, label, correct,
-    agrees, row_meta; a sample's forced and expected) are left out where they are None or false,
-    score where it was drawn, vote where it is the sum, and meta_vote where it filters. A meta score
-    of NaN, which JSON cannot say, is written as null.
+    agrees, row_meta, partial; a sample's forced and expected) are left out where they are None or
+    false, score where it was drawn, vote where it is the sum, and meta_vote where it filters. A
+    meta score of NaN, which JSON cannot say, is written as null.
     """
     fields: dict[str, Any]
     if isinstance(outcome, RowFailure):
@@ -138,6 +140,8 @@ def to_line(outcome: Verdict | RowFailure) -> bytes:
         for name in ("k_used", "label", "correct", "agrees", "row_meta"):
             if (value := getattr(outcome, name)) is not None:
                 fields[name] = value
+        if outcome.partial:
+            fields["partial"] = True
     return checked(_dumps(fields).encode("utf-8"))
 
 
