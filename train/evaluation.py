@@ -101,6 +101,7 @@ def dev_votes(
         threshold = judge.settings.threshold
         rights.append([is_right(s.scores, row.label, threshold) for s in outcome.samples])
         entropies.append(criteria_entropy(outcome.samples))
+    judge.close()  # what is trained on needs the room of its cache
     rights, entropies = parallel.gather(rights), parallel.gather(entropies)
     return {
         "dev_vote": sum(parallel.gather(votes)) / len(rows),

@@ -89,6 +89,7 @@ def sample_groups(
         right = [is_right(sample.scores, row.label, threshold) for sample in outcome.samples]
         rewards = reward(row, outcome.samples, threshold)
         groups.append(Group(row, outcome.samples, right, rewards))
+    judge.close()  # the gradients that follow need the room of its cache
     return parallel.gather(groups), parallel.gather(failures)
 
 
