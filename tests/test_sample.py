@@ -187,11 +187,13 @@ def test_options_reach_the_judge() -> None:
     Path("template.jinja").touch()
     judge(GOOD[:1], "--template", "template.jinja", "--dtype", "float32", "--max-batch", "7",
           "--chat-template", "chat.jinja", "--chat-template-kwargs", '{"enable_thinking": false}',
-          "--date", "2025-01-31", "--anchor", "", "--anchor-nonce", "off", "--score-min", "0",
+          "--cache-bytes", "1048576", "--date", "2025-01-31", "--anchor", "",
+          "--anchor-nonce", "off", "--score-min", "0",
           "--score-max", "5", "--threshold", "2.5", "--format", "boxed")  # fmt: skip
     assert Judge.loaded == {
         "directory": Path("."), "template": Path("template.jinja"), "dtype": "float32",
-        "device": "auto", "max_batch": 7, "meta": None, "chat_template": Path("chat.jinja"),
+        "device": "auto", "numerics": "portable", "max_batch": 7, "cache_bytes": 1 << 20,
+        "memory_fraction": None, "meta": None, "chat_template": Path("chat.jinja"),
         "chat_template_kwargs": {"enable_thinking": False}, "date": "2025-01-31",
         "settings": {"anchor": None, "anchor_nonce": False, "score_min": 0, "score_max": 5,
                      "threshold": 2.5, "format": "boxed"},
