@@ -5,11 +5,13 @@ Without Ray the judge is one that needs no model, and blocks are judged in this 
 of it; with Ray (marked soak) it is the pocket model.
 """
 
+import importlib.util
 import json
 import os
 import pickle
 import random
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
