@@ -145,8 +145,9 @@ def _share(model: Transformer, name: str, tensor: Tensor, group: ProcessGroup) -
     is_expert = owner == "experts"
     module = kind if is_expert else owner
     if module == "qkv_proj":
-        attention = model.layers[int(name.split(".")[1])].self_attn
-        assert not isinstance(attention, Tensor)
+        layer = model.layers[int(name.split(".")[1])]
+        assert isinstance(layer, DecoderLayer)
+        attention = layer.self_attn
         kv = min(config.num_kv_heads, ranks)  # of fewer heads than processes each has several
         pieces = ranks, kv, kv
         if isinstance(attention, LatentAttention):  # latents are whole everywhere

@@ -5,6 +5,7 @@ Without Ray the judge is one that needs no model, and blocks are judged in this 
 of it; with Ray (marked soak) it is the pocket model.
 """
 
+import errno
 import importlib.util
 import json
 import os
@@ -43,7 +44,8 @@ def fake_judge_in_a_new_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def options(**given: Any) -> Options:
-    return Options(**({"model": Path("."), "data": "data", "block_rows": 3} | given))
+    values: dict[str, Any] = {"model": Path("."), "data": "data", "block_rows": 3} | given
+    return Options(**values)
 
 
 def alone(*words: str) -> bytes:
@@ -164,6 +166,23 @@ def test_a_killed_run_loses_nothing_and_repeats_nothing(monkeypatch: pytest.Monk
     judged.clear()
     run(data="many")  # all is there
     assert judged == [] and committed() == after
+
+
+def test_a_block_is_committed_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full, say, when two are written."""
+    synced: list[int] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) > 8:  # of run.json, the key and two blocks, each with its directory
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="No space left"):
+        patch.setattr(os, "fsync", fsync)
+        run(partial(workers, count=1))
+    assert {len(path.read_bytes().splitlines()) for path in (OUT / "blocks").glob("*")} == {3}
+    assert 1 <= len(committed()) < 4
+    assert run()[0] == 1 and JOINED.read_bytes() == alone()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
