@@ -212,7 +212,9 @@ class RowFiles:
         names = [path for path in directory.iterdir() if path.name.endswith(_FILES_OF_ROWS)]
         self._paths = sorted(path for path in names if path.is_file())
         if not self._paths:
-            raise ValueError(f"{directory} has no file of rows: {', '.join(_FILES_OF_ROWS)}")
+            raise ValueError(
+                f"the directory {directory} has no file of rows: {', '.join(_FILES_OF_ROWS)}"
+            )
 
     def parse_lines(
         self, parse: Callable[[bytes], T], max_row_bytes: int

@@ -226,7 +226,8 @@ class Drain:
                 os.write(2, b"\nfinishing the rows under way; a second signal stops at once\n")
             self._deadline = time.monotonic() + self.seconds
             if self._tell is not None:
-                self._tell()
+                with suppress(OSError):  # the disk is full, say: then nobody is told
+                    self._tell()
             signal.setitimer(signal.ITIMER_REAL, _ALARM_SECONDS, _ALARM_SECONDS)
         if self._may_end:
             raise Interrupted
