@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from engine.decided import samples_to_draw
 from engine.expected import UNIT
@@ -33,7 +34,7 @@ from engine.key import line_key, model_fingerprint, run_options, weights_fingerp
 from engine.labels import agrees, is_correct
 from engine.memory import cache_bound, cache_budget
 from engine.meta import MetaModel, MetaScorer
-from engine.online import TOO_LATE
+from engine.online import TOO_LATE, Worker
 from engine.options import MAX_SHOWN, JudgeOptions
 from engine.orders import draw_orders, parts_of, seen_by
 from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
@@ -48,7 +49,8 @@ from engine.verdict import RowFailure, Verdict
 from kernels.sample_token import SamplingOptions, stream_key, uniforms
 from kernels.segment_attention import Backend
 from kernels.vote import vote
-from models import load, load_weights, read_config
+from models import load, load_share, load_weights, read_config
+from models.tensor_parallel import SplitTransformer
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
@@ -120,6 +122,7 @@ class Judge(RowJudge):
         memory_fraction: float | None = None,
         meta: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
+        group: ProcessGroup | None = None,
     ) -> "Judge":
         """Load a model directory in Hugging Face layout.
 
@@ -132,8 +135,10 @@ class Judge(RowJudge):
         memory_fraction in place of the latter: of the memory that is free once the weights are
         loaded. meta: the directory of a meta reward model, a sequence classifier of one label, with
         a template of its own. settings: fields of `JudgeSettings` in place of what the directory's
-        judge.json says. Raises ValueError naming the file for anything that cannot be read or is
-        not supported.
+        judge.json says. group: processes of torch.distributed among which the model, not a meta
+        model, is divided; all of them judge the same rows, with the same options and cache_bytes,
+        and get the same outcomes. Raises ValueError naming the file for anything that cannot be
+        read or is not supported.
         """
         directory = Path(directory)
         read_config(directory)  # whatever is wrong there is said first, then of the templates
@@ -142,7 +147,15 @@ class Judge(RowJudge):
         for each in (Template("judge", own, date), Template("chat", chat, date)):
             each.check()
         place: dict[str, Any] = {"dtype": dtype, "device": device, "numerics": numerics}
-        model, tokenizer = load(directory, **place)
+        model: Transformer
+        if group is None:
+            model, tokenizer = load(directory, **place)
+        else:
+            if cache_bytes is None:
+                raise ValueError("a model that is divided needs cache_bytes, the same everywhere")
+            if numerics != "portable":
+                raise ValueError(f"numerics {numerics!r} are not for a model that is divided")
+            model, tokenizer = load_share(directory, group, dtype, device)
         return cls(
             model.eval(),
             tokenizer,
@@ -236,6 +249,11 @@ class Judge(RowJudge):
             return options
         return replace(options, meta_vote="filter", k_meta=options.k_meta or (options.k + 1) // 2)
 
+    def _online(self) -> Worker:
+        if isinstance(self.model, SplitTransformer):
+            raise ValueError("a model that is divided judges by rows alone, not what is submitted")
+        return super()._online()
+
     def _key(
         self, row: Row | BadRow, options: JudgeOptions, hints: Sequence[str | None] = ()
     ) -> str:
@@ -244,6 +262,8 @@ class Judge(RowJudge):
             "stop": options.stop or self.settings.stop,
             **run_options(self.prompts, self.model.head_weight),
         }
+        if isinstance(self.model, SplitTransformer):
+            everything["processes"] = self.model.group.size()
         if options.score == "drawn":  # as it always was: those lines keep their keys
             del everything["score"]
         if self.meta is not None:

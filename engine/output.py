@@ -45,21 +45,13 @@ class Output:
             if resume and not self._is_file:
                 raise OutputError(f"--resume needs a file to resume, not {path}")
             if self._is_file:
-                self._lock()
+                lock(self._descriptor, path)
                 self._end = os.fstat(self._descriptor).st_size  # the end of the last whole line
                 if self._end and not resume:
                     raise OutputError(f"{path} is not empty: --resume continues it")
         except OutputError:
             os.close(self._descriptor)
             raise
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            raise OutputError(f"{self.path} is being written by another process") from None
 
     def whole_lines(self) -> Iterator[bytes]:
         """The complete lines that the file holds, newlines included."""
@@ -96,6 +88,16 @@ class Output:
                 os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
+
+
+def lock(descriptor: int, path: str) -> None:
+    """Lock an open file until it is closed; raises OutputError where another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        raise OutputError(f"{path} is being written by another process") from None
 
 
 class SampleFacts(msgspec.Struct):
@@ -147,29 +149,38 @@ def resume(
     """
     size = number = 0
     for number, line in enumerate(output.whole_lines(), 1):
-        place = f"{output.path} line {number}"
-        try:
-            facts = read_line(line)
-        except ValueError as error:
-            raise OutputError(f"{place} is {error}") from None
-        if not is_as_written(line):
-            raise OutputError(
-                f"{place} is not as it was written: its check is missing or of other content"
-            )
         entry = next(entries, None)
-        if entry is None:
-            raise OutputError(f"{place} has no row in the input: the data changed")
-        if isinstance(entry, BadRow):
-            same = line == to_line(RowFailure(entry.id, entry.line, key(entry), entry.error))
-        else:
-            same = facts.id == entry.id and facts.key == key(entry)
-            same = same and (facts.error is None or facts.line == entry.line)
-        if not same:
-            raise OutputError(
-                f"{place} is not what line {entry.line} of the input gives now: the data, the "
-                "options or the model changed"
-            )
+        facts = check_line(line, f"{output.path} line {number}", entry, key)
+        assert entry is not None
         seen(facts, entry)
         size += len(line)
     output.cut(size)
     return number
+
+
+def check_line(
+    line: bytes, place: str, entry: Row | BadRow | None, key: Callable[[Row | BadRow], str]
+) -> LineFacts:
+    """The facts of a line that an earlier run has written for this entry, None where there is no
+    more. Raises OutputError naming the place where it would not be written now."""
+    try:
+        facts = read_line(line)
+    except ValueError as error:
+        raise OutputError(f"{place} is {error}") from None
+    if not is_as_written(line):
+        raise OutputError(
+            f"{place} is not as it was written: its check is missing or of other content"
+        )
+    if entry is None:
+        raise OutputError(f"{place} has no row in the input: the data changed")
+    if isinstance(entry, BadRow):
+        same = line == to_line(RowFailure(entry.id, entry.line, key(entry), entry.error))
+    else:
+        same = facts.id == entry.id and facts.key == key(entry)
+        same = same and (facts.error is None or facts.line == entry.line)
+    if not same:
+        raise OutputError(
+            f"{place} is not what line {entry.line} of the input gives now: the data, the "
+            "options or the model changed"
+        )
+    return facts

@@ -13,7 +13,7 @@ import os
 import select
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from engine.request import BadRow, Row, RowError, parse_row
 MAX_ROW_BYTES = 1 << 20
 _UTF8_BOM = b"\xef\xbb\xbf"
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
+_FILES_OF_ROWS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _CHUNK_BYTES = 1 << 16
 _ARRAY_BYTES = 1 << 30  # an array is held whole
 T = TypeVar("T")
@@ -202,8 +203,33 @@ def _lines_of_parquet(path: Path) -> BinaryIO:
     return lines
 
 
+class RowFiles:
+    """The files of rows in a directory, which are read as one, in the order of their names; their
+    lines are counted on from file to file. Others that it holds are passed over."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ValueError where there is none."""
+        names = [path for path in directory.iterdir() if path.name.endswith(_FILES_OF_ROWS)]
+        self._paths = sorted(path for path in names if path.is_file())
+        if not self._paths:
+            raise ValueError(
+                f"the directory {directory} has no file of rows: {', '.join(_FILES_OF_ROWS)}"
+            )
+
+    def parse_lines(
+        self, parse: Callable[[bytes], T], max_row_bytes: int
+    ) -> Iterator[tuple[int, T | BadRow]]:
+        """As `parse_lines` does with one file."""
+        start = 0
+        for path in self._paths:
+            with open_rows(path) as stream:
+                start = yield from parse_lines(stream, parse, max_row_bytes, start)
+
+
 def read_rows(
-    stream: BinaryIO | Pipe, max_row_bytes: int = MAX_ROW_BYTES, columns: Columns | None = None
+    source: BinaryIO | Pipe | RowFiles,
+    max_row_bytes: int = MAX_ROW_BYTES,
+    columns: Columns | None = None,
 ) -> Iterator[Row | BadRow]:
     """Read rows one at a time, as the consumer asks for them.
 
@@ -213,7 +239,12 @@ def read_rows(
     first_lines: dict[bytes, int] = {}  # digest of an id -> the line that has it
     warned = False
     convert = None if columns is None else columns.row
-    for line, entry in parse_lines(stream, partial(parse_row, convert=convert), max_row_bytes):
+    parse = partial(parse_row, convert=convert)
+    if isinstance(source, RowFiles):
+        lines = source.parse_lines(parse, max_row_bytes)
+    else:
+        lines = parse_lines(source, parse, max_row_bytes)
+    for line, entry in lines:
         if isinstance(entry, Row):
             entry = replace(entry, line=line)
         if entry.id is not None:
@@ -232,24 +263,27 @@ def read_rows(
 
 
 def parse_lines(
-    stream: BinaryIO | Pipe, parse: Callable[[bytes], T], max_row_bytes: int = MAX_ROW_BYTES
-) -> Iterator[tuple[int, T | BadRow]]:
+    stream: BinaryIO | Pipe,
+    parse: Callable[[bytes], T],
+    max_row_bytes: int = MAX_ROW_BYTES,
+    start: int = 0,
+) -> Generator[tuple[int, T | BadRow], None, int]:
     """What `parse` makes of each line of a file, or of each element of its array, and its number
-    from 1; a BadRow for what `parse` refuses with a RowError.
+    from start + 1; a BadRow for what `parse` refuses with a RowError. Returns the last number.
 
     Of lines: a byte-order mark at the start, CRLF and blank lines are accepted, and so is a last
     line without its newline if it is whole. A line of more than `max_row_bytes` bytes is read past
     in pieces and never held.
     """
-    number = 0
+    number = start
     # Room for a byte-order mark and \r\n: what comes without a line end is then over the limit.
     while line := stream.readline(max_row_bytes + 5):
         number += 1
-        if number == 1:
+        if number == start + 1:
             line = line.removeprefix(_UTF8_BOM)
             if line.lstrip().startswith(b"["):
-                yield from _array(line + stream.read(_ARRAY_BYTES), max_row_bytes, parse)
-                return
+                content = line + stream.read(_ARRAY_BYTES)
+                return (yield from _array(content, max_row_bytes, parse, start))
         torn = not line.endswith(b"\n")
         content = line.removesuffix(b"\n").removesuffix(b"\r")
         if len(content) > max_row_bytes:
@@ -260,6 +294,7 @@ def parse_lines(
                 end = " (the last line, without its newline)"
                 entry = replace(entry, error=entry.error + end)
             yield number, entry
+    return number
 
 
 def _entry(content: bytes, number: int, parse: Callable[[bytes], T]) -> T | BadRow:
@@ -270,22 +305,23 @@ def _entry(content: bytes, number: int, parse: Callable[[bytes], T]) -> T | BadR
 
 
 def _array(
-    content: bytes, max_row_bytes: int, parse: Callable[[bytes], T]
-) -> Iterator[tuple[int, T | BadRow]]:
-    """The elements of a JSON array, counted from 1 as lines are."""
+    content: bytes, max_row_bytes: int, parse: Callable[[bytes], T], start: int
+) -> Generator[tuple[int, T | BadRow], None, int]:
+    """The elements of a JSON array, counted as lines are."""
     try:
         elements = msgspec.json.decode(content, type=list[msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         digest = hashlib.sha256(content).hexdigest()
-        yield 1, BadRow(None, 1, f"not a JSON array: {error}", digest)
-        return
-    for number, element in enumerate(elements, 1):
+        yield start + 1, BadRow(None, start + 1, f"not a JSON array: {error}", digest)
+        return start + 1
+    for number, element in enumerate(elements, start + 1):
         row = bytes(element)
         if len(row) > max_row_bytes:
             reason = f"the row has {len(row)} bytes, more than max_row_bytes = {max_row_bytes}"
             yield number, BadRow(None, number, reason, hashlib.sha256(row).hexdigest())
         else:
             yield number, _entry(row, number, parse)
+    return start + len(elements)
 
 
 def _read_past(stream: BinaryIO | Pipe, start: bytes, number: int, max_row_bytes: int) -> BadRow:

@@ -17,7 +17,7 @@ dropped. The second one kills.
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `_Drain`: no traceback of half an import
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `Drain`: no traceback of half an import
 
 import dataclasses
 import io
@@ -42,7 +42,7 @@ from engine import command
 from engine.kind import kind_of
 from engine.options import JudgeOptions, PromptOptions, meaningless
 from engine.output import LineFacts, Output, resume
-from engine.reading import MAX_ROW_BYTES, Columns, Pipe, open_rows, read_rows
+from engine.reading import MAX_ROW_BYTES, Columns, Pipe, RowFiles, open_rows, read_rows
 from engine.request import BadRow, Row
 from engine.stopping import STOP_SIGNALS
 from engine.summary import Tally
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from engine.cloud import CloudJudge
     from engine.judge import Judge
     from engine.scalar_judge import ScalarJudge
+
+    AnyJudge = Judge | ScalarJudge | CloudJudge
 
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
 BUNDLED_ROWS = Path(__file__).with_name("rows.jsonl")
@@ -129,17 +131,23 @@ class RunOptions(JudgeOptions):
 
 
 @dataclass(frozen=True)
-class Options(RunOptions):
-    """Judge responses with a generative reward model: k judgements a row, then a vote."""
+class RowOptions(RunOptions):
+    """What a run takes, and where its rows come from."""
 
     data: str | None = None
-    """Rows: lines or an array of JSON, gzipped or not, or Parquet; - is standard input, none the
-    bundled rows."""
+    """Rows: lines or an array of JSON, gzipped or not, or Parquet, or a directory of such files; -
+    is standard input, none the bundled rows."""
     columns: str | None = None
     """Where a table in another layout has what a row needs: JSON or a file of it, such as
     {"prompt": "input", "responses": ["a", "b"], "label": {"column": "y", "values": {"1": 0}}}."""
     max_row_bytes: int = MAX_ROW_BYTES
     """Longest input line, in bytes; a longer one is an error line."""
+
+
+@dataclass(frozen=True)
+class Options(RowOptions):
+    """Judge responses with a generative reward model: k judgements a row, then a vote."""
+
     out: str | None = None
     """Where verdicts go, one JSON line each; - is standard output, none prints for a person."""
     resume: bool = False
@@ -160,7 +168,7 @@ def _judge(arguments: Sequence[str] | None, prog: str) -> int:
         print(json.dumps(summary), file=sys.stderr)
     if status == 3:
         assert summary is not None
-        print(_in_vain(summary), file=sys.stderr)
+        print(in_vain(summary), file=sys.stderr)
     return status
 
 
@@ -168,13 +176,13 @@ def judge(options: Options) -> tuple[int, dict[str, Any] | None]:
     """Judge as the options say; the exit status, and what the closing summary is made of, None
     where no row was to be judged."""
     with ExitStack() as stack:
-        drain = stack.enter_context(closing(_Drain(options.drain_seconds)))
+        drain = stack.enter_context(closing(Drain(options.drain_seconds)))
         try:
             if options.show_prompt:
-                print(_first_prompt(options, stack))
+                print(first_prompt(options, stack))
                 return 0, None
             run = _Run(options, drain, stack)
-        except _Interrupted:
+        except Interrupted:
             assert drain.signal is not None
             return 128 + drain.signal, None
         command.begin_work()
@@ -182,11 +190,11 @@ def judge(options: Options) -> tuple[int, dict[str, Any] | None]:
         return run.status, summary
 
 
-class _Interrupted(KeyboardInterrupt):
+class Interrupted(KeyboardInterrupt):
     """A signal came while loading or waiting for input, or a drain has taken too long."""
 
 
-class _Drain:
+class Drain:
     """Ends the input at the first signal; the second one does what it does by default.
 
     The signal may find the run loading a model or blocked in reading a pipe, where a flag alone
@@ -195,10 +203,12 @@ class _Drain:
     are imported: some go on with half of what they are.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, tell: Callable[[], object] | None = None) -> None:
+        """tell: called when the signal comes, once rows are judged."""
         if not (seconds >= 0 and math.isfinite(seconds)):
             raise ValueError(f"--drain-seconds {seconds} is not a number of at least 0")
         self.seconds = seconds
+        self._tell = tell
         self.signal: int | None = None  # that has come
         self._has_loaded = False
         self._may_end = False  # nothing is lost if the run ends here
@@ -215,13 +225,16 @@ class _Drain:
             with suppress(OSError):
                 os.write(2, b"\nfinishing the rows under way; a second signal stops at once\n")
             self._deadline = time.monotonic() + self.seconds
+            if self._tell is not None:
+                with suppress(OSError):  # the disk is full, say: then nobody is told
+                    self._tell()
             signal.setitimer(signal.ITIMER_REAL, _ALARM_SECONDS, _ALARM_SECONDS)
         if self._may_end:
-            raise _Interrupted
+            raise Interrupted
 
     def _look(self, number: int, frame: FrameType | None) -> None:
         if self._judging and time.monotonic() >= self._deadline:
-            raise _Interrupted
+            raise Interrupted
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -229,7 +242,7 @@ class _Drain:
         judged, and those under way finish."""
         self._may_end = True
         if self.signal is not None:
-            raise _Interrupted
+            raise Interrupted
         yield
         self._may_end, self._has_loaded = False, True
 
@@ -243,7 +256,7 @@ class _Drain:
                 return next(source, None)
             finally:
                 self._may_end = False
-        except _Interrupted:
+        except Interrupted:
             return None
 
     def judge(self, outcomes: Iterator[T]) -> T | None:
@@ -254,7 +267,7 @@ class _Drain:
                 return next(outcomes, None)
             finally:
                 self._judging = False
-        except _Interrupted:
+        except Interrupted:
             return None
 
     def close(self) -> None:
@@ -267,7 +280,7 @@ class _Drain:
 class _Run:
     """One run: the open ends, the judge, and what has been counted."""
 
-    def __init__(self, options: Options, drain: _Drain, stack: ExitStack) -> None:
+    def __init__(self, options: Options, drain: Drain, stack: ExitStack) -> None:
         """Open the output first, the model after it; raises ValueError or OSError for the user."""
         self.options = options
         self.drain = drain
@@ -281,8 +294,8 @@ class _Run:
             raise ValueError("--resume needs --out FILE")
         if options.out in (None, "-"):
             command.check_stream(1)
-        self.entries, self.is_ready = _open(options, stack)
-        load = _loader(options)
+        self.entries, self.is_ready = open_data(options, stack)
+        load = loader(options)
         self.sampling = options.judging
         with drain.loading():
             self.judge = load()
@@ -355,12 +368,7 @@ class _Run:
         self.bar.update()
 
     def _count(self, outcome: Verdict | RowFailure | LineFacts, entry: Row | BadRow) -> None:
-        samples = [] if isinstance(outcome, RowFailure) else outcome.samples
-        cut = any(sample.invalid == "truncated" for sample in samples)
-        opens = (
-            cut and isinstance(entry, Row) and self.judge.opens_thinking(entry, self.options.seed)
-        )
-        self.tally.add(outcome, opens)
+        count(self.tally, self.judge, outcome, entry, self.options.seed)
 
     def _print(self, text: str) -> None:
         tqdm.write(text, file=sys.stdout)
@@ -368,19 +376,41 @@ class _Run:
 
     def _summary(self, seconds: float) -> dict[str, Any]:
         usage = dataclasses.asdict(self.judge.usage)
-        useful = usage["prefill_tokens"] + usage["decode_tokens"]
-        return {
-            **self.tally.facts(),
-            "interrupted": self.drain.signal is not None,
-            "seconds": round(seconds, 3),
-            "tokens_computed": useful + usage["idle_tokens"],
-            "tokens_naive": self.naive_tokens,
-            "tokens_per_second": round(useful / seconds, 1),
-            "usage": usage,
-        }
+        is_cut = self.drain.signal is not None
+        return summary_of(self.tally, usage, self.naive_tokens, seconds, is_cut)
 
 
-def _loader(options: Options) -> "Callable[[], Judge | ScalarJudge | CloudJudge]":
+def count(
+    tally: Tally,
+    judge: "AnyJudge",
+    outcome: Verdict | RowFailure | LineFacts,
+    entry: Row | BadRow,
+    seed: int,
+) -> None:
+    """Add an outcome, or a line that an earlier run wrote, and its entry to a tally."""
+    samples = [] if isinstance(outcome, RowFailure) else outcome.samples
+    cut = any(sample.invalid == "truncated" for sample in samples)
+    tally.add(outcome, cut and isinstance(entry, Row) and judge.opens_thinking(entry, seed))
+
+
+def summary_of(
+    tally: Tally, usage: Mapping[str, Any], naive_tokens: int, seconds: float, interrupted: bool
+) -> dict[str, Any]:
+    """What the closing summary is made of. usage: the fields of `engine.generate.Usage`;
+    naive_tokens: what would be computed if no samples shared their prompt."""
+    useful = usage["prefill_tokens"] + usage["decode_tokens"]
+    return {
+        **tally.facts(),
+        "interrupted": interrupted,
+        "seconds": round(seconds, 3),
+        "tokens_computed": useful + usage["idle_tokens"],
+        "tokens_naive": naive_tokens,
+        "tokens_per_second": round(useful / seconds, 1),
+        "usage": usage,
+    }
+
+
+def loader(options: RunOptions) -> "Callable[[], AnyJudge]":
     """Loads what judges with the model, with all libraries imported. Raises ValueError for options
     that have no meaning for it."""
     prompts = options.prompts
@@ -417,7 +447,9 @@ def _loader(options: Options) -> "Callable[[], Judge | ScalarJudge | CloudJudge]
     return partial(ScalarJudge.load, options.model, **place)
 
 
-def _open(options: Options, stack: ExitStack) -> tuple[Iterator[Row | BadRow], Callable[[], bool]]:
+def open_data(
+    options: RowOptions, stack: ExitStack
+) -> tuple[Iterator[Row | BadRow], Callable[[], bool]]:
     """The rows of --data, and whether one can be read without waiting."""
     if not 1 <= options.max_row_bytes <= MOST_ROW_BYTES:
         raise ValueError(
@@ -428,17 +460,16 @@ def _open(options: Options, stack: ExitStack) -> tuple[Iterator[Row | BadRow], C
         command.check_stream(0)
         pipe = Pipe(0, options.max_row_bytes)
         return read_rows(pipe, options.max_row_bytes, columns), pipe.ready
-    stream = stack.enter_context(
-        open_rows(Path(BUNDLED_ROWS if options.data is None else options.data))
-    )
-    return read_rows(stream, options.max_row_bytes, columns), lambda: True
+    path = Path(BUNDLED_ROWS if options.data is None else options.data)
+    source = RowFiles(path) if path.is_dir() else stack.enter_context(open_rows(path))
+    return read_rows(source, options.max_row_bytes, columns), lambda: True
 
 
 def _width() -> int:
     return min(shutil.get_terminal_size().columns, 100)
 
 
-def _in_vain(summary: Mapping[str, Any]) -> str:
+def in_vain(summary: Mapping[str, Any]) -> str:
     """What is said of a run without any verdict: why, and what helps."""
     reasons = ", ".join(f"{count} {name}" for name, count in summary["invalid"].items())
     if summary["cut_while_thinking"]:
@@ -459,10 +490,10 @@ def _in_vain(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _first_prompt(options: Options, stack: ExitStack) -> str:
+def first_prompt(options: RowOptions, stack: ExitStack) -> str:
     """What the first sample of the first row would see, without loading weights."""
-    _loader(options)  # refuses options without a meaning
-    entries, _ = _open(options, stack)
+    loader(options)  # refuses options without a meaning
+    entries, _ = open_data(options, stack)
     row = next(entries, None)
     if row is None:
         raise ValueError("there is no row to show")
@@ -472,7 +503,7 @@ def _first_prompt(options: Options, stack: ExitStack) -> str:
     return escape(text) if sys.stdout.isatty() else text
 
 
-def _prompt_of(options: Options, row: Row) -> str:
+def _prompt_of(options: RunOptions, row: Row) -> str:
     """The first prompt of a row."""
     from engine.cloud import CritiquePrompts, read_critique_template  # these load torch
     from engine.orders import draw_orders, parts_of, seen_by

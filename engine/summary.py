@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from engine.output import LineFacts, SampleFacts
@@ -73,6 +73,11 @@ class Tally:
             self.winners += 1
             self.first_won += sample.scores[sample.order[0]] == top
             self.first_expected += 1 / len(sample.scores)
+
+    def __add__(self, other: "Tally") -> "Tally":
+        """The counts over both outputs."""
+        names = [each.name for each in fields(self)]
+        return Tally(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
     def facts(self) -> dict[str, Any]:
         """All of it for the closing summary. Shares are None where there is nothing to share.

@@ -4,11 +4,13 @@ import os
 from dataclasses import replace
 
 import torch
+from torch.distributed import ProcessGroup
 
 from models.config import DTYPES, ModelConfig, read_config
 from models.critique_model import CritiqueModel, base_of
 from models.layers import Attend
 from models.scalar_head import ScalarModel
+from models.tensor_parallel import SplitTransformer, split
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from models.weights import (
@@ -24,6 +26,7 @@ __all__ = [
     "CritiqueModel",
     "ModelConfig",
     "ScalarModel",
+    "SplitTransformer",
     "Tokenizer",
     "Transformer",
     "load",
@@ -31,6 +34,7 @@ __all__ = [
     "load_critique_weights",
     "load_scalar",
     "load_scalar_weights",
+    "load_share",
     "load_weights",
     "read_config",
     "save_pretrained",
@@ -57,6 +61,18 @@ def load(
     model = load_weights(directory, config, chosen, place)
     _set_numerics(model, numerics)
     return model, tokenizer
+
+
+def load_share(
+    directory: str | os.PathLike[str],
+    group: ProcessGroup,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+) -> tuple[SplitTransformer, Tokenizer]:
+    """`load` of a model that is divided among the processes of a group, all of which have to call
+    this. The whole of it is in the memory of the CPU meanwhile, and not on a GPU."""
+    config, tokenizer, chosen, place = _open(directory, dtype, device)
+    return split(load_weights(directory, config, chosen, "cpu"), group).to(place), tokenizer
 
 
 def load_scalar(

@@ -25,11 +25,15 @@ from kernels.target import power_of_two
 from models.latent_attention import LATENT_EPS, LatentAttention
 from models.layers import Linear, RMSNorm
 from models.rope import Rope
+from models.tensor_parallel import SplitTransformer
 from models.transformer import MLP, DecoderLayer, ExpertsMLP, Transformer
 
 
 def runs_cpp(model: Transformer) -> bool:
-    """Whether this model's forward can be had as C++: float32 or bfloat16 on CPU, no gradient."""
+    """Whether this model's forward can be had as C++: float32 or bfloat16 on CPU, no gradient, and
+    the model whole."""
+    if isinstance(model, SplitTransformer):
+        return False
     parameters = list(model.parameters())
     return not any(p.is_inference() for p in parameters) and cpp.runs_cpp(
         *(p.detach() for p in parameters)

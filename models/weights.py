@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -297,7 +298,8 @@ def write_tensors(
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Replace a file by what `write` puts into a temporary one, durably or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Two machines that share the directory may have processes of one number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         write(temporary)
         for place, target in ((temporary, path), (path.parent, None)):

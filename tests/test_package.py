@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -60,6 +61,17 @@ def test_what_is_called_kernels_here_has_a_version_that_transformers_leaves_alon
     """As transformers asks for it: of the first folder of the path that knows."""
     found = metadata.distributions(name="kernels", path=[str(ROOT)])
     assert [each.version for each in found] == ["0"]
+
+
+def test_an_image_is_made_of_all_packages() -> None:
+    kept = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] == "!"
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.split(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    files = {project["project"]["readme"], *project["project"]["license-files"]}
+    assert kept == packages | files | {"pyproject.toml", "constraints.txt"}
+    assert all((ROOT / name).exists() for name in kept)
 
 
 @pytest.mark.soak

@@ -15,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from engine.labels import is_tie
-from engine.reading import Columns, Pipe, open_rows, read_rows
+from engine.reading import Columns, Pipe, RowFiles, open_rows, read_rows
 from engine.request import BadRow, Row, RowError, parse_row
 
 LIMIT = 1 << 20
@@ -172,6 +172,32 @@ def test_rows_are_read_as_they_are_asked_for() -> None:
     for count in range(1, 4):
         next(rows)
         assert stream.getvalue()[: stream.tell()].count(b"\n") == count
+
+
+def test_the_files_of_a_directory_are_read_as_one(tmp_path: Path) -> None:
+    """Whatever the form of each: lines are counted on, and ids are those of all."""
+    first = [line(id="a", **PLAIN), b"bad\n", b"\n"]
+    array = b"[" + b",".join(line(id=name, **PLAIN).strip() for name in "bca") + b"]"
+    (tmp_path / "2.jsonl").write_bytes(b"".join(first))
+    (tmp_path / "3.json.gz").write_bytes(gzip.compress(array))
+    (tmp_path / "4.json").write_bytes(b"[1,")
+    (tmp_path / "5.jsonl").write_bytes(b"\xef\xbb\xbf" + line(id="d", **PLAIN) + b"torn")
+    for name in ("1.csv", ".2.jsonl.swp", "README.md"):
+        (tmp_path / name).write_bytes(b"of something else\n")
+    (tmp_path / "6.jsonl").mkdir()
+    entries = list(read_rows(RowFiles(tmp_path), LIMIT))
+    assert [(entry.id, entry.line) for entry in entries] == [
+        ("a", 1), (None, 2), ("b", 4), ("c", 5), ("a", 6), (None, 7), ("d", 8), (None, 9),
+    ]  # fmt: skip
+    assert "the id 'a' is that of line 1" in refused(entries[4]).error
+    assert "not a JSON array" in refused(entries[5]).error
+    assert "without its newline" in refused(entries[7]).error
+
+
+def test_a_directory_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"has no file of rows: \.jsonl"):
+        RowFiles(tmp_path)
 
 
 def test_one_warning_names_what_is_not_seen() -> None:

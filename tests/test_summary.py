@@ -40,6 +40,15 @@ OUTCOMES: list[Verdict | RowFailure] = [
 ]  # fmt: skip
 
 
+def test_the_sum_of_two_tallies() -> None:
+    whole, *parts = Tally(), Tally(), Tally(), Tally()
+    for place, outcome in enumerate(OUTCOMES):
+        whole.add(outcome)
+        parts[place // 2].add(outcome)
+    assert parts[0] + parts[1] + parts[2] == whole
+    assert sum(parts[1:], parts[0]).facts() == whole.facts()
+
+
 def test_counts() -> None:
     tally = Tally()
     for outcome in OUTCOMES:
