@@ -3,7 +3,8 @@
 Rows are cut into blocks (`engine/blocks.py`). Each worker is an actor of Ray with a judge of its
 own, and takes one block after another. The directories of the rows, of the model and OUT have to be
 the same on all machines. `OUT/verdicts.jsonl` is, byte for byte, what `engine.sample --out` writes
-where a row's line does not depend on its batch: in float32 on CPUs, and with --deterministic.
+where a row's line does not depend on its batch: in float32 on CPUs, and on GPUs of one kind with
+--deterministic.
 
 Without a cluster (RAY_ADDRESS, or `ray start` on this machine) Ray runs on this machine alone.
 
