@@ -15,7 +15,7 @@ from engine.verdict import to_line
 @dataclass
 class Served:
     """A server that is up, and the bodies that it was sent. busy: how many requests it refuses,
-    with `refusal` as status and headers."""
+    with `refusal` as status and headers; with a status of 0 it says nothing at all."""
 
     url: str
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -35,6 +35,9 @@ def serving(judge: Any, api_key: str | None = None) -> Iterator[Served]:
                 served.bodies.append(body)
                 served.busy -= 1
                 is_busy = served.busy >= 0
+            if is_busy and served.refusal[0] == 0:
+                self.close_connection = True
+                return None
             if is_busy:
                 return self.answer(*served.refusal, {"error": "busy"})
             if api_key is not None and self.headers["Authorization"] != f"Bearer {api_key}":

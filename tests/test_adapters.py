@@ -122,8 +122,7 @@ def test_a_judge_here_and_one_served_give_what_rows_gives() -> None:
                 found = list(threads.map(each.score, [questions[i::3] for i in range(3)]))
             assert [plainly(answers) for answers in found] == [expected[i::3] for i in range(3)]
             assert plainly(asyncio.run(each.score_async(questions))) == expected
-        sizes = sorted(len(body["rows"]) for body in server.bodies)
-        assert sizes == [2, 6, 6, 6, 16]
+        assert len(server.bodies) == 2 * len(questions)
         with pytest.raises(RuntimeError, match=r"401 Unauthorized.*no such key"):
             HttpScorer(server.url, OPTIONS, api_key="other").score(questions)
     judge.close()
@@ -158,6 +157,9 @@ def test_options_that_are_wrong_are_an_error(lengths: LengthJudge, served: Serve
         LocalScorer(asked, {"k": 0}).score([Question("a", ["x"])])
     with pytest.raises(RuntimeError, match=r"400 Bad Request.*k = 0 is less than 1"):
         HttpScorer(served.url, {"k": 0}).score([Question("a", ["x"])])
+    served.busy, served.refusal = 1, (413, {})
+    (lost,) = HttpScorer(served.url).score([Question("a", ["x"])])
+    assert lost.scores is None and "413 " in str(lost.error)
     with pytest.raises(ValueError, match="'host:8000' does not begin"):
         HttpScorer("host:8000")
     with pytest.raises(ValueError, match="api_key has no meaning"):
@@ -166,10 +168,18 @@ def test_options_that_are_wrong_are_an_error(lengths: LengthJudge, served: Serve
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Those that were slept, in no time."""
-    slept: list[float] = []
-    monkeypatch.setattr(scorer.time, "sleep", slept.append)
-    return slept
+    """Those between two requests, in no time; a clock goes on by as much."""
+    waited: list[float] = []
+
+    class Event(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if timeout is not None and not self.is_set():
+                waited.append(timeout)
+            return self.is_set()
+
+    monkeypatch.setattr(scorer, "threading", SimpleNamespace(Event=Event))
+    monkeypatch.setattr(scorer, "time", SimpleNamespace(monotonic=lambda: sum(waited)))
+    return waited
 
 
 def test_a_busy_server_is_asked_again(served: Served, pauses: list[float]) -> None:
@@ -181,27 +191,32 @@ def test_a_busy_server_is_asked_again(served: Served, pauses: list[float]) -> No
     served.busy, served.refusal = 7, (503, {})
     assert HttpScorer(served.url).score([question])[0].scores == (1, 3)
     assert pauses == [1, 2, 4, 8, 16, 30, 30]
+    pauses.clear()
+    served.busy, served.refusal = 1, (0, {})  # it goes away in the middle
+    assert HttpScorer(served.url).score([question])[0].scores == (1, 3)
+    assert pauses == [1]
     served.busy, served.refusal = 1, (429, {"Retry-After": "61"})
     with pytest.raises(RuntimeError, match=r"429 Too Many Requests.*busy.*asked for 60 s"):
         HttpScorer(served.url, patience_seconds=60).score([question])
 
 
-def test_a_server_that_is_not_there(pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    clock = SimpleNamespace(monotonic=lambda: now, sleep=pauses.append)
-
-    def sleep(seconds: float) -> None:
-        nonlocal now
-        now += seconds
-        pauses.append(seconds)
-
-    clock.sleep = sleep
-    monkeypatch.setattr(scorer, "time", clock)
+def test_a_server_that_is_not_there(pauses: list[float]) -> None:
     with serving(LengthJudge()) as server:
         pass
     with pytest.raises(RuntimeError, match="refused; asked for 10 s"):
         HttpScorer(server.url, patience_seconds=10).score([Question("a", ["x"])])
     assert pauses == [1, 2, 4]
+
+
+def test_a_refusal_ends_what_is_asked_beside_it(served: Served) -> None:
+    """The second of two requests would be made again after an hour."""
+    served.busy, served.refusal = 1, (429, {"Retry-After": "3600"})
+    asked = HttpScorer(served.url, {"k": 0}, patience_seconds=7200)
+    questions = [Question("a", ["x"]), Question("b", ["x"])]
+    for ask in (asked.score, lambda each: asyncio.run(asked.score_async(each))):
+        served.busy = 1
+        with pytest.raises(RuntimeError):
+            ask(questions)
 
 
 def test_groups() -> None:

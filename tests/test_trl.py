@@ -61,7 +61,7 @@ def test_grpo_trainer(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         )  # fmt: skip
         before = [parameter.clone() for parameter in trainer.model.parameters()]
         trainer.train()
-        assert len(server.bodies) == STEPS
+        assert len(server.bodies) == STEPS * PROMPTS
     judge.close()
     logs = [entry for entry in trainer.state.log_history if "rewards/here/mean" in entry]
     assert len(logs) == STEPS

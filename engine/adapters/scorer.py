@@ -12,10 +12,11 @@ import asyncio
 import json
 import logging
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import HTTPError, URLError
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 Shape = Literal["mean", "rank", "standardised"]
 Prompt = str | Sequence[Mapping[str, str]]
 
-ROWS_PER_REQUEST = 16
 FIRST_PAUSE = 1.0  # seconds before a request is sent again, where the server does not say
 LONGEST_PAUSE = 30.0
 BUSY = (429, 503)
+TOO_LONG = 413
 
 log = logging.getLogger(__name__)
 _threads = ThreadPoolExecutor(256, "quorum-http")  # they only wait; each starts when it is needed
@@ -41,6 +42,10 @@ _threads = ThreadPoolExecutor(256, "quorum-http")  # they only wait; each starts
 
 class NoVerdict(RuntimeError):
     """A response without a score, where the trainer takes nothing but a number."""
+
+
+class TooLong(RuntimeError):
+    """A row that a server takes to be too long."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,10 @@ class LocalScorer(Scorer):
 class HttpScorer(Scorer):
     """A judge that is served at `url`, whose route is `/v1/judge`.
 
-    A busy server (429, 503), or one that cannot be reached, is asked again until patience_seconds
-    are over; every other refusal is a RuntimeError with what the server said. timeout_seconds: for
-    an answer that does not come, a TimeoutError.
+    A server that is busy (429, 503), cannot be reached or ends the connection is asked again until
+    patience_seconds are over. A row that is too long for it (413) has no verdict; every other
+    refusal is a RuntimeError with what the server said. timeout_seconds: for an answer that does
+    not come, a TimeoutError.
     """
 
     url: str
@@ -139,36 +145,48 @@ class HttpScorer(Scorer):
             raise ValueError(f"url = {self.url!r} does not begin with http:// or https://")
 
     def _ask(self, rows: Sequence[Row]) -> list[Scored]:
-        starts = range(0, len(rows), ROWS_PER_REQUEST)
-        parts = [rows[start : start + ROWS_PER_REQUEST] for start in starts]
-        return [scored for part in _threads.map(self._post, parts) for scored in part]
+        ended = threading.Event()
+        found = [_threads.submit(self._post, row, ended) for row in rows]
+        try:
+            done, _ = wait(found, return_when=FIRST_EXCEPTION)
+            for each in done:
+                each.result()  # raises at once, whatever the others wait for
+            return [each.result() for each in found]
+        finally:
+            ended.set()  # where one raised, the others are not asked again
+            for each in found:
+                each.cancel()
 
     async def _ask_async(self, rows: Sequence[Row]) -> list[Scored]:
         loop = asyncio.get_running_loop()
-        starts = range(0, len(rows), ROWS_PER_REQUEST)
-        parts = [rows[start : start + ROWS_PER_REQUEST] for start in starts]
-        found = [loop.run_in_executor(_threads, self._post, part) for part in parts]
-        return [scored for part in await asyncio.gather(*found) for scored in part]
+        ended = threading.Event()
+        found = [loop.run_in_executor(_threads, self._post, row, ended) for row in rows]
+        try:
+            return list(await asyncio.gather(*found))
+        finally:
+            ended.set()
 
-    def _post(self, rows: Sequence[Row]) -> list[Scored]:
-        body: dict[str, Any] = {"rows": [_fields(row) for row in rows], "options": self.options}
+    def _post(self, row: Row, ended: threading.Event) -> Scored:
+        # A request for each row: none is too long, or refused, because of another.
+        body: dict[str, Any] = {"rows": [_fields(row)], "options": self.options}
         if self.deadline_seconds is not None:
             body["deadline_seconds"] = self.deadline_seconds
         headers = {"Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
         address = f"{self.url.rstrip('/')}/v1/judge"
-        request = Request(address, json.dumps(body).encode(), headers)
-        outcomes = self._answer(request)["outcomes"]
-        if len(outcomes) != len(rows):
-            raise RuntimeError(f"{address}: {len(outcomes)} outcomes for {len(rows)} rows")
-        return [_of_fields(outcome) for outcome in outcomes]
+        try:
+            answer = self._answer(Request(address, json.dumps(body).encode(), headers), ended)
+        except TooLong as error:
+            return Scored(None, 0, 0, str(error))
+        (outcome,) = answer["outcomes"]
+        return _of_fields(outcome)
 
-    def _answer(self, request: Request) -> Any:
+    def _answer(self, request: Request, ended: threading.Event) -> Any:
         until = time.monotonic() + self.patience_seconds
         pause = FIRST_PAUSE
         while True:
-            wait = pause
+            seconds = pause
             try:
                 with urlopen(request, timeout=self.timeout_seconds) as answer:
                     return json.load(answer)
@@ -176,13 +194,14 @@ class HttpScorer(Scorer):
                 said = error.read(300).decode("utf-8", "replace")
                 failure = f"{request.full_url}: {error.code} {error.reason}: {said}"
                 if error.code not in BUSY:
-                    raise RuntimeError(failure) from error
-                wait = _seconds(error.headers.get("Retry-After"), pause)
-            except URLError as error:
-                failure = f"{request.full_url}: {error.reason}"
-            if time.monotonic() + wait > until:
+                    kind = TooLong if error.code == TOO_LONG else RuntimeError
+                    raise kind(failure) from error
+                seconds = _seconds(error.headers.get("Retry-After"), pause)
+            except (URLError, ConnectionError) as error:  # not there, or gone in the middle
+                reason = error.reason if isinstance(error, URLError) else error
+                failure = f"{request.full_url}: {reason}"
+            if time.monotonic() + seconds > until or ended.wait(seconds):
                 raise RuntimeError(f"{failure}; asked for {self.patience_seconds:g} s")
-            time.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
