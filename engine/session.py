@@ -8,6 +8,7 @@ call pays for its template once. Where the model has learnt meanwhile it forgets
 are done from any thread (`engine/online.py`).
 """
 
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -98,6 +99,7 @@ class RowJudge(ABC):
     def __init__(self) -> None:
         self._idle: list[Session] = []  # at most one
         self._worker: Worker | None = None
+        self._starting = threading.Lock()
 
     @abstractmethod
     def _options(self, given: Mapping[str, Any]) -> JudgeOptions:
@@ -177,9 +179,10 @@ class RowJudge(ABC):
         return options
 
     def _online(self) -> Worker:
-        if self._worker is None:
-            self._worker = Worker(self)
-        return self._worker
+        with self._starting:  # the first rows may come from several threads at once
+            if self._worker is None:
+                self._worker = Worker(self)
+            return self._worker
 
     def _in_order(
         self,

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,30 @@ def test_outcomes_are_those_of_a_batch(kind: str, rows: list[Row]) -> None:
         thread.join()
     assert lines([pending.result(60) for pending in found]) == expected
     judge.close()
+
+
+def test_the_first_rows_from_several_threads(
+    rows: list[Row], judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Worker] = []
+    init = Worker.__init__
+
+    def slow(self: Worker, *arguments: Any) -> None:
+        time.sleep(0.05)
+        made.append(self)
+        init(self, *arguments)
+
+    monkeypatch.setattr(Worker, "__init__", slow)
+    barrier = threading.Barrier(4)
+
+    def first(row: Row) -> Any:
+        barrier.wait()
+        return judge.submit(row, **OPTIONS).result(60)
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(first, rows[:4]))
+    assert len(made) == 1
+    assert lines(found) == lines(list(judge.rows(rows[:4], **OPTIONS)))
 
 
 def test_a_row_joins_those_under_way(rows: list[Row], judge: Judge) -> None:
