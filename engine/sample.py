@@ -88,8 +88,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class RunOptions(JudgeOptions):
-    """What a run takes, wherever its rows come from."""
+class LoadOptions(JudgeOptions):
+    """What loading a judge takes, and what its rows are judged with."""
 
     model: Path = POCKET
     """Model directory in Hugging Face layout."""
@@ -111,8 +111,6 @@ class RunOptions(JudgeOptions):
     """Most bytes of keys and values; none is what memory allows."""
     memory_fraction: float | None = None
     """In place of that: a fraction of the memory that is free once the weights are loaded."""
-    show_prompt: bool = False
-    """Print the first row's prompt, as its first sample sees it, and judge nothing."""
     drain_seconds: float = 60.0
     """How long a signal lets the rows under way go on; those not finished by then are dropped."""
 
@@ -126,6 +124,14 @@ class RunOptions(JudgeOptions):
         """What is said in place of judge.json."""
         nonce = self.anchor_nonce
         return self.prompts.settings | ({} if nonce is None else {"anchor_nonce": nonce == "on"})
+
+
+@dataclass(frozen=True)
+class RunOptions(LoadOptions):
+    """What a run takes, wherever its rows come from."""
+
+    show_prompt: bool = False
+    """Print the first row's prompt, as its first sample sees it, and judge nothing."""
 
 
 @dataclass(frozen=True)
@@ -282,7 +288,7 @@ class _Run:
         if options.out in (None, "-"):
             command.check_stream(1)
         self.entries, self.is_ready = _open(options, stack)
-        load = _loader(options)
+        load = loader(options)
         self.sampling = options.judging
         with drain.loading():
             self.judge = load()
@@ -380,7 +386,7 @@ class _Run:
         }
 
 
-def _loader(options: Options) -> "Callable[[], Judge | ScalarJudge | CloudJudge]":
+def loader(options: LoadOptions) -> "Callable[[], Judge | ScalarJudge | CloudJudge]":
     """Loads what judges with the model, with all libraries imported. Raises ValueError for options
     that have no meaning for it."""
     prompts = options.prompts
@@ -461,7 +467,7 @@ def _in_vain(summary: Mapping[str, Any]) -> str:
 
 def _first_prompt(options: Options, stack: ExitStack) -> str:
     """What the first sample of the first row would see, without loading weights."""
-    _loader(options)  # refuses options without a meaning
+    loader(options)  # refuses options without a meaning
     entries, _ = _open(options, stack)
     row = next(entries, None)
     if row is None:
