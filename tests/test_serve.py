@@ -196,7 +196,11 @@ def test_openrlhf(pocket: Judge) -> None:
     assert means[0] is not None and answer["rewards"] == [*means, None]
     assert answer["scores"][0] == pytest.approx((means[0] - 1) / 9) and answer["scores"][2] is None
     assert answer["extra_logs"]["no_verdict"] == [0.0, float(means[1] is None), 1.0]
+    assert answer["extra_logs"]["votes"] == [*(float(verdict.votes) for verdict in expected), 0.0]
     assert answer["errors"] == [None, None, "the query does not begin with its prompt"]
+    lost = client.post("/get_reward", json={"query": ["x"], "prompts": ["y"]}).json()
+    assert lost["rewards"] is None and lost["scores"] is None
+    assert lost["extra_logs"] == {"no_verdict": [1.0], "votes": [0.0]}
     uneven = client.post("/get_reward", json={**body, "prompts": [prompt]})
     assert uneven.status_code == 400 and "3 query, 1 prompts" in uneven.json()["error"]
 

@@ -14,7 +14,7 @@ class Limits:
     """Most rows that are not done; a request past that is answered 429."""
     max_rows: int = 512
     """Most rows of a request."""
-    max_body_bytes: int = 1 << 23
+    max_body_bytes: int = 1 << 20
     """Longest body of a request, in bytes."""
     max_k: int = 256
     """Most judgements of a row that a request may ask for."""

@@ -104,17 +104,17 @@ class Shapes:
 
     def _rewards(self, outcomes: Sequence[Outcome]) -> bytes:
         rewards = [_means(outcome, 1)[0] for outcome in outcomes]
+        scores = [None if reward is None else self._share(reward) for reward in rewards]
+        # The client makes tensors of what is no null as a whole.
+        none = all(reward is None for reward in rewards)
         return to_json(
             {
-                "rewards": rewards,
-                "scores": [None if reward is None else self._share(reward) for reward in rewards],
+                "rewards": None if none else rewards,
+                "scores": None if none else scores,
                 "extra_logs": {
                     "no_verdict": [float(reward is None) for reward in rewards],
-                    "valid_share": [
-                        each.valid / len(each.samples)
-                        if isinstance(each, Verdict) and each.samples
-                        else None
-                        for each in outcomes
+                    "votes": [
+                        float(each.votes) if isinstance(each, Verdict) else 0.0 for each in outcomes
                     ],
                 },
                 "errors": [
