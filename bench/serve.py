@@ -87,6 +87,7 @@ class Served:
         self.url = f"http://127.0.0.1:{json.loads(line)['port']}"
         # What is logged later has to be read, or the pipe would fill.
         self.log = subprocess.Popen(["cat"], stdin=self.process.stderr, stdout=subprocess.DEVNULL)
+        self.process.stderr.close()
 
     def rss_mb(self) -> float:
         """Resident memory in MB of 10^6 bytes."""

@@ -15,6 +15,7 @@ an address that is not free.
 
 import asyncio
 import json
+import logging
 import math
 import os
 import signal
@@ -54,7 +55,7 @@ class Options(LoadOptions):
     port: int = 8000
     """Port to listen at; 0 is any that is free."""
     served_model_name: str | None = None
-    """What requests call the model; the path that --model gives is a name too (its last part)."""
+    """What requests call the model; the path that --model gives, and its last part, do too."""
     api_keys: Path | None = None
     """File of keys, one a line; requests for judging must show one. Without it all are served."""
     response_end: str = ""
@@ -157,6 +158,8 @@ async def _run(
         access_log=False, server_header=False, timeout_graceful_shutdown=_CLOSE_SECONDS,
     )  # fmt: skip
     uvicorn_server = Uvicorn(config)
+    told = logging.getLogger("uvicorn")
+    told.handlers, told.propagate = [_Lines(logging.WARNING)], False
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -180,6 +183,13 @@ async def _run(
     await serving
     _log({"event": "stopped", "dropped": app.dropped})
     return app.dropped
+
+
+class _Lines(logging.Handler):
+    """What uvicorn has to say, such as of a request that is no HTTP, in the form of the log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _log({"event": record.levelname.lower(), "message": record.getMessage()})
 
 
 def _log(fields: dict[str, Any]) -> None:

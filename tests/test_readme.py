@@ -112,9 +112,12 @@ def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str]) -
     for module, text in asked:
         unknown = options_in(text) - options_of(module, capsys)
         assert not unknown, (module, unknown)
-    rest = options_in(re.sub(r"(torchrun|hf download|openrlhf)[^`\n]*", "", command.sub("", README)))
+    rest = options_in(
+        re.sub(r"(torchrun|hf download|openrlhf)[^`\n]*", "", command.sub("", README))
+    )
     loops = (
-        "engine.sample", "engine.serve", "train.sft", "train.rft", "train.grpo", "train.meta_rm", "train.scalar_rm"
+        "engine.sample", "engine.serve", "train.sft", "train.rft", "train.grpo", "train.meta_rm",
+        "train.scalar_rm",
     )  # fmt: skip
     known = set().union(*(options_of(module, capsys) for module in loops))
     assert rest <= known, rest - known

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -484,6 +485,7 @@ def test_methods_paths_and_types(client: TestClient) -> None:
     assert client.get("/v1/judge").status_code == 405
     assert client.post("/health").status_code == 405
     assert client.get("/judge").status_code == 404
+    assert client.post("/v1/judge/", json=ROW).status_code == 404
     body = json.dumps(ROW).encode()
     for kind in ("", "text/plain", "application/x-www-form-urlencoded",
                  "application/json; charset=latin-1", "application/jsonx"):  # fmt: skip
@@ -647,9 +649,11 @@ def test_a_client_that_goes_away_ends_its_rows(fake: fake_online.Judge, stream: 
 
 
 def test_a_fault_is_of_its_rows_alone(fake: fake_online.Judge) -> None:
-    client = TestClient(server_of(fake), raise_server_exceptions=False)
+    server = server_of(fake)
+    client = TestClient(server)
     answer = client.post("/v1/judge", json={"prompt": "FAULT", "responses": ["a"]})
     assert answer.status_code == 500 and answer.json()["error"] == "RuntimeError: out of memory"
+    assert lines_of(server)[-1]["error"].startswith("RuntimeError")
     assert client.post("/v1/judge", json=ROW).status_code == 200
     assert client.get("/health").status_code == 200
 
@@ -661,13 +665,14 @@ def test_a_fault_of_the_server_is_told(
     client = TestClient(server, raise_server_exceptions=False)
 
     def fault(_: Any) -> bytes:
-        raise KeyError("a secret")
+        raise KeyError(ROW["prompt"] * 5)  # an error may hold a text of the row
 
     with monkeypatch.context() as patched:
         patched.setattr("engine.server.shapes.to_line", fault)
         answer = client.post("/v1/judge", json=ROW)
-    assert answer.status_code == 500 and "secret" not in answer.text
-    assert "KeyError" in lines_of(server)[-1]["error"]
+    assert answer.status_code == 500 and "qqqqq" not in answer.text
+    told = lines_of(server)[-1]["error"]
+    assert told.startswith("KeyError") and ", in fault" in told and "qqqqq" not in told
     assert client.post("/v1/judge", json=ROW).status_code == 200
 
 
@@ -824,6 +829,9 @@ def test_a_signal_ends_the_process(seconds: str, status: int) -> None:
         return "quorum_pending_rows 1.0" in httpx.get(f"{url}/metrics").text
 
     until(pending)
+    with socket.create_connection(("127.0.0.1", port)) as junk:  # no HTTP: a line of the log too
+        junk.sendall(b"\x16\x03\x01\r\n\r\n")
+        assert junk.recv(100).startswith(b"HTTP/1.1 400")
     assert process.pid is not None
     os.kill(process.pid, signal.SIGTERM)
     if status == 0:
@@ -835,6 +843,7 @@ def test_a_signal_ends_the_process(seconds: str, status: int) -> None:
     log.close()
     assert process.exitcode == status
     assert answers[0].status_code == (503 if status else 200)
+    assert any("Invalid HTTP" in line.get("message", "") for line in lines)
     assert lines[-1]["event"] == "stopped" and lines[-1]["dropped"] == status
     if not status:
         assert len(answers[0].json()["samples"]) == 16

@@ -55,7 +55,7 @@ class _Ticket:
 
     def __init__(self, entries: Sequence[Pending | RowFailure]) -> None:
         self.entries = entries
-        self.faults: dict[int, int] = {}  # places of outcomes that are no row's fault: their status
+        self.faults: dict[int, BaseException] = {}  # of places whose outcome is no row's fault
         self.done: asyncio.Queue[int | Literal["gone", "stopped"]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         for place, entry in enumerate(entries):
@@ -102,7 +102,7 @@ class _Ticket:
         if error is None:
             return entry.result()
         # No row's fault, but options that no session can be made for, or a fault of the engine.
-        self.faults[place] = 400 if isinstance(error, ValueError) else 500
+        self.faults[place] = error
         return RowFailure(None, None, None, f"{type(error).__name__}: {error}")
 
 
@@ -150,6 +150,7 @@ class Server:
             routes=routes,
             exception_handlers={HTTPException: _http_error, Refused: _refusal, Exception: _fault},
         )
+        self._app.router.redirect_slashes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. Answers whatever happens, and logs it."""
@@ -159,7 +160,8 @@ class Server:
         request = Request(scope)
         given = request.headers.get("x-request-id", "")
         name = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        scope["quorum"] = facts = {"rows": 0, "failures": 0}
+        facts: dict[str, Any] = {"rows": 0, "failures": 0}  # for the log
+        scope["quorum"] = facts
         route = scope["path"] if scope["path"] in self._paths else "other"
 
         async def noted(message: Message) -> None:
@@ -169,20 +171,18 @@ class Server:
                 message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
             await send(message)
 
-        error = None
         try:
             await self._app(scope, receive, noted)
         except (_Gone, ClientDisconnect):
             status = _CLIENT_GONE
-        except Exception:  # a fault of ours: it is answered, and told here; the server goes on
-            error = traceback.format_exc()
+        except Exception as error:  # a fault of ours: it is answered, and told; the server goes on
+            facts["error"] = _where(error)
         seconds = time.perf_counter() - started
         self.metrics.count_request(route, status, seconds)
-        line = {
+        self._log({
             "id": name, "method": scope["method"], "route": route, "status": status,
             "seconds": round(seconds, 4), **facts,
-        }  # fmt: skip
-        self._log(line if error is None else line | {"error": error})
+        })  # fmt: skip
 
     def _log(self, fields: dict[str, Any]) -> None:
         stream = sys.stderr if self._log_stream is None else self._log_stream
@@ -288,6 +288,8 @@ class Server:
                 async for place, outcome in outcomes:
                     self.metrics.count_outcome(outcome)
                     facts["failures"] += isinstance(outcome, RowFailure)
+                    if _status(ticket.faults.get(place)) == 500:
+                        facts["error"] = _where(ticket.faults[place])
                     yield place, outcome
         finally:
             self._tickets.discard(ticket)
@@ -300,7 +302,7 @@ class Server:
         ordered = [found[place] for place in range(len(found))]
         if asked.one and isinstance(ordered[0], RowFailure):
             failure = ordered[0]
-            status = ticket.faults.get(0, 422)
+            status = _status(ticket.faults.get(0))
             raise Refused(status, failure.error, id=failure.id, key=failure.key)
         return Response(asked.answer(ordered), media_type="application/json")
 
@@ -375,6 +377,20 @@ class _Events(Response):
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
+
+
+def _status(fault: BaseException | None) -> int:
+    """Of a row without a verdict. fault: of the engine, where it is not the row's; a ValueError
+    says that no session can be made for its options."""
+    if fault is None:
+        return 422
+    return 400 if isinstance(fault, ValueError) else 500
+
+
+def _where(error: BaseException) -> str:
+    """The kind of an error and its traceback, without what it says, which may hold a row's text."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    return f"{type(error).__name__}\n{frames}"
 
 
 def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
