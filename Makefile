@@ -65,7 +65,7 @@ clean:                  ## all that these targets made, except trained models
 	$(PYTHON) -m venv .venv
 	$(PY) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	extras = project["optional-dependencies"]; \
-	print(*project["dependencies"], *extras["test"], *extras["plot"], sep="\n")' \
+	print(*project["dependencies"], *extras["test"], *extras["plot"], *extras["serve"], sep="\n")' \
 	> .venv/requirements.txt
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -r .venv/requirements.txt
 	touch $@

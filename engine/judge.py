@@ -13,12 +13,14 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
 
+from engine.chat import TURNS, chat_segments, is_chat, reply_of
 from engine.decided import samples_to_draw
 from engine.expected import UNIT
 from engine.generate import (
@@ -362,6 +364,12 @@ class Judge(RowJudge):
     ) -> "JudgeFlight":
         if isinstance(entry, BadRow):
             return JudgeFlight(entry, self._key(entry, options), options)
+        if is_chat(entry):
+            none: list[tuple[int, ...]] = [()] * options.k
+            key = self._key(entry, options)
+            return JudgeFlight(
+                entry, key, options, orders=none, hints=[None] * options.k, shown=none
+            )
         orders = draw_orders(entry, options)
         hints = [None if hint is None else hint(entry, order) for order in orders]
         shown = [part for order in orders for part in parts_of(order, options.max_shown)]
@@ -382,8 +390,11 @@ class Judge(RowJudge):
                     f"{options.max_shown}"
                 )
             nonce = self.prompts.nonce(row, options.seed)
-            prompts = self._prompts(row, flight, nonce)
-            opening = self.prompts.continuation(row, flight.hints[0], nonce).encode()
+            if is_chat(row):
+                prompts = self._chat_prompts(row, options.k)
+            else:
+                prompts = self._prompts(row, flight, nonce)
+                opening = self.prompts.continuation(row, flight.hints[0], nonce).encode()
         except ValueError as error:
             flight.outcome = flight.failure(str(error))
         key = stream_key(options.seed, row.id, "token")
@@ -413,6 +424,22 @@ class Judge(RowJudge):
                 prompts[order, hint] = [segment.token_ids for segment in segments]
         return [prompts[each] for each in shown]
 
+    @cached_property
+    def _chats(self) -> PromptBuilder:
+        """What writes the prompts of chats."""
+        ours = self.prompts
+        return PromptBuilder(
+            self.tokenizer, TURNS, self.settings, chat_template=ours.chat_template,
+            chat_template_kwargs=ours.chat_template_kwargs, date=ours.date,
+        )  # fmt: skip
+
+    def _chat_prompts(self, chat: Row, k: int) -> list[list[tuple[int, ...]]]:
+        prompt = chat_segments(self._chats, chat)
+        tokens, context = sum(map(len, prompt)), self.model.config.max_position_embeddings
+        if tokens >= context:
+            raise ValueError(too_long(tokens, context))
+        return [prompt] * k
+
     def _rounds(self, flight: "JudgeFlight") -> Callable[[Sequence[Generation]], int] | None:
         """How many samples a row draws next, given those that it has; None: all of them."""
         options = flight.options
@@ -440,6 +467,8 @@ class Judge(RowJudge):
             flight, result = flight.cut(result)
             if not flight.orders:
                 return flight.failure(TOO_LATE)
+        if is_chat(row):
+            return reply_of(row, flight.key, options.k, result, self.tokenizer)
         samples = self._reader.samples(flight.orders, flight.shown, result.generations)
         if isinstance(scorer, MetaScorer):
             valid = [sample for sample in samples if sample.scores is not None]

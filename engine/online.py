@@ -75,6 +75,11 @@ class Worker:
         with self._changed:
             return len(self._queue) + len(self._under_way)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it judges what is submitted: until it is closed, or a fault ends the thread."""
+        return self._thread.is_alive()
+
     def submit(
         self, entry: Row | BadRow, options: JudgeOptions, seconds: float | None = None
     ) -> Pending:

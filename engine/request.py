@@ -154,7 +154,7 @@ def parse_row(
     try:
         return build_row(fields if convert is None else convert(fields))
     except RowError as error:
-        error.id = _readable_id(fields.get("id"))
+        error.id = readable_id(fields.get("id"))
         raise
 
 
@@ -360,7 +360,8 @@ def _refuse_constant(name: str) -> NoReturn:
     raise RowError(f"{name} is not a finite number")
 
 
-def _readable_id(value: object) -> str | None:
+def readable_id(value: object) -> str | None:
+    """A row's own id where it is one, though the row be none."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value:

@@ -90,8 +90,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class RunOptions(JudgeOptions):
-    """What a run takes, wherever its rows come from."""
+class LoadOptions(JudgeOptions):
+    """What loading a judge takes, and what its rows are judged with."""
 
     model: Path = POCKET
     """Model directory in Hugging Face layout."""
@@ -113,8 +113,6 @@ class RunOptions(JudgeOptions):
     """Most bytes of keys and values; none is what memory allows."""
     memory_fraction: float | None = None
     """In place of that: a fraction of the memory that is free once the weights are loaded."""
-    show_prompt: bool = False
-    """Print the first row's prompt, as its first sample sees it, and judge nothing."""
     drain_seconds: float = 60.0
     """How long a signal lets the rows under way go on; those not finished by then are dropped."""
 
@@ -128,6 +126,14 @@ class RunOptions(JudgeOptions):
         """What is said in place of judge.json."""
         nonce = self.anchor_nonce
         return self.prompts.settings | ({} if nonce is None else {"anchor_nonce": nonce == "on"})
+
+
+@dataclass(frozen=True)
+class RunOptions(LoadOptions):
+    """What a run takes, wherever its rows come from."""
+
+    show_prompt: bool = False
+    """Print the first row's prompt, as its first sample sees it, and judge nothing."""
 
 
 @dataclass(frozen=True)
@@ -410,7 +416,7 @@ def summary_of(
     }
 
 
-def loader(options: RunOptions) -> "Callable[[], AnyJudge]":
+def loader(options: LoadOptions) -> "Callable[[], AnyJudge]":
     """Loads what judges with the model, with all libraries imported. Raises ValueError for options
     that have no meaning for it."""
     prompts = options.prompts

@@ -143,6 +143,15 @@ class RowJudge(ABC):
         async for outcome in self._online().stream(entries, chosen, ahead):
             yield outcome
 
+    def check(self, **options: Any) -> None:
+        """Raise ValueError for options that `rows` and `submit` would refuse."""
+        self._checked(options)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether what is submitted is judged: not where a fault has ended the thread that does."""
+        return self._worker is None or self._worker.is_alive
+
     def between_rows(self, work: Callable[[], None]) -> None:
         """Call `work` while no submitted row is under way; returns when it has run."""
         if self._worker is None:

@@ -23,11 +23,15 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = blocks("python")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    exec(compile(code, "README.md", "exec"), {})
+def test_the_python_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = blocks("python")
+    assert len([line for line in first.splitlines() if line.strip()]) <= 12
+    names: dict[str, object] = {}
+    exec(compile(first, "README.md", "exec"), names)
     assert capsys.readouterr().out.startswith("0 ")
+    exec(compile(second, "README.md", "exec"), names)
+    means = json.loads(capsys.readouterr().out)
+    assert len(means) == 2 and means[0] > means[1]
 
 
 def test_the_command_and_the_row_work(tmp_path: Path) -> None:
@@ -113,10 +117,11 @@ def test_every_option_that_is_named_exists(capsys: pytest.CaptureFixture[str]) -
         unknown = options_in(text) - options_of(module, capsys)
         assert not unknown, (module, unknown)
     rest = options_in(
-        re.sub(r"(torchrun|hf download|ray start)[^`\n]*", "", command.sub("", README))
+        re.sub(r"(torchrun|hf download|ray start|openrlhf)[^`\n]*", "", command.sub("", README))
     )
     loops = (
-        "engine.sample", "engine.cluster", "train.sft", "train.rft", "train.grpo", "train.meta_rm",
+        "engine.sample", "engine.cluster", "engine.serve", "train.sft", "train.rft", "train.grpo",
+        "train.meta_rm",
         "train.scalar_rm",
     )  # fmt: skip
     known = set().union(*(options_of(module, capsys) for module in loops))

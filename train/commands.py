@@ -11,6 +11,7 @@ from engine import command
 COMMANDS = {
     "sample": ("engine.sample", "judge rows with a model: k judgements a row, then a vote"),
     "cluster": ("engine.cluster", "judge many rows on many machines, with Ray"),
+    "serve": ("engine.serve", "judge rows over HTTP, as trainers ask for rewards"),
     "sft": ("train.sft", "train a judge on trajectories"),
     "rft": ("train.rft", "train a judge on those of its own judgements that are right"),
     "grpo": ("train.grpo", "train a judge by reinforcement learning on labelled rows"),
