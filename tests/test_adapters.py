@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -357,6 +357,41 @@ def test_a_collected_group_is_one_row(lengths: LengthJudge) -> None:
     assert [row.responses for row in lengths.rows if row.messages[0].content == "q"] == [
         ("a", "a", "bb", "ccc")
     ] * 2
+
+
+def test_patience_is_with_all_groups(lengths: LengthJudge) -> None:
+    """A group waits on as long as others' responses come."""
+    asked: Any = lengths
+
+    class Loop(asyncio.SelectorEventLoop):
+        """Its timers fire when they are told to."""
+
+        timers: ClassVar[list[Any]] = []
+
+        def call_later(  # type: ignore[override]
+            self, delay: float, callback: Any, *arguments: Any, **_: Any
+        ) -> Any:
+            handle = asyncio.TimerHandle(0, callback, arguments, self)
+            self.timers.append((delay, handle, callback))
+            return handle
+
+    async def ask() -> list[Any]:
+        collector = GroupCollector(LocalScorer(asked), 3, 60)
+        keys = "gghg"
+        calls = [
+            asyncio.create_task(collector.score(key, Question(key, [f"{key}{i}"])))
+            for i, key in enumerate(keys)
+        ]
+        await asyncio.sleep(0)
+        live = [callback for _, handle, callback in Loop.timers if not handle.cancelled()]
+        assert [delay for delay, *_ in Loop.timers] == [60] * 4 and len(live) == 1
+        live[0]()
+        return await asyncio.gather(*calls)
+
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        found = runner.run(ask())
+    assert [place for _, place in found] == [0, 1, 0, 2]
+    assert sorted(row.responses for row in lengths.rows) == [("g0", "g1", "g3"), ("h2",)]
 
 
 def test_a_group_that_is_not_whole(lengths: LengthJudge) -> None:

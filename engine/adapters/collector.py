@@ -1,8 +1,9 @@
 """Groups whose responses come one by one, each in a call of its own, as verl has them.
 
-The responses of one key wait for one another, and are judged as one row once there are `size`, or
-when no further one has come for `patience_seconds`. One that comes later begins a new group. A row
-holds them sorted, so that a verdict does not depend on which came first.
+The responses of one key wait for one another, and are judged as one row once there are `size`.
+Where no response has come for `patience_seconds`, of any group, those that wait are judged as they
+are; one that comes later begins a new group. A row holds its responses sorted, so that a verdict
+does not depend on which came first.
 
 For one event loop: a group whose members are in several processes is never whole.
 """
@@ -19,7 +20,6 @@ class _Group:
     question: Question
     done: "asyncio.Future[tuple[Scored, list[int]]]"  # and the row's place of each response
     responses: list[str] = field(default_factory=list)
-    timer: asyncio.TimerHandle | None = None
 
 
 class GroupCollector:
@@ -35,6 +35,7 @@ class GroupCollector:
         self.size = size
         self.patience_seconds = patience_seconds
         self._groups: dict[Hashable, _Group] = {}
+        self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def score(self, key: Hashable, question: Question) -> tuple[Scored, int]:
@@ -47,14 +48,17 @@ class GroupCollector:
             group = self._groups[key] = _Group(question, loop.create_future())
         index = len(group.responses)
         group.responses.append(response)
-        if group.timer is not None:
-            group.timer.cancel()
         if len(group.responses) == self.size:
             self._close(key)
-        else:
-            group.timer = loop.call_later(self.patience_seconds, self._close, key)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_later(self.patience_seconds, self._close_all)
         scored, places = await asyncio.shield(group.done)  # one caller's end is not the group's
         return scored, places[index]
+
+    def _close_all(self) -> None:
+        for key in list(self._groups):
+            self._close(key)
 
     def _close(self, key: Hashable) -> None:
         task = asyncio.get_running_loop().create_task(self._judge(self._groups.pop(key)))

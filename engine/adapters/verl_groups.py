@@ -8,10 +8,10 @@
     +reward.reward_kwargs.quorum.no_verdict=5.5
 
 verl gives each response to a reward worker that it draws, so one worker has to have them all; it
-only waits for the judge. The `rollout.n` responses of a `uid` are one row. A group that is not
-whole `group_seconds` after its last response is judged as it is; so are those of a validation with
-another number of responses, which costs as long. Responses without a verdict all get `no_verdict`,
-and so no advantage from it.
+only waits for the judge. The `rollout.n` responses of a `uid` are one row. Groups that are not
+whole are judged as they are once no response at all has come for `group_seconds`; so are those of a
+validation with fewer responses to a prompt, which costs as long. Responses without a verdict all
+get `no_verdict`, and so no advantage from it.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ from engine.adapters.scorer import HttpScorer, Question, Shape, check_shape, num
 class QuorumRewardManager(RewardManagerBase):
     """Judges groups; settings are under `reward.reward_kwargs.quorum`: url, no_verdict, options,
     reward (mean, rank or standardised), use_ground_truth, api_key, deadline_seconds and
-    group_seconds (600)."""
+    group_seconds (120)."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class QuorumRewardManager(RewardManagerBase):
             settings.get("api_key"),
         )
         size = config.actor_rollout_ref.rollout.n
-        self.collector = GroupCollector(scorer, size, settings.get("group_seconds", 600.0))
+        self.collector = GroupCollector(scorer, size, settings.get("group_seconds", 120.0))
 
     async def run_single(self, data: Any) -> dict[str, Any]:
         """The reward of one response, once its group has been judged."""
