@@ -665,7 +665,7 @@ def test_a_fault_of_the_server_is_told(
     client = TestClient(server, raise_server_exceptions=False)
 
     def fault(_: Any) -> bytes:
-        raise KeyError(str(ROW["prompt"]) * 5)  # an error may hold a text of the row
+        raise KeyError(5 * "q")  # an error may hold a text of the row
 
     with monkeypatch.context() as patched:
         patched.setattr("engine.server.shapes.to_line", fault)
