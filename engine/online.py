@@ -8,13 +8,15 @@ options alone. A row that ends before all its samples are done is the exception,
 """
 
 import asyncio
+import atexit
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from engine.options import JudgeOptions
 from engine.request import BadRow, Row
@@ -68,6 +70,7 @@ class Worker:
         self._under_way: dict[int, Pending] = {}  # by the identity of their flights
         self._thread = threading.Thread(target=self._work, name="quorum-judge", daemon=True)
         self._thread.start()
+        atexit.register(self._abandon)
 
     @property
     def num_pending(self) -> int:
@@ -102,30 +105,36 @@ class Worker:
     ) -> AsyncIterator[Verdict | RowFailure]:
         """Outcomes as they are done; at most `ahead` entries are taken that are not."""
         loop = asyncio.get_running_loop()
-        done: asyncio.Queue[Future[Any]] = asyncio.Queue()
+        done: asyncio.Queue[Pending | None] = asyncio.Queue()
+        room = asyncio.Semaphore(ahead)
         under_way: set[Pending] = set()
 
-        def tell(future: Future[Any]) -> None:
-            loop.call_soon_threadsafe(done.put_nowait, future)
+        def tell(pending: Pending, _: object) -> None:
+            loop.call_soon_threadsafe(done.put_nowait, pending)
 
-        source, ended = _each(entries), False
+        async def feed() -> None:
+            source = _each(entries)
+            while True:
+                await room.acquire()
+                entry = await anext(source, None)
+                if entry is None:
+                    return
+                pending = self.submit(entry, options)
+                under_way.add(pending)
+                pending.add_done_callback(partial(tell, pending))
+
+        feeding = asyncio.create_task(feed())
+        feeding.add_done_callback(lambda _: done.put_nowait(None))
         try:
-            while under_way or not ended:
-                while not ended and len(under_way) < ahead:
-                    entry = await anext(source, None)
-                    if entry is None:
-                        ended = True
-                        break
-                    pending = self.submit(entry, options)
-                    under_way.add(pending)
-                    pending.add_done_callback(tell)
-                    if not done.empty():
-                        break
-                if under_way:
-                    future = await done.get()
-                    under_way.remove(future)  # type: ignore[arg-type]
-                    yield future.result()
+            while under_way or not feeding.done():
+                pending = await done.get()
+                if pending is not None:
+                    under_way.remove(pending)
+                    room.release()
+                    yield pending.result()
+            feeding.result()  # or what the source has raised
         finally:
+            feeding.cancel()
             for pending in under_way:  # nobody waits for them any more
                 if not pending.cancel():
                     pending.end()
@@ -134,6 +143,20 @@ class Worker:
         """Finish what is submitted, and end the thread."""
         with self._changed:
             self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+        atexit.unregister(self._abandon)
+
+    def _abandon(self) -> None:
+        """At the end of the process: end all rows as they are. A thread that ran on into that end
+        would find the library's own threads gone."""
+        with self._changed:
+            self._is_closed = True
+            for item in self._queue:
+                (item.pending if isinstance(item, _Submitted) else item.done).cancel()
+            self._queue.clear()
+            for pending in list(self._under_way.values()):
+                pending.end()
             self._changed.notify()
         self._thread.join()
 
@@ -161,7 +184,7 @@ class Worker:
     def _run_call(self, call: _Call) -> None:
         try:
             call.work()
-        except Exception as error:  # whoever waits for it has to know
+        except BaseException as error:  # whoever waits for it has to know
             call.done.set_exception(error)
         else:
             call.done.set_result(None)
@@ -174,12 +197,12 @@ class Worker:
                 pending = self._under_way.pop(id(flight))
                 assert flight.outcome is not None
                 pending.set_result(flight.outcome)
-        except Exception as error:  # memory, or a fault of ours: rows that follow go on
+        except BaseException as error:  # memory, a panic of a library: rows that follow go on
             self._fail(options, error)
         else:
             self._judge.keep_session(session)
 
-    def _fail(self, options: JudgeOptions, error: Exception) -> None:
+    def _fail(self, options: JudgeOptions, error: BaseException) -> None:
         with self._changed:
             failed = [*self._under_way.values()]
             self._under_way.clear()
@@ -215,7 +238,7 @@ class Worker:
                 continue
             try:
                 flight = self._judge._flight(taken.entry, taken.options, None)
-            except Exception as error:
+            except BaseException as error:  # likewise
                 pending.set_exception(error)
                 continue
             if pending.is_over():

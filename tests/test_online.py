@@ -1,6 +1,9 @@
 """Rows that are submitted one by one: outcomes as they are done, the same as in a batch."""
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -232,6 +235,37 @@ def test_stream(rows: list[Row], judge: Judge) -> None:
             await asyncio.sleep(0.01)
             yield row
 
+    async def one_by_one() -> int:
+        """Each row comes only once the outcome of the one before it is there."""
+        told = asyncio.Event()
+
+        async def asked() -> Any:
+            for row in rows[:3]:
+                yield row
+                await told.wait()
+                told.clear()
+
+        count = 0
+        async for _ in judge.stream(asked(), **OPTIONS):
+            count += 1
+            told.set()
+        return count
+
+    assert asyncio.run(asyncio.wait_for(one_by_one(), 60)) == 3
+
+    async def broken() -> Any:
+        yield rows[0]
+        raise OSError("the source is gone")
+
+    async def to_its_end() -> list:
+        found = []
+        with pytest.raises(OSError, match="the source is gone"):
+            async for outcome in judge.stream(broken(), **OPTIONS):
+                found.append(outcome)
+        return found
+
+    assert len(asyncio.run(to_its_end())) == 1
+
     async def later() -> list:
         return [outcome async for outcome in judge.stream(arriving(), **OPTIONS)]
 
@@ -322,6 +356,40 @@ def test_a_fault_fails_the_rows_under_way_and_no_others(
         with pytest.raises(RuntimeError, match="out of memory"):
             judge.submit(rows[0], **OPTIONS).result(60)
     assert isinstance(judge.submit(rows[0], **OPTIONS).result(60), Verdict)
+
+
+def test_a_panic_of_a_library(
+    rows: list[Row], judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        pass
+
+    def fault(*_: Any) -> None:
+        raise Panic("in another language")
+
+    for name in ("verdict", "_flight"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Judge, name, fault)
+            with pytest.raises(Panic):
+                judge.submit(rows[0], **OPTIONS).result(60)
+    assert isinstance(judge.submit(rows[0], **OPTIONS).result(60), Verdict)
+
+
+def test_a_process_may_end_while_rows_are_under_way(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from engine import Judge, make_row\n"
+        "judge = Judge.load('models/pocket', max_batch=4)\n"
+        "for i in range(40):\n"
+        "    judge.submit(make_row(f'q {i}', ['a', 'b']), k=8, stop='eos', temperature=50.0)\n"
+        "while not judge.usage.decode_tokens: pass\n"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_close(rows: list[Row], judge: Judge) -> None:
