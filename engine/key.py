@@ -5,14 +5,14 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from engine.prompt import PromptBuilder
 from engine.request import BadRow, Row
-from kernels import cpp
-from kernels.packed_linear import uses_dot_products
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.prompt import PromptBuilder
 
 # What is read of a model directory, beside its weights; an index decides which of those.
 MODEL_FILES = (
@@ -45,9 +45,12 @@ def line_key(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def run_options(prompts: PromptBuilder, weight: Tensor) -> dict[str, str]:
+def run_options(prompts: "PromptBuilder", weight: "Tensor") -> dict[str, str]:
     """What `line_key` is told of the templates, and of what computes with a model; weight: one of
     the model's."""
+    from kernels import cpp  # these load torch, which a key of a line needs not
+    from kernels.packed_linear import uses_dot_products
+
     found = {
         "judge_template": prompts.judge_template,
         "chat_template": prompts.chat_template,
@@ -63,8 +66,10 @@ def run_options(prompts: PromptBuilder, weight: Tensor) -> dict[str, str]:
     return found
 
 
-def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
+def weights_fingerprint(state: "Mapping[str, Tensor]") -> str:
     """SHA-256, in hex, over named tensors: of a model that is in no directory."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
