@@ -28,17 +28,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from bench.decode import config_of, random_model
+from bench.decode import model_of
 from bench.decode_load import Workload
 from bench.provenance import print_json
 from bench.shapes import SHAPES
-from bench.timing import DEVICE
 from engine import command
 from engine.generate import Generator, Group
 from kernels.extract_scores import ScoreAutomaton
 from kernels.sample_token import SamplingOptions
 from kernels.score_grammar import ScoreRules
-from models import NUMERICS, load_weights, read_config
+from models import NUMERICS
 from models.config import DTYPES
 from models.transformer import Transformer
 
@@ -162,14 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--live, --rows and --rate have to be above 0")
     points = [*POINTS, HELD_OUT]
     context = max(load.prefix + load.new_tokens for load in points) + 16
-    if args.model is not None:
-        config = read_config(args.model)
-        chosen = DTYPES[args.dtype] if args.dtype else None
-        model = load_weights(args.model, config, chosen, DEVICE).eval()
-    else:
-        shape = SHAPES[args.shape]
-        dtype = DTYPES[args.dtype] if args.dtype else shape.dtype
-        model = random_model(config_of(shape, context), dtype, DEVICE)
+    model = model_of(args.model, args.shape, args.dtype, context)
     if args.numerics == "fast":
         model.use_fast_numerics()
     found = [

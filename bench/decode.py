@@ -108,6 +108,16 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
     return model.eval()
 
 
+def model_of(directory: Path | None, shape: str, dtype: str | None, context: int) -> Transformer:
+    """The model of a directory, or without one of a named shape, with random weights and room for
+    `context` tokens. dtype: by default the file's, or the shape's."""
+    chosen = None if dtype is None else DTYPES[dtype]
+    if directory is not None:
+        return load_weights(directory, read_config(directory), chosen, DEVICE).eval()
+    named = SHAPES[shape]
+    return random_model(config_of(named, context), chosen or named.dtype, DEVICE)
+
+
 class Ours:
     """The engine on one workload."""
 
@@ -339,14 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         load = Workload(args.prefix, args.k, args.new_tokens, args.levels, not args.no_sharing)
     except ValueError as error:
         parser.error(str(error))
-    if args.model is not None:
-        config = read_config(args.model)
-        chosen = DTYPES[args.dtype] if args.dtype else None
-        model = load_weights(args.model, config, chosen, DEVICE).eval()
-    else:
-        shape = SHAPES[args.shape]
-        config = config_of(shape, context_of(load))
-        model = random_model(config, DTYPES[args.dtype] if args.dtype else shape.dtype, DEVICE)
+    model = model_of(args.model, args.shape, args.dtype, context_of(load))
     if args.numerics == "fast":
         model.use_fast_numerics()
     ceilings = measure_ceilings()

@@ -20,13 +20,12 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.ceilings import measure_ceilings
-from bench.decode import Ours, config_of, floor_seconds, random_model
+from bench.decode import Ours, floor_seconds, model_of
 from bench.decode_load import Workload
 from bench.provenance import print_json
 from bench.shapes import SHAPES
 from bench.timing import DEVICE
 from engine import command
-from models import load_weights, read_config
 from models.config import DTYPES
 from models.transformer import Transformer
 
@@ -117,16 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats} is less than 1")
     sizes: dict[str, list[int]] = {x: getattr(args, x) for x in AXES if getattr(args, x)}
-    if args.model is not None:
-        config = read_config(args.model)
-        model = load_weights(
-            args.model, config, DTYPES[args.dtype] if args.dtype else None, DEVICE
-        ).eval()
-    else:
-        shape = SHAPES[args.shape]
-        context = max(sizes.get("prefix", [1024])) + max(sizes.get("suffix", [64])) + 16
-        chosen = DTYPES[args.dtype] if args.dtype else shape.dtype
-        model = random_model(config_of(shape, context), chosen, DEVICE)
+    context = max(sizes.get("prefix", [1024])) + max(sizes.get("suffix", [64])) + 16
+    model = model_of(args.model, args.shape, args.dtype, context)
     ceilings = measure_ceilings()
     print(ceilings.describe())
     found = {axis: measure_axis(model, axis, sizes[axis], args.repeats, ceilings) for axis in sizes}

@@ -15,11 +15,9 @@ from typing import Any
 from engine.generate import GroupResult
 from engine.prompt import PromptBuilder
 from engine.request import Message, Row, make_row
+from engine.scalar_judge import with_responses
 from engine.verdict import Sample, Verdict
 from models.tokenizer import Tokenizer
-
-# A judge template: the conversation's own turns.
-TURNS = "{% for message in messages %}{{ turn(message.role) }}{{ message.content }}{% endfor %}"
 
 
 def make_chat(messages: Sequence[Message | Mapping[str, Any]], id: str | None = None) -> Row:
@@ -34,12 +32,10 @@ def is_chat(row: Row) -> bool:
 
 
 def chat_segments(prompts: PromptBuilder, chat: Row) -> list[tuple[int, ...]]:
-    """A chat's prompt as segments; prompts: those of TURNS. Raises ValueError where the chat
+    """A chat's prompt as segments; prompts: those of CONVERSATION. Raises ValueError where the chat
     template refuses the conversation."""
-    if prompts.trims:
-        turns = tuple(Message(each.role, each.content.strip()) for each in chat.messages)
-        chat = replace(chat, messages=turns)
-    return [segment.token_ids for segment in prompts.segments(chat, ())]
+    shown = with_responses(chat, (), prompts.trims)
+    return [segment.token_ids for segment in prompts.segments(shown, ())]
 
 
 def reply_of(chat: Row, key: str, k: int, result: GroupResult, tokenizer: Tokenizer) -> Verdict:

@@ -288,7 +288,6 @@ class Generator:
         self._ended = False  # the source of groups
         self.leaves: list[_Leaf] = []
         self._admitted = 0  # leaves so far
-        self._watched: list[_Pending] = []  # groups under way that may be over early
         self._joining: list[_Leaf] = []  # those whose prompts are being prefilled
         self._filling: list[tuple[_Pending, int]] = []  # forced samples that are, beside them
         self._queue: deque[tuple[Node, int]] = deque()  # what is left of that, from which token on
@@ -365,11 +364,8 @@ class Generator:
                     error = f"a sample needs up to {needed} cells of cache, there are {room}"
                     yield GroupResult(group, [], 0, error)
                     continue
-                begun = _Pending(group, self.forest.grow(group.prompts)[0])
-                waiting.extend(begun.next_round())
+                waiting.extend(_Pending(group, self.forest.grow(group.prompts)[0]).next_round())
                 assert waiting, "a group that wants none of its samples"
-                if group.is_over is not None:
-                    self._watched.append(begun)
             pending, sample = waiting[0]
             end = pending.end(sample)
             leaf, forced = pending.aside.get(sample), pending.forced.get(sample)
@@ -388,12 +384,7 @@ class Generator:
                 if holder is not None:  # nothing is live: whoever holds room, waits here
                     self._let_go(holder)
                     continue
-                others = [entry for entry in waiting if entry[0] is not pending]
-                waiting.clear()
-                waiting.extend(others)
-                for other in pending.aside.values():
-                    self.cache.free_slot(other.slot)
-                self._unwatch(pending)
+                self._forgo(pending, waiting)
                 room = self.cache.size - self.cache.base
                 error = f"no scores can be forced after {end.stop} tokens in {room} cells of cache"
                 yield GroupResult(pending.group, [], 0, error)
@@ -434,11 +425,14 @@ class Generator:
     def _end_early(self, waiting: deque[tuple[_Pending, int]]) -> Iterator[GroupResult]:
         """End the groups that are over, with the samples that are done. Those whose prompts are
         being prefilled are asked once they have joined."""
-        if not self._watched or self._joining or self._filling:
+        if self._joining or self._filling:
             return
-        over = [p for p in self._watched if p.group.is_over is not None and p.group.is_over()]
-        if not over:
-            return
+        under_way = [leaf.pending for leaf in self.leaves] + [pending for pending, _ in waiting]
+        over = [
+            pending
+            for pending in dict.fromkeys(under_way)
+            if pending.group.is_over is not None and pending.group.is_over()
+        ]
         leaving = [leaf for leaf in self.leaves if leaf.pending in over]
         if leaving:
             staying = [i for i, leaf in enumerate(self.leaves) if leaf.pending not in over]
@@ -447,21 +441,20 @@ class Generator:
             self.cache.free_slot(leaf.slot)
             self._free_blocks(leaf)
             self.forest.release(leaf.end)
-        others = [entry for entry in waiting if entry[0] not in over]
-        waiting.clear()
-        waiting.extend(others)
         for pending in over:
-            self._watched.remove(pending)
-            for leaf in pending.aside.values():
-                self.cache.free_slot(leaf.slot)
-            self._let_go(pending)
+            self._forgo(pending, waiting)
             drawn = sorted(pending.done)
             tokens = tree_tokens([pending.ends[j] for j in drawn])
             yield GroupResult(pending.group, [pending.done[j] for j in drawn], tokens, drawn=drawn)
 
-    def _unwatch(self, pending: _Pending) -> None:
-        if pending in self._watched:
-            self._watched.remove(pending)
+    def _forgo(self, pending: _Pending, waiting: deque[tuple[_Pending, int]]) -> None:
+        """Draw none of a group's samples that wait, and give up what they hold."""
+        others = [entry for entry in waiting if entry[0] is not pending]
+        waiting.clear()
+        waiting.extend(others)
+        for leaf in pending.aside.values():
+            self.cache.free_slot(leaf.slot)
+        self._let_go(pending)
 
     def forget(self) -> None:
         """Between two runs: compute anew what prompts begin with, since the model has changed."""
@@ -697,7 +690,6 @@ class Generator:
                 waiting.insert(begun, entry)  # ahead of new groups
             return []
         self._let_go(pending)
-        self._unwatch(pending)
         generations = [pending.done[j] for j in range(pending.num_requested)]
         tokens = tree_tokens(pending.ends[: pending.num_requested])
         return [GroupResult(pending.group, generations, tokens)]

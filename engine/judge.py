@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from engine.chat import TURNS, chat_segments, is_chat, reply_of
+from engine.chat import chat_segments, is_chat, reply_of
 from engine.decided import samples_to_draw
 from engine.expected import UNIT
 from engine.generate import (
@@ -41,14 +41,15 @@ from engine.options import MAX_SHOWN, JudgeOptions
 from engine.orders import draw_orders, parts_of, seen_by
 from engine.prompt import PromptBuilder, read_chat_template, read_judge_template
 from engine.request import BadRow, Message, Row, make_row
+from engine.scalar_judge import CONVERSATION
 from engine.score_reader import ScoreReader
 from engine.sequence_scorer import CACHE_SHARE, SequenceScorer
-from engine.session import Flight, Hint, RowJudge, Session
+from engine.session import Flight, Hint, RowJudge, Session, sampling_of
 from engine.settings import JudgeSettings, read_judge_settings
 from engine.templates import DATE, Template
 from engine.thinking import open_thinking
 from engine.verdict import RowFailure, Verdict
-from kernels.sample_token import SamplingOptions, stream_key, uniforms
+from kernels.sample_token import stream_key, uniforms
 from kernels.segment_attention import Backend
 from kernels.vote import vote
 from models import load, load_share, load_weights, read_config
@@ -429,7 +430,7 @@ class Judge(RowJudge):
         """What writes the prompts of chats."""
         ours = self.prompts
         return PromptBuilder(
-            self.tokenizer, TURNS, self.settings, chat_template=ours.chat_template,
+            self.tokenizer, CONVERSATION, self.settings, chat_template=ours.chat_template,
             chat_template_kwargs=ours.chat_template_kwargs, date=ours.date,
         )  # fmt: skip
 
@@ -575,7 +576,6 @@ class JudgeSession(Session):
 
     def __init__(self, judge: Judge, options: JudgeOptions) -> None:
         self.judge = judge
-        sampling = SamplingOptions(options.temperature, options.top_k, options.top_p, options.min_p)
         backend = None if options.attention == "auto" else options.attention
         self.scorer, cache_bytes = judge._scorer(options, backend), judge.cache_bytes
         if self.scorer is not None:
@@ -586,7 +586,7 @@ class JudgeSession(Session):
         self.generator = Generator(
             judge.model,
             reader.automaton(rules),
-            options=sampling,
+            options=sampling_of(options),
             max_new_tokens=options.max_new_tokens,
             max_batch=judge.max_batch,
             max_scores=MAX_SHOWN,

@@ -46,11 +46,12 @@ from models import load_scalar
 from models.scalar_head import ScalarModel
 from models.tokenizer import Tokenizer
 
-# A judge template: the row's own turns, and the one response as the last.
-TURNS = (
+# A judge template: the row's own turns,
+CONVERSATION = (
     "{% for message in messages %}{{ turn(message.role) }}{{ message.content }}{% endfor %}"
-    "{{ turn('assistant') }}{{ responses[0] }}"
 )
+# and the one response as the last.
+TURNS = CONVERSATION + "{{ turn('assistant') }}{{ responses[0] }}"
 # Another: what a model that compares reads.
 PAIR = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n\n{% endfor %}"

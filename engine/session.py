@@ -22,7 +22,7 @@ from engine.online import Pending, Worker
 from engine.options import JudgeOptions
 from engine.request import BadRow, Row
 from engine.verdict import RowFailure, Verdict
-from kernels.sample_token import stream_key
+from kernels.sample_token import SamplingOptions, stream_key
 
 Outcome = Verdict | RowFailure
 Entry = Row | BadRow
@@ -85,6 +85,17 @@ class Session(ABC):
     def _current(self) -> list[tuple[int, int]]:
         # An inference tensor has no version, and cannot change.
         return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in self._weights]
+
+
+def sampling_of(options: JudgeOptions) -> SamplingOptions:
+    """How tokens are drawn; raises ValueError for what is out of range."""
+    return SamplingOptions(options.temperature, options.top_k, options.top_p, options.min_p)
+
+
+def check_draws(options: JudgeOptions) -> None:
+    """Raise ValueError for draws that could not be made: before any row, not at one."""
+    sampling_of(options)
+    stream_key(options.seed, "", "token")
 
 
 def _shared(options: JudgeOptions) -> tuple[Any, ...]:
@@ -184,7 +195,7 @@ class RowJudge(ABC):
 
     def _checked(self, given: Mapping[str, Any]) -> JudgeOptions:
         options = self._options(given)
-        stream_key(options.seed, "", "token")  # refuses a seed out of range now, not at a row
+        check_draws(options)
         return options
 
     def _online(self) -> Worker:

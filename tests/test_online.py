@@ -336,7 +336,7 @@ def test_cancelled_before_it_begins(rows: list[Row], judge: Judge) -> None:
 
 
 def test_options_are_refused_at_once(rows: list[Row], judge: Judge) -> None:
-    for bad in ({"k": 0}, {"seed": -1}, {"k_meta": 1}):
+    for bad in ({"k": 0}, {"seed": -1}, {"k_meta": 1}, {"temperature": -1.0}, {"top_p": 2.0}):
         with pytest.raises(ValueError):
             judge.submit(rows[0], **bad)
     assert judge._worker is None

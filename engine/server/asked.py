@@ -16,8 +16,8 @@ from engine.labels import quote
 from engine.options import JudgeOptions
 from engine.request import Row, RowError, build_row, check_json, parse_fields, readable_id
 from engine.server.limits import Limits
+from engine.session import check_draws
 from engine.verdict import RowFailure, Verdict
-from kernels.sample_token import SamplingOptions, stream_key
 
 Outcome = Verdict | RowFailure
 _OF_THE_SERVER = ("attention", "deterministic")  # options that no request may change
@@ -95,8 +95,7 @@ def read_options(given: object, defaults: Mapping[str, Any], limits: Limits) -> 
     try:
         check_json(given, "options")
         options: JudgeOptions = msgspec.convert({**defaults, **given}, JudgeOptions)
-        SamplingOptions(options.temperature, options.top_k, options.top_p, options.min_p)
-        stream_key(options.seed, "", "token")
+        check_draws(options)
     except ValueError as error:  # of msgspec and RowError too
         raise Refused(400, f"options: {error}") from None
     for name, most in (
