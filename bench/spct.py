@@ -14,14 +14,17 @@ what votes come to after each; beside baselines of the same rows.
 All of them, base, and a larger judge (--large: `train.world.pocket --size large`) judge the same
 final rows, greedily and k times. What is trained is a folder of OUT/seed-N. A stage that was
 stopped continues, and one that is done is not done again (train/run.py, `engine.sample --resume`).
+What a seed came to is OUT/outcomes/seed-N.npz: one that has been run elsewhere joins by that file.
 OUT/results.json has accuracies and differences with 95 % intervals over seeds and rows,
 OUT/results.md and OUT/curve.png show them. Ends in one JSON line.
 """
 
+import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from bench import study
 from bench.provenance import print_json
 from engine import command, sample
 from engine.command import with_values
+from engine.key import model_fingerprint
 from engine.labels import chance_right
 from engine.options import PromptOptions
 from engine.sample import POCKET
@@ -39,6 +43,7 @@ from engine.settings import read_judge_settings
 from engine.verdict import RowFailure
 from models import load
 from train import grpo, meta_rm, rft, scalar_rm, sft
+from train.checkpoint import sha256
 from train.directory import replace_text
 from train.evaluation import EvalArgs
 from train.learner import LearnerArgs
@@ -116,6 +121,19 @@ class Stages:
         scalar_rm.train(self.scalar)
         sft.train(self.direct)
         sft.train(self.index)
+
+    @property
+    def settings(self) -> list[dict[str, Any]]:
+        """Those of every training, but for where files lie."""
+        parts = (self.rft, self.grpo, self.meta, self.scalar, self.direct, self.index)
+        return [
+            {
+                name: value
+                for name, value in command.flat(part).items()
+                if not isinstance(value, Path)
+            }
+            for part in parts
+        ]
 
     @property
     def judges(self) -> dict[str, Path]:
@@ -213,15 +231,16 @@ def judge_rows(
     return votes, greedy
 
 
-def parameters_of(directory: Path | None) -> int:
+def parameters_of(directory: Path) -> int:
     """How many parameters a model has."""
-    assert directory is not None
     return sum(parameter.numel() for parameter in load(directory)[0].parameters())
 
 
 def ablate(args: Args, made: Stages) -> None:
     """Judge dev rows with one thing changed, on the chain of one seed; writes OUT/ablations.json
     and OUT/ablations.md, whose differences are to what is not changed."""
+    rft.train(made.rft)
+    grpo.train(made.grpo)
     count, k = (3, 2) if args.smoke else (500, 8)
     out = made.grpo.out.parent
     rows = {
@@ -251,8 +270,8 @@ def ablate(args: Args, made: Stages) -> None:
     threshold = read_judge_settings(POCKET).threshold
     judges = {
         name: study.judged(
-            [judge_rows(out / "ablations", name.replace(", ", "-").replace(" ", "-"), model, data,
-                        k, *more)],
+            *judge_rows(out / "ablations", name.replace(", ", "-").replace(" ", "-"), model, data,
+                        k, *more),
             threshold, parameters_of(POCKET),
         )
         for name, (model, data, more) in asked.items()
@@ -283,6 +302,48 @@ def write(
     return found, differences
 
 
+def judged_untrained(
+    out: Path, name: str, model: Path, rows: Path, k: int
+) -> dict[str, study.Judged]:
+    """By its name, what a judge that no seed trains comes to on the final rows."""
+    files, threshold = judge_rows(out, name, model, rows, k), read_judge_settings(POCKET).threshold
+    return {name: study.judged(*files, threshold, parameters_of(model))}
+
+
+def judged_seed(made: Stages, rows: Path, k: int) -> dict[str, study.Judged]:
+    """Train all that a seed trains; what its judges come to on the final rows."""
+    made.train()
+    meta = made.meta.out / "best"
+    more: dict[str, tuple[str | Path, ...]] = {
+        "grpo": ("--meta-model", meta), "direct": ("--score", "expected"),
+    }  # fmt: skip
+    threshold = read_judge_settings(POCKET).threshold
+    found = {}
+    for name, model in made.judges.items():
+        verdicts = made.grpo.out.parent / "verdicts"
+        found[name] = study.judged(
+            *judge_rows(verdicts, name, model, rows, k, *more.get(name, ())),
+            threshold, parameters_of(model),
+            read_judge_settings(meta).meta_scale if name == "grpo" else None,
+            expects=name == "direct",
+        )  # fmt: skip
+    chances = scalar_chances(made.scalar.out / "best", rows)
+    found["scalar"] = study.Judged({"greedy": {1: chances[None]}})
+    return found
+
+
+def outcomes(
+    path: Path, inputs: Any, judge: Callable[[], dict[str, study.Judged]]
+) -> dict[str, study.Judged]:
+    """What judges came to: read from the file, or found and written there. inputs: what decides it.
+    Raises ValueError for a file that other inputs made."""
+    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        study.save(path, judge(), key)
+    return study.load(path, key)
+
+
 def run(args: Args) -> None:
     """Train, judge, write the results down."""
     args.out.mkdir(parents=True, exist_ok=True)
@@ -290,34 +351,25 @@ def run(args: Args) -> None:
     count, k = (3, 2) if args.smoke else (args.rows, args.k)
     rows = world(args.out / "final.jsonl", count, "final")
     taught = 20 if args.smoke else TEACHER_ROWS
-    for kind in ("direct", "index"):
+    of_teacher = [
         world(args.out / f"{kind}.jsonl", taught, "train", "--judgements", kind)
-    files = {"base": [judge_rows(args.out, "base", POCKET, rows, k)]}
-    if args.large is not None:
-        files["large"] = [judge_rows(args.out, "large", args.large, rows, k)]
-    scales, scalars = [], []
+        for kind in ("direct", "index")
+    ]
+    final, base = [sha256(rows), k, LONGEST], model_fingerprint(POCKET)
+    judges: dict[str, study.Judged] = {}
+    for name, model in (("base", POCKET), ("large", args.large)):
+        if model is not None:
+            judges |= outcomes(
+                args.out / "outcomes" / f"{name}.npz", [final, model_fingerprint(model)],
+                partial(judged_untrained, args.out, name, model, rows, k),
+            )  # fmt: skip
+    seeds = []
     for seed in args.seeds:
         made = stages(args.out, seed, args.smoke)
-        made.train()
-        meta = made.meta.out / "best"
-        scales.append(read_judge_settings(meta).meta_scale)
-        for name, model in made.judges.items():
-            more: dict[str, tuple[str | Path, ...]] = {
-                "grpo": ("--meta-model", meta), "direct": ("--score", "expected"),
-            }  # fmt: skip
-            verdicts = made.grpo.out.parent / "verdicts"
-            judged = judge_rows(verdicts, name, model, rows, k, *more.get(name, ()))
-            files.setdefault(name, []).append(judged)
-        scalars.append(scalar_chances(made.scalar.out / "best", rows))
-    threshold = read_judge_settings(POCKET).threshold
-    judges = {
-        name: study.judged(
-            paths, threshold, parameters_of(args.large if name == "large" else POCKET),
-            scales if name == "grpo" else None, expects=name == "direct",
-        )
-        for name, paths in files.items()
-    }  # fmt: skip
-    judges["scalar"] = study.Judged({"greedy": {1: np.stack(scalars)}})
+        inputs = [final, base, made.settings, *map(sha256, of_teacher)]
+        path = args.out / "outcomes" / f"seed-{seed}.npz"
+        seeds.append(outcomes(path, inputs, partial(judged_seed, made, rows, k)))
+    judges |= {name: study.joined([each[name] for each in seeds]) for name in seeds[0]}
     found, differences = write(args.out, "results", judges, ORDERINGS)
     study.plot(found, args.out / "curve.png")
     print((args.out / "results.md").read_text(), file=sys.stderr)

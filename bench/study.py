@@ -3,12 +3,14 @@
 A judge's accuracy is an array over seeds and rows: the chance that a row's verdict is right, ties
 being drawn, a mean over subsets of its samples (bench/evaluate/curves.py). A difference of two
 judges or two ways to vote is taken row by row and seed by seed; its interval is a bootstrap over
-both.
+both. Arrays are kept in small files: what has been trained and judged once, on whatever machine,
+is tabulated with the rest.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from bench.statistics import seed_interval
 from bench.voting import label_of
 from engine.labels import is_right
 from engine.verdict import Sample, Verdict
+from models.weights import replace_file
 from train.evaluation import criteria_entropy, error_correlation
 
 PLAIN = ("all", "standardised", "borda")  # what votes count, without a meta model
@@ -90,34 +93,83 @@ class Judged:
 
 
 def judged(
-    paths: Sequence[tuple[Path, Path]],
+    votes: Path,
+    greedy: Path,
     threshold: float,
     parameters: int,
-    scales: Sequence[float] | None = None,
+    meta_scale: float | None = None,
     expects: bool = False,
 ) -> Judged:
-    """From the files of verdicts and of greedy verdicts, a pair for each seed, and the scale of
-    each seed's meta model, if any has scored the judgements. expects: they have expected scores."""
-    judgements = [read_verdicts(votes) for votes, _ in paths]
-    per_seed = [
-        accuracies(each, threshold, None if scales is None else scales[i], expects)
-        for i, each in enumerate(judgements)
-    ]
-    arrays = {
-        way: {size: np.stack([each[way][size] for each in per_seed]) for size in sizes}
-        for way, sizes in per_seed[0].items()
-    }
-    greedy = [accuracies(read_verdicts(path), threshold)["all"][1] for _, path in paths]
-    arrays["greedy"] = {1: np.stack(greedy)}
-    verdicts = [each for of_seed in judgements for each in of_seed]
+    """Of one seed, from the files of its verdicts and its greedy ones. meta_scale: that of the meta
+    model, if one has scored the judgements. expects: they have expected scores."""
+    verdicts = read_verdicts(votes)
+    found = accuracies(verdicts, threshold, meta_scale, expects)
+    found["greedy"] = {1: accuracies(read_verdicts(greedy), threshold)["all"][1]}
     samples = sum(len(each.samples) for each in verdicts)
     return Judged(
-        arrays,
+        {
+            way: {size: values[None] for size, values in sizes.items()}
+            for way, sizes in found.items()
+        },
         sum(each.decode_tokens for each in verdicts) / samples,
         sum(each.tree_tokens for each in verdicts) / len(verdicts),
         parameters,
         facts_of(verdicts, threshold),
     )
+
+
+def joined(seeds: Sequence[Judged]) -> Judged:
+    """The seeds of a judge as one: arrays one after another, and the means of all else."""
+    first = seeds[0]
+    return Judged(
+        {
+            way: {
+                size: np.concatenate([each.arrays[way][size] for each in seeds]) for size in sizes
+            }
+            for way, sizes in first.arrays.items()
+        },
+        float(np.mean([each.tokens for each in seeds])),
+        float(np.mean([each.prompt for each in seeds])),
+        first.parameters,
+        {name: float(np.mean([each.facts[name] for each in seeds])) for name in first.facts},
+    )
+
+
+def save(path: Path, judges: Mapping[str, Judged], key: str) -> None:
+    """Write judges to a .npz, of float32; key: what made them."""
+    arrays: dict[str, Any] = {
+        f"{name}/{way}/{size}": values.astype(np.float32)
+        for name, judge in judges.items()
+        for way, sizes in judge.arrays.items()
+        for size, values in sizes.items()
+    }
+    about = {
+        name: {
+            "tokens": judge.tokens, "prompt": judge.prompt, "parameters": judge.parameters,
+            "facts": judge.facts,
+        }
+        for name, judge in judges.items()
+    }  # fmt: skip
+    content = BytesIO()
+    np.savez_compressed(content, about=json.dumps({"key": key, "judges": about}), **arrays)
+    replace_file(path, lambda file: file.write_bytes(content.getbuffer()))
+
+
+def load(path: Path, key: str) -> dict[str, Judged]:
+    """The judges of a file that `save` has written. Raises ValueError for another key."""
+    with np.load(path) as stored:
+        about = json.loads(str(stored["about"]))
+        if about["key"] != key:
+            raise ValueError(
+                f"{path} is of other settings, rows or models: begin in another directory"
+            )
+        arrays: dict[str, dict[str, dict[int, np.ndarray]]] = {}
+        for name in stored.files:
+            if name != "about":
+                judge, way, size = name.split("/")
+                values = stored[name].astype(np.float64)
+                arrays.setdefault(judge, {}).setdefault(way, {})[int(size)] = values
+    return {name: Judged(arrays[name], **rest) for name, rest in about["judges"].items()}
 
 
 def facts_of(verdicts: Sequence[Verdict], threshold: float) -> dict[str, float]:

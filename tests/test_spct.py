@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def test_the_whole_chain_in_small(
     monkeypatch.setattr(statistics, "BOOTSTRAPS", 20)
     monkeypatch.setattr(spct, "LONGEST", 250)
     words = ["--smoke", "--out", str(tmp_path), "--large", str(POCKET), *more]
-    trainings = 8 if more else 6
+    trainings = 10 if more else 6
     assert spct.main(words) == 0
     out, err = capfd.readouterr()
     told = json.loads(out.splitlines()[-1])
@@ -53,12 +54,23 @@ def test_the_whole_chain_in_small(
     assert (tmp_path / "ablations.md").exists() == bool(more)
     judged = {path: path.read_bytes() for path in (tmp_path / "seed-0" / "verdicts").iterdir()}
     assert len(judged) == 8
+    (tmp_path / "outcomes" / "seed-0.npz").unlink()  # it is made anew, of what has been judged
     assert spct.main(words) == 0
     lines = [json.loads(x) for x in capfd.readouterr().err.splitlines() if x.startswith("{")]
     assert [line["steps_run"] for line in lines if "steps_run" in line] == [0] * trainings
     assert sum(line["usage"]["decode_tokens"] for line in lines if "usage" in line) == 0
     assert all(path.read_bytes() == content for path, content in judged.items())
     assert json.loads((tmp_path / "results.json").read_text()) == results
+
+    elsewhere = tmp_path / "elsewhere"  # the outcomes are enough
+    shutil.copytree(tmp_path / "outcomes", elsewhere / "outcomes")
+    assert spct.main(["--smoke", "--out", str(elsewhere), "--large", str(POCKET)]) == 0
+    assert json.loads((elsewhere / "results.json").read_text()) == results
+    assert not (elsewhere / "seed-0").exists()
+    capfd.readouterr()
+    shutil.copy(elsewhere / "outcomes" / "seed-0.npz", elsewhere / "outcomes" / "seed-1.npz")
+    assert spct.main(["--smoke", "--out", str(elsewhere), "--seeds", "0", "1"]) == 1
+    assert "seed-1.npz is of other settings" in capfd.readouterr().err
 
 
 def verdict(row: int, samples: list[tuple[int, int] | None]) -> Verdict:
@@ -92,8 +104,18 @@ def test_figures_of_verdict_lines(tmp_path: Path) -> None:
     greedy = tmp_path / "greedy.jsonl"
     singles = [verdict(0, [(5, 5)]), verdict(1, [None]), verdict(2, [(9, 1)])]
     greedy.write_bytes(b"".join(map(to_line, singles)))
-    (judged,) = study.judged([(path, greedy)], 5.5, 1).arrays["greedy"].values()
-    assert judged.tolist() == [[0.5, 0.0, 1.0]]
+    judged = study.judged(path, greedy, 5.5, 1, 0.5)
+    assert judged.arrays["greedy"][1].tolist() == [[0.5, 0.0, 1.0]]
+    study.save(tmp_path / "a.npz", {"a b": judged, "c": judged}, "key")
+    stored = study.load(tmp_path / "a.npz", "key")
+    assert list(stored) == ["a b", "c"]
+    both = study.joined([judged, stored["c"]])
+    assert both.facts == judged.facts and both.tokens == judged.tokens == 7
+    for way, of_sizes in judged.arrays.items():
+        for votes, array in of_sizes.items():
+            assert both.arrays[way][votes].tolist() == np.tile(array, (2, 1)).tolist()
+    with pytest.raises(ValueError, match=r"a\.npz is of other settings"):
+        study.load(tmp_path / "a.npz", "another")
     facts = study.facts_of(rows, 5.5)
     assert facts["invalid"] == 2 / 8 and facts["right"] == 4 / 8
     assert facts["criteria_entropy"] == pytest.approx(math.log(2))
