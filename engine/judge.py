@@ -51,7 +51,7 @@ from engine.thinking import open_thinking
 from engine.verdict import RowFailure, Verdict
 from kernels.sample_token import stream_key, uniforms
 from kernels.segment_attention import Backend
-from kernels.vote import vote
+from kernels.vote import VoteResult, vote
 from models import load, load_share, load_weights, read_config
 from models.tensor_parallel import SplitTransformer
 from models.tokenizer import Tokenizer
@@ -492,21 +492,29 @@ class Judge(RowJudge):
         ]
         tie_key = torch.tensor([stream_key(options.seed, row.id, "tie")])
         zero = torch.zeros(1, dtype=torch.int64)
-        votes = vote(
+        judged = (
             torch.tensor([[each or [0] * n for each in counted]]),
             torch.tensor([[range(n)] * len(samples)]),
             torch.tensor([[s.scores is not None for s in samples]]),
             torch.tensor([n]),
             uniforms(tie_key, zero, zero),
-            meta,
-            options.k_meta,
-            options.vote,
         )
-        voted = int(votes.votes[0])
-        best = int(votes.best[0]) if voted else None
         # Other rules' points are of no unit, but a single response keeps its score.
         unit = UNIT if expects and (options.vote == "sum" or n == 1) else 1
-        means = (votes.mean[0] / unit).tolist() if voted else None
+
+        def decided(votes: VoteResult) -> tuple[int | None, list[float] | None, bool | None]:
+            """The best response, the means, whether that is right."""
+            if not votes.votes[0]:
+                return None, None, is_correct(None, None, row.label, self.settings.threshold)
+            best, means = int(votes.best[0]), (votes.mean[0] / unit).tolist()
+            return best, means, is_correct(best, means, row.label, self.settings.threshold)
+
+        votes = vote(*judged, meta, options.k_meta, options.vote)
+        voted = int(votes.votes[0])
+        best, means, correct = decided(votes)
+        unguided_best = unguided_correct = None
+        if meta is not None:
+            unguided_best, _, unguided_correct = decided(vote(*judged, rule=options.vote))
         totals = (votes.total[0].double() / unit if expects else votes.total[0]).tolist()
         return Verdict(
             id=row.id,
@@ -529,7 +537,9 @@ class Judge(RowJudge):
             vote=options.vote,
             meta_vote=options.meta_vote,
             label=row.label,
-            correct=is_correct(best, means, row.label, self.settings.threshold),
+            correct=correct,
+            unguided_best=unguided_best,
+            unguided_correct=unguided_correct,
             agrees=agrees(best, row.label),
             row_meta=row.meta,
             partial=result.drawn is not None,

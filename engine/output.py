@@ -121,6 +121,7 @@ class LineFacts(msgspec.Struct):
     valid: int = 0
     votes: int = 0
     correct: bool | None = None
+    unguided_correct: bool | None = None
     agrees: bool | None = None
     k_used: int | None = None
     samples: list[SampleFacts] = []

@@ -30,6 +30,8 @@ class Tally:
     labelled: int = 0  # with one best response
     labelled_undecided: int = 0
     correct: int = 0
+    guided: int = 0  # those whose votes a meta model guided
+    unguided_correct: int = 0  # of them, without it
     ties: int = 0  # labels that call several responses best
     ties_agreed: int = 0
     winners: int = 0  # samples that score one of several responses highest
@@ -51,6 +53,8 @@ class Tally:
         self.labelled += outcome.correct is not None
         self.labelled_undecided += outcome.correct is not None and outcome.votes == 0
         self.correct += outcome.correct is True
+        self.guided += outcome.unguided_correct is not None
+        self.unguided_correct += outcome.unguided_correct is True
         self.ties += outcome.agrees is not None
         self.ties_agreed += outcome.agrees is True
         for sample in outcome.samples:
@@ -83,7 +87,8 @@ class Tally:
         """All of it for the closing summary. Shares are None where there is nothing to share.
 
         accuracy: correct verdicts over labelled rows, where a row without a vote is not correct;
-        accuracy_of_decided: over those that have one; agreement: over labelled rows and ties.
+        accuracy_of_decided: over those that have one; unguided_accuracy: without the meta model;
+        agreement: over labelled rows and ties.
         """
         decided = self.labelled - self.labelled_undecided
         labels = self.labelled + self.ties
@@ -104,6 +109,7 @@ class Tally:
             "accuracy": _share(self.correct, self.labelled),
             "accuracy_95": wilson(self.correct, self.labelled) if self.labelled else None,
             "accuracy_of_decided": _share(self.correct, decided),
+            "unguided_accuracy": _share(self.unguided_correct, self.guided),
             "ties": self.ties,
             "ties_agreed": self.ties_agreed,
             "agreement": _share(self.correct + self.ties_agreed, labels),

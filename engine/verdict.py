@@ -59,8 +59,9 @@ class Verdict:
     `prompt_tokens` counts the full prompts of all samples, `tree_tokens` the distinct tokens of
     their tree, `decode_tokens` the generated ones. `label`, `correct` and `row_meta` are None
     without a label or meta. A label that is a tie has no `correct`, but `agrees`: whether `best` is
-    among its best. `partial` says that the row ended before all its samples were done
-    (`engine/online.py`); the samples are those that were.
+    among its best. With a meta model `unguided_best` and `unguided_correct` are what `best` and
+    `correct` would be without it, each valid sample having one vote. `partial` says that the row
+    ended before all its samples were done (`engine/online.py`); the samples are those that were.
     """
 
     id: str
@@ -82,6 +83,8 @@ class Verdict:
     meta_vote: Literal["filter", "weight"] | None = None
     label: int | tuple[float, ...] | None = None
     correct: bool | None = None
+    unguided_best: int | None = None
+    unguided_correct: bool | None = None
     agrees: bool | None = None
     row_meta: Any = None
     partial: bool = False
@@ -101,9 +104,9 @@ def to_line(outcome: Verdict | RowFailure) -> bytes:
     """The JSON line of a verdict or a failure, newline included.
 
     Fields that are optional in a line (a failure's id, line and key; k_used, label, correct,
-    agrees, row_meta, partial; a sample's forced and expected) are left out where they are None or
-    false, score where it was drawn, vote where it is the sum, and meta_vote where it filters. A
-    meta score of NaN, which JSON cannot say, is written as null.
+    unguided_best, unguided_correct, agrees, row_meta, partial; a sample's forced and expected) are
+    left out where they are None or false, score where it was drawn, vote where it is the sum, and
+    meta_vote where it filters. A meta score of NaN, which JSON cannot say, is written as null.
     """
     fields: dict[str, Any]
     if isinstance(outcome, RowFailure):
@@ -137,7 +140,9 @@ def to_line(outcome: Verdict | RowFailure) -> bytes:
             fields["vote"] = outcome.vote
         if outcome.meta_vote == "weight":
             fields["meta_vote"] = outcome.meta_vote
-        for name in ("k_used", "label", "correct", "agrees", "row_meta"):
+        for name in (
+            "k_used", "label", "correct", "unguided_best", "unguided_correct", "agrees", "row_meta",
+        ):  # fmt: skip
             if (value := getattr(outcome, name)) is not None:
                 fields[name] = value
         if outcome.partial:

@@ -97,6 +97,8 @@ def render_summary(summary: dict[str, Any], width: int) -> str:
         low, high = summary["accuracy_95"]
         share = f"{summary['accuracy']:.0%} agree with the label"
         parts.append(f"{share} (95 % interval {low:.0%} to {high:.0%})")
+        if summary["unguided_accuracy"] is not None:
+            parts.append(f"{summary['unguided_accuracy']:.0%} would without the meta model")
         if decided != summary["accuracy"]:
             parts.append(f"{decided:.0%} of those with a verdict do")
     if summary["ties"]:
@@ -242,6 +244,8 @@ def _outcome(row: Row, verdict: Verdict, width: int, paint: _Paint) -> list[str]
         text = f"Mean score {verdict.mean_scores[0]:.2f}"
     else:
         text = f"Best: [{verdict.best}]"
+        if verdict.unguided_best not in (None, verdict.best):
+            votes += f"; all alike would have chosen [{verdict.unguided_best}]"
     if verdict.label is not None:
         label = _label_text(verdict.label, len(row.responses))
         good = verdict.correct or verdict.agrees

@@ -355,6 +355,9 @@ def test_the_best_k_meta_vote(
     given_scores.metas = metas
     verdict = one(judge, max_new_tokens=CUT, k_meta=k_meta)
     valid = [sample for sample in verdict.samples if sample.scores is not None]
+    plain = one(rebuilt(judge, meta=None), max_new_tokens=CUT)
+    assert (verdict.unguided_best, verdict.unguided_correct) == (plain.best, plain.correct)
+    assert plain.unguided_best is plain.unguided_correct is None
     ranked = [(-meta, j) for j, meta in enumerate(metas[: len(valid)]) if meta == meta]
     voters = [valid[j] for _, j in sorted(ranked)[: k_meta or K // 2]]
     assert verdict.votes == len(voters) and verdict.valid == len(valid)
@@ -396,6 +399,9 @@ def test_votes_are_weighed(judge: Judge, given_scores: Given, rule: Rule) -> Non
     assert verdict.mean_scores == pytest.approx([total / of for total in totals], rel=1e-7)
     line = json.loads(to_line(verdict))
     assert line["meta_vote"] == "weight" and line.get("vote", "sum") == rule
+    plain = one(rebuilt(judge, meta=None), max_new_tokens=300, vote=rule)
+    told = [line["unguided_best"], line["unguided_correct"]]
+    assert told == [plain.best, plain.correct]
     assert judge.key(VOTED, **options) != rebuilt(judge, meta=scaled).key(VOTED, **options)
 
 

@@ -18,19 +18,23 @@ def sample(order: tuple[int, ...], scores: Scores, reason: str = "", text: str =
 
 
 def verdict(
-    samples: Sequence[Sample], correct: bool | None = None, agrees: bool | None = None
+    samples: Sequence[Sample],
+    correct: bool | None = None,
+    agrees: bool | None = None,
+    unguided_correct: bool | None = None,
 ) -> Verdict:
     valid = sum(each.scores is not None for each in samples)
     return Verdict(
         id="r", key="k", best=0 if valid else None, scores=[1, 2], mean_scores=[1.0, 2.0],
         tie=False, k=len(samples), valid=valid, votes=valid, samples=list(samples),
         prompt_tokens=1, tree_tokens=1, decode_tokens=1, correct=correct, agrees=agrees,
+        unguided_correct=unguided_correct,
     )  # fmt: skip
 
 
 OUTCOMES: list[Verdict | RowFailure] = [
-    verdict([sample((0, 1), (9, 2)), sample((1, 0), (9, 2))], True),
-    verdict([sample((0, 1), (2, 2)), sample((1, 0), (1, 5))], False),
+    verdict([sample((0, 1), (9, 2)), sample((1, 0), (9, 2))], True, unguided_correct=True),
+    verdict([sample((0, 1), (2, 2)), sample((1, 0), (1, 5))], False, unguided_correct=False),
     verdict([sample((0, 1), None, "missing", "so\n**Scores:** 7, 8\n"),
              sample((1, 0), None, "missing", "I give it \\boxed{3}.\n**Scores:** 7, 8")], False),
     verdict([sample((0, 1), (3, 1)), sample((1, 0), None, "truncated", "<think>hm")], None, True),
@@ -58,8 +62,8 @@ def test_counts() -> None:
         "rows": 6, "errors": 1, "undecided": 1, "samples": 10, "valid": 6, "valid_share": 0.6,
         "forced": 1, "invalid": {"missing": 2, "truncated": 2}, "cut_while_thinking": 1,
         "unread_line": "**Scores:** 7, 8", "labelled": 3, "correct": 1, "accuracy": 1 / 3,
-        "accuracy_of_decided": 0.5, "ties": 1, "ties_agreed": 1, "agreement": 0.5,
-        "first_wins": 4 / 5, "first_wins_expected": 0.5,
+        "accuracy_of_decided": 0.5, "unguided_accuracy": 0.5, "ties": 1, "ties_agreed": 1,
+        "agreement": 0.5, "first_wins": 4 / 5, "first_wins_expected": 0.5,
     }  # fmt: skip
     assert {name: facts[name] for name in expected} == expected
     assert set(facts) - set(expected) == {"accuracy_95", "first_wins_95"}

@@ -73,6 +73,9 @@ def test_optional_fields_of_a_verdict() -> None:
     assert (fields["label"], fields["correct"]) == ([0.5, 1.0], False)
     assert list(fields["row_meta"]) == ["b", "a"]
     assert json.loads(to_line(replace(VERDICT, row_meta=0)))["row_meta"] == 0
+    guided = replace(VERDICT, correct=True, unguided_best=0, unguided_correct=False)
+    told = ["correct", "unguided_best", "unguided_correct", "check"]
+    assert list(json.loads(to_line(guided)))[-4:] == told
     early = json.loads(to_line(replace(VERDICT, k=32, k_used=2, label=1)))
     assert list(early)[-4:] == ["usage", "k_used", "label", "check"]
     assert (early["k"], early["k_used"], len(early["samples"])) == (32, 2, 2)

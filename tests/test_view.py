@@ -106,6 +106,9 @@ def test_ties_wrong_labels_and_meta_votes() -> None:
     assert "<- best (drawn from a tie)" in text
     assert "Best: [0], but the label says [1]; 2 of 2 samples valid, 1 of them voted." in text
     assert text.endswith("\nSamples prefer: tied 2.")
+    for unguided, told in ((1, "; all alike would have chosen [1]."), (0, "."), (None, ".")):
+        text = render_verdict(ROW, replace(tied, unguided_best=unguided), 200, False)
+        assert f"2 of 2 samples valid, 1 of them voted{told}\n" in text
 
 
 def test_what_samples_prefer_need_not_be_what_the_sum_says() -> None:
@@ -194,10 +197,10 @@ def test_failures() -> None:
 
 SUMMARY = {
     "rows": 5, "errors": 1, "interrupted": False, "seconds": 2.0, "accuracy": 0.75,
-    "accuracy_95": (0.3, 0.95), "accuracy_of_decided": 0.75, "ties": 3, "ties_agreed": 2,
-    "valid_share": 0.9, "forced": 2, "undecided": 1, "invalid": {"missing": 3, "count": 1},
-    "cut_while_thinking": 0, "unread_line": "Score: 7\x1b", "first_wins": 0.6,
-    "first_wins_95": (0.5, 0.7), "first_wins_expected": 0.5,
+    "accuracy_95": (0.3, 0.95), "accuracy_of_decided": 0.75, "unguided_accuracy": None,
+    "ties": 3, "ties_agreed": 2, "valid_share": 0.9, "forced": 2, "undecided": 1,
+    "invalid": {"missing": 3, "count": 1}, "cut_while_thinking": 0, "unread_line": "Score: 7\x1b",
+    "first_wins": 0.6, "first_wins_95": (0.5, 0.7), "first_wins_expected": 0.5,
     "tokens_computed": 1000, "tokens_naive": 4200, "tokens_per_second": 500.0,
 }  # fmt: skip
 
@@ -212,6 +215,8 @@ def test_summary() -> None:
     assert "(95 % interval 50% to 70%; 50% expected)." in text
     assert "1,000 tokens computed at 500 tokens/s" in text
     assert "would compute 4,200 (4.2 times as many)." in text
+    guided = render_summary(SUMMARY | {"unguided_accuracy": 0.5}, 200)
+    assert "interval 30% to 95%); 50% would without the meta model; 2 of" in guided
     some = render_summary(SUMMARY | {"accuracy_of_decided": 1.0}, 200)
     assert "95%); 100% of those with a verdict do; 2 of 3 ties" in some
     none = render_summary(SUMMARY | {"accuracy": 0.0, "accuracy_of_decided": None}, 200)
