@@ -197,7 +197,8 @@ def test_a_finished_run_goes_on(args: sft.Args, capsys: pytest.CaptureFixture[st
 
 
 def test_patience(args: sft.Args, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training ends after two evaluations that are no better than the best, and stays ended."""
+    """Training ends after two evaluations that are no better than the best, and stays ended. Of
+    equals the later is kept."""
     dev = args.out.with_name("dev.jsonl")
     dev.write_text(json.dumps({"prompt": "p", "responses": ["a", "b"], "label": 0}) + "\n")
     votes = iter([0.2, 0.5, 0.5, 0.4, 0.9])
@@ -207,7 +208,7 @@ def test_patience(args: sft.Args, monkeypatch: pytest.MonkeyPatch) -> None:
     patient = with_values(args, eval_every=1, eval_data=dev, patience=2, steps=9)
     sft.train(patient)
     assert steps_of(args.out) == [0, 1, 2, 3]
-    assert json.loads((args.out / "best.json").read_text()) == {"step": 1, "score": 0.5}
+    assert json.loads((args.out / "best.json").read_text()) == {"step": 2, "score": 0.5}
     sft.train(patient)
     assert steps_of(args.out) == [0, 1, 2, 3] and next(votes) == 0.9
 

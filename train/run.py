@@ -225,11 +225,12 @@ class Run(Generic[M]):
             raise Stopped(self._stopping.number or signal.SIGTERM)
 
     def _rate(self, step: int, score: float) -> None:
-        """Keep the model, if it is the best so far."""
+        """Keep the model, if it is the best so far; of equals the last."""
+        best = -math.inf if self._best is None else self._best["score"]
         self._since_best += 1
-        if math.isfinite(score) and (self._best is None or score > self._best["score"]):
+        if math.isfinite(score) and score >= best:
+            self._since_best = 0 if score > best else self._since_best
             self._best = {"step": step, "score": score}
-            self._since_best = 0
             self._write_model(self._args.out / "best")
             if parallel.is_first():
                 replace_text(self._args.out / "best.json", json.dumps(self._best) + "\n")
