@@ -4,9 +4,9 @@
 
 Parses the judgements by the teacher's format and compares them with the truth of each case:
 *weighted* is the share of listed criteria that carry hidden weight (three random ones: `chance`),
-*mass* the share of the hidden weight that they cover, *checks* the share of right yes/no verdicts,
-in all and by criterion, *sums* the share of response lines whose total follows from their own
-verdicts. Ends in one JSON line.
+*mass* the share of the hidden weight that they cover, *listed* the share of judgements that list a
+criterion, *checks* the share of right yes/no verdicts, in all and by criterion, *sums* the share of
+response lines whose total follows from their own verdicts. Ends in one JSON line.
 """
 
 import re
@@ -53,6 +53,7 @@ def count(case: Case, order: tuple[int, ...], text: str, counts: Counter[str]) -
         return
     hidden = dict(zip(CRITERIA, case.weights, strict=True))
     counts["listed"] += LISTED
+    counts.update(f"listed {name}" for name in weights)
     counts["weighted"] += sum(hidden[name] > 0 for name in weights)
     counts["mass"] += sum(hidden[name] for name in weights)
     counts["all_mass"] += sum(case.weights)
@@ -102,6 +103,7 @@ def measure(args: Args) -> dict[str, Any]:
         "weighted": counts["weighted"] / listed,
         "chance": counts["chance"] / listed / len(CRITERIA),
         "mass": counts["mass"] / max(1, counts["all_mass"]),
+        "listed": {name: counts[f"listed {name}"] * LISTED / listed for name in CRITERIA},
         "checks": counts["right"] / checks,
         "checks_by_criterion": {
             name: counts[f"right {name}"] / max(1, counts[f"checks {name}"]) for name in CRITERIA

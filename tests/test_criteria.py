@@ -5,7 +5,7 @@ from collections import Counter
 from itertools import islice
 
 from bench.criteria import count
-from train.world.cases import cases, judge, list_criteria
+from train.world.cases import CRITERIA, cases, judge, list_criteria
 
 
 def test_the_teacher_is_right_and_a_slip_is_seen() -> None:
@@ -20,6 +20,7 @@ def test_the_teacher_is_right_and_a_slip_is_seen() -> None:
     assert counts["unparsed"] == 0 and counts["judgements"] == 60
     assert counts["right"] == counts["checks"] > 300
     assert counts["right sums"] == counts["sums"] > 60
+    assert sum(counts[f"listed {name}"] for name in CRITERIA) == counts["listed"] == 180
     assert counts["weighted"] > 0.97 * counts["listed"]
     assert slips["right"] < slips["checks"] and slips["right sums"] < slips["sums"]
 
