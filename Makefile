@@ -9,7 +9,7 @@ SUITE := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -
 .PHONY: sample test check soak faults bench aot real gpu spct spct-smoke pocket clean
 
 sample: .venv/.stamp    ## judge the bundled rows with the pocket model and its meta model
-	$(PY) -m engine.sample --meta-model models/pocket-meta
+	$(PY) -m engine.sample --meta-model models/pocket-meta --meta-vote weight
 
 test: .venv/.stamp      ## the suite, without the markers gpu and soak; then Triton's interpreter
 	$(PY) -c 'from kernels.cpp import library; library()'   # built once, before many need it

@@ -37,7 +37,6 @@ from engine.command import with_values
 from engine.key import model_fingerprint
 from engine.labels import chance_right
 from engine.options import PromptOptions
-from engine.sample import POCKET
 from engine.scalar_judge import ScalarJudge
 from engine.settings import read_judge_settings
 from engine.verdict import RowFailure
@@ -50,7 +49,7 @@ from train.learner import LearnerArgs
 from train.policy_step import LossArgs
 from train.rollout import SamplingArgs
 from train.sources import labelled_rows
-from train.world import cases
+from train.world import BASE, cases
 
 LONGEST = 400  # tokens of a judgement
 NO_VERDICT = 3  # the exit status where no row got one
@@ -155,7 +154,7 @@ def stages(root: Path, seed: int, smoke: bool) -> Stages:
 
     def taught(kind: str, **prompts: Any) -> sft.Args:
         return sft.Args(
-            model=POCKET, out=out / kind, data=root / f"{kind}.jsonl", rows=32, sampling=sampling,
+            model=BASE, out=out / kind, data=root / f"{kind}.jsonl", rows=32, sampling=sampling,
             prompts=PromptOptions(**prompts), learning=learning(steps=500, lr=5e-4, warmup=20),
         )  # fmt: skip
 
@@ -267,12 +266,12 @@ def ablate(args: Args, made: Stages) -> None:
         "rft, no hints": (unhinted.out / "model", rows[""], ()),
         "rft, no rejection": (unrejected.out / "model", rows[""], ()),
     }
-    threshold = read_judge_settings(POCKET).threshold
+    threshold = read_judge_settings(BASE).threshold
     judges = {
         name: study.judged(
             *judge_rows(out / "ablations", name.replace(", ", "-").replace(" ", "-"), model, data,
                         k, *more),
-            threshold, parameters_of(POCKET),
+            threshold, parameters_of(BASE),
         )
         for name, (model, data, more) in asked.items()
     }  # fmt: skip
@@ -306,7 +305,7 @@ def judged_untrained(
     out: Path, name: str, model: Path, rows: Path, k: int
 ) -> dict[str, study.Judged]:
     """By its name, what a judge that no seed trains comes to on the final rows."""
-    files, threshold = judge_rows(out, name, model, rows, k), read_judge_settings(POCKET).threshold
+    files, threshold = judge_rows(out, name, model, rows, k), read_judge_settings(BASE).threshold
     return {name: study.judged(*files, threshold, parameters_of(model))}
 
 
@@ -317,7 +316,7 @@ def judged_seed(made: Stages, rows: Path, k: int) -> dict[str, study.Judged]:
     more: dict[str, tuple[str | Path, ...]] = {
         "grpo": ("--meta-model", meta), "direct": ("--score", "expected"),
     }  # fmt: skip
-    threshold = read_judge_settings(POCKET).threshold
+    threshold = read_judge_settings(BASE).threshold
     found = {}
     for name, model in made.judges.items():
         verdicts = made.grpo.out.parent / "verdicts"
@@ -355,9 +354,9 @@ def run(args: Args) -> None:
         world(args.out / f"{kind}.jsonl", taught, "train", "--judgements", kind)
         for kind in ("direct", "index")
     ]
-    final, base = [sha256(rows), k, LONGEST], model_fingerprint(POCKET)
+    final, base = [sha256(rows), k, LONGEST], model_fingerprint(BASE)
     judges: dict[str, study.Judged] = {}
-    for name, model in (("base", POCKET), ("large", args.large)):
+    for name, model in (("base", BASE), ("large", args.large)):
         if model is not None:
             judges |= outcomes(
                 args.out / "outcomes" / f"{name}.npz", [final, model_fingerprint(model)],

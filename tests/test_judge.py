@@ -19,12 +19,12 @@ from engine.options import JudgeOptions
 from engine.orders import draw_orders, parts_of
 from engine.prompt import PromptBuilder
 from engine.request import Row, make_row
-from engine.sample import POCKET
 from engine.settings import JudgeSettings
 from engine.verdict import RowFailure, Verdict, to_line
 from kernels.score_grammar import Reason, ScoreRules, parse_scores
 from tests.judges import rebuilt
 from tests.rows import needs_cpp
+from train.world import BASE
 from train.world.cases import cases
 
 SHORT = 40  # new tokens where the text does not matter
@@ -32,7 +32,7 @@ SHORT = 40  # new tokens where the text does not matter
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:
-    return Judge.load(POCKET)
+    return Judge.load(BASE)
 
 
 def world_rows(count: int, seed: int = 5) -> list[Row]:
@@ -144,8 +144,8 @@ def test_heads_are_shared_across_rows(judge: Judge) -> None:
 
 def test_greedy_equals_transformers_token_for_token(judge: Judge) -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(POCKET)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
     rows = world_rows(16, seed=11)
     verdicts = run(judge, rows, k=1, temperature=0.0, max_new_tokens=300)
     ends = judge.model.config.eos_token_ids
@@ -229,7 +229,7 @@ def test_rows_without_an_outcome_do_not_pile_up(judge: Judge) -> None:
 
 def test_a_text_is_tokenized_once_for_all_orders() -> None:
     """And a prompt that is too long in one order is not made in the others."""
-    judge = Judge.load(POCKET)
+    judge = Judge.load(BASE)
     responses = [f"answer {i}" for i in range(6)]
     options: dict[str, Any] = {"k": 30, "orders": "random", "max_new_tokens": 2}
     encode, segments = judge.tokenizer.encode_text, judge.prompts.segments
@@ -395,7 +395,7 @@ def test_a_prompt_can_be_seen_before_weights_are_loaded(
     """With its control tokens, and nothing else added to what is rendered."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "judge_template.jinja",
                  "judge.json"):  # fmt: skip
-        (tmp_path / name).write_bytes((POCKET / name).read_bytes())
+        (tmp_path / name).write_bytes((BASE / name).read_bytes())
     row = make_row("What is <|end|>?", ["4", "5 \u2028"], id="first")
     data = tmp_path / "rows.jsonl"
     fields = {"id": "first", "prompt": row.messages[0].content, "responses": row.responses}

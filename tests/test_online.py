@@ -18,12 +18,12 @@ from engine.generate import Generator
 from engine.judge import Judge, JudgeSession
 from engine.online import TOO_LATE, Worker
 from engine.request import BadRow, Row, make_row
-from engine.sample import POCKET
 from engine.scalar_judge import ScalarJudge
 from engine.session import RowJudge
 from engine.verdict import RowFailure, Verdict, to_line
 from models import load
 from tests.tiny import write_model
+from train.world import BASE
 from train.world.rows import split_rows
 
 OPTIONS: dict[str, Any] = {"k": 3, "max_new_tokens": 200, "stop": "box"}
@@ -36,7 +36,7 @@ def rows() -> list[Row]:
 
 @pytest.fixture
 def judge() -> Iterator[Judge]:
-    judge = Judge.load(POCKET, max_batch=12)
+    judge = Judge.load(BASE, max_batch=12)
     yield judge
     judge.close()
 
@@ -65,7 +65,7 @@ def generators(monkeypatch: pytest.MonkeyPatch) -> list[Generator]:
 def test_calls_share_an_engine_and_what_templates_begin_with(
     rows: list[Row], generators: list[Generator]
 ) -> None:
-    judge = Judge.load(POCKET)
+    judge = Judge.load(BASE)
     outcomes: list[Any] = []
     prefilled = []
     for row in rows[:3]:
@@ -75,7 +75,7 @@ def test_calls_share_an_engine_and_what_templates_begin_with(
     assert len(generators) == 1
     alone: list[Any] = []
     for row, tokens in zip(rows[:3], prefilled, strict=True):
-        fresh = Judge.load(POCKET)
+        fresh = Judge.load(BASE)
         alone += fresh.rows([row], **OPTIONS)
         head = fresh.usage.prefill_tokens - tokens
         assert (head > 0) == (row is not rows[0])  # the template's tokens, once in all
@@ -85,7 +85,7 @@ def test_calls_share_an_engine_and_what_templates_begin_with(
 def test_other_options_that_shape_samples_need_another_engine(
     rows: list[Row], generators: list[Generator]
 ) -> None:
-    judge = Judge.load(POCKET)
+    judge = Judge.load(BASE)
     for more in ({}, {"seed": 5}, {"vote": "borda", "k": 2}, {"temperature": 0.0}):
         list(judge.rows(rows[:1], **(OPTIONS | more)))
     assert len(generators) == 2
@@ -96,14 +96,14 @@ def test_other_options_that_shape_samples_need_another_engine(
 
 
 def test_weights_that_change_between_calls(rows: list[Row], generators: list[Generator]) -> None:
-    judge = Judge.load(POCKET)
+    judge = Judge.load(BASE)
     list(judge.rows(rows[:2], **OPTIONS))
     with torch.no_grad():
         for parameter in judge.model.parameters():
             parameter.mul_(1.25)
     changed = list(judge.rows(rows[:2], **OPTIONS))
     assert len(generators) == 1
-    fresh = Judge.load(POCKET)
+    fresh = Judge.load(BASE)
     fresh.model.load_state_dict(judge.model.state_dict())
     assert lines(changed) == lines(list(fresh.rows(rows[:2], **OPTIONS)))
     for parameter in judge.model.parameters():
@@ -114,13 +114,13 @@ def test_weights_that_change_between_calls(rows: list[Row], generators: list[Gen
 
 def test_update_weights(rows: list[Row], judge: Judge, tmp_path: Path) -> None:
     first = judge.submit(rows[0], **OPTIONS)
-    other, _ = load(POCKET)
+    other, _ = load(BASE)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.25)
     judge.update_weights(other)
     second = judge.submit(rows[0], **OPTIONS).result()
-    judge.update_weights(POCKET)
+    judge.update_weights(BASE)
     third = judge.submit(rows[0], **OPTIONS).result()
     assert to_line(first.result()) == to_line(third) and to_line(second) != to_line(third)
     assert first.result().key == third.key != second.key
@@ -135,10 +135,10 @@ def test_update_weights(rows: list[Row], judge: Judge, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["judge", "meta", "scalar"])
 def test_outcomes_are_those_of_a_batch(kind: str, rows: list[Row]) -> None:
     """From several threads at once, with a bad line and a row that cannot be judged among them."""
-    meta = POCKET.with_name("pocket-meta")
+    meta = BASE.with_name("pocket-meta")
     judge: RowJudge = {
-        "judge": lambda: Judge.load(POCKET, max_batch=12),
-        "meta": lambda: Judge.load(POCKET, max_batch=12, meta=meta),
+        "judge": lambda: Judge.load(BASE, max_batch=12),
+        "meta": lambda: Judge.load(BASE, max_batch=12, meta=meta),
         "scalar": lambda: ScalarJudge.load(meta),
     }[kind]()
     options = {} if kind == "scalar" else OPTIONS

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -26,8 +27,8 @@ from models import Tokenizer, load
 from models.config import read_config
 from tests.args import args_of
 from train import sft
+from train.world import BASE, pocket
 from train.world import cases as world
-from train.world import pocket
 from train.world.cases import cases, list_criteria
 from train.world.cases import judge as teach
 from train.world.pocket import JUDGE_TEMPLATE, SPECIAL_TOKENS, build_tokenizer, write_untrained
@@ -162,11 +163,13 @@ def test_shorter_judgements_are_learnt_and_read(kind: str, tmp_path: Path) -> No
 
 
 def test_the_bundled_meta_model_knows_good_judgements_of_the_bundled_judge() -> None:
-    """With its own prompts being the judge's; and both are small enough to be bundled."""
-    judge_files, meta_files = (list(p.iterdir()) for p in (POCKET, POCKET_META))
-    assert sum(path.stat().st_size for path in judge_files + meta_files) < 16e6
-    for name in ("tokenizer.json", "tokenizer_config.json", "judge_template.jinja", "judge.json"):
-        assert (POCKET / name).read_bytes() == (POCKET_META / name).read_bytes()
+    """All have the same prompts, and are small enough to be bundled."""
+    models = (POCKET, POCKET_META, BASE)
+    assert sum(path.stat().st_size for model in models for path in model.iterdir()) < 21e6
+    for name in ("tokenizer.json", "tokenizer_config.json", "judge_template.jinja"):
+        assert len({(model / name).read_bytes() for model in models}) == 1
+    of_judge, own, of_base = map(read_judge_settings, models)
+    assert replace(own, meta_scale=1.0) == of_judge == of_base and 0.1 < own.meta_scale < 1
     judge = Judge.load(POCKET, meta=POCKET_META)
     rows = dev_rows("bundled", 15)
     found = []

@@ -24,9 +24,9 @@ from tests import forks
 from tests.args import args_of
 from train import checkpoint, grpo, meta_rm, parallel, rft, scalar_rm, sft
 from train.run import RunArgs
+from train.world import BASE
 
 ROOT = Path(__file__).parent.parent
-POCKET = ROOT / "models" / "pocket"
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("resume")]
 WEIGHTS, ADAPTER = "model.safetensors", "adapter/adapter_model.safetensors"
 LONGEST = 220  # tokens of most judgements of the world
@@ -34,7 +34,7 @@ LONGEST = 220  # tokens of most judgements of the world
 # Of rows and micro-batches there are so many that one rank has fewer than the other.
 RUNS: dict[str, RunArgs] = {
     "sft": args_of(sft.Args,
-        model=POCKET, out=Path("sft"), steps=4, rows=3, micro_rows=2, lr=2e-5, warmup=1,
+        model=BASE, out=Path("sft"), steps=4, rows=3, micro_rows=2, lr=2e-5, warmup=1,
         log_every=1, save_every=2, eval_every=4, eval_rows=2, eval_k=2, max_new_tokens=LONGEST,
     ),
     "grpo": args_of(grpo.Args,
@@ -42,8 +42,8 @@ RUNS: dict[str, RunArgs] = {
         lr=2e-5, warmup=1, save_every=1, max_new_tokens=LONGEST,
     ),
     "meta_rm": args_of(meta_rm.Args,
-        out=Path("meta_rm"), steps=3, rows=3, samples=3, micro_rows=1, lr=2e-5, warmup=1,
-        save_every=1, eval_every=3, eval_rows=3, eval_k=3, max_new_tokens=LONGEST,
+        model=BASE, out=Path("meta_rm"), steps=3, rows=3, samples=3, micro_rows=1, lr=2e-5,
+        warmup=1, save_every=1, eval_every=3, eval_rows=3, eval_k=3, max_new_tokens=LONGEST,
     ),
     "scalar_rm": args_of(scalar_rm.Args,
         out=Path("scalar_rm"), steps=3, rows=3, micro_rows=1, lr=2e-5, warmup=1, log_every=1,
@@ -58,7 +58,7 @@ RUNS: dict[str, RunArgs] = {
 TRAIN: dict[str, Any] = {"sft": sft.train, "grpo": grpo.train, "meta_rm": meta_rm.train}
 TRAIN |= {"scalar_rm": scalar_rm.train, "adapters": grpo.train}
 ROUNDED = args_of(sft.Args,
-    model=POCKET, out=Path("rounded"), steps=2, rows=3, micro_rows=1, lr=1e-3, warmup=1,
+    model=BASE, out=Path("rounded"), steps=2, rows=3, micro_rows=1, lr=1e-3, warmup=1,
     dtype="bfloat16",
 )  # fmt: skip
 SAMPLED = args_of(
@@ -131,7 +131,7 @@ def test_what_a_run_leaves_behind(whole: dict[str, Path]) -> None:
         out = whole[name]
         assert [line["step"] for line in metrics_of(out)] == logged(args)
         assert len(list((out / "checkpoints").iterdir())) == args.logging.keep == 2
-        trained, first = load_file(out / "model.safetensors"), load_file(POCKET / WEIGHTS)
+        trained, first = load_file(out / "model.safetensors"), load_file(BASE / WEIGHTS)
         moved = {key.removeprefix("model.") for key, value in trained.items()
                  if key in first and not value.equal(first[key])}  # fmt: skip
         assert "layers.0.self_attn.q_proj.weight" in moved
@@ -284,7 +284,7 @@ def test_ranks_add_bfloat16_gradients_up_in_float32(ranks: Path, tmp_path: Path)
     args = with_values(ROUNDED, out=tmp_path)
     sft.train(args)
     ours, theirs = (load_file(root / WEIGHTS) for root in (ranks / "rounded", tmp_path))
-    start = load_file(POCKET / WEIGHTS)
+    start = load_file(BASE / WEIGHTS)
     assert ours.keys() == theirs.keys()
     apart = moved = 0.0
     for key, value in ours.items():

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from engine.command import with_values
 from engine.judge import Judge
 from engine.request import BadRow, Row, make_row
-from engine.sample import POCKET
 from engine.verdict import Sample, Verdict
 from models import load
 from models.tokenizer import Tokenizer
@@ -33,6 +32,7 @@ from train.directory import RunDirectory
 from train.judgements import read_judgements
 from train.rft import Args
 from train.trajectories import file_batches
+from train.world import BASE
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,7 +42,7 @@ LONGEST = 230  # tokens that a judgement of the world may take, but for some of 
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:
-    return Judge.load(POCKET, dtype=torch.float32)
+    return Judge.load(BASE, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def progress(out: Path) -> list[dict[str, Any]]:
 
 # -- what is kept ----------------------------------------------------------------------------------
 
-TOKENIZER = Tokenizer(POCKET)
+TOKENIZER = Tokenizer(BASE)
 TEXT = TOKENIZER.encode_text("Scores: 1")
 CONTROL = min(TOKENIZER.control_ids)
 BROKEN = next(i for i, b in enumerate(TOKENIZER.token_bytes) if b[:1] >= b"\xf0" and len(b) == 1)
@@ -296,7 +296,7 @@ def test_counts_add_up_to_everything_read_and_sampled(
 ) -> None:
     """Of a file with bad lines, rows without a label, and rows that cannot be judged."""
     narrow = tmp_path / "narrow"
-    shutil.copytree(POCKET, narrow)
+    shutil.copytree(BASE, narrow)
     config = json.loads((narrow / "config.json").read_text())
     (narrow / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 700}))
     row = {"prompt": "p", "responses": ["a", "b"], "label": 0}
@@ -441,7 +441,7 @@ def test_a_run_resumes_from_between_any_two_writes(
 def test_end_to_end(args: Args, whole: tuple[Args, dict[str, bytes]]) -> None:
     shutil.copytree(whole[0].out, args.out)
     rft.train(args)
-    trained, first = load(args.out / "model")[0], load(POCKET)[0]
+    trained, first = load(args.out / "model")[0], load(BASE)[0]
     pairs = zip(trained.parameters(), first.parameters(), strict=True)
     assert any(not a.equal(b) for a, b in pairs)
     lines = (args.out / "model" / "metrics.jsonl").read_text().splitlines()
@@ -530,8 +530,8 @@ def test_two_writers_are_refused(args: Args) -> None:
         ({"step_rows": 0}, "step_rows = 0 is less than 1"),
         ({"chunk_rows": 0}, "chunk_rows = 0 is less than 1"),
         ({"steps": 0}, "steps = 0 is less than 1"),
-        ({"out": POCKET}, "out is the directory of the model"),
-        ({"out": POCKET.parent, "model": POCKET.parent / "model"}, "out is the directory of the"),
+        ({"out": BASE}, "out is the directory of the model"),
+        ({"out": BASE.parent, "model": BASE.parent / "model"}, "out is the directory of the"),
     ],
     ids=str,
 )

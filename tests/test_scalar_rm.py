@@ -14,7 +14,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.command import with_values
 from engine.request import Row, make_row
-from engine.sample import POCKET
 from engine.scalar_judge import ScalarJudge
 from engine.verdict import RowFailure
 from models import load
@@ -26,6 +25,7 @@ from train.ranking import losses_of
 from train.scalar import all_logits, logits_of
 from train.scalar_rm import ReadRow, accuracy, compared, labelled
 from train.trajectories import Trajectory
+from train.world import BASE
 from train.world.rows import split_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,7 +142,7 @@ def test_a_model_that_compares_learns_and_scores_as_transformers(args: scalar_rm
 def test_it_begins_as_its_decoder_and_learns(args: scalar_rm.Args) -> None:
     """With gradients that do not depend on how rows are put into micro-batches."""
     trainer = scalar_rm.ScalarTrainer(with_values(args, lr=3e-3, weight_decay=0.0, steps=20))
-    decoder, _ = load(POCKET)
+    decoder, _ = load(BASE)
     model = trainer.learner.model
     for ours, theirs in zip(model.model.parameters(), decoder.parameters(), strict=True):
         assert ours.equal(theirs)

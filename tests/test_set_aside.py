@@ -14,7 +14,6 @@ from engine.forced import ScoreForm
 from engine.generate import Generator, Group
 from engine.judge import Judge
 from engine.kv_cache import cell_bytes, round_up, scratch_cells
-from engine.sample import POCKET
 from engine.verdict import Verdict
 from kernels.forest_attention.plan import splits_of
 from kernels.score_grammar import ScoreRules
@@ -25,6 +24,7 @@ from tests.test_generate import drawn, in_rounds, live_of, make_generator, make_
 from tests.test_judge import drawn as drawn_by_judge
 from tests.test_judge import world_rows
 from tests.tiny import VOCAB_SIZE, write_model
+from train.world import BASE
 
 CELL = 3 * 2 * 48 * 4  # bytes of a token's keys and values
 SPLIT = 48  # a multiple of the 16 cells by which slabs are placed, so that gaps may be too small
@@ -173,7 +173,7 @@ def test_short_samples_take_what_they_use(tmp_path: Path) -> None:
 def test_forced_scores_after_samples_that_were_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the judge: the text of a sample that is cut becomes a segment beside other samples'
     blocks."""
-    judge, rows = Judge.load(POCKET), world_rows(3)
+    judge, rows = Judge.load(BASE), world_rows(3)
     options: dict[str, Any] = {
         "k": 12, "max_new_tokens": 100, "temperature": 1.3, "force_scores": True
     }  # fmt: skip
@@ -222,7 +222,7 @@ def test_samples_that_were_set_aside_in_torch(tiny: Transformer) -> None:
 def test_a_group_that_fails_gives_back_what_its_other_samples_hold() -> None:
     """A sample fills the cache, and its text with an opening is too long for it, while the other
     sample of its group is set aside."""
-    judge = Judge.load(POCKET)
+    judge = Judge.load(BASE)
     form = ScoreForm(judge.tokenizer, ScoreRules())
     length = 4 * SPLIT
     cells = length + 16 + scratch_cells(2)

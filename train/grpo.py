@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from engine.request import Row
-from engine.sample import POCKET
 from models import load
 from models.transformer import Transformer
 from train import parallel
@@ -44,6 +43,7 @@ from train.rollout import (
 from train.run import Clock, LogArgs, RunArgs, command_line
 from train.settings import check_at_least
 from train.sources import Rows, batches_of
+from train.world import BASE
 from train.world.rows import world_rows
 
 EXAMPLE = """\
@@ -56,7 +56,7 @@ class Args(RunArgs):
     """Reinforcement learning of a judge on labelled rows."""
 
     command: ClassVar[str] = "train.grpo"
-    model: Path = POCKET
+    model: Path = BASE
     out: Path = Path("runs/grpo")
     data: Path | None = None  # a JSONL file of labelled rows; the synthetic world when left out
     skip_easy: Path | None = None  # progress of `train.rft` on that file

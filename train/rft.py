@@ -41,7 +41,6 @@ from engine.judge import Judge
 from engine.labels import has_best
 from engine.reading import open_rows, read_rows
 from engine.request import BadRow, Row
-from engine.sample import POCKET
 from engine.stopping import Stopped, Stopping
 from engine.verdict import RowFailure, Verdict
 from train import parallel, sft
@@ -54,6 +53,7 @@ from train.rollout import NO_SCORES, TRAINING, SamplingArgs, seed_of
 from train.run import LogArgs, RunArgs, command_line
 from train.settings import check_at_least, settings_of
 from train.sources import conversation_of
+from train.world import BASE
 from train.world.rows import world_rows
 
 WORLD_ROWS = 256  # of the synthetic world, where neither --data nor --rows says how many
@@ -69,7 +69,7 @@ class Args(RunArgs):
     """Rejective fine-tuning of a judge on its own judgements of labelled rows."""
 
     command: ClassVar[str] = "train.rft"
-    model: Path = POCKET
+    model: Path = BASE
     out: Path = Path("runs/rft")
     data: Path | None = None  # a JSONL file of labelled rows; the synthetic world when left out
     rows: int | None = None  # labelled rows at most; all of --data, or 256 of the synthetic world

@@ -35,7 +35,6 @@ from engine.labels import Label, chance_right
 from engine.options import PromptOptions
 from engine.prompt import read_chat_template
 from engine.request import Row
-from engine.sample import POCKET
 from engine.scalar_judge import ScalarJudge
 from engine.settings import read_judge_settings
 from models.scalar_head import ScalarModel
@@ -48,6 +47,7 @@ from train.scalar import add_gradients, all_logits, scalar_of
 from train.settings import check_at_least
 from train.sources import Rows, batches_of
 from train.trajectories import Trajectory
+from train.world import BASE
 from train.world.rows import world_rows
 
 EXAMPLE = "--model DIR --out runs/scalar_rm --data rows.jsonl --steps 200"
@@ -63,7 +63,7 @@ class Args(RunArgs):
     """Training of a scalar reward model."""
 
     command: ClassVar[str] = "train.scalar_rm"
-    model: Path = POCKET  # what it begins as: a causal language model
+    model: Path = BASE  # what it begins as: a causal language model
     out: Path = Path("runs/scalar_rm")
     data: Path | None = None  # a JSONL file of labelled rows; the synthetic world when left out
     reads: Literal["response", "pair"] = "response"  # scores one, or compares two
