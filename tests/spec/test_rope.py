@@ -16,9 +16,9 @@ from tests.rows import ROWS, check_rows
 SHAPES = [(1, 1, 2), (63, 1, 64), (64, 2, 32), (129, 3, 20), (5, 2, 2050), (0, 2, 8), (3, 0, 8)]
 
 
-def tables(on: Implementation, tokens: int, dim: int, first: int = 100) -> tuple[Tensor, Tensor]:
+def tables(on: Implementation, tokens: int, dim: int) -> tuple[Tensor, Tensor]:
     inv_freq = 1.0 / 10000.0 ** (torch.arange(0, dim, 2) / dim)
-    cos, sin = rope_cos_sin(torch.arange(first, first + tokens), inv_freq)
+    cos, sin = rope_cos_sin(torch.arange(100, 100 + tokens), inv_freq)
     return cos.to(on.device), sin.to(on.device)
 
 
@@ -62,19 +62,6 @@ def test_slices(on: Implementation) -> None:
     if on.name != "cpp":
         for grad in on.layouts(65, 3, 24):
             on.check_gradients(op, reference, [x], [grad])
-
-
-def test_products_depend_on_the_distance_alone(on: Implementation) -> None:
-    q, k = on.draw(1, 1, 32), on.draw(1, 1, 32, seed=1)
-
-    def score(q_at: int, k_at: int) -> float:
-        turned = (turn(*tables(on, 1, 32, at))(x) for x, at in ((q, q_at), (k, k_at)))
-        return float(torch.mul(*turned).sum())
-
-    # Angles are float32: off by half a unit in the last place of 1000 radians, for 32 terms.
-    bound = 4 * 1000 * 2.0**-24 * float(q.norm() * k.norm())
-    assert score(1000, 990) == pytest.approx(score(10, 0), abs=bound)
-    assert abs(score(10, 0) - score(20, 0)) > bound
 
 
 @pytest.mark.implementations("torch", "cpp")
