@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels import cpp
 from kernels.launch import INTERPRETED, intercept
@@ -224,3 +226,17 @@ def check_once_differentiable(op: Callable[..., Tensor], x: Tensor) -> None:
     (first,) = torch.autograd.grad((op(x) ** 2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         first.sum().backward()
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any function of torch gives."""
+
+    numel = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        results = function(*arguments, **(options or {}))
+        tensors = (x for x in tree_leaves(results) if isinstance(x, Tensor))
+        self.numel = max(self.numel, *(x.numel() for x in tensors), 0)
+        return results

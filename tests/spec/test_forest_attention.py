@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from engine.forest import Node
 from engine.forward import take_pieces
@@ -30,7 +28,7 @@ from kernels.segment_attention import segment_attention
 from kernels.target import Target, target_of
 from tests import forks
 from tests.forests import Grove, Sample, Shape, crowd
-from tests.implementations import HALVES, Implementation, check_refused, gaps_in
+from tests.implementations import HALVES, Implementation, Largest, check_refused, gaps_in
 from tests.oracles.attention import Attend, over_sequences, rounded_once
 from tests.rows import num_threads
 
@@ -494,20 +492,6 @@ def test_torch_reads_a_shared_key_once_for_all_its_queries() -> None:
     assert groups.index.shape == (8, 3 + 1)
     groups = torch_impl.compile_plan(grove.prefill(grove.whole())[1], None)
     assert len(groups.groups) == 5 + 2 + 8 and groups.index.shape == (300 + 80 + 72, 1)
-
-
-class Largest(TorchDispatchMode):
-    """Numbers in the largest tensor that any function of torch gives."""
-
-    numel = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, arguments: Any = (), options: Any = None
-    ) -> Any:
-        results = function(*arguments, **(options or {}))
-        tensors = (x for x in tree_leaves(results) if isinstance(x, Tensor))
-        self.numel = max(self.numel, *(x.numel() for x in tensors), 0)
-        return results
 
 
 @pytest.mark.implementations("torch")

@@ -21,10 +21,9 @@ from kernels.forest_attention.backward_schedule import key_tiles, query_tiles
 from kernels.forest_attention.plan import Suffixes, WorkTile
 from kernels.launch import intercept
 from tests.forests import Sample, Segment, Shape
-from tests.implementations import DTYPES, HALVES, Implementation, check_once_differentiable
+from tests.implementations import DTYPES, HALVES, Implementation, Largest, check_once_differentiable
 from tests.oracles.attention import Problem, problem
 from tests.rows import num_threads
-from tests.spec.test_forest_attention import Largest
 
 ON_CPU = Implementation("cpp")
 PLAIN = AttentionOptions(0.25)
