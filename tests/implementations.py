@@ -210,11 +210,9 @@ def check_refused(
 
 def gaps_in(arguments: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     """What no kernel takes: that any of these tensors has gaps in its last dimension."""
+    message = r"contiguous, got shape \(.*strides \(.*2,?\)"
     return [
-        (
-            {name: x.repeat_interleave(2, -1)[..., ::2]},
-            r"contiguous, got shape \(.*strides \(.*2,?\)",
-        )
+        ({name: x.repeat_interleave(2, -1)[..., ::2]}, message)
         for name, x in arguments.items()
         if isinstance(x, Tensor)
     ]

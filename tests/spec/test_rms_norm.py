@@ -21,7 +21,7 @@ from tests.implementations import (
 from tests.rows import ROWS, check_rows
 
 EPS = 1e-6
-# One row, forward alone: the gradient of a single number is nothing but rounding.
+# One row, forward alone: torch's backward wants a matrix, and that of one number is all rounding.
 ONE_ROW = [(16,), (1, 1)]
 # Rows of one Triton program and of several, heads, a norm past one vector; many blocks of rows for
 # each program of the backward, of several rows and of one; nothing.
