@@ -13,8 +13,12 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels import cpp
 from kernels.launch import INTERPRETED, intercept
@@ -60,6 +64,12 @@ class Implementation:
             torch.ones((), device=self.device).expand(shape),
             self.draw(*shape[::-1], seed=5).permute(*reversed(range(len(shape)))),
         ]
+
+    def untouched(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Zeros of 16 bits. On a CPU they take address space, and memory only where touched."""
+        if self.device.type == "cpu":
+            return torch.from_numpy(np.zeros(shape, np.int16)).view(dtype)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     @contextmanager
     def counted(self) -> Iterator[Counter[str]]:
@@ -186,3 +196,45 @@ def gradients(
     results = tuple_of(op(*leaves))
     given = [(y, grad) for y, grad in zip(results, grads, strict=True) if y.requires_grad]
     return torch.autograd.grad([y for y, _ in given], leaves, [grad for _, grad in given])
+
+
+def check_refused(
+    op: Callable[..., Any], arguments: dict[str, Any], *refusals: tuple[dict[str, Any], str]
+) -> None:
+    """With each of these changes of its arguments the operation raises ValueError with that
+    message."""
+    for change, message in refusals:
+        with pytest.raises(ValueError, match=message):
+            op(**(arguments | change))
+
+
+def gaps_in(arguments: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """What no kernel takes: that any of these tensors has gaps in its last dimension."""
+    message = r"contiguous, got shape \(.*strides \(.*2,?\)"
+    return [
+        ({name: x.repeat_interleave(2, -1)[..., ::2]}, message)
+        for name, x in arguments.items()
+        if isinstance(x, Tensor)
+    ]
+
+
+def check_once_differentiable(op: Callable[..., Tensor], x: Tensor) -> None:
+    """Gradients of the gradient of `op` in x are refused."""
+    x = x.detach().requires_grad_()
+    (first,) = torch.autograd.grad((op(x) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any function of torch gives."""
+
+    numel = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        results = function(*arguments, **(options or {}))
+        tensors = (x for x in tree_leaves(results) if isinstance(x, Tensor))
+        self.numel = max(self.numel, *(x.numel() for x in tensors), 0)
+        return results

@@ -73,7 +73,7 @@ def test_a_plan_that_lives_long_gives_the_same_bits(
 
 
 def test_idle_rows_change_nothing(tiny: Transformer) -> None:
-    """What stands in the buffers behind the live samples is of no consequence."""
+    """What stands in the buffers past the live samples is of no consequence."""
     groups = make_groups(1, longest=30)
     expected = [drawn(result) for result in run(make_generator(tiny), groups)]
     generator = make_generator(tiny)

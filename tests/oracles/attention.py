@@ -5,7 +5,7 @@ no formula is shared with the code under test.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -81,8 +81,7 @@ def over_sequences(sequences: Sequence[tuple[int, Tensor]], options: AttentionOp
 @dataclass
 class Problem:
     """Queries (T, Hq, D), keys and values (N, Hkv, ...) token by token, gradients of o and of lse
-    (None: lse has none), a plan, and whether a query sees a cell: (T, N) bool. places: the queries
-    and the cells of each segment, by its name."""
+    (None: lse has none), a plan, and whether a query sees a cell: (T, N) bool."""
 
     q: Tensor
     k: Tensor
@@ -92,7 +91,6 @@ class Problem:
     plan: ForestPlan
     mask: Tensor
     options: AttentionOptions
-    places: dict[int, tuple[slice, slice]] = field(default_factory=dict)
 
     def inputs(self) -> list[Tensor]:
         """Fresh leaves."""
@@ -159,31 +157,22 @@ def problem(
     generator = torch.Generator().manual_seed(len(q))
     d_o = torch.randn(*q.shape[:2], shape.v_head_dim, generator=generator)
     grad = torch.randn(q.shape[:2], generator=generator) if d_lse else None
-    mask = visible(chosen, len(k), options.window)
-    unseen = ~visible(chosen, len(k), None).any(0)
+    mask = visible(grove, chosen, len(k), options.window)
+    unseen = ~visible(grove, chosen, len(k), None).any(0)
     for cells in (k, v):
         cells[unseen.to(device)] = float("nan")
-    places = {}
-    row = 0
-    for node, first, stop in chosen:
-        assert node.slab is not None
-        cells_of = slice(node.slab.start + first, node.slab.start + stop)
-        places[grove.names[node][0]] = slice(row, row + stop - first), cells_of
-        row += stop - first
     d_lse_too = None if grad is None else grad.to(device)
-    return Problem(q, k, v, d_o.to(q), d_lse_too, plan, mask, options, places)
+    return Problem(q, k, v, d_o.to(q), d_lse_too, plan, mask, options)
 
 
-def visible(pieces: Sequence[tuple[Node, int, int]], num_cells: int, window: int | None) -> Tensor:
+def visible(
+    grove: Grove, pieces: Sequence[tuple[Node, int, int]], num_cells: int, window: int | None
+) -> Tensor:
     """(T, N) bool: each query sees the tokens of its own path, up to itself."""
     rows = []
     for node, first, stop in pieces:
-        k_pos = torch.full((num_cells,), -1)
-        for each in node.path():
-            assert each.slab is not None
-            cells = slice(each.slab.start, each.slab.start + len(each.token_ids))
-            k_pos[cells] = torch.arange(each.start, each.stop)
-        q_pos = torch.arange(node.start + first, node.start + stop)[:, None]
-        seen = (k_pos >= 0) & (k_pos <= q_pos)
-        rows.append(seen if window is None else seen & (k_pos > q_pos - window))
+        cells = grove.cells_to(node, stop)
+        seen = torch.zeros(stop - first, num_cells, dtype=torch.bool)
+        seen[:, cells] = causal_mask(stop - first, len(cells), window)
+        rows.append(seen)
     return torch.cat(rows)

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from engine.forest import Node
 from engine.forward import take_pieces
@@ -30,7 +28,7 @@ from kernels.segment_attention import segment_attention
 from kernels.target import Target, target_of
 from tests import forks
 from tests.forests import Grove, Sample, Shape, crowd
-from tests.implementations import HALVES, Implementation
+from tests.implementations import HALVES, Implementation, Largest, check_refused, gaps_in
 from tests.oracles.attention import Attend, over_sequences, rounded_once
 from tests.rows import num_threads
 
@@ -53,10 +51,14 @@ def reference(plan: ForestPlan, options: AttentionOptions) -> Attend:
 
 def check(on: Implementation, plan: ForestPlan, options: AttentionOptions, *rest: Any) -> Tensor:
     """Hold outputs and log-sum-exps to an oracle, and the plan's count of tiles to what it says;
-    rest: the oracle, q, and the caches. Returns the outputs."""
+    rest: the oracle, q, and the caches. Of half types the C++ and torch give what float32 gives,
+    rounded once. Returns the outputs."""
     before = plan.executed
-    out, _ = on.check(attention(plan, options), *rest)
+    out, lse = on.check(attention(plan, options), *rest)
     assert plan.executed - before == plan.num_tiles(options.window)
+    if out.dtype in HALVES and on.name != "triton":
+        wide, wide_lse = attention(plan, options)(*(x.float() for x in rest[1:]))
+        assert out.equal(wide.to(out.dtype)) and lse.equal(wide_lse)
     return out
 
 
@@ -149,19 +151,6 @@ def test_a_plan_moves_on(on: Implementation, options: AttentionOptions) -> None:
         check_decode(on, grove, (grove.queries(less), plan), options, less)
 
 
-@pytest.mark.implementations("torch", "cpp")
-def test_half_types_are_accumulated_in_float32(on: Implementation, dtype: torch.dtype) -> None:
-    """The result is the float32 result of the same inputs, rounded once."""
-    samples = [Sample(100 + i, ((0, 300), (1 + i % 2, 90)), 40 + i) for i in range(5)]
-    grove = Grove(samples, Shape(2, 3, dtype=dtype), capacity=64)
-    q, plan = grove.decode()
-    out, lse = attention(plan, PLAIN)(q, *grove.caches)
-    inputs = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, *grove.caches))
-    wide, wide_lse = attention(plan, PLAIN)(*inputs)
-    assert out.dtype == dtype and out.equal(wide.to(dtype)) and lse.equal(wide_lse)
-    assert dtype not in HALVES or wide.dtype == torch.float32
-
-
 def test_slices_of_wider_tensors(on: Implementation) -> None:
     """Queries as the projections leave them, keys token by token; nothing beside them is read."""
     samples = [Sample(100 + i, ((0, 40),), 9 + i) for i in range(3)]
@@ -179,12 +168,8 @@ def test_slices_of_wider_tensors(on: Implementation) -> None:
 
 @pytest.mark.implementations("cpp", "triton")
 def test_beyond_two_to_the_31_elements(on: Implementation) -> None:
-    """Such a cache takes address space on a CPU, and memory only where it is touched."""
     cells, dtype = (1 << 26) + 600, torch.bfloat16 if on.name == "cpp" else torch.float16
-    if on.device.type == "cpu":
-        whole = torch.from_numpy(np.zeros((cells, 2, 16), np.int16)).view(dtype)
-    else:
-        whole = torch.zeros(cells, 2, 16, dtype=dtype, device=on.device)
+    whole = on.untouched(cells, 2, 16, dtype=dtype)
     whole[-300:] = on.draw(300, 2, 16, dtype=dtype)
     far = whole.transpose(0, 1)
     near, q = far[:, -300:].contiguous(), on.draw(2, 4, 16, dtype=dtype, seed=1)
@@ -204,22 +189,13 @@ def test_beyond_two_to_the_31_elements(on: Implementation) -> None:
 
 
 def test_tiles_ahead_of_all_their_queries_are_not_run(on: Implementation) -> None:
-    tiles = [WorkTile(0, 2, 0, 4, 0), WorkTile(0, 2, 4, 4, 4), WorkTile(1, 1, 0, 2, 5)]
-    plan = ForestPlan(tiles, torch.tensor([3, 4], device=on.device))
+    """A query that no tile has, the first and the last here, is 0."""
+    tiles = [WorkTile(1, 2, 0, 4, 0), WorkTile(1, 2, 4, 4, 4), WorkTile(2, 1, 0, 2, 5)]
+    plan = ForestPlan(tiles, torch.tensor([9, 3, 4, 9], device=on.device))
     assert plan.num_tiles() == 2
-    q, k, v = on.draw(2, 2, 4), on.draw(1, 8, 4, seed=1), on.draw(1, 8, 4, seed=2)
-    check(on, plan, PLAIN, reference(plan, PLAIN), q, k, v)
-
-
-def test_a_query_without_keys_is_zero(on: Implementation) -> None:
-    plan = ForestPlan([WorkTile(1, 1, 0, 4, 0)], torch.tensor([0, 3, 0], device=on.device))
-    q, k, v = on.draw(3, 2, 4), on.draw(1, 8, 4, seed=1), on.draw(1, 8, 4, seed=2)
-    out, lse = on.run(attention(plan, PLAIN), q, k, v)
-    assert out[[0, 2]].eq(0).all() and out[1].ne(0).all()
-    assert lse[[0, 2]].isneginf().all() and lse[1].isfinite().all()
-    empty = ForestPlan([], torch.zeros(0, dtype=torch.int64, device=on.device))
-    out, lse = on.run(attention(empty, PLAIN), q[:0], k, v)
-    assert out.shape == (0, 2, 4) and lse.shape == (0, 2)
+    q, k, v = on.draw(4, 2, 4), on.draw(1, 8, 4, seed=1), on.draw(1, 8, 4, seed=2)
+    out = check(on, plan, PLAIN, reference(plan, PLAIN), q, k, v)
+    assert out[[0, 3]].eq(0).all() and out[1:3].ne(0).all()
 
 
 def test_an_idle_row_and_an_empty_suffix(on: Implementation) -> None:
@@ -451,46 +427,37 @@ def test_a_tree_of_16k_tokens_needs_little_memory() -> None:
 # -- refusals --------------------------------------------------------------------------------------
 
 
-ONE = torch.tensor([1])
-
-
-@pytest.mark.parametrize(
-    "tile",
-    [
+def test_impossible_plans_are_refused() -> None:
+    one, blocks = torch.tensor([1]), torch.tensor([[0, 256]])
+    ForestPlan([WorkTile(0, 1, 0, 2, 0)], one, Suffixes(blocks, 257 * one, one, 300), True)
+    for tile in (
         *((0, 65, 0, 1, 0), (0, 1, 0, 257, 0), (0, 1, 0, 0, 0), (0, 0, 0, 1, 0)),  # its size
         *((0, 2, 0, 1, 0), (-1, 1, 0, 1, 0)),  # no such query
         (0, 1, 0, 3, 0),  # a key past a query that may move
-    ],
-)
-def test_impossible_tiles_are_refused(tile: tuple[int, ...]) -> None:
-    with pytest.raises(AssertionError):
-        ForestPlan([WorkTile(*tile)], ONE, advancing=True)
+    ):
+        with pytest.raises(AssertionError):
+            ForestPlan([WorkTile(*tile)], one, advancing=True)
+    for wrong, length, max_length in (
+        *((blocks, one, 513), (blocks, 5 * one, 4)),  # longer than it may be
+        *((blocks, one.repeat(2), 4), (blocks.repeat(2, 1), one, 4), (blocks[0], one, 4)),
+        *((-blocks, 257 * one, 300), (0 * blocks, 257 * one, 300)),  # none, or one twice
+        (torch.tensor([[0, 9], [256, 9]]).T[:1], one, 4),  # columns apart
+    ):
+        with pytest.raises(AssertionError):
+            ForestPlan([], one, Suffixes(wrong, length, one, max_length), advancing=True)
 
 
-BLOCKS = torch.tensor([[0, 256]])
+TENSORS = {
+    "q": torch.zeros(2, 4, 4),
+    "k_cache": torch.zeros(2, 8, 4),
+    "v_cache": torch.zeros(2, 8, 4),
+}
 
 
-@pytest.mark.parametrize(
-    ("blocks", "length", "max_length"),
-    [
-        *((BLOCKS, ONE, 513), (BLOCKS, 5 * ONE, 4)),  # longer than it may be
-        *((BLOCKS, ONE.repeat(2), 4), (BLOCKS.repeat(2, 1), ONE, 4), (BLOCKS[0], ONE, 4)),
-        *((-BLOCKS, 257 * ONE, 300), (0 * BLOCKS, 257 * ONE, 300)),  # none, or one twice
-        (torch.tensor([[0, 9], [256, 9]]).T[:1], ONE, 4),  # columns apart
-    ],
-)
-def test_impossible_suffixes_are_refused(blocks: Tensor, length: Tensor, max_length: int) -> None:
-    ForestPlan([], ONE, Suffixes(BLOCKS, 257 * ONE, ONE, 300), advancing=True)
-    with pytest.raises(AssertionError):
-        ForestPlan([], ONE, Suffixes(blocks, length, ONE, max_length), advancing=True)
-
-
-ARGUMENTS = {"q": (2, 4, 4), "k_cache": (2, 8, 4), "v_cache": (2, 8, 4)}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_bad_arguments() -> None:
+    check_refused(
+        forest_attention,
+        TENSORS | {"plan": ForestPlan([], torch.ones(2)), "options": PLAIN},
         ({"q": torch.zeros(2, 4)}, r"q \(2, 4\)"),
         ({"q": torch.zeros(2, 4, 5)}, r"q \(2, 4, 5\).*do not agree"),
         ({"v_cache": torch.zeros(2, 7, 4)}, r"v_cache \(2, 7, 4\) do not agree"),
@@ -499,28 +466,17 @@ ARGUMENTS = {"q": (2, 4, 4), "k_cache": (2, 8, 4), "v_cache": (2, 8, 4)}
         ({"q": torch.zeros(3, 4, 4)}, "3 queries, plan for 2"),
         ({"q": torch.zeros(2, 4, 4).double()}, "float64.*float32"),
         ({"v_cache": torch.zeros(2, 8, 4).half()}, "float16"),
-        ({name: torch.zeros(shape).long() for name, shape in ARGUMENTS.items()}, "int64"),
+        ({name: x.long() for name, x in TENSORS.items()}, "int64"),
         ({"q": torch.zeros(2, 4, 4, device="meta")}, "q is on meta"),
-    ],
-)
-def test_bad_arguments(changes: dict[str, Tensor], message: str) -> None:
-    tensors = {name: torch.zeros(shape) for name, shape in ARGUMENTS.items()}
-    with pytest.raises(ValueError, match=message):
-        forest_attention(**(tensors | changes), plan=ForestPlan([], torch.ones(2)), options=PLAIN)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((0.0,), "scale must be positive, got 0.0"),
-        ((float("nan"),), "scale must be positive, got nan"),
-        ((1.0, -30.0), "softcap must be positive, got -30.0"),
-        ((1.0, None, 0), "window must be positive, got 0"),
-    ],
-)
-def test_bad_options(options: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AttentionOptions(*options)
+    )
+    check_refused(
+        AttentionOptions,
+        {"scale": 1.0},
+        ({"scale": 0.0}, "scale must be positive, got 0.0"),
+        ({"scale": float("nan")}, "scale must be positive, got nan"),
+        ({"softcap": -30.0}, "softcap must be positive, got -30.0"),
+        ({"window": 0}, "window must be positive, got 0"),
+    )
 
 
 # -- torch alone -----------------------------------------------------------------------------------
@@ -536,20 +492,6 @@ def test_torch_reads_a_shared_key_once_for_all_its_queries() -> None:
     assert groups.index.shape == (8, 3 + 1)
     groups = torch_impl.compile_plan(grove.prefill(grove.whole())[1], None)
     assert len(groups.groups) == 5 + 2 + 8 and groups.index.shape == (300 + 80 + 72, 1)
-
-
-class Largest(TorchDispatchMode):
-    """Numbers in the largest tensor that any function of torch gives."""
-
-    numel = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, arguments: Any = (), options: Any = None
-    ) -> Any:
-        results = function(*arguments, **(options or {}))
-        tensors = (x for x in tree_leaves(results) if isinstance(x, Tensor))
-        self.numel = max(self.numel, *(x.numel() for x in tensors), 0)
-        return results
 
 
 @pytest.mark.implementations("torch")
@@ -569,16 +511,12 @@ def test_blocks_of_scores_are_bounded(on: Implementation) -> None:
 
 
 @pytest.mark.implementations("triton")
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_what_no_kernel_takes_is_refused(on: Implementation, name: str) -> None:
+def test_what_no_kernel_takes_is_refused(on: Implementation) -> None:
     plan = ForestPlan([], torch.zeros(2, dtype=torch.int64, device=on.device))
-    tensors = {key: on.draw(*shape) for key, shape in ARGUMENTS.items()}
-    wrong = tensors | {name: tensors[name].mT.contiguous().mT}
-    with pytest.raises(ValueError, match="last dimension must be contiguous"):
-        forest_attention(plan=plan, options=PLAIN, **wrong)
-    double = {key: tensor.double() for key, tensor in tensors.items()}
-    with pytest.raises(ValueError, match="float64 runs on CPU only"):
-        forest_attention(plan=plan, options=PLAIN, **double)
+    tensors = {name: x.to(on.device) for name, x in TENSORS.items()}
+    double = {name: x.double() for name, x in tensors.items()}
+    refusals = *gaps_in(tensors), (double, "float64 runs on CPU only")
+    check_refused(forest_attention, tensors | {"plan": plan, "options": PLAIN}, *refusals)
 
 
 def schedule_for(plan: ForestPlan, groups: int, processors: int) -> schedule.Schedule:
@@ -624,7 +562,10 @@ def test_one_static_plan_after_another(
         torch.zeros(9, dtype=torch.int64, device=on.device) for _ in range(3)
     )
     blocks = torch.full((9, 2), 1 << 40, device=on.device)
-    static: schedule.StaticPlan | None = None
+    suffixes = Suffixes(blocks, lengths, starts, 288)
+    heads = schedule.HeadShape.of(2, 1, 16, 16, torch.float32, target_of(blocks), decode=True)
+    key = schedule.forward_key(options.window, heads)
+    static = schedule.StaticPlan(positions, suffixes, {options.window}, heads, per_split)
     grown = []
     # Wide and narrow programs; then fewer, then more of them; the last has nothing shared.
     for count, longest in ((9, 40), (4, 9), (9, 270), (9, 0)):
@@ -636,20 +577,14 @@ def test_one_static_plan_after_another(
         grove = Grove(samples, SMALL, capacity=288, seed=longest, device=on.device)
         q, plan = grove.decode(max_length=270, per_split=per_split)
         expected = forest_attention(q, *grove.caches, plan, options)
-        suffix = plan.suffix
-        assert suffix is not None
-        heads = schedule.HeadShape.of(2, 1, 16, 16, torch.float32, target_of(q), decode=True)
-        key = schedule.forward_key(options.window, heads)
-        if static is None:
-            empty = Suffixes(blocks, lengths, starts, 288)
-            static = schedule.StaticPlan(positions, empty, {options.window}, heads, per_split)
+        own = plan.suffix
+        assert own is not None
         for to, given in (
-            (positions, plan.positions), (lengths, suffix.length), (starts, suffix.position),
+            (positions, plan.positions), (lengths, own.length), (starts, own.position),
         ):  # fmt: skip
             to.zero_()[:count] = given
-        blocks.fill_(1 << 40)[:count] = suffix.blocks
-        own = Suffixes(blocks, lengths, starts, 270)
-        padded = ForestPlan(plan.tiles, positions, own, advancing=True, per_split=per_split)
+        blocks.fill_(1 << 40)[:count] = own.blocks
+        padded = ForestPlan(plan.tiles, positions, suffixes, advancing=True, per_split=per_split)
         before = static.plan
         room, *_ = before.compiled(key, list[schedule.Schedule])
         assert room.table is not None

@@ -2,19 +2,17 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import moe as operation
 from kernels.gated_act import ACTIVATIONS, gated_act_ref
 from kernels.moe import moe, moe_ref
-from tests.implementations import Implementation, gradients
+from tests.implementations import Implementation, Largest, check_refused, gradients
+from tests.rows import num_threads
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-IN_TORCH_AND_TRITON = pytest.mark.implementations("torch", "triton")
 EXPERTS = 5
 # exp(100) is infinite, as it has to be.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow")
@@ -73,11 +71,21 @@ def test_reference_is_a_loop_over_tokens(choice: str, activation: str) -> None:
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_values(on: Implementation, dtype: torch.dtype, choice: str) -> None:
+@pytest.mark.parametrize(
+    ("choice", "activation"), [*((choice, "silu") for choice in CHOICES), ("any", "gelu_tanh")]
+)
+def test_values_and_gradients(
+    on: Implementation, dtype: torch.dtype, choice: str, activation: str
+) -> None:
+    """The gradients for an uneven one of the result, a slice."""
     x, gate_up, down, experts, weights = inputs(on, dtype, choice)
-    op, reference = mixed(experts), mixed(experts, op=moe_ref)
+    op, reference = mixed(experts, activation), mixed(experts, activation, moe_ref)
     on.check(op, reference, x, gate_up, down, weights)
+    if on.name != "cpp":
+        grad = on.poisoned(13, 20, dtype=dtype, seed=4)
+        counts = on.check_gradients(op, reference, [x, gate_up, down, weights], [grad])
+        if on.name == "triton":
+            assert counts["_experts_kernel"] == 4 and counts["_experts_backward_kernel"] == 2
 
 
 @pytest.mark.parametrize(
@@ -93,30 +101,7 @@ def test_sizes(on: Implementation, tokens: int, per_token: int, hidden: int, wid
         on.check(op, reference, x, gate_up, down, weights)
 
 
-@IN_TORCH_AND_TRITON
-@pytest.mark.parametrize(
-    ("choice", "activation"), [*((choice, "silu") for choice in CHOICES), ("any", "gelu_tanh")]
-)
-def test_gradients(on: Implementation, dtype: torch.dtype, choice: str, activation: str) -> None:
-    """And an uneven one of the result, as a slice."""
-    x, gate_up, down, experts, weights = inputs(on, dtype, choice)
-    op, reference = mixed(experts, activation), mixed(experts, activation, moe_ref)
-    grad = on.poisoned(13, 20, dtype=dtype, seed=4)
-    counts = on.check_gradients(op, reference, [x, gate_up, down, weights], [grad])
-    if on.name == "triton":
-        assert counts["_experts_kernel"] == 4 and counts["_experts_backward_kernel"] == 2
-
-
-@IN_TORCH_AND_TRITON
-def test_an_expert_without_tokens_has_a_gradient_of_zeros(on: Implementation) -> None:
-    x, gate_up, down, experts, weights = inputs(on, choice="some get none")
-    grads = gradients(mixed(experts), [x, gate_up, down, weights], [on.draw(13, 20)])
-    for grad in grads[1:3]:
-        idle = [not bool(own.any()) for own in grad]
-        assert idle == [False, True, True, False, True]
-
-
-@IN_TORCH_AND_TRITON
+@pytest.mark.implementations("torch", "triton")
 def test_frozen_weights_cost_no_gradient(on: Implementation) -> None:
     """As with adapters: only what asks for a gradient gets one."""
     x, gate_up, down, experts, weights = inputs(on)
@@ -128,51 +113,36 @@ def test_frozen_weights_cost_no_gradient(on: Implementation) -> None:
 
 
 @pytest.mark.implementations("triton")
-def test_inference_keeps_nothing_for_a_backward(
-    on: Implementation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inference_keeps_nothing_for_a_backward(on: Implementation) -> None:
     """Though weights ask for gradients: the halves of gate and up are not written."""
-    x, gate_up, down, experts, weights = inputs(on)
-    given: list[object] = []
-
-    def counted(*arguments: Any, halves: Tensor | None = None, **options: Any) -> Tensor:
-        given.append(halves)
-        return products(*arguments, halves=halves, **options)
-
-    products = operation._products
-    monkeypatch.setattr(operation, "_products", counted)
+    x, gate_up, down, experts, weights = inputs(on, tokens=200)
     gate_up.requires_grad_()
-    with torch.no_grad():
-        moe(x, gate_up, down, experts, weights, "silu")
-    assert given == [None, None]
-    moe(x, gate_up, down, experts, weights, "silu")
-    assert given[2] is not None
+    largest = []
+    for learns in (False, True):
+        with torch.set_grad_enabled(learns), Largest() as found:
+            moe(x, gate_up, down, experts, weights, "silu")
+        largest.append(found.numel)
+    # Outputs of 20 channels, and halves of 24 together. The interpreter sees tensors as bytes.
+    assert largest[1] * 20 == largest[0] * 24
 
 
 @pytest.mark.implementations("cpp", "triton")
 @pytest.mark.usefixtures("products_in_order")
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_token_has_the_same_bits_in_any_batch(
-    on: Implementation, dtype: torch.dtype, threads: int
-) -> None:
+def test_a_token_has_the_same_bits_in_any_batch(on: Implementation, dtype: torch.dtype) -> None:
     """Alone, with other neighbours, and where they all share one expert with it."""
-    if on.name == "triton" and threads > 1:
-        pytest.skip("threads are of the CPU")
     x, gate_up, down, experts, weights = inputs(on, dtype, tokens=80, hidden=40, width=24)
-    own, kept = x[5:6], torch.get_num_threads()
-
-    def of_it(rows: Tensor, chosen: Tensor, shares: Tensor, at: int) -> Tensor:
-        return moe(rows, gate_up, down, chosen, shares, "silu")[at]
-
-    alone = of_it(own, experts[5:6], weights[5:6], 0)
     crowd = experts[5].expand(80, 2).contiguous()
-    try:
-        torch.set_num_threads(threads)
-        assert of_it(x, experts, weights, 5).equal(alone)
-        assert of_it(x[4:37], experts[4:37], weights[4:37], 1).equal(alone)
-        assert of_it(x, crowd, weights, 5).equal(alone)
-    finally:
-        torch.set_num_threads(kept)
+
+    def of_it(first: int, last: int, chosen: Tensor = experts) -> Tensor:
+        rows = slice(first, last)
+        return moe(x[rows], gate_up, down, chosen[rows], weights[rows], "silu")[5 - first]
+
+    alone = of_it(5, 6)
+    for threads in (1, 3):
+        with num_threads(threads):
+            assert of_it(0, 80).equal(alone)
+            assert of_it(4, 37).equal(alone)
+            assert of_it(0, 80, crowd).equal(alone)
 
 
 def test_no_tokens(on: Implementation) -> None:
@@ -188,25 +158,19 @@ def test_a_nan_stays_with_its_token(on: Implementation) -> None:
     assert out.isnan().any(1).nonzero()[:, 0].tolist() == [4, 6]
 
 
-@pytest.mark.implementations("torch", "cpp")
-@pytest.mark.parametrize("wrong", [-1, EXPERTS])
-def test_an_expert_that_is_not_there_is_refused(on: Implementation, wrong: int) -> None:
-    x, gate_up, down, experts, weights = inputs(on)
-    experts[3, 1] = wrong
-    with pytest.raises(ValueError, match=rf"moe: experts must be in \[0, 5\), got .*{wrong}"):
-        moe(x, gate_up, down, experts, weights, "silu")
-
-
-def test_other_shapes_are_refused() -> None:
-    x, gate_up, down, experts, weights = inputs(Implementation("torch"))
-    for change in (
-        {"x": x[0]}, {"gate_up": gate_up[:, 1:]}, {"down": down.half()},
-        {"experts": experts[:4]}, {"experts": experts.int()}, {"weights": weights.double()},
-    ):  # fmt: skip
-        arguments: dict[str, Any] = {
-            "x": x, "gate_up": gate_up, "down": down, "experts": experts, "weights": weights,
-        } | change  # fmt: skip
-        with pytest.raises(ValueError, match=f"moe: {next(iter(change))} must be"):
-            moe(**arguments, activation="silu")
-    with pytest.raises(ValueError, match="activation must be one of"):
-        moe(x, gate_up, down, experts, weights, "relu")
+def test_bad_arguments() -> None:
+    names = "x", "gate_up", "down", "experts", "weights"
+    given = dict(zip(names, inputs(Implementation("torch")), strict=True))
+    check_refused(
+        moe,
+        given | {"activation": "silu"},
+        ({"x": given["x"][0]}, "moe: x must be"),
+        ({"gate_up": given["gate_up"][:, 1:]}, "moe: gate_up must be"),
+        ({"down": given["down"].half()}, "moe: down must be"),
+        ({"experts": given["experts"][:4]}, "moe: experts must be"),
+        ({"experts": given["experts"].int()}, "moe: experts must be"),
+        ({"experts": given["experts"] - 1}, r"moe: experts must be in \[0, 5\), got .*-1"),
+        ({"experts": given["experts"] + 1}, r"moe: experts must be in \[0, 5\), got .*5"),
+        ({"weights": given["weights"].double()}, "moe: weights must be"),
+        ({"activation": "relu"}, "activation must be one of"),
+    )

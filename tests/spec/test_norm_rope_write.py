@@ -4,14 +4,13 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from kernels.norm_rope_write import HeadNorms, norm_rope_write, norm_rope_write_ref
 from kernels.rope import rope_cos_sin
-from tests.implementations import ON_GPU, Implementation, assert_exact
+from tests.implementations import Implementation, assert_exact, check_refused, gaps_in
 
 HEADS, KV_HEADS, CELLS = 6, 3, 150
 
@@ -63,20 +62,16 @@ def test_every_token_into_its_place_and_nothing_else(
     weights = [on.draw(dim, dtype=dtype, seed=seed) for seed in (1, 2)] if normed else []
     angle = angles(tokens, dim, on.device)
     places = torch.randperm(CELLS, generator=torch.Generator().manual_seed(tokens))[:tokens]
-    width = dim + 3 + v_dim
-    found: list[Tensor] = []
-
-    def caches_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A cache that is NaN, and its slices for keys and for values."""
-        whole = torch.full((2, KV_HEADS, CELLS, width), math.nan, dtype=x.dtype, device=x.device)
-        return whole, whole[1, ..., 1 : 1 + dim], whole[1, ..., 2 + dim : 2 + dim + v_dim]
 
     def run(op: Any) -> Any:
+        """What becomes of the queries, and what is written for the keys."""
+
         def call(
             q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor
         ) -> Any:
             norms = HeadNorms(weights[0], weights[1], 1e-6, True) if weights else None
-            whole, k_cache, v_cache = caches_of(q)
+            whole = q.new_full((2, KV_HEADS, CELLS, dim + 3 + v_dim), math.nan)
+            k_cache, v_cache = whole[1, ..., 1 : 1 + dim], whole[1, ..., 2 + dim : 2 + dim + v_dim]
             cos, sin = cos.float(), sin.float()
             out = op(q, k, v, norms, cos, sin, k_cache, v_cache, places.to(q.device))
             written = k_cache[:, places].transpose(0, 1).clone()
@@ -88,23 +83,18 @@ def test_every_token_into_its_place_and_nothing_else(
         return call
 
     with on.counted() as counts:
-        found += run(norm_rope_write)(q, k, v, *angle, *weights)
+        found = run(norm_rope_write)(q, k, v, *angle, *weights)
     if on.name == "triton":
         assert counts == ({"_norm_rope_write_kernel": 1} if tokens else {})
     elif on.name == "cpp" and tokens:
         assert {"write_kv", "rope"} <= set(counts)
-    assert_exact(tuple(found), run(norm_rope_write_ref), q, k, v, *angle, *weights)
+    assert_exact(found, run(norm_rope_write_ref), q, k, v, *angle, *weights)
 
 
 @pytest.mark.implementations("triton")
 def test_beyond_two_to_the_31_elements(on: Implementation) -> None:
-    """Such a cache takes address space here, and memory only where it is touched."""
     dim, size = 16, 2**26 + 2
-    if ON_GPU:
-        whole = torch.zeros(size, 2, dim, dtype=torch.float16, device=on.device)
-    else:
-        whole = torch.from_numpy(np.zeros((size, 2, dim), np.float16))
-    k_cache = whole.transpose(0, 1)
+    k_cache = on.untouched(size, 2, dim, dtype=torch.float16).transpose(0, 1)
     v_cache = torch.zeros(2, size, 1, dtype=torch.float16, device=on.device)
     k, v = on.draw(2, 2, dim, dtype=torch.float16), on.draw(2, 2, 1, dtype=torch.float16)
     cos, sin = (torch.full((2, 8), x, device=on.device) for x in (1.0, 0.0))
@@ -115,76 +105,35 @@ def test_beyond_two_to_the_31_elements(on: Implementation) -> None:
     assert v_cache[:, places].equal(v.transpose(0, 1))
 
 
-NORMS = HeadNorms(torch.ones(6), torch.ones(6), 1e-6, False)
-ARGUMENTS: dict[str, Any] = {
-    "q": torch.zeros(2, 6, 6),
-    "k": torch.zeros(2, 3, 6),
-    "v": torch.zeros(2, 3, 6),
-    "norms": NORMS,
-    "cos": torch.zeros(2, 3),
-    "sin": torch.zeros(2, 3),
-    "k_cache": torch.full((3, 12, 6), math.nan),
-    "v_cache": torch.full((3, 12, 6), math.nan),
-    "cache_index": torch.tensor([0, 1]),
-}
-CACHE = ARGUMENTS["k_cache"]
-
-
-def on_device(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    norms = arguments["norms"]
-    weights = {name: getattr(norms, name).to(device) for name in ("q_weight", "k_weight")}
-    moved = {name: x.to(device) for name, x in arguments.items() if isinstance(x, Tensor)}
-    return moved | {"norms": replace(norms, **weights)}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"cache_index": torch.tensor([0, 1], dtype=torch.int32)}, "int32"),
-        ({"cache_index": torch.tensor([0, 1, 2])}, r"cache_index must be \(2,\)"),
-        ({"q": torch.zeros(2, 6)}, r"q must be \(T, H, D\) floating"),
-        ({"q": torch.zeros(2, 6, 5)}, "even number of channels, not 5"),
-        ({"q": torch.zeros(2, 6, 6).double()}, r"k must be .* torch.float64, got"),
-        ({"v": torch.zeros(2, 4, 6)}, "v must be"),
-        ({"sin": torch.zeros(2, 4)}, "sin must be"),
-        ({"norms": replace(NORMS, k_weight=torch.ones(5))}, r"k_weight must be \(6,\)"),
-        ({"k_cache": CACHE[..., 1:]}, "k_cache must be"),
-        ({"v_cache": CACHE[:, 1:]}, "v_cache must be"),
-        ({"v_cache": CACHE.bfloat16()}, r"v_cache must be .* torch.float32, got .*bfloat16"),
-    ],
-)
-def test_bad_arguments_write_nothing(
-    on: Implementation, change: dict[str, Any], message: str
-) -> None:
-    given = on_device(ARGUMENTS | change, on.device)
-    with pytest.raises(ValueError, match=message):
-        norm_rope_write(**given)
-    assert given["k_cache"].isnan().all() and given["v_cache"].isnan().all()
-
-
-# On a GPU to look would be to wait.
-@pytest.mark.implementations("torch", "cpp")
-@pytest.mark.parametrize(
-    ("places", "message"),
-    [
-        ([3, 3], "index 3 is written twice"),
-        ([0, 12], r"in \[0, 12\), got 0 to 12"),
-        ([-1, 2], "got -1 to 2"),
-    ],
-)
-def test_bad_places_are_refused(on: Implementation, places: list[int], message: str) -> None:
-    caches = {name: CACHE.clone() for name in ("k_cache", "v_cache")}
-    with pytest.raises(ValueError, match=message):
-        norm_rope_write(**ARGUMENTS | caches | {"cache_index": torch.tensor(places)})
-    assert all(cache.isnan().all() for cache in caches.values())
-
-
-@pytest.mark.implementations("triton")
-@pytest.mark.parametrize("name", [name for name in ARGUMENTS if name != "norms"])
-def test_what_no_kernel_takes_is_refused(on: Implementation, name: str) -> None:
-    arguments = on_device(ARGUMENTS, on.device)
-    x = arguments[name]
-    gaps = x.repeat_interleave(2, -1)[..., ::2]
-    with pytest.raises(ValueError, match="last dimension must be contiguous"):
-        norm_rope_write(**arguments | {name: gaps})
-    assert arguments["k_cache"].isnan().all()
+def test_bad_arguments_write_nothing(on: Implementation) -> None:
+    norms = HeadNorms(on.draw(6), on.draw(6), 1e-6, False)
+    cache = torch.full((3, 12, 6), math.nan, device=on.device)
+    places = torch.tensor([0, 1], device=on.device)
+    arguments: dict[str, Any] = {
+        "q": on.draw(2, 6, 6), "k": on.draw(2, 3, 6), "v": on.draw(2, 3, 6), "norms": norms,
+        "cos": on.draw(2, 3), "sin": on.draw(2, 3), "k_cache": cache, "v_cache": cache.clone(),
+        "cache_index": places,
+    }  # fmt: skip
+    refusals: list[tuple[dict[str, Any], str]] = [
+        ({"cache_index": places.int()}, "int32"),
+        ({"cache_index": places.repeat(2)}, r"cache_index must be \(2,\)"),
+        ({"q": on.draw(2, 6)}, r"q must be \(T, H, D\) floating"),
+        ({"q": on.draw(2, 6, 5)}, "even number of channels, not 5"),
+        ({"q": on.draw(2, 6, 6).double()}, r"k must be .* torch.float64, got"),
+        ({"v": on.draw(2, 4, 6)}, "v must be"),
+        ({"sin": on.draw(2, 4)}, "sin must be"),
+        ({"norms": replace(norms, k_weight=on.draw(5))}, r"k_weight must be \(6,\)"),
+        ({"k_cache": cache[..., 1:]}, "k_cache must be"),
+        ({"v_cache": cache[:, 1:]}, "v_cache must be"),
+        ({"v_cache": cache.bfloat16()}, r"v_cache must be .* torch.float32, got .*bfloat16"),
+    ]
+    if on.name == "triton":  # on a GPU to look at places would be to wait
+        refusals += gaps_in(arguments)
+    else:
+        refusals += [
+            ({"cache_index": torch.tensor([3, 3])}, "index 3 is written twice"),
+            ({"cache_index": torch.tensor([0, 12])}, r"in \[0, 12\), got 0 to 12"),
+            ({"cache_index": torch.tensor([-1, 2])}, "got -1 to 2"),
+        ]
+    check_refused(norm_rope_write, arguments, *refusals)
+    assert arguments["k_cache"].isnan().all() and arguments["v_cache"].isnan().all()

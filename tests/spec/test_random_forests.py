@@ -1,7 +1,6 @@
 """Forest attention over forests that hypothesis draws: every query as over its own sequence."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,10 +17,6 @@ from tests.spec.test_forest_attention import check_decode, check_prefill, cut, p
 EDGES = [63, 64, 65, 255, 256, 257, 300]
 LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from(EDGES))
 GENERATED = st.one_of(st.integers(0, 40), st.sampled_from([255, 256, 257, 300]))
-drawn = settings(
-    max_examples=6 if INTERPRETED else 20,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
 
 
 @st.composite
@@ -36,11 +31,11 @@ def forests(draw: st.DrawFn, most: int = 3 if INTERPRETED else 5) -> list[Sample
 
 
 @st.composite
-def shapes(draw: st.DrawFn, *dtypes: torch.dtype, groups: Sequence[int] = (1, 2, 3, 5)) -> Shape:
+def shapes(draw: st.DrawFn, *dtypes: torch.dtype) -> Shape:
     """Heads that fill a vector of C++, or the rows of a Triton program, in part and more."""
     return Shape(
         kv_heads=draw(st.integers(1, 2)),
-        groups=draw(st.sampled_from(groups)),
+        groups=draw(st.sampled_from([1, 2, 3, 5, 17])),
         head_dim=draw(st.sampled_from([2, 8, 16, 20, 32])),
         v_head_dim=draw(st.sampled_from([1, 8, 16, 20, 40])),
         dtype=draw(st.sampled_from(dtypes)),
@@ -71,38 +66,28 @@ def test_reference_is_attention_over_each_own_sequence(
         assert_exact(results, over_sequences(sequences, options), q, *grove.caches)
 
 
-@drawn
-@given(st.data(), forests(), st.booleans(), st.integers(0, 60))
-def test_decode(
+@given(st.data(), forests(), st.booleans(), st.integers(0, 60), st.sampled_from([100, 4096]))
+@settings(
+    max_examples=6 if INTERPRETED else 20,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+def test_decode_and_prefill(
     on: Implementation,
     data: st.DataObject,
     samples: list[Sample],
     per_split: bool,
     keys_per_partial: int,
+    tokens: int,
 ) -> None:
-    """In any blocks, whatever is inlined and however partials are made."""
-    shape = data.draw(shapes(*DTYPES[on.name], groups=(1, 2, 5, 17)))
+    """Decode in any blocks, whatever is inlined and however partials are made. Prefill in forwards
+    that cut nodes anywhere; what is not yet prefilled is NaN."""
+    shape = data.draw(shapes(*DTYPES[on.name]))
     options = data.draw(options_for(shape))
     grove = Grove(samples, shape, capacity=300, seed=len(samples), device=on.device)
     forward = grove.decode(per_split=per_split, keys_per_partial=keys_per_partial)
+    fresh = Grove(samples, shape, written=False, device=on.device)
     with num_threads(data.draw(st.sampled_from([1, 2]))):
         check_decode(on, grove, forward, options)
-
-
-@drawn
-@given(st.data(), forests(), st.booleans(), st.sampled_from([100, 4096]))
-def test_prefill(
-    on: Implementation,
-    data: st.DataObject,
-    samples: list[Sample],
-    per_split: bool,
-    tokens: int,
-) -> None:
-    """In forwards that cut nodes anywhere; what is not yet prefilled is NaN."""
-    shape = data.draw(shapes(*DTYPES[on.name]))
-    options = data.draw(options_for(shape))
-    grove = Grove(samples, shape, written=False, device=on.device)
-    with num_threads(data.draw(st.sampled_from([1, 2]))):
-        parts = cut(grove.fresh, tokens)
-        rows = [check_prefill(on, grove, pieces, options, per_split) for pieces in parts]
-    assert sum(map(len, rows)) == grove.tree_tokens
+        parts = cut(fresh.fresh, tokens)
+        rows = [check_prefill(on, fresh, pieces, options, per_split) for pieces in parts]
+    assert sum(map(len, rows)) == fresh.tree_tokens

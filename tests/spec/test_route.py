@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from kernels.route import Routing, route, route_ref
-from tests.implementations import Implementation
+from tests.implementations import Implementation, check_refused
 
 GREEDY = Routing(3)
 GROUPED = Routing(3, scale=16.0, groups=4, groups_kept=2)
 ROUTINGS = [GREEDY, Routing(2, normalise=True), Routing(12), GROUPED, Routing(1, True, 2.5)]
-IN_TORCH_AND_TRITON = pytest.mark.implementations("torch", "triton")
 
 
 def routed(routing: Routing, op: Callable[..., tuple[Tensor, Tensor]] = route) -> Callable:
@@ -74,19 +73,15 @@ def test_ties_take_the_lower_index(on: Implementation, routing: Routing) -> None
 def test_a_nan_is_chosen_last_and_shows(on: Implementation) -> None:
     logits = on.draw(5, 6)
     logits[1, 2] = logits[3] = math.nan
-    for routing, last in (
-        (Routing(2), 2),
-        (Routing(6, True), 6),
-        (Routing(2, False, 1.0, 3, 2), 2),
-    ):
+    for routing in (Routing(2), Routing(6, True), Routing(2, groups=3, groups_kept=2)):
         experts, weights = on.run(routed(routing), logits, torch.eye(6, device=on.device))
         # The other rows' products with 0 and 1 are what they are.
         assert weights.isnan().all(1).tolist() == [False, True, False, True, False]
         for row in experts.tolist():
-            assert len({*row}) == last and {*row} <= {*range(6)}
+            assert len({*row}) == routing.per_token and {*row} <= {*range(6)}
 
 
-@IN_TORCH_AND_TRITON
+@pytest.mark.implementations("torch", "triton")
 @pytest.mark.parametrize("routing", [GROUPED, Routing(2, normalise=True)], ids=str)
 def test_gradients(on: Implementation, dtype: torch.dtype, routing: Routing) -> None:
     x, gate = on.draw(37, 20, dtype=dtype), on.draw(12, 20, dtype=dtype, seed=1)
@@ -110,24 +105,18 @@ def test_a_token_is_routed_alike_in_any_batch(on: Implementation, dtype: torch.d
             assert part.equal(of_all[first:last])
 
 
-@pytest.mark.parametrize(
-    "routing",
-    [
-        Routing(13),
-        Routing(0),
-        Routing(1, groups=5),
-        Routing(5, groups=3),
-        Routing(1, groups_kept=2),
-    ],
-    ids=str,
-)
-def test_what_does_not_fit_is_refused(routing: Routing) -> None:
-    with pytest.raises(ValueError, match=r"route: Routing.* does not fit 12 experts"):
-        route(torch.zeros(2, 4), torch.zeros(12, 4), routing)
-
-
-def test_other_shapes_are_refused() -> None:
+def test_bad_arguments() -> None:
     x, gate = torch.zeros(2, 4), torch.zeros(12, 4)
-    for arguments in ((x[0], gate), (x, gate[:, :3]), (x, gate.double()), (x.long(), gate.long())):
-        with pytest.raises(ValueError, match=r"route: (x|gate) must be"):
-            route(*arguments, GREEDY)
+    misfits = (
+        *(Routing(13), Routing(0), Routing(1, groups=5), Routing(5, groups=3)),
+        Routing(1, groups_kept=2),
+    )
+    check_refused(
+        route,
+        {"x": x, "gate": gate, "routing": GREEDY},
+        ({"x": x[0]}, "route: x must be"),
+        ({"gate": gate[:, :3]}, "route: gate must be"),
+        ({"gate": gate.double()}, "route: gate must be"),
+        ({"x": x.long(), "gate": gate.long()}, "route: x must be"),
+        *(({"routing": each}, r"route: Routing.* does not fit 12 experts") for each in misfits),
+    )

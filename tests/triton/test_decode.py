@@ -7,24 +7,21 @@ so all but the capture itself is tested without a GPU: buffers that stay, idle r
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-import engine.decode as decode
-import engine.forest as forest
 import engine.generate as generate
-import kernels.accept_token as accept
 from engine.decode import Decoder, GraphDecoder
 from engine.generate import Generator, Group, GroupResult
 from engine.kv_cache import cell_bytes
 from kernels.extract_scores import ScoreAutomaton
-from kernels.forest_attention import AttentionOptions, triton_forward
-from kernels.forest_attention import plan as forest_plan
-from kernels.forest_attention import schedule as forest_schedule
+from kernels.forest_attention import AttentionOptions
 from kernels.sample_token import SamplingOptions
 from kernels.score_grammar import ScoreRules
 from models.transformer import Transformer
@@ -66,13 +63,13 @@ def make_groups(count: int, k: int, longest: int = 12) -> list[Group]:
     ]
 
 
-def make_generator(model: Transformer, **options: object) -> Generator:
-    defaults: dict[str, object] = {
+def make_generator(model: Transformer, **options: Any) -> Generator:
+    defaults: dict[str, Any] = {
         "options": SamplingOptions(1.0), "max_new_tokens": 7, "max_batch": 4, "max_scores": 2,
         "ignore_eos": True,
     }  # fmt: skip
     automaton = ScoreAutomaton([b"x"] * 40, [], ScoreRules(first=True), DEVICE)
-    return Generator(model, automaton, **(defaults | options))  # type: ignore[arg-type]
+    return Generator(model, automaton, **(defaults | options))
 
 
 def sampled(generator: Generator, groups: list[Group], ends: tuple[int, ...] = ENDS) -> list:
@@ -100,102 +97,94 @@ class Recorder:
         return replay
 
 
-def replaying(monkeypatch: pytest.MonkeyPatch, capture: Recorder) -> None:
-    def make_decoder(*arguments: object, **options: object) -> GraphDecoder:
-        return GraphDecoder(*arguments, capture=capture, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(generate, "make_decoder", make_decoder)
-
-
-def with_short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = forest_plan, forest_schedule, triton_forward, decode, forest, generate, accept
-    for module in modules:
-        monkeypatch.setattr(module, "MAX_SPLIT", 8)
+def replaying(model: Transformer, **options: Any) -> tuple[Generator, GraphDecoder, Recorder]:
+    """A generator whose steps are captured by a stand-in, its decoder, and the stand-in."""
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "make_decoder", partial(GraphDecoder, capture=recorder))
+        generator = make_generator(model, **options)
+    assert isinstance(generator.decoder, GraphDecoder)
+    return generator, generator.decoder, recorder
 
 
-@pytest.mark.parametrize("ahead", [pytest.param(0, marks=pytest.mark.soak), 1])
-def test_replayed_steps_give_the_same_samples(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over live sets of several sizes, with samples that end one by one. Both look equally late:
-    where Triton merges partials may depend on the live set, and with it the last bit."""
-    monkeypatch.setattr(generate, "SYNC_STEPS", 2)
-    model, groups = make_model((20,)), make_groups(3, 2)
-    with monkeypatch.context() as patch:
+def check_replayed(
+    model: Transformer, groups: list[Group], ends: tuple[int, ...] = (), **options: Any
+) -> tuple[list, GraphDecoder, Recorder]:
+    """Replayed steps give the samples of steps that the host launches: these, and what replayed.
+    Both look one block late, as on a GPU: where Triton merges partials may depend on the live set,
+    and with it the last bit."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "make_decoder", Decoder)
-        generator = make_generator(model)
-        generator.ahead = ahead
-        expected = sampled(generator, groups)
+        launching = make_generator(model, **options)
+    generator, decoder, recorder = replaying(model, **options)
+    launching.ahead = generator.ahead = 1
+    expected = sampled(launching, groups, ends)
+    assert sampled(generator, groups, ends) == expected
+    return expected, decoder, recorder
+
+
+@pytest.fixture
+def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 keys."""
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in ("kernels", "engine") and hasattr(module, "MAX_SPLIT"):
+            monkeypatch.setattr(module, "MAX_SPLIT", 8)
+
+
+def test_replayed_steps_give_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over live sets of several sizes, with samples that end one by one."""
+    monkeypatch.setattr(generate, "SYNC_STEPS", 2)
+    groups = make_groups(3, 2)
+    expected, decoder, recorder = check_replayed(make_model((20,)), groups, ENDS)
     lengths = [len(tokens) for row in expected for tokens, *_ in row]
     assert min(lengths) < 4 and max(lengths) == 7
-    recorder = Recorder()
-    replaying(monkeypatch, recorder)
-    generator = make_generator(model)
-    generator.ahead = ahead
-    assert sampled(generator, groups) == expected
-    assert isinstance(generator.decoder, GraphDecoder)
     # One bucket; captured again only where a plan needed more room.
-    assert len(generator.decoder._buckets) == 1 and recorder.captured <= 3
+    assert len(decoder._buckets) == 1 and recorder.captured <= 3
     assert recorder.replayed > 2 * recorder.captured
 
 
 @pytest.mark.soak
-def test_suffixes_that_come_to_new_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("short_splits")
+def test_suffixes_that_come_to_new_splits() -> None:
     """With splits of 8 tokens: buckets of 1, 2 and 4 splits, and a plan made at each."""
-    with_short_splits(monkeypatch)
-    model, groups = make_model((None,)), make_groups(1, 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(generate, "make_decoder", Decoder)
-        expected = sampled(make_generator(model, max_new_tokens=18), groups, ())
-    recorder = Recorder()
-    replaying(monkeypatch, recorder)
-    generator = make_generator(model, max_new_tokens=18)
-    assert sampled(generator, groups, ()) == expected
-    assert isinstance(generator.decoder, GraphDecoder)
-    assert sorted(generator.decoder._buckets) == [(16, 16), (16, 24)]
+    _, decoder, recorder = check_replayed(make_model((None,)), make_groups(1, 2), max_new_tokens=18)
+    assert sorted(decoder._buckets) == [(16, 16), (16, 24)]
     assert recorder.captured == 2 and recorder.replayed == 17 - 2
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("short_splits")
 def test_a_block_ends_within_replayed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device goes on in the next block, which lies elsewhere, without the host."""
-    with_short_splits(monkeypatch)
-    model, groups = make_model((None,)), make_groups(1, 2)
-    options = {"max_new_tokens": 10, "max_batch": 2}
-    with monkeypatch.context() as patch:
-        patch.setattr(generate, "make_decoder", Decoder)
-        expected = sampled(make_generator(model, **options), groups, ())
-    recorder = Recorder()
-    replaying(monkeypatch, recorder)
-    generator = make_generator(model, **options)
-    decoder = generator.decoder
     seen = []
-    run = decoder.run
+    run = GraphDecoder.run
 
-    def watched(steps: int) -> None:
+    def watched(decoder: GraphDecoder, steps: int) -> None:
         before = decoder._cursor.cache_index[:2].tolist()
-        run(steps)
+        run(decoder, steps)
         after = decoder._cursor.cache_index[:2].tolist()
         seen.append((steps, [b - a for a, b in zip(before, after, strict=True)]))
         for leaf in decoder.leaves:
             assert len(leaf.blocks) == 2 and leaf.blocks[1] != leaf.blocks[0] + 8
 
-    monkeypatch.setattr(decoder, "run", watched)
-    assert sampled(generator, groups, ()) == expected
+    monkeypatch.setattr(GraphDecoder, "run", watched)
+    _, _, recorder = check_replayed(
+        make_model((None,)), make_groups(1, 2), max_new_tokens=10, max_batch=2
+    )
     (steps, moved), *_ = seen
     assert steps == 8 and all(step != 8 for step in moved)
     assert (recorder.captured, recorder.replayed) == (1, 8)
 
 
 @pytest.mark.soak
-@pytest.mark.usefixtures("products_in_order")
+@pytest.mark.usefixtures("products_in_order", "short_splits")
 def test_samples_that_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its keys come back into other blocks, and steps that were captured before read them."""
-    with_short_splits(monkeypatch)
     model, groups = make_model((None,)), make_groups(1, 3)
-    options = {"max_new_tokens": 20, "max_batch": 4, "deterministic": True}
-    replaying(monkeypatch, Recorder())
-    expected = sampled(make_generator(model, **options), groups, ())
+    options: dict[str, Any] = {"max_new_tokens": 20, "deterministic": True}
+    expected = sampled(replaying(model, **options)[0], groups, ())
     cell = cell_bytes(model.config, torch.float32)
-    generator = make_generator(model, **options, cache_bytes=(16 + 5 * 16 + 6 * 16) * cell)
+    generator, _, _ = replaying(model, **options, cache_bytes=(16 + 5 * 16 + 6 * 16) * cell)
     counts = []
     set_aside = generator._set_aside
 
@@ -208,18 +197,13 @@ def test_samples_that_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts
 
 
-def test_many_rows_take_a_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_take_a_power_of_two() -> None:
     """17 samples in 32 rows: idle rows have scratch cells of their own."""
-    model, groups = make_model((None,)), make_groups(1, 17, longest=4)
-    with monkeypatch.context() as patch:
-        patch.setattr(generate, "make_decoder", Decoder)
-        options = {"max_new_tokens": 2, "max_batch": 17}
-        expected = sampled(make_generator(model, **options), groups, ())
-    replaying(monkeypatch, Recorder())
-    generator = make_generator(model, **options)
-    assert sampled(generator, groups, ()) == expected
-    assert isinstance(generator.decoder, GraphDecoder)
-    assert [rows for rows, _ in generator.decoder._buckets] == [32]
+    groups = make_groups(1, 17, longest=4)
+    _, decoder, _ = check_replayed(
+        make_model((None,)), groups, ENDS, max_new_tokens=2, max_batch=17
+    )
+    assert [rows for rows, _ in decoder._buckets] == [32]
 
 
 # -- on a GPU alone --------------------------------------------------------------------------------
@@ -227,15 +211,11 @@ def test_many_rows_take_a_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("max_batch", [3, 40])
-def test_captured_steps_give_the_same_samples(
-    max_batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captured_steps_give_the_same_samples(max_batch: int) -> None:
     """Real CUDA graphs, over several buckets and suffixes of several splits."""
     model, groups = make_model(), make_groups(12, 4, longest=300)
     options = {"max_new_tokens": 600, "max_batch": max_batch}
-    with monkeypatch.context() as patch:
-        replaying(patch, Recorder())
-        expected = sampled(make_generator(model, **options), groups, (3,))
+    expected = sampled(replaying(model, **options)[0], groups, (3,))
     generator = make_generator(model, **options)
     assert isinstance(generator.decoder, GraphDecoder) and generator.ahead == 1
     assert sampled(generator, groups, (3,)) == expected
@@ -244,6 +224,15 @@ def test_captured_steps_give_the_same_samples(
     assert all(bucket.replay is not None for bucket in buckets.values())
     # Device time of everything has been counted.
     assert generator.usage.decode_seconds > 0 and not generator._spans
+
+
+@contextmanager
+def synchronizing_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -260,12 +249,9 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         inner = getattr(decoder, name)
 
         def call(*arguments: object) -> object:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            guarded.append(name)
+            with synchronizing_is_an_error():
                 return inner(*arguments)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-                guarded.append(name)
 
         monkeypatch.setattr(decoder, name, call)
 
@@ -276,12 +262,8 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {key: bucket.replay for key, bucket in decoder._buckets.items()} == captured
     assert set(guarded) == {"load", "run", "poll", "forward", "draw"}
     assert len(again) == 6
-    with pytest.raises(RuntimeError, match="synchroniz"):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            torch.ones(1, device=DEVICE).item()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(RuntimeError, match="synchroniz"), synchronizing_is_an_error():
+        torch.ones(1, device=DEVICE).item()
 
 
 BROKEN = """
