@@ -363,7 +363,7 @@ def rms_norm_backward(
     normed = total * rstd
     d_weight = None
     if weight_grad:
-        d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        d_weight = (grad * normed).reshape(-1, total.shape[-1]).sum(0).to(weight.dtype)
     grad = grad * _scale(weight, plus_one, rstd.dtype)
     projection = (grad * normed).mean(-1, keepdim=True)
     d_total = grad.sub_(normed.mul_(projection)).mul_(rstd).to(total.dtype)

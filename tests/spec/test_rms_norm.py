@@ -21,12 +21,10 @@ from tests.implementations import (
 from tests.rows import ROWS, check_rows
 
 EPS = 1e-6
-# One row, forward alone: torch's backward wants a matrix, and that of one number is all rounding.
-ONE_ROW = [(16,), (1, 1)]
-# Rows of one Triton program and of several, heads, a norm past one vector; many blocks of rows for
-# each program of the backward, of several rows and of one; nothing.
-SHAPES = [
-    *((63, 192), (129, 20), (5, 6, 77), (2, 3, 4, 64), (3, 5000)),
+# A row, rows of one Triton program and of several, heads, a norm past one vector; many blocks of
+# rows for each program of the backward, of several rows and of one; nothing.
+SHAPES: list[tuple[int, ...]] = [
+    *((16,), (63, 192), (129, 20), (5, 6, 77), (2, 3, 4, 64), (3, 5000)),
     *((9, 61, 100), (37, 1100)),
     *((0, 64), (3, 0, 8)),
 ]
@@ -51,7 +49,7 @@ def test_reference_is_the_formula(plus_one: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "plus_one"), [(shape, i % 2 == 0) for i, shape in enumerate([*ONE_ROW, *SHAPES])]
+    ("shape", "plus_one"), [(shape, i % 2 == 0) for i, shape in enumerate([(1, 1), *SHAPES])]
 )
 def test_values_and_gradients(
     on: Implementation, dtype: torch.dtype, shape: tuple[int, ...], plus_one: bool
@@ -64,7 +62,7 @@ def test_values_and_gradients(
     assert total.equal(x + residual)
     # The sum is rounded before the norm.
     assert y.equal(op(total, weight))
-    if on.name != "cpp" and shape in SHAPES:
+    if on.name != "cpp" and x.numel() != 1:  # the gradient of one number is all rounding
         grad = on.draw(*shape, dtype=dtype, seed=3)
         counts = on.check_gradients(op, reference, (x, weight), [grad])
         if on.name == "triton":
