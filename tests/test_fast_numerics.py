@@ -14,7 +14,8 @@ from kernels import cpp
 from kernels.packed_linear import allow_dot_products
 from models import load
 from tests.rows import needs_dots
-from tests.test_generate import drawn, flat, make_generator, make_groups, run
+from tests.test_cpp import logprob_errors
+from tests.test_generate import drawn, make_generator, make_groups, run
 from tests.tiny import write_model
 
 
@@ -37,18 +38,11 @@ def test_samples(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def error(numerics: str) -> float:
         model, _ = load(tmp_path, dtype="bfloat16", numerics=numerics)
-        results, squares = run(make_generator(model, max_batch=11), groups), []
+        results = run(make_generator(model, max_batch=11), groups)
         if numerics == "fast":
             alone = run(make_generator(model, max_batch=5), groups[:1])
             assert drawn(alone[0]) == drawn(results[0])
-        for group, result in zip(groups, results, strict=True):
-            for prompt, generation in zip(group.prompts, result.generations, strict=True):
-                drawn_ids = generation.token_ids
-                logits = exact.logits(flat(list(prompt)) + drawn_ids)[-len(drawn_ids) - 1 : -1]
-                logprobs = logits.double().log_softmax(-1)
-                expected = logprobs.gather(1, torch.tensor(drawn_ids)[:, None])[:, 0]
-                squares.append((expected - torch.tensor(generation.logprobs)).square())
-        return float(torch.cat(squares).mean().sqrt())
+        return float(logprob_errors(exact, results).square().mean().sqrt())
 
     fast = error("fast")
     assert {("decode", True), ("linear", True)} <= set(called)
