@@ -75,11 +75,7 @@ class Implementation:
     def counted(self) -> Iterator[Counter[str]]:
         """How often each C++ function was called, or each Triton kernel launched; everything still
         runs. Fails where another implementation ran."""
-        counts: dict[str, Counter[str]] = {
-            "torch": Counter(),
-            "cpp": Counter(),
-            "triton": Counter(),
-        }
+        counts: dict[str, Counter[str]] = {name: Counter() for name in DTYPES}
         call = cpp.call
 
         def called(name: str, *arguments: Any, **form: Any) -> None:

@@ -15,6 +15,9 @@ needs_cpp = pytest.mark.skipif(
     not cpp.runs_cpp(torch.zeros(1)),
     reason="only the C++ gives a sample the same bits in any batch",
 )
+needs_dots = pytest.mark.skipif(
+    not cpp.has_dot_products(), reason="this processor has no dot products of bfloat16"
+)
 
 
 @contextmanager

@@ -1,12 +1,11 @@
-"""The C++ operations: as exact as torch's, the same bits in any company, and trusted only if ours.
-
-Exact means: no further from float64 than twice torch's own error in the same dtype, plus one
-rounding of the largest result."""
+"""The C++ decoder, which is as exact as torch, and the library: built once, trusted only if ours,
+and of several threads at a time. Operations are tested in tests/spec."""
 
 import ctypes
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.generate import GroupResult
 from engine.judge import Judge
 from engine.sample import POCKET
 from engine.verdict import to_line
 from kernels import cpp
 from kernels.cpp import build
-from kernels.gated_act import gated_act
 from kernels.rms_norm import rms_norm
-from kernels.rope import rope, rope_cos_sin
 from kernels.sample_token import SamplingOptions
 from models import load
 from models.decoder import CppDecoder
 from models.transformer import Transformer
 from tests.forests import Grove, Shape, crowd
+from tests.implementations import Implementation
 from tests.test_generate import drawn, make_generator, make_groups, run
 from tests.tiny import FAMILIES, write_model
 from train.world.rows import split_rows
@@ -37,63 +36,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each C++ function was called."""
-    counter: Counter[str] = Counter()
-    call = cpp.call
-
-    def counted(name: str, dtype: torch.dtype, *arguments: Any, **form: Any) -> None:
-        counter[name] += 1
-        call(name, dtype, *arguments, **form)
-
-    monkeypatch.setattr(cpp, "call", counted)
-    return counter
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def tuple_of(results: Any) -> tuple[Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
-
-
-def as_exact(operation: Callable[..., Any], *inputs: Tensor) -> None:
-    """The operation's results on these inputs, in C++, against torch in float64 (see above)."""
-    ours = tuple_of(operation(*inputs))
-    with cpp.torch_only():
-        theirs = tuple_of(operation(*inputs))
-        exact = tuple_of(operation(*(x.double() for x in inputs)))
-    for a, b, c in zip(ours, theirs, exact, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape == c.shape
-        assert a.isnan().equal(c.isnan()) and a.isinf().equal(c.isinf())
-        finite = c.isfinite()
-        error, own = (
-            (x.double() - c)[finite].abs().max().item() if finite.any() else 0.0 for x in (a, b)
-        )
-        largest = c[finite].abs().max().item() if finite.any() else 0.0
-        assert error <= 2 * own + torch.finfo(a.dtype).eps * largest, (error, own, largest)
+CPP, TORCH = Implementation("cpp"), Implementation("torch")
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_nothing_is_done_for_nothing() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = randn(8, 64).to(dtype)
-        assert gated_act(weight[:0], "silu").shape == (0, 32)
-        cos, sin = rope_cos_sin(torch.arange(8), torch.rand(32))
-        assert rope(weight[:, None][:, :0], cos, sin).shape == (8, 0, 64)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_decoder(family: str, tmp_path: Path, calls: Counter[str]) -> None:
+def test_the_decoder(family: str, tmp_path: Path) -> None:
     """Samples of rows with shared segments, joining and retiring: tokens and log-probs."""
     write_model(tmp_path, family)
     model, _ = load(tmp_path)
@@ -103,27 +54,21 @@ def test_the_decoder(family: str, tmp_path: Path, calls: Counter[str]) -> None:
         generator = make_generator(model, max_batch=11, options=SamplingOptions(0.8))
         return [drawn(result) for result in run(generator, groups)]
 
-    ours = sample()
+    with CPP.counted() as calls:
+        ours = sample()
     # Each stands for all the steps between two looks.
     assert calls["decode"] > 5 and calls["accept_token"] > 5 and not calls["attend_tiles"]
-    before = calls.copy()
-    with cpp.torch_only():
+    with TORCH.counted(), cpp.torch_only():
         assert_alike(sample(), ours)
-    assert calls == before
 
 
 def assert_alike(ours: list, theirs: list) -> None:
     """The same tokens, and log-probs within float32 rounding of a few layers."""
-    for (tokens, *logprobs, finish), (expected, *exact, end) in zip(
-        flat(ours), flat(theirs), strict=True
-    ):
+    pairs = zip(chain(*ours), chain(*theirs), strict=True)
+    for (tokens, *logprobs, finish), (expected, *exact, end) in pairs:
         assert (tokens, finish) == (expected, end)
         for found, right in zip(logprobs, exact, strict=True):
             np.testing.assert_allclose(found, right, rtol=0, atol=2e-5)
-
-
-def flat(results: list) -> list:
-    return [sample for result in results for sample in result]
 
 
 def test_a_model_that_is_trained_between_samples(tmp_path: Path) -> None:
@@ -146,27 +91,24 @@ def test_a_model_that_is_trained_between_samples(tmp_path: Path) -> None:
 def test_bfloat16_decoder_is_as_exact_as_torch(tmp_path: Path) -> None:
     """Log-probs of the same tokens, against float64."""
     write_model(tmp_path, "gemma2")
-    errors = {}
     exact = load(tmp_path, dtype="bfloat16")[0].double()
     model, _ = load(tmp_path, dtype="bfloat16")
-    groups = make_groups(2)
-    for name in ("cpp", "torch"):
-        if name == "cpp":
-            results = run(make_generator(model), groups)
-        else:
-            with cpp.torch_only():
-                results = run(make_generator(model), groups)
-        worst = 0.0
-        for group, result in zip(groups, results, strict=True):
-            for prompt, generation in zip(group.prompts, result.generations, strict=True):
-                ids = [t for segment in prompt for t in segment] + generation.token_ids
-                logits = exact.logits(ids)[-len(generation.token_ids) - 1 : -1].double()
-                logprobs = logits.log_softmax(-1)
-                expected = logprobs.gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
-                error = (expected - torch.tensor(generation.logprobs)).abs().max()
-                worst = max(worst, float(error))
-        errors[name] = worst
-    assert errors["cpp"] <= 2 * errors["torch"], errors
+    ours = logprob_errors(exact, run(make_generator(model), make_groups(2)))
+    with cpp.torch_only():
+        theirs = logprob_errors(exact, run(make_generator(model), make_groups(2)))
+    assert ours.abs().max() <= 2 * theirs.abs().max()
+
+
+def logprob_errors(exact: Transformer, results: list[GroupResult]) -> Tensor:
+    """How far the log-probs of all drawn tokens are from those of a model in float64."""
+    errors = []
+    for result in results:
+        for prompt, generation in zip(result.group.prompts, result.generations, strict=True):
+            ids = torch.tensor(generation.token_ids)
+            logits = exact.logits([*chain(*prompt), *generation.token_ids])[-len(ids) - 1 : -1]
+            expected = logits.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+            errors.append(expected - torch.tensor(generation.logprobs))
+    return torch.cat(errors)
 
 
 def test_slots_of_a_forward_are_checked(tmp_path: Path) -> None:
@@ -282,18 +224,18 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_without_the_library_torch_runs(
-    fault: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, calls: Counter[str]
+    fault: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says why, once, and gives the same within rounding."""
     x, weight = randn(20, 64), randn(64)
     monkeypatch.delenv("CXX", raising=False)
     variable, value, message = FAULTS[fault]
     monkeypatch.setenv(variable, value)
-    with pytest.warns(RuntimeWarning, match=message) as warned:
+    with pytest.warns(RuntimeWarning, match=message) as warned, TORCH.counted():
         out = rms_norm(x, weight, 1e-6)
         rms_norm(x, weight, 1e-6)
         assert cpp.implementation() == "torch"
-    assert len(warned) == 1 and not calls
+    assert len(warned) == 1
     assert isinstance(out, Tensor) and out.isfinite().all()
 
 

@@ -1,5 +1,5 @@
-"""`--numerics fast`: as exact as bfloat16 is, rows that do not depend on each other, and no word of
-it where it cannot be had."""
+"""`--numerics fast`: as exact as bfloat16 is, samples that do not depend on each other, and no word
+of it where it cannot be had. Its products are tested in tests/spec/test_packed_linear.py."""
 
 import json
 from pathlib import Path
@@ -11,51 +11,12 @@ from engine import sample
 from engine.judge import Judge
 from engine.sample import POCKET
 from kernels import cpp
-from kernels.matmul import matmul_ref
-from kernels.packed_linear import allow_dot_products, packed_linear
+from kernels.packed_linear import allow_dot_products
 from models import load
-from tests.implementations import Implementation, assert_exact
-from tests.rows import ROWS, check_rows
-from tests.test_generate import drawn, flat, make_generator, make_groups, run
+from tests.rows import needs_dots
+from tests.test_cpp import logprob_errors
+from tests.test_generate import drawn, make_generator, make_groups, run
 from tests.tiny import write_model
-
-needs_dots = pytest.mark.skipif(
-    not cpp.has_dot_products(), reason="this processor has no dot products of bfloat16"
-)
-CPP = Implementation("cpp")
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return CPP.draw(*shape, dtype=torch.bfloat16, seed=seed)
-
-
-def as_fast(weight: torch.Tensor) -> torch.Tensor:
-    allow_dot_products([weight])
-    return weight
-
-
-@needs_dots
-@pytest.mark.parametrize("rows", [1, 6, 14, 15, 100])
-@pytest.mark.parametrize(("columns", "terms"), [(7, 2), (96, 256), (475, 194), (33, 2100)])
-def test_products(rows: int, columns: int, terms: int) -> None:
-    """Columns that fill no panel, sums of a pair, of an odd number of pairs, of several blocks."""
-    x, bias = draw(rows, terms), draw(columns, seed=2)
-    weight = as_fast(draw(columns, terms, seed=1))
-    assert_exact(packed_linear(x, weight), matmul_ref, x, weight)
-    assert_exact(packed_linear(x, weight, bias), matmul_ref, x, weight, bias)
-
-
-@needs_dots
-def test_every_number_has_its_place() -> None:
-    """Products of whole numbers are exact, so a pair that was laid out wrongly is seen."""
-    x, weight = draw(19, 46).round(), as_fast(draw(70, 46, seed=1).round())
-    assert packed_linear(x, weight).equal(matmul_ref(x.float(), weight.float()).bfloat16())
-
-
-@needs_dots
-def test_rows_do_not_depend_on_each_other() -> None:
-    x, weight = draw(ROWS, 300), as_fast(draw(70, 300, seed=1))
-    check_rows(lambda rows: packed_linear(x[:rows], weight))
 
 
 @needs_dots
@@ -77,18 +38,11 @@ def test_samples(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def error(numerics: str) -> float:
         model, _ = load(tmp_path, dtype="bfloat16", numerics=numerics)
-        results, squares = run(make_generator(model, max_batch=11), groups), []
+        results = run(make_generator(model, max_batch=11), groups)
         if numerics == "fast":
             alone = run(make_generator(model, max_batch=5), groups[:1])
             assert drawn(alone[0]) == drawn(results[0])
-        for group, result in zip(groups, results, strict=True):
-            for prompt, generation in zip(group.prompts, result.generations, strict=True):
-                drawn_ids = generation.token_ids
-                logits = exact.logits(flat(list(prompt)) + drawn_ids)[-len(drawn_ids) - 1 : -1]
-                logprobs = logits.double().log_softmax(-1)
-                expected = logprobs.gather(1, torch.tensor(drawn_ids)[:, None])[:, 0]
-                squares.append((expected - torch.tensor(generation.logprobs)).square())
-        return float(torch.cat(squares).mean().sqrt())
+        return float(logprob_errors(exact, results).square().mean().sqrt())
 
     fast = error("fast")
     assert {("decode", True), ("linear", True)} <= set(called)
@@ -115,6 +69,6 @@ def test_what_cannot_be_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="numerics must be one of portable, fast, got 'quick'"):
         Judge.load(POCKET, numerics="quick")
     with pytest.raises(ValueError, match="in pairs, a sum has 7"):
-        allow_dot_products([draw(3, 7)])
+        allow_dot_products([torch.ones(3, 7).bfloat16()])
     with cpp.torch_only(), pytest.raises(ValueError, match="a processor with AVX512-BF16"):
-        allow_dot_products([draw(3, 8)])
+        allow_dot_products([torch.ones(3, 8).bfloat16()])

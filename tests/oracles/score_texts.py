@@ -12,6 +12,7 @@ from kernels.score_grammar import Outcome, Reason, ScoreRules
 ANCHOR = "Scores:"
 LAST = ScoreRules()  # the last anchored line decides
 FIRST = ScoreRules(first=True)
+ANY = ScoreRules(anchor=None)  # the last complete box decides
 NONCE = 482913
 WITH_NONCE = ScoreRules(nonce=True)
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -247,6 +248,36 @@ NONCE_CASES: list[Case] = [
     (b"Scores 482913: \\boxed{8, 3}\nScores: \\boxed{1, 10}", 2, Reason.VALID, (8, 3)),
     (b"Scores 482913:\nScores 1:\n\\boxed{8, 3}", 2, Reason.VALID, (8, 3)),
     (b"Scores 482913: \\boxed{8, 3}\nScores 482913: \\boxed{7, 3}", 2, Reason.VALID, (7, 3)),
+]
+
+SIGNED = ScoreRules(-9, 9)
+# 5 and -5 modulo 2**64 are out of range all the same.
+SIGNED_CASES: list[Case] = [
+    (b"Scores: \\boxed{%d}" % (2**64 + 5), 1, Reason.RANGE, ()),
+    (b"Scores: \\boxed{-%d}" % (2**64 + 5), 1, Reason.RANGE, ()),
+    (b"Scores: \\boxed{%031d}" % 5, 1, Reason.VALID, (5,)),
+    (b"Scores: \\boxed{-%031d}" % 5, 1, Reason.VALID, (-5,)),
+]
+
+# Where there is no anchor.
+ANY_CASES: list[Case] = [
+    (rb"a \boxed{1} b \boxed{2} c", 1, Reason.VALID, (2,)),
+    (rb"\boxed{1} \boxed{2", 1, Reason.VALID, (1,)),
+    (rb"\boxed{1} \boxed{2, 3, 4", 1, Reason.VALID, (1,)),
+    (rb"\boxed{1}\boxed{x}", 1, Reason.NOT_AN_INTEGER, ()),
+    (rb"\boxed{x}\boxed{1}", 1, Reason.VALID, (1,)),
+    (rb"\boxed{1}\boxed{5, 6}", 1, Reason.COUNT, ()),
+    (rb"\boxed{1}\boxed{50}", 1, Reason.RANGE, ()),
+    (rb"\boxed{1", 1, Reason.MISSING, ()),
+]
+
+ALL_CASES = [
+    *((LAST, case) for case in CASES),
+    *((LAST, (text, 2, Reason.VALID, (8, 3))) for text in READABLE),
+    *((FIRST, case) for case in FIRST_CASES),
+    *((WITH_NONCE, case) for case in NONCE_CASES),
+    *((SIGNED, case) for case in SIGNED_CASES),
+    *((ANY, case) for case in ANY_CASES),
 ]
 
 FRAGMENTS = [

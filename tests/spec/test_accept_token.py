@@ -13,13 +13,10 @@ from kernels.forest_attention.plan import MAX_SPLIT
 from kernels.score_grammar import Reason, ScoreRules
 from tests.implementations import Implementation
 from tests.live_samples import END_IDS, PIECES, SPECIAL_IDS, assert_same, draw_tokens, make_live
-from tests.oracles.score_texts import BYTES, FIRST, LAST, outcomes
+from tests.oracles.score_texts import ANY, BYTES, FIRST, LAST, outcomes
 
 BLOCK = 32  # rows of a Triton program
 FUNCTIONS = {"torch": {}, "cpp": {"accept_token"}, "triton": {"_accept_token_kernel"}}
-
-
-ANY = ScoreRules(anchor=None)
 
 
 def make_cursor(rows: int, device: torch.device) -> Cursor:

@@ -46,22 +46,17 @@ def test_reference_is_the_sum() -> None:
 def test_values(
     on: Implementation, dtype: torch.dtype, case: tuple[int, int, int], biased: bool
 ) -> None:
+    """Operands with a bias are slices of wider ones: nothing beside them is read."""
     rows, summed, size = case
-    x, weight = on.draw(rows, summed, dtype=dtype), on.draw(size, summed, dtype=dtype, seed=1)
-    bias = on.draw(size, dtype=dtype, seed=2) if biased else None
+    draw = on.poisoned if biased else on.draw
+    x, weight = draw(rows, summed, dtype=dtype), draw(size, summed, dtype=dtype, seed=1)
+    bias = draw(size, dtype=dtype, seed=2) if biased else None
     out = on.check(matmul, matmul_ref, x, weight, bias)
     if on.name == "torch":
         assert out.equal(F.linear(x, weight, bias))
     else:
         splits = _launch(rows, size, summed, dtype, target_of(x))["SPLITS"]
         assert splits == 2 if summed > 1024 else splits == 1
-
-
-@IN_TORCH_AND_TRITON
-def test_slices(on: Implementation, dtype: torch.dtype) -> None:
-    """K, N and T end within a tile; nothing beside the operands is read."""
-    x, weight = on.poisoned(17, 1030, dtype=dtype), on.poisoned(35, 1030, dtype=dtype, seed=1)
-    on.check(matmul, matmul_ref, x, weight, on.poisoned(35, dtype=dtype, seed=2))
 
 
 @IN_TORCH_AND_TRITON

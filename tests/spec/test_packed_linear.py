@@ -5,24 +5,40 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch import Tensor
 
 from kernels.matmul import matmul_ref
-from kernels.packed_linear import packed_linear, packs
+from kernels.packed_linear import allow_dot_products, packed_linear, packs
 from models.layers import linear
 from tests.implementations import Implementation
-from tests.rows import ROWS, check_rows
+from tests.rows import ROWS, check_rows, needs_dots
 
 pytestmark = pytest.mark.implementations("cpp")
 
-# N and K: columns that fill no panel, sums of a few terms and of several blocks.
-SHAPES = [(7, 20), (96, 256), (475, 192), (64, 700), (33, 2100)]
+# N and K: columns that fill no panel, sums of a pair, of an odd number of pairs, of several blocks.
+SHAPES = [(7, 2), (7, 20), (96, 256), (475, 194), (64, 700), (33, 2100)]
+# How a weight is held, and whether pairs of terms are added by dot products.
+FORMS = [
+    pytest.param(torch.float32, False, id="float32"),
+    pytest.param(torch.bfloat16, False, id="bfloat16"),
+    pytest.param(torch.bfloat16, True, id="dots", marks=needs_dots),
+]
+in_each_form = pytest.mark.parametrize(("form", "dots"), FORMS)
 
 
+def as_held(weight: Tensor, dots: bool) -> Tensor:
+    if dots:
+        allow_dot_products([weight])
+    return weight
+
+
+@in_each_form
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("rows", [1, 5, 6, 7, 13, 15, 100])
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 13, 14, 15, 100])
 def test_values(
     on: Implementation,
-    dtype: torch.dtype,
+    form: torch.dtype,
+    dots: bool,
     rows: int,
     threads: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -30,19 +46,20 @@ def test_values(
     """And each row alone has the same bits."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for columns, terms in SHAPES:
-        x, bias = on.draw(rows, terms, dtype=dtype), on.draw(columns, dtype=dtype, seed=2)
-        weight = on.draw(columns, terms, dtype=dtype, seed=1)
+        x, bias = on.draw(rows, terms, dtype=form), on.draw(columns, dtype=form, seed=2)
+        weight = as_held(on.draw(columns, terms, dtype=form, seed=1), dots)
         on.check(packed_linear, matmul_ref, x, weight)
         whole = on.check(linear, matmul_ref, x, weight, bias)
         for row in {0, rows // 2, rows - 1}:
             assert packed_linear(x[row : row + 1], weight, bias).equal(whole[row : row + 1])
 
 
-def test_whole_numbers_are_exact(on: Implementation, dtype: torch.dtype) -> None:
-    """Nothing of a neighbour's number is in one of half precision."""
-    x, weight = on.draw(7, 20).round(), on.draw(70, 20, seed=1).round()
-    y = packed_linear(x.to(dtype), weight.to(dtype))
-    assert y.equal(matmul_ref(x, weight).to(dtype))
+@in_each_form
+def test_whole_numbers_are_exact(on: Implementation, form: torch.dtype, dots: bool) -> None:
+    """Nothing of a neighbour's number is in one of half precision, and each has its place."""
+    x, weight = on.draw(19, 46).round(), on.draw(70, 46, seed=1).round()
+    y = packed_linear(x.to(form), as_held(weight.to(form), dots))
+    assert y.equal(matmul_ref(x, weight).to(form))
 
 
 def test_no_rows(on: Implementation, dtype: torch.dtype) -> None:
@@ -51,8 +68,12 @@ def test_no_rows(on: Implementation, dtype: torch.dtype) -> None:
     assert on.run(linear, weight[:0], weight).shape == (0, 8)
 
 
-def test_rows_do_not_depend_on_each_other(on: Implementation) -> None:
-    x, weight = on.draw(ROWS, 300), on.draw(70, 300, seed=1)
+@in_each_form
+def test_rows_do_not_depend_on_each_other(
+    on: Implementation, form: torch.dtype, dots: bool
+) -> None:
+    x = on.draw(ROWS, 300, dtype=form)
+    weight = as_held(on.draw(70, 300, dtype=form, seed=1), dots)
     check_rows(lambda rows: packed_linear(x[:rows], weight))
 
 

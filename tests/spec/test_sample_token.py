@@ -4,7 +4,7 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import accumulate, product
 from typing import Any
 
@@ -26,6 +26,7 @@ from kernels.sample_token import (
 from kernels.target import TARGETS
 from tests.implementations import Implementation, assert_exact
 from tests.oracles import sampling
+from tests.rows import num_threads
 
 LARGEST, SMALLEST = 1 - 2**-24, 2**-24  # of the uniforms
 SLOW = INTERPRETED  # a row takes some ten milliseconds, and some hundred with top-k or top-p
@@ -67,9 +68,13 @@ def check_uniforms(on: Implementation, keys: Tensor, index: Tensor, positions: T
 
 
 def test_uniforms_are_the_first_philox_word(on: Implementation) -> None:
+    """Also of the zero key at two positions where the word's leading bits are all 0, and all 1."""
     keys = torch.tensor([[a, b] for a, b in zip(WORDS, reversed(WORDS), strict=True)])
     positions = torch.tensor([NUMBERS[i:] + NUMBERS[:i] for i in range(8)])
     check_uniforms(on, keys, torch.tensor(NUMBERS), positions)
+    zeros, ends = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[296_355, 567_928]])
+    assert [sampling.uniform((0, 0), 0, at) for at in ends[0].tolist()] == [SMALLEST, LARGEST]
+    check_uniforms(on, zeros, zeros[0, :1], ends)
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (63,), (300,), (0, 4), (3, 0), (129, 3), (64, 5)])
@@ -81,13 +86,6 @@ def test_uniforms_of_any_shape_and_strides(on: Implementation, shape: tuple[int,
     positions = table[:, 1] if len(shape) == 1 else steps.expand(shape[0], -1)
     assert positions.shape == shape
     check_uniforms(on, table[:, :2], table[:, 2], positions)
-
-
-def test_uniforms_are_in_the_open_interval(on: Implementation) -> None:
-    """At these positions of the zero key the word's leading bits are all 0, and all 1."""
-    zeros, places = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[296_355, 567_928]])
-    drawn = on.run(uniforms, *(x.to(on.device) for x in (zeros, zeros[0, :1], places)))
-    assert drawn.tolist() == [[SMALLEST, LARGEST]]
 
 
 def test_stream_keys_are_fixed_and_distinct() -> None:
@@ -148,10 +146,10 @@ def draws_at_ends(
             values = [softcap * math.tanh(x / softcap) for x in values]
         exact, margin = sampling.distribution(values, options)
         assert margin == 0 or margin > 1e-5, "another seed: float32 may decide otherwise"
-        plain, _ = sampling.distribution(values, SamplingOptions(1.0))
         running = [0.0, *accumulate(exact)]
         kept = [i for i, p in enumerate(exact) if p > 0]
         highest = max(values)
+        normalizer = math.log(math.fsum(math.exp(x - highest) for x in values))
         exponent = sum(exact[i] * (highest - values[i]) for i in kept)
         units = 4 + (2 * exponent + 3 * (softcap or 0)) / options.temperature
         error = 2**-23 * units + 2**-24 * (min(TILE, len(values)) + tiles)
@@ -163,7 +161,7 @@ def draws_at_ends(
         for i, at_the_end in list(product(tokens, (True, False)))[:most]:
             low = SMALLEST if i == kept[0] else running[i] + error
             high = LARGEST if i == kept[-1] else running[i + 1] - error
-            logprob = math.log(plain[i]) if plain[i] else -math.inf
+            logprob = values[i] - highest - normalizer
             draws.append((row, high if at_the_end else low, i, logprob, math.log(exact[i])))
     rows, uniform, token, *logprobs = zip(*draws, strict=True)
     exactly = (torch.tensor(x, dtype=torch.float64) for x in logprobs)
@@ -178,10 +176,11 @@ def check(
     most: int = 8,
 ) -> None:
     """At both ends of an interval its token is drawn, with the log-probs of the reference: numbers
-    less the logarithm of a sum, which is rounded like 1 or more. Every second uniform is read."""
+    less the logarithm of a sum, which is rounded like 1 or more. Those in float64 are of the exact
+    distribution. Every second uniform is read."""
     if SLOW:
         most = 1 if options.top_k or options.top_p < 1 else 3
-    rows, uniform, token, _, _ = draws_at_ends(logits, options, softcap, most)
+    rows, uniform, token, *exact = draws_at_ends(logits, options, softcap, most)
     every_second = torch.stack((uniform, torch.full_like(uniform, math.nan)), 1)[:, 0]
     arguments = rows.to(on.device), every_second.to(on.device)
     found, *logprobs = on.run(lambda x, u: sample_token(x, u, options, softcap), *arguments)
@@ -193,6 +192,8 @@ def check(
     def reference(x: Tensor, u: Tensor) -> tuple[Tensor, ...]:
         drawn, *expected = sample_token_ref(x, u, options, softcap)
         assert drawn.equal(token)
+        if x.dtype == torch.float64:
+            torch.testing.assert_close(expected, exact, rtol=1e-12, atol=1e-12)
         return with_one(expected)
 
     assert_exact(with_one(logprobs), reference, rows, uniform)
@@ -210,16 +211,6 @@ OPTIONS = [
 # In part one tile, one, and several; a filter meets some of one tile and some of several.
 SIZES = [1, 1024, 5, 1025, 63, 2048, 1023, 3001]
 PAIRS = [(x, SIZES[(i + j) % 8]) for i, x in enumerate(OPTIONS) for j in (0, 3, 5)]
-
-
-@pytest.mark.parametrize(("options", "vocab_size"), PAIRS, ids=str)
-def test_reference_draws_from_the_exact_distribution(
-    options: SamplingOptions, vocab_size: int
-) -> None:
-    logits = random_logits(3, vocab_size, vocab_size).double()
-    rows, uniform, token, *logprobs = draws_at_ends(logits, options)
-    found = sample_token_ref(rows, uniform, options)
-    torch.testing.assert_close(found, (token, *logprobs), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("options", "vocab_size"), PAIRS, ids=str)
@@ -439,14 +430,6 @@ def test_a_row_without_a_finite_maximum_harms_no_other(
     assert all(x[2:3].equal(y) for x, y in zip(results, alone, strict=True))
 
 
-@pytest.fixture
-def restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("restore_threads")
 @pytest.mark.parametrize(
     ("vocab_size", "size"),
     [(1500, 2)] if SLOW else [(1, 70), (5, 70), (500, 70), (1025, 30), (3001, 20), (40000, 9)],
@@ -459,15 +442,14 @@ def test_a_row_depends_on_neither_its_batch_nor_threads(
     logits[::2, 0] = 16  # near-certain tokens: their log-probs show every bit of the normalizer
     logits = logits.to(on.device)
     for options in KINDS if SLOW else (*KINDS, OPTIONS[1], OPTIONS[-1]):
-        torch.set_num_threads(1)
-        alone = [sample_token(logits[i : i + 1], uniform[i : i + 1], options) for i in range(size)]
+        with num_threads(1):
+            alone = [sample_token(logits[i:][:1], uniform[i:][:1], options) for i in range(size)]
         expected = [torch.cat(parts) for parts in zip(*alone, strict=True)]
         for threads in (1, 2, 3, 4) if on.device.type == "cpu" and not SLOW else (1,):
-            torch.set_num_threads(threads)
-            for start, stop in ((0, size), (1, 8))[: 1 if SLOW else 2]:
-                batch = sample_token(logits[start:stop], uniform[start:stop], options)
-                for result, row_results in zip(batch, expected, strict=True):
-                    assert result.equal(row_results[start:stop])
+            for rows in (slice(size), slice(1, 8))[: 1 if SLOW else 2]:
+                with num_threads(threads):
+                    batch = sample_token(logits[rows], uniform[rows], options)
+                assert all(x.equal(y[rows]) for x, y in zip(batch, expected, strict=True))
 
 
 PLAIN = {"_tile_stats_kernel": 1, "_sample_from_tiles_kernel": 1}
