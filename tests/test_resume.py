@@ -170,7 +170,7 @@ def test_the_best_of_all_evaluations_is_kept(whole: dict[str, Path]) -> None:
         scores = {m["step"]: m[figure] for m in metrics_of(whole[name]) if figure in m}
         best = json.loads((whole[name] / "best.json").read_text())
         assert best == {"step": best["step"], "score": max(scores.values())}
-        assert best["step"] == min(step for step in scores if scores[step] == best["score"])
+        assert best["step"] == max(step for step in scores if scores[step] == best["score"])
         load = models.load if name == "sft" else models.load_scalar
         load(whole[name] / "best")
         last = load_file(whole[name] / WEIGHTS)
