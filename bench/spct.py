@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from bench import study
-from bench.provenance import print_json
+from bench.provenance import print_json, provenance
 from engine import command, sample
 from engine.command import with_values
 from engine.key import model_fingerprint
@@ -295,7 +295,7 @@ def write(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write accuracies and differences as OUT/NAME.json and OUT/NAME.md; returns them."""
     found, differences = study.results(judges), study.orderings(judges, pairs)
-    text = json.dumps({"judges": found, "differences": differences}) + "\n"
+    text = json.dumps({"judges": found, "differences": differences, "run": provenance()}) + "\n"
     replace_text(out / f"{name}.json", text)
     replace_text(out / f"{name}.md", study.markdown(found, differences))
     return found, differences

@@ -19,6 +19,7 @@ import numpy as np
 from bench.evaluate.curves import chances, votes_up_to
 from bench.evaluate.votes import votes_of
 from bench.filters import WAYS
+from bench.provenance import provenance
 from bench.statistics import seed_interval
 from bench.voting import label_of
 from engine.labels import is_right
@@ -136,7 +137,7 @@ def joined(seeds: Sequence[Judged]) -> Judged:
 
 
 def save(path: Path, judges: Mapping[str, Judged], key: str) -> None:
-    """Write judges to a .npz, of float32; key: what made them."""
+    """Write judges to a .npz, of float32; key: what made them. It also says where and when."""
     arrays: dict[str, Any] = {
         f"{name}/{way}/{size}": values.astype(np.float32)
         for name, judge in judges.items()
@@ -151,7 +152,9 @@ def save(path: Path, judges: Mapping[str, Judged], key: str) -> None:
         for name, judge in judges.items()
     }  # fmt: skip
     content = BytesIO()
-    np.savez_compressed(content, about=json.dumps({"key": key, "judges": about}), **arrays)
+    np.savez_compressed(
+        content, about=json.dumps({"key": key, "judges": about, "run": provenance()}), **arrays
+    )
     replace_file(path, lambda file: file.write_bytes(content.getbuffer()))
 
 
@@ -266,8 +269,8 @@ def markdown(found: Mapping[str, Any], differences: Mapping[str, Any]) -> str:
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
     """Accuracy as PNG, against votes and against the FLOPs of a row: of votes by the sum of scores
-    and, where there is a meta model, of ranks by its weights. FLOPs are 2 x parameters x tokens; a
-    meta model of the judge's size reads the prompts and the judgements once more."""
+    and, where there is a meta model, of ranks, with equal weights and with its own. FLOPs are 2 x
+    parameters x tokens; a meta model of the judge's size reads prompts and judgements once more."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -276,9 +279,10 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     ticks: set[int] = set()
     for judge, each in found.items():
-        for way, style, reads in (("all", "-", 1), ("borda, weighed", "--", 2)):
+        is_guided = "borda, weighed" in each["accuracy"]
+        for way, style, reads in (("all", "-", 1), ("borda", ":", 1), ("borda, weighed", "--", 2)):
             entries = each["accuracy"].get(way)
-            if entries is None:
+            if entries is None or (way != "all" and not is_guided):
                 continue
             votes = [int(size) for size in entries]
             ticks.update(votes)
@@ -287,7 +291,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
             cost = [flops * (per_row + size * per_vote) for size in votes]
             means = np.array([point["mean"] for point in entries.values()])
             bounds = np.array([point["ci95"] for point in entries.values()]).T
-            label = judge if way == "all" else f"{judge}, ranks by meta weights"
+            label = judge + {"all": "", "borda": ", ranks"}.get(way, ", ranks by meta weights")
             for panel, places in zip(panels, (votes, cost), strict=True):
                 panel.errorbar(
                     places, means, abs(bounds - means), linestyle=style, marker="o", markersize=3,
