@@ -49,7 +49,7 @@ spct: .venv/.stamp      ## the paper's chain on the synthetic world: hours; run 
 spct-smoke: .venv/.stamp  ## the same in small, to see that it runs
 	$(PY) -m bench.spct --smoke --out runs/spct-smoke
 
-pocket: .venv/.stamp    ## train the pocket model from nothing; run it again to resume
+pocket: .venv/.stamp    ## train pocket-base from nothing; run it again to resume
 	$(PY) -m train.world.pocket
 
 clean:                  ## all that these targets made, except trained models

@@ -3,7 +3,7 @@ what votes come to after each; beside baselines of the same rows.
 
     python -m bench.spct [--out runs/spct] [--seeds 0] [--large DIR] [--smoke] [--rows 2000]
 
-    rft     from the pocket model (base), on its own right judgements of fresh rows
+    rft     from pocket-base (base), on its own right judgements of fresh rows
     grpo    from that; the best model of dev votes
     meta    a meta model, from the GRPO model, of that model's judgements: scores those of grpo
     scalar  from base: a reward model by Bradley-Terry, which has no say on a single response
@@ -124,14 +124,9 @@ class Stages:
     @property
     def settings(self) -> list[dict[str, Any]]:
         """Those of every training, but for where files lie."""
-        parts = (self.rft, self.grpo, self.meta, self.scalar, self.direct, self.index)
         return [
-            {
-                name: value
-                for name, value in command.flat(part).items()
-                if not isinstance(value, Path)
-            }
-            for part in parts
+            {name: value for name, value in of_stage.items() if not isinstance(value, Path)}
+            for of_stage in map(command.flat, vars(self).values())
         ]
 
     @property

@@ -145,12 +145,9 @@ def save(path: Path, judges: Mapping[str, Judged], key: str) -> None:
         for size, values in sizes.items()
     }
     about = {
-        name: {
-            "tokens": judge.tokens, "prompt": judge.prompt, "parameters": judge.parameters,
-            "facts": judge.facts,
-        }
+        name: {field: value for field, value in vars(judge).items() if field != "arrays"}
         for name, judge in judges.items()
-    }  # fmt: skip
+    }
     content = BytesIO()
     np.savez_compressed(
         content, about=json.dumps({"key": key, "judges": about, "run": provenance()}), **arrays
@@ -279,10 +276,13 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     ticks: set[int] = set()
     for judge, each in found.items():
-        is_guided = "borda, weighed" in each["accuracy"]
-        for way, style, reads in (("all", "-", 1), ("borda", ":", 1), ("borda, weighed", "--", 2)):
+        lines = [("all", "", "-", 1)]
+        if "borda, weighed" in each["accuracy"]:
+            lines.append(("borda", ", ranks", ":", 1))
+            lines.append(("borda, weighed", ", ranks by meta weights", "--", 2))
+        for way, described, style, reads in lines:
             entries = each["accuracy"].get(way)
-            if entries is None or (way != "all" and not is_guided):
+            if entries is None:
                 continue
             votes = [int(size) for size in entries]
             ticks.update(votes)
@@ -291,11 +291,10 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
             cost = [flops * (per_row + size * per_vote) for size in votes]
             means = np.array([point["mean"] for point in entries.values()])
             bounds = np.array([point["ci95"] for point in entries.values()]).T
-            label = judge + {"all": "", "borda": ", ranks"}.get(way, ", ranks by meta weights")
             for panel, places in zip(panels, (votes, cost), strict=True):
                 panel.errorbar(
                     places, means, abs(bounds - means), linestyle=style, marker="o", markersize=3,
-                    capsize=2, label=label,
+                    capsize=2, label=judge + described,
                 )  # fmt: skip
         if len(each["accuracy"]) == 1:  # of one answer, which is not drawn
             for panel in panels:

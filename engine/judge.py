@@ -504,9 +504,9 @@ class Judge(RowJudge):
 
         def decided(votes: VoteResult) -> tuple[int | None, list[float] | None, bool | None]:
             """The best response, the means, whether that is right."""
-            if not votes.votes[0]:
-                return None, None, is_correct(None, None, row.label, self.settings.threshold)
-            best, means = int(votes.best[0]), (votes.mean[0] / unit).tolist()
+            voted = bool(votes.votes[0])
+            best = int(votes.best[0]) if voted else None
+            means = (votes.mean[0] / unit).tolist() if voted else None
             return best, means, is_correct(best, means, row.label, self.settings.threshold)
 
         votes = vote(*judged, meta, options.k_meta, options.vote)

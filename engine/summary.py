@@ -30,7 +30,7 @@ class Tally:
     labelled: int = 0  # with one best response
     labelled_undecided: int = 0
     correct: int = 0
-    guided: int = 0  # those whose votes a meta model guided
+    guided: int = 0  # labelled rows whose votes a meta model guided
     unguided_correct: int = 0  # of them, without it
     ties: int = 0  # labels that call several responses best
     ties_agreed: int = 0

@@ -18,7 +18,7 @@ COMMANDS = {
     "meta_rm": ("train.meta_rm", "train a meta reward model: which judgements are right"),
     "scalar_rm": ("train.scalar_rm", "train a scalar reward model, the baseline: a number a text"),
     "world": ("train.world.cases", "write rows of the synthetic judging world"),
-    "pocket": ("train.world.pocket", "train the bundled judge from nothing"),
+    "pocket": ("train.world.pocket", "train the judge that training begins from"),
 }
 
 

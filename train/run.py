@@ -229,7 +229,8 @@ class Run(Generic[M]):
         best = -math.inf if self._best is None else self._best["score"]
         self._since_best += 1
         if math.isfinite(score) and score >= best:
-            self._since_best = 0 if score > best else self._since_best
+            if score > best:
+                self._since_best = 0
             self._best = {"step": step, "score": score}
             self._write_model(self._args.out / "best")
             if parallel.is_first():

@@ -1,4 +1,4 @@
-"""The pocket model from nothing: tokenizer, templates, random weights, supervised training.
+"""The model pocket-base from nothing: tokenizer, templates, random weights, supervised training.
 
 The tokenizer is a Unigram model over byte-level pieces: every byte that UTF-8 text can hold, and
 the whole words of the judging world. Unigram, since a BPE vocabulary must also hold the steps
@@ -191,7 +191,7 @@ EXAMPLE = "--out runs/pocket --steps 3000"
 
 @dataclass(frozen=True)
 class Args:
-    """Train the pocket model from nothing; run again to continue."""
+    """Train pocket-base from nothing; run again to continue."""
 
     out: Path = Path("runs/pocket")  # directory of the untrained model and the trained one
     size: Size = "small"  # of the model: 1.67 million parameters (small) or 5.45 million (large)
