@@ -270,11 +270,12 @@ struct NextKeys {
                 num_keys * a.k_n * (int64_t)sizeof(T), num_keys * a.v_n * (int64_t)sizeof(T)};
     }
 };
-// Fetches a part of `bytes` bytes, the whole of them in `parts` parts.
+// Fetches a part of `bytes` bytes, the whole of them in `parts` parts; into the second cache, since
+// the first holds what is in use.
 inline void fetch(const char *from, int64_t bytes, int64_t part, int64_t parts) {
     const int64_t step = (bytes / parts + 64) / 64 * 64;
     for (int64_t i = part * step; i < std::min(bytes, (part + 1) * step); i += 64)
-        __builtin_prefetch(from + i);
+        __builtin_prefetch(from + i, 0, 2);
 }
 
 // Keys [low, high) of a tile's that a query at `position` sees.
