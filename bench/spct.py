@@ -55,22 +55,32 @@ LONGEST = 400  # tokens of a judgement
 NO_VERDICT = 3  # the exit status where no row got one
 TEACHER_ROWS = 8000  # that direct and index learn from
 GUIDED = "borda, weighed"
+
+
+def n_votes(count: int) -> str:
+    """The number, in words."""
+    return f"{count} vote" + "s" * (count != 1)
+
+
 # Of two points, a judge, a way to vote and the number of votes, the first less the second.
 ORDERINGS: dict[str, tuple[study.Point, study.Point]] = {
     "grpo: 8 votes over greedy": (("grpo", "all", 8), ("grpo", "greedy", 1)),
     "grpo: 32 votes over 8": (("grpo", "all", 32), ("grpo", "all", 8)),
     **{
-        f"grpo: {way} over {plain}, {size} votes": (("grpo", way, size), ("grpo", plain, size))
+        f"grpo: {way} over {plain}, {n_votes(size)}": (("grpo", way, size), ("grpo", plain, size))
         for size in (8, 32)
         for way, plain in (("meta", "all"), ("weighed", "all"), (GUIDED, "borda"), (GUIDED, "all"))
     },
     **{
-        f"{one} over {other}, {size} votes": ((one, "all", size), (other, "all", size))
+        f"{one} over {other}, {n_votes(size)}": ((one, "all", size), (other, "all", size))
         for one, other in (("rft", "base"), ("grpo", "rft"), ("grpo", "base"))
         for size in (1, 8, 32)
     },
     **{
-        f"base, {size} votes, over large, greedy": (("base", "all", size), ("large", "greedy", 1))
+        f"base, {n_votes(size)}, over large, greedy": (
+            ("base", "all", size),
+            ("large", "greedy", 1),
+        )
         for size in (2, 4, 8)
     },
     **{
@@ -271,12 +281,12 @@ def ablate(args: Args, made: Stages) -> None:
         for name, (model, data, more) in asked.items()
     }  # fmt: skip
     pairs = {
-        f"{name}, {size} votes": ((name, "all", size), (name.partition(",")[0], "all", size))
+        f"{name}, {n_votes(size)}": ((name, "all", size), (name.partition(",")[0], "all", size))
         for name in asked for size in (1, k) if "," in name
     }  # fmt: skip
     control = "grpo, wrong principles"  # where all judgements err alike, votes should gain nothing
     pairs |= {
-        f"{name}, {k} votes over one": ((name, "all", k), (name, "all", 1))
+        f"{name}, {n_votes(k)} over one": ((name, "all", k), (name, "all", 1))
         for name in ("grpo", control)
     }
     write(args.out, "ablations", judges, pairs)

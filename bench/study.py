@@ -89,7 +89,7 @@ class Judged:
     arrays: Mapping[str, Mapping[int, np.ndarray]]
     tokens: float = 0.0  # of a judgement
     prompt: float = 0.0  # tokens of a row's prompts, those that are shared counted once
-    parameters: int = 0  # of the model
+    parameters: int = 0  # of the model; 0 for one that writes no judgements, which has no costs
     facts: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -105,7 +105,9 @@ def judged(
     model, if one has scored the judgements. expects: they have expected scores."""
     verdicts = read_verdicts(votes)
     found = accuracies(verdicts, threshold, meta_scale, expects)
-    found["greedy"] = {1: accuracies(read_verdicts(greedy), threshold)["all"][1]}
+    greedily = read_verdicts(greedy)
+    found["greedy"] = {1: accuracies(greedily, threshold)["all"][1]}
+    greedy_tokens = sum(each.tree_tokens + each.decode_tokens for each in greedily)
     samples = sum(len(each.samples) for each in verdicts)
     return Judged(
         {
@@ -115,7 +117,10 @@ def judged(
         sum(each.decode_tokens for each in verdicts) / samples,
         sum(each.tree_tokens for each in verdicts) / len(verdicts),
         parameters,
-        facts_of(verdicts, threshold),
+        {
+            **facts_of(verdicts, threshold),
+            "greedy_tokens_per_row": greedy_tokens / len(greedily),  # of prompt and judgement
+        },
     )
 
 
@@ -200,13 +205,20 @@ def entry(values: np.ndarray) -> dict[str, Any]:
     }
 
 
+def costs_of(judge: Judged) -> dict[str, float]:
+    """What its judgements cost."""
+    return {
+        "tokens_per_judgement": judge.tokens,
+        "prompt_tokens_per_row": judge.prompt,
+        "parameters": judge.parameters,
+    }
+
+
 def results(judges: Mapping[str, Judged]) -> dict[str, Any]:
     """All accuracies, and what else is known of each judge."""
     return {
         name: {
-            "tokens_per_judgement": each.tokens,
-            "prompt_tokens_per_row": each.prompt,
-            "parameters": each.parameters,
+            **(costs_of(each) if each.parameters else {}),
             **each.facts,
             "accuracy": {
                 way: {size: entry(values) for size, values in sizes.items()}
@@ -267,7 +279,8 @@ def markdown(found: Mapping[str, Any], differences: Mapping[str, Any]) -> str:
 def plot(found: Mapping[str, Any], path: Path) -> None:
     """Accuracy as PNG, against votes and against the FLOPs of a row: of votes by the sum of scores
     and, where there is a meta model, of ranks, with equal weights and with its own. FLOPs are 2 x
-    parameters x tokens; a meta model of the judge's size reads prompts and judgements once more."""
+    parameters x tokens; a meta model of the judge's size reads prompts and judgements once more.
+    A star is a greedy judgement, of one order of the responses."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -275,6 +288,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     ticks: set[int] = set()
+    color = 0
     for judge, each in found.items():
         lines = [("all", "", "-", 1)]
         if "borda, weighed" in each["accuracy"]:
@@ -294,8 +308,14 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
             for panel, places in zip(panels, (votes, cost), strict=True):
                 panel.errorbar(
                     places, means, abs(bounds - means), linestyle=style, marker="o", markersize=3,
-                    capsize=2, label=judge + described,
+                    capsize=2, label=judge + described, color=f"C{color}",
                 )  # fmt: skip
+            if way == "all":
+                greedy = each["accuracy"]["greedy"][1]["mean"]
+                spent = flops * each["greedy_tokens_per_row"]
+                for panel, place in zip(panels, (1, spent), strict=True):
+                    panel.plot(place, greedy, marker="*", markersize=9, color=f"C{color}")
+            color += 1
         if len(each["accuracy"]) == 1:  # of one answer, which is not drawn
             for panel in panels:
                 panel.axhline(
@@ -307,6 +327,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     panels[0].set_ylabel("accuracy")
     panels[1].set_xscale("log")
     panels[1].set_xlabel("FLOPs of a row")
+    panels[1].plot([], [], "k*", markersize=9, label="greedy")
     panels[1].legend(fontsize=8)
     for panel in panels:
         panel.grid(alpha=0.3)

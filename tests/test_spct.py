@@ -17,6 +17,14 @@ pytestmark = pytest.mark.xdist_group("spct")  # groups come first, and the chain
 JUDGES = ("base", "large", "rft", "grpo", "direct", "index")
 
 
+def greedy_tokens(out: Path, judge: str) -> float:
+    """Tokens of a row judged greedily, in a single order: prompt and judgement."""
+    folder = out if judge in ("base", "large") else out / "seed-0" / "verdicts"
+    lines = [json.loads(x) for x in (folder / f"{judge}-greedy.jsonl").open(encoding="utf-8")]
+    written = [line["samples"][0]["tokens"] for line in lines]
+    return sum(written + [line["usage"]["prompt_tokens"] for line in lines]) / len(lines)
+
+
 @pytest.mark.parametrize(
     "more", [[], pytest.param(["--ablations"], marks=pytest.mark.soak)], ids=str
 )
@@ -38,17 +46,19 @@ def test_the_whole_chain_in_small(
     assert results["differences"] == told["differences"]
     judges = results["judges"]
     assert set(judges) == {*JUDGES, "scalar"} and set(judges["scalar"]["accuracy"]) == {"greedy"}
+    assert set(judges["scalar"]) == {"accuracy"}  # it writes nothing: no costs, rather than 0
     for name in JUDGES:
         found, ways = judges[name], study.PLAIN + (study.GUIDED if name == "grpo" else ())
         ways += ("expected",) if name == "direct" else ()
         assert found["tokens_per_judgement"] > 5 and 0 <= found["invalid"] <= 1
+        assert found["greedy_tokens_per_row"] == pytest.approx(greedy_tokens(tmp_path, name))
         assert set(found["accuracy"]) == {*ways, "greedy"}
         for way in ways:  # one vote is a vote, whoever weighs it
             assert found["accuracy"][way]["1"] == found["accuracy"]["all"]["1"]
             assert set(found["accuracy"][way]) == {"1", "2"}
             assert len(found["accuracy"][way]["2"]["seeds"]) == 1
     table = (tmp_path / "results.md").read_text()
-    assert "| grpo | borda, weighed |" in table and "| grpo over base, 1 votes |" in table
+    assert "| grpo | borda, weighed |" in table and "| grpo over base, 1 vote |" in table
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert sum("steps_run" in line for line in err.splitlines()) == trainings
 
