@@ -280,7 +280,8 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     """Accuracy as PNG, against votes and against the FLOPs of a row: of votes by the sum of scores
     and, where there is a meta model, of ranks, with equal weights and with its own. FLOPs are 2 x
     parameters x tokens; a meta model of the judge's size reads prompts and judgements once more.
-    A star is a greedy judgement, of one order of the responses."""
+    Votes read all orders of the responses, one or two votes too, which is more than they need. A
+    star is a greedy judgement, of one order."""
     import matplotlib
 
     matplotlib.use("Agg")
