@@ -58,7 +58,7 @@ GUIDED = "borda, weighed"
 
 
 def n_votes(count: int) -> str:
-    """The number, in words."""
+    """A number of votes, as labels have it."""
     return f"{count} vote" + "s" * (count != 1)
 
 

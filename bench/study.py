@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from train.evaluation import criteria_entropy, error_correlation
 
 PLAIN = ("all", "standardised", "borda")  # what votes count, without a meta model
 GUIDED = ("meta", "weighed", "standardised, weighed", "borda, weighed")
+FORMAT = 2  # of the files that judges are kept in
 Accuracies = dict[str, dict[int, np.ndarray]]  # way to vote -> votes -> (rows,) float64
 
 
@@ -84,12 +86,9 @@ def accuracies(
 @dataclass(frozen=True)
 class Judged:
     """A judge's accuracy on the same rows, seed by seed: (seeds, rows) arrays, by way and votes;
-    `greedy` is a way of one vote."""
+    `greedy` is a way of one vote. facts: of its size and its judgements; none if it writes none."""
 
     arrays: Mapping[str, Mapping[int, np.ndarray]]
-    tokens: float = 0.0  # of a judgement
-    prompt: float = 0.0  # tokens of a row's prompts, those that are shared counted once
-    parameters: int = 0  # of the model; 0 for one that writes no judgements, which has no costs
     facts: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -107,19 +106,21 @@ def judged(
     found = accuracies(verdicts, threshold, meta_scale, expects)
     greedily = read_verdicts(greedy)
     found["greedy"] = {1: accuracies(greedily, threshold)["all"][1]}
-    greedy_tokens = sum(each.tree_tokens + each.decode_tokens for each in greedily)
     samples = sum(len(each.samples) for each in verdicts)
     return Judged(
         {
             way: {size: values[None] for size, values in sizes.items()}
             for way, sizes in found.items()
         },
-        sum(each.decode_tokens for each in verdicts) / samples,
-        sum(each.tree_tokens for each in verdicts) / len(verdicts),
-        parameters,
         {
+            "tokens_per_judgement": sum(each.decode_tokens for each in verdicts) / samples,
+            # Those that a row's prompts share are counted once.
+            "prompt_tokens_per_row": mean(each.tree_tokens for each in verdicts),
+            "greedy_tokens_per_row": mean(
+                each.tree_tokens + each.decode_tokens for each in greedily
+            ),
+            "parameters": parameters,
             **facts_of(verdicts, threshold),
-            "greedy_tokens_per_row": greedy_tokens / len(greedily),  # of prompt and judgement
         },
     )
 
@@ -134,10 +135,7 @@ def joined(seeds: Sequence[Judged]) -> Judged:
             }
             for way, sizes in first.arrays.items()
         },
-        float(np.mean([each.tokens for each in seeds])),
-        float(np.mean([each.prompt for each in seeds])),
-        first.parameters,
-        {name: float(np.mean([each.facts[name] for each in seeds])) for name in first.facts},
+        {name: mean(each.facts[name] for each in seeds) for name in first.facts},
     )
 
 
@@ -149,24 +147,21 @@ def save(path: Path, judges: Mapping[str, Judged], key: str) -> None:
         for way, sizes in judge.arrays.items()
         for size, values in sizes.items()
     }
-    about = {
-        name: {field: value for field, value in vars(judge).items() if field != "arrays"}
-        for name, judge in judges.items()
-    }
+    facts = {name: judge.facts for name, judge in judges.items()}
+    about = {"format": FORMAT, "key": key, "facts": facts, "run": provenance()}
     content = BytesIO()
-    np.savez_compressed(
-        content, about=json.dumps({"key": key, "judges": about, "run": provenance()}), **arrays
-    )
+    np.savez_compressed(content, about=json.dumps(about), **arrays)
     replace_file(path, lambda file: file.write_bytes(content.getbuffer()))
 
 
 def load(path: Path, key: str) -> dict[str, Judged]:
-    """The judges of a file that `save` has written. Raises ValueError for another key."""
+    """The judges of a file that `save` has written. Raises ValueError for another key or format."""
     with np.load(path) as stored:
         about = json.loads(str(stored["about"]))
-        if about["key"] != key:
+        if (about.get("format"), about["key"]) != (FORMAT, key):
             raise ValueError(
-                f"{path} is of other settings, rows or models: begin in another directory"
+                f"{path} is of other settings, rows or models, or of another version: begin in "
+                "another directory"
             )
         arrays: dict[str, dict[str, dict[int, np.ndarray]]] = {}
         for name in stored.files:
@@ -174,7 +169,7 @@ def load(path: Path, key: str) -> dict[str, Judged]:
                 judge, way, size = name.split("/")
                 values = stored[name].astype(np.float64)
                 arrays.setdefault(judge, {}).setdefault(way, {})[int(size)] = values
-    return {name: Judged(arrays[name], **rest) for name, rest in about["judges"].items()}
+    return {name: Judged(arrays[name], facts) for name, facts in about["facts"].items()}
 
 
 def facts_of(verdicts: Sequence[Verdict], threshold: float) -> dict[str, float]:
@@ -205,20 +200,10 @@ def entry(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def costs_of(judge: Judged) -> dict[str, float]:
-    """What its judgements cost."""
-    return {
-        "tokens_per_judgement": judge.tokens,
-        "prompt_tokens_per_row": judge.prompt,
-        "parameters": judge.parameters,
-    }
-
-
 def results(judges: Mapping[str, Judged]) -> dict[str, Any]:
     """All accuracies, and what else is known of each judge."""
     return {
         name: {
-            **(costs_of(each) if each.parameters else {}),
             **each.facts,
             "accuracy": {
                 way: {size: entry(values) for size, values in sizes.items()}
@@ -289,7 +274,6 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     ticks: set[int] = set()
-    color = 0
     for judge, each in found.items():
         lines = [("all", "", "-", 1)]
         if "borda, weighed" in each["accuracy"]:
@@ -306,17 +290,15 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
             cost = [flops * (per_row + size * per_vote) for size in votes]
             means = np.array([point["mean"] for point in entries.values()])
             bounds = np.array([point["ci95"] for point in entries.values()]).T
-            for panel, places in zip(panels, (votes, cost), strict=True):
-                panel.errorbar(
+            greedily = (1, flops * each["greedy_tokens_per_row"])
+            for panel, places, place in zip(panels, (votes, cost), greedily, strict=True):
+                line = panel.errorbar(
                     places, means, abs(bounds - means), linestyle=style, marker="o", markersize=3,
-                    capsize=2, label=judge + described, color=f"C{color}",
-                )  # fmt: skip
-            if way == "all":
-                greedy = each["accuracy"]["greedy"][1]["mean"]
-                spent = flops * each["greedy_tokens_per_row"]
-                for panel, place in zip(panels, (1, spent), strict=True):
-                    panel.plot(place, greedy, marker="*", markersize=9, color=f"C{color}")
-            color += 1
+                    capsize=2, label=judge + described,
+                )[0]  # fmt: skip
+                if way == "all":
+                    greedy = each["accuracy"]["greedy"][1]["mean"]
+                    panel.plot(place, greedy, "*", markersize=9, color=line.get_color())
         if len(each["accuracy"]) == 1:  # of one answer, which is not drawn
             for panel in panels:
                 panel.axhline(

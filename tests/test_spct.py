@@ -128,12 +128,15 @@ def test_figures_of_verdict_lines(tmp_path: Path) -> None:
     stored = study.load(tmp_path / "a.npz", "key")
     assert list(stored) == ["a b", "c"]
     both = study.joined([judged, stored["c"]])
-    assert both.facts == judged.facts and both.tokens == judged.tokens == 7
+    assert both.facts == judged.facts and judged.facts["tokens_per_judgement"] == 7
     for way, of_sizes in judged.arrays.items():
         for votes, array in of_sizes.items():
             assert both.arrays[way][votes].tolist() == np.tile(array, (2, 1)).tolist()
     with pytest.raises(ValueError, match=r"a\.npz is of other settings"):
         study.load(tmp_path / "a.npz", "another")
+    np.savez(tmp_path / "old.npz", about=json.dumps({"key": "key", "judges": {}}))
+    with pytest.raises(ValueError, match=r"old\.npz is of .* or of another version"):
+        study.load(tmp_path / "old.npz", "key")
     facts = study.facts_of(rows, 5.5)
     assert facts["invalid"] == 2 / 8 and facts["right"] == 4 / 8
     assert facts["criteria_entropy"] == pytest.approx(math.log(2))
