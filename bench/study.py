@@ -158,10 +158,13 @@ def load(path: Path, key: str) -> dict[str, Judged]:
     """The judges of a file that `save` has written. Raises ValueError for another key or format."""
     with np.load(path) as stored:
         about = json.loads(str(stored["about"]))
-        if (about.get("format"), about["key"]) != (FORMAT, key):
+        if about.get("format") != FORMAT:
             raise ValueError(
-                f"{path} is of other settings, rows or models, or of another version: begin in "
-                "another directory"
+                f"{path} is of another version: without it, it is made again from the verdicts"
+            )
+        if about["key"] != key:
+            raise ValueError(
+                f"{path} is of other settings, rows or models: begin in another directory"
             )
         arrays: dict[str, dict[str, dict[int, np.ndarray]]] = {}
         for name in stored.files:

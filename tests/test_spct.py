@@ -135,7 +135,7 @@ def test_figures_of_verdict_lines(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.npz is of other settings"):
         study.load(tmp_path / "a.npz", "another")
     np.savez(tmp_path / "old.npz", about=json.dumps({"key": "key", "judges": {}}))
-    with pytest.raises(ValueError, match=r"old\.npz is of .* or of another version"):
+    with pytest.raises(ValueError, match=r"old\.npz is of another version"):
         study.load(tmp_path / "old.npz", "key")
     facts = study.facts_of(rows, 5.5)
     assert facts["invalid"] == 2 / 8 and facts["right"] == 4 / 8
